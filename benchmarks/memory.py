@@ -1,0 +1,242 @@
+"""Memory per rank, ours beside the peers in the same run: optimizer bytes, and the real peak while training.
+
+    python -m benchmarks.memory --parameters 27e6 --ranks 2 4
+
+Two ways of looking, because each has a blind spot:
+
+- *Reachable* (exact, repeatable): the bytes of all different tensor storages that can be reached from the optimizer
+  object, without those of the parameters. It cannot see what C++ holds, such as DistributedDataParallel's buckets.
+- *Resident* (all of it): the process's resident memory; VmHWM of /proc/self/status is its highest value since
+  /proc/self/clear_refs was told to forget, kept by the kernel, so no sample can be missed. malloc is told to map every
+  block above 64 KiB by itself and to give it back when freed; then resident is what is live, within about 1 MiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from benchmarks import contestants
+from benchmarks.processes import free_port, report, start_ranks
+from benchmarks.table import print_table, write_json_lines
+
+NAMES = (
+    "ours",
+    "DDP + ours, gradients=reduced",
+    "DDP + ASGD",
+    "DDP (bucket views) + ASGD",
+    "DDP + ZeroRedundancyOptimizer",
+    "DDP (bucket views) + ZeroRedundancyOptimizer",
+    "FSDP2 + ASGD",
+)
+COLUMNS = {
+    "ranks": "ranks",
+    "name": "",
+    "before_t0": "optimizer before t0",
+    "averaging": "averaging",
+    "gradients": "gradients held",
+    "rest": "resident at rest",
+    "backward_peak": "+ peak of backward",
+    "step_peak": "+ peak of step()",
+    "peak": "peak",
+    "ours_over_peak": "ours/peak",
+}
+ITERATIONS = 3  # the peaks are the highest of these
+MIB = 2**20
+
+
+def main() -> None:
+    options = _arguments()
+    if options.worker is not None:
+        _worker(options.worker, options.parameters)
+        return
+    rows = [_row(ranks, name, options.parameters) for ranks in options.ranks for name in options.names]
+    for row in rows:
+        ours = [one["peak"] for one in rows if one["name"] == "ours" and one["ranks"] == row["ranks"]]
+        row["ours_over_peak"] = round(ours[0] / row["peak"], 2) if ours else None
+    print(f"\n{rows[0]['parameters']} fp32 parameters = {rows[0]['parameters'] * 4 / MIB:.1f} MiB; MiB per rank\n")
+    print_table([row | {key: _mib(row[key]) for key in _SIZES} for row in rows], COLUMNS)
+    write_json_lines(options.json, rows)
+
+
+_SIZES = ("before_t0", "averaging", "gradients", "rest", "backward_peak", "step_peak", "peak")
+
+
+def _mib(size: int) -> float:
+    return round(size / MIB, 2)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.splitlines()[0])
+    parser.add_argument("--parameters", type=float, default=27e6, help="of the model, about")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_name("memory.jsonl"), metavar="FILE")
+    parser.add_argument("--names", nargs="+", default=NAMES, choices=list(contestants.CONTESTANTS), metavar="NAME")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _row(ranks: int, name: str, parameters: float) -> dict[str, Any]:
+    """The figures of ``name``, in bytes: of the rank with most of each."""
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    arguments = ["--worker", name, f"--parameters={parameters}"]
+    results = start_ranks("benchmarks.memory", arguments, prefixes=[[]] * ranks, environment=environment)
+    return {"ranks": ranks, "name": name} | {key: max(result[key] for result in results) for key in results[0]}
+
+
+def _worker(name: str, parameters: float) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    report(measure(contestants.CONTESTANTS[name], parameters))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(build: contestants.Build, parameters: float, width: int = contestants.WIDTH) -> dict[str, int]:
+    """This rank's figures in bytes, for the training of a model of ``parameters`` that ``build`` makes.
+
+    ``before_t0``, ``averaging``: reachable from the optimizer between two iterations. ``gradients``: reachable from it
+    after backward, beyond that. ``rest``: resident between two iterations, parameters included, beyond a process that
+    has trained and communicated but holds nothing. ``backward_peak`` and ``step_peak``: the highest growth above that.
+    """
+    map_large_blocks()
+    gc.collect()
+    gc.freeze()  # what was imported need not be looked through each time
+    batch = contestants.make_batch(dist.get_rank(), width, rows=1)  # one: activations would count as well
+    _touch_everything(build, contestants.make_model(parameters, width), batch)
+    empty = resident()
+    before = _reachable_when_trained(build, contestants.make_model(parameters, width), batch)
+    model = contestants.make_model(parameters, width)
+    count = sum(p.numel() for p in model.parameters())
+    model, optimizer = build(model, 0.0)
+    for _ in range(3):  # averaging starts with the second step
+        contestants.iterate(model, optimizer, batch)
+    at_rest = reachable(optimizer, model)
+    result = {"parameters": count, "before_t0": before, "averaging": at_rest}
+    rest, peaks = resident() - empty, []
+    for _ in range(ITERATIONS):
+        peaks.append(_peaks(model, optimizer, batch))
+        result["gradients"] = peaks[-1].pop("held") - at_rest
+    result |= {key: max(one[key] for one in peaks) for key in peaks[0]}
+    return result | {"rest": rest, "peak": rest + max(result["backward_peak"], result["step_peak"])}
+
+
+def _touch_everything(build: contestants.Build, model: nn.Module, batch: Tensor) -> None:
+    """Make torch, gloo and the contestant load and allocate what they keep for good: code, scratch memory."""
+    contestants.backward(model, batch)
+    model, optimizer = build(contestants.make_model(0, batch.shape[1]), 0.0)  # one block
+    for _ in range(3):
+        contestants.iterate(model, optimizer, batch)
+
+
+def _reachable_when_trained(build: contestants.Build, model: nn.Module, batch: Tensor) -> int:
+    """What is reachable after two iterations, long before averaging starts."""
+    model, optimizer = build(model, 1e6)
+    for _ in range(2):
+        contestants.iterate(model, optimizer, batch)
+    return reachable(optimizer, model)
+
+
+def _peaks(model: nn.Module, optimizer: Optimizer, batch: Tensor) -> dict[str, int]:
+    """One iteration: the growth of resident memory during backward and during step, and what is reachable between."""
+    dist.barrier()
+    start = reset_peak()
+    contestants.backward(model, batch)
+    backward_peak = peak_resident() - start
+    held = reachable(optimizer, model)
+    reset_peak()
+    optimizer.step()
+    step_peak = peak_resident() - start
+    optimizer.zero_grad()
+    return {"backward_peak": backward_peak, "step_peak": step_peak, "held": held}
+
+
+# What is resident
+
+
+def map_large_blocks() -> None:
+    """Have glibc's malloc map blocks above 64 KiB one by one, so that freeing one makes resident memory smaller."""
+    threshold = -3  # M_MMAP_THRESHOLD; setting it also stops glibc from moving it
+    ctypes.CDLL(None).mallopt(threshold, 64 * 1024)
+
+
+def resident() -> int:
+    """Resident memory of this process now, in bytes, with what nobody uses given back first."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")
+
+
+def reset_peak() -> int:
+    """Start ``peak_resident`` anew, and return what is resident now."""
+    now = resident()
+    Path("/proc/self/clear_refs").write_text("5")
+    return now
+
+
+def peak_resident() -> int:
+    """The highest resident memory since ``reset_peak``, in bytes."""
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+# What is reachable
+
+
+def reachable(optimizer: Optimizer, model: nn.Module) -> int:
+    """Bytes of the different storages reachable from ``optimizer``, without those that hold the model's parameters.
+
+    Gradients count, and whatever else hangs on a parameter or in a closure; the modules themselves are not entered.
+    """
+    parameters = {storage[0] for p in model.parameters() for storage in _storages(p.detach())}
+    found = {storage for tensor in _tensors(optimizer) for storage in _storages(tensor)}
+    return sum(size for address, size in found if address not in parameters)
+
+
+def _storages(tensor: Tensor) -> Iterator[tuple[int, int]]:  # (address, bytes)
+    if isinstance(tensor, dist.tensor.DTensor):
+        tensor = tensor._local_tensor
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return  # a wrapper without a storage: its tensors are attributes, and found as those
+    storage = tensor.untyped_storage()
+    if storage.nbytes() and tensor.device.type != "meta":
+        yield storage.data_ptr(), storage.nbytes()
+
+
+def _tensors(root: object) -> Iterator[Tensor]:
+    """Every tensor reachable from ``root``."""
+    seen, waiting = set[int](), [root]
+    keep = []  # keeps temporary objects alive, so that no id is used twice
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen or isinstance(one, (type, types.ModuleType, types.FrameType, nn.Module)):
+            continue
+        seen.add(id(one))
+        keep.append(one)
+        if isinstance(one, Tensor):
+            yield one
+            waiting += [one.__dict__, one.grad if one.is_leaf else None]
+        elif isinstance(one, types.FunctionType):  # not its __globals__, which are everybody's
+            waiting += [one.__closure__, one.__defaults__, one.__kwdefaults__, one.__dict__]
+        else:
+            waiting += gc.get_referents(one)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""Averaged SGD with its state sharded over ranks, averages to use, and checkpoints on any fsspec target."""
+
+__version__ = "0.1.0"
+
+from dist_asgd.optimizer import ShardedASGD
+
+__all__ = ["ShardedASGD", "__version__"]

@@ -1,0 +1,7 @@
+"""``python -m dist_asgd`` is the ``dist-asgd`` command."""
+
+import sys
+
+from dist_asgd.cli import main
+
+sys.exit(main())

@@ -1,0 +1,105 @@
+"""Keeps ranks of one mind: the same error on every rank, and no silent difference between them.
+
+It all runs over one small gloo group of host tensors, so it never waits for a device or queues behind gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+_ERRORS: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": ValueError}
+
+
+Facts = list[tuple[str, str]]  # (name, value)
+
+
+class Agreement:
+    """Exchanges between the ranks of a process group. Every method is collective; with one rank it does nothing.
+
+    Args:
+        group: the ranks that must agree; None for one process without torch.distributed.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.world_size = 1 if group is None else dist.get_world_size(group)
+        self._group = None
+        if group is not None and self.world_size > 1:
+            ranks = dist.get_process_group_ranks(group)
+            self._group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Runs the block on every rank; if it raised anywhere, every rank raises the same error."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        self.maximum([], error)
+
+    def maximum(self, values: Sequence[int], error: Exception | None = None) -> list[int]:
+        """The element-wise maximum of ``values`` (int64, as many on each rank) over the ranks.
+
+        Raises on every rank, in the place of a result, where any rank brings an ``error``.
+        """
+        if self._group is None:
+            if error is not None:
+                raise error
+            return list(values)
+        vector = torch.tensor([error is not None, *values], dtype=torch.int64)
+        dist.all_reduce(vector, dist.ReduceOp.MAX, group=self._group)
+        failed, *result = vector.tolist()
+        if failed:
+            self._raise_together(error)
+        return result
+
+    def union(self, flags: Sequence[bool]) -> list[bool]:
+        """Which of the flags are set on any rank."""
+        if self._group is None:
+            return list(flags)
+        vector = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(vector, dist.ReduceOp.MAX, group=self._group)
+        return vector.bool().tolist()
+
+    def require_equal(self, what: str, facts: Facts) -> None:
+        """Raises ``ValueError`` on every rank unless all ranks bring the same ``facts`` in the same order."""
+        code = fingerprint(facts)
+        high, minus_low = self.maximum([code, -code])
+        if high != -minus_low:
+            raise ValueError(_first_difference(what, self._gather(facts)))
+
+    def _raise_together(self, error: Exception | None) -> None:
+        mine = None if error is None else (type(error).__name__, str(error))
+        everyone = self._gather(mine)
+        failures = [(rank, *failure) for rank, failure in enumerate(everyone) if failure is not None]
+        kind = _ERRORS.get(failures[0][1], RuntimeError)
+        messages = {message for _, _, message in failures}
+        if len(failures) == self.world_size and len(messages) == 1:
+            raise kind(failures[0][2]) from error
+        raise kind("; ".join(f"rank {rank}: {message}" for rank, _, message in failures)) from error
+
+    def _gather(self, item: object) -> list:
+        everyone: list = [None] * self.world_size
+        dist.all_gather_object(everyone, item, group=self._group)
+        return everyone
+
+
+def fingerprint(facts: object) -> int:
+    """A number below 2**32 that differs, almost surely, where ``repr(facts)`` differs."""
+    return zlib.crc32(repr(facts).encode())
+
+
+def _first_difference(what: str, everyone: Sequence[Facts]) -> str:
+    for position in range(max(map(len, everyone))):
+        entries = [facts[position] if position < len(facts) else ("nothing", "") for facts in everyone]
+        if len(set(entries)) > 1:
+            other = next(rank for rank, entry in enumerate(entries) if entry != entries[0])
+            found = " and ".join(" = ".join(filter(None, entries[rank])) + f" on rank {rank}" for rank in (0, other))
+            return f"ranks disagree on {what}: {found}. They must be the same on every rank"
+    return f"ranks disagree on {what}"

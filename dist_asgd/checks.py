@@ -1,0 +1,91 @@
+"""What a user can get wrong: checks of arguments, parameters and gradients, and the facts that ranks must share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dist_asgd.agreement import Facts, fingerprint
+from dist_asgd.replicated import Bucket
+from dist_asgd.rule import Hyperparameters
+
+Groups = Sequence[Mapping[str, Any]]  # optimizer.param_groups
+
+
+def check_arguments(gradients: object, bucket_bytes: object, average_dtype: object) -> None:
+    """Raises ``ValueError`` or ``TypeError`` that names the argument, its value and what it may be."""
+    if gradients not in ("local", "reduced"):
+        raise ValueError(f"gradients must be 'local' or 'reduced', got {gradients!r}")
+    if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int):
+        raise TypeError(f"bucket_bytes must be an int, got {bucket_bytes!r}")
+    if bucket_bytes <= 0:
+        raise ValueError(f"bucket_bytes must be > 0, got {bucket_bytes}")
+    if average_dtype is not None and not (isinstance(average_dtype, torch.dtype) and average_dtype.is_floating_point):
+        raise TypeError(f"average_dtype must be a floating-point torch.dtype or None, got {average_dtype!r}")
+
+
+def check_parameter(name: str, param: Tensor) -> None:
+    """Raises ``ValueError`` for a parameter that cannot be optimized, saying why."""
+    if isinstance(param, DTensor):
+        raise ValueError(f"parameter {name!r} is a DTensor; ShardedASGD shards plain tensors so far")
+    if param.is_meta:
+        raise ValueError(f"parameter {name!r} is on the meta device; materialize the model (model.to_empty(...)) first")
+    if param.layout is not torch.strided:
+        raise ValueError(f"parameter {name!r} has layout {param.layout}; expected a dense tensor")
+    if not (param.is_floating_point() or param.is_complex()):
+        raise ValueError(f"parameter {name!r} is {param.dtype}; expected a floating-point or complex dtype")
+
+
+def require_gradients(bucket: Bucket, present: Sequence[bool]) -> None:
+    """Raises ``RuntimeError`` that names the parameters of ``bucket`` which need a gradient and have none."""
+    missing = [
+        name
+        for name, param, has in zip(bucket.names, bucket.params, present, strict=True)
+        if param.requires_grad and not has
+    ]
+    if missing:
+        some = ", ".join(map(repr, missing[:3])) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise RuntimeError(
+            f"no gradient for parameter {some}. Where ranks may leave parameters unused, pass "
+            "find_unused_parameters=True; freeze those that are never used (requires_grad=False). If the model's "
+            "parameters were replaced after the optimizer was built (load_state_dict(assign=True)), build it again"
+        )
+
+
+def parameter_names(group: Mapping[str, Any], number: int) -> list[str]:
+    """The names that the user gave, or positions."""
+    return group.get("param_names") or [f"{index} of group {number}" for index in range(len(group["params"]))]
+
+
+def argument_facts(arguments: Mapping[str, object], groups: Groups, first: int) -> Facts:
+    """What must be the same on every rank to build the groups from ``first`` on."""
+    facts = [(name, repr(value)) for name, value in arguments.items()]
+    for number, group in enumerate(groups[first:], start=first):
+        facts += _option_facts(group, number)
+        for name, param in zip(parameter_names(group, number), group["params"], strict=True):
+            facts.append((f"parameter {name!r}", f"{param.dtype} on {param.device.type} of shape {tuple(param.shape)}"))
+    return facts
+
+
+def step_facts(groups: Groups, flags: Mapping[Bucket, Sequence[bool]], what: str) -> Facts:
+    """What must be the same on every rank for a step; ``flags`` are facts about parameters, ``what`` they say."""
+    facts = [fact for number, group in enumerate(groups) for fact in _option_facts(group, number)]
+    for bucket, own in flags.items():
+        facts += [(f"{what} of parameter {name!r}", str(flag)) for name, flag in zip(bucket.names, own, strict=True)]
+    return facts
+
+
+def step_code(groups: Groups, flags: Mapping[Bucket, Sequence[bool]]) -> int:
+    """A fingerprint of the same, cheap enough for every step."""
+    options = [tuple(map(float, dataclasses.astuple(Hyperparameters.of(group)))) for group in groups]
+    return fingerprint((options, [bytes(own) for own in flags.values()]))
+
+
+def _option_facts(group: Mapping[str, Any], number: int) -> Facts:
+    options = dataclasses.asdict(Hyperparameters.of(group))
+    return [(f"{name} of group {number}", f"{float(value):g}") for name, value in options.items()]

@@ -1,0 +1,314 @@
+"""``ShardedASGD``: torch.optim.ASGD with its state and its update sharded over the ranks of a process group."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_asgd.agreement import Agreement
+from dist_asgd.averaging import swap_in, swap_out
+from dist_asgd.checks import (
+    argument_facts,
+    check_arguments,
+    check_parameter,
+    parameter_names,
+)
+from dist_asgd.collectives import total_norm
+from dist_asgd.overlap import ForwardWaits
+from dist_asgd.reducer import Reducer
+from dist_asgd.replicated import Bucket, build_buckets
+from dist_asgd.rule import Hyperparameters
+from dist_asgd.settlement import Settlement
+from dist_asgd.shards import Precision
+from dist_asgd.state import StateView, full_state_dict, load_state_dict, sharded_state_dict
+
+
+class ShardedASGD(torch.optim.Optimizer):
+    """Averaged SGD with the state sharded over ranks; a drop-in for ``torch.optim.ASGD`` on 1 rank or 1,000.
+
+    Every rank holds all parameters, updates its 1/N of them, and all-gathers the result. In fp32 and fp64, parameters,
+    ``ax``, ``eta``, ``mu`` and ``step`` are equal to those of ``torch.optim.ASGD(foreach=False)`` bit for bit, given
+    the same reduced gradients. The constructor, ``step``, ``add_param_group``, ``clip_grad_norm_``,
+    ``load_state_dict``, ``full_state_dict`` and ``averaged_parameters`` are collective: every rank must call them.
+
+    Args:
+        params: tensors, (name, tensor) pairs, or groups (dicts) of either. They become views of flat buckets, so build
+            the optimizer after ``model.to(...)``. ``model.named_parameters()`` gives errors and checkpoints names.
+        lr, lambd, alpha, t0, weight_decay, maximize: as in ``torch.optim.ASGD``; groups may have their own.
+            Averaging starts ``t0`` steps into training. Numbers >= 0; ``t0=math.inf`` never averages.
+        gradients: ``"local"``: each rank has gradients of its own; they are averaged by a reduce-scatter that runs
+            during backward, and a bucket's whole gradients are freed as it goes (ZeRO-2). Parameters start as rank 0's.
+            ``"reduced"``: DistributedDataParallel has averaged them; only state and update are sharded (ZeRO-1).
+        process_group: the ranks to shard over; None for the default group, or one process without torch.distributed.
+        find_unused_parameters: with ``"local"``, a parameter may lack a gradient on some ranks (it counts as zeros) or
+            on all (it is skipped, as in torch). Costs one small all-reduce a step. Without it that is an error.
+        bucket_bytes: size of the buckets in which gradients and parameters travel.
+        master_weights: keep fp32 masters of bf16 and fp16 parameters. Without, the update is still computed in fp32 and
+            rounded once.
+        average_dtype: dtype of ``ax``; None for fp32 or the parameter's dtype, whichever is wider.
+        module: the model. Given, ``step()`` returns while the all-gather is under way, and each submodule waits for its
+            own parameters before its forward. Call ``synchronize()`` before reading parameters in any other way.
+
+    Raises:
+        ValueError, TypeError: bad arguments, or arguments that differ between ranks; the same error on every rank.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-2,
+        lambd: float = 1e-4,
+        alpha: float = 0.75,
+        t0: float = 1e6,
+        weight_decay: float = 0,
+        *,
+        maximize: bool = False,
+        gradients: Literal["local", "reduced"] = "local",
+        process_group: dist.ProcessGroup | None = None,
+        find_unused_parameters: bool = False,
+        bucket_bytes: int = 25 * 2**20,
+        master_weights: bool = True,
+        average_dtype: torch.dtype | None = None,
+        module: nn.Module | None = None,
+    ) -> None:
+        if process_group is None and dist.is_available() and dist.is_initialized():
+            process_group = dist.group.WORLD
+        self._agreement = Agreement(process_group)
+        self._process_group = process_group if self._agreement.world_size > 1 else None
+        self._gradients = gradients
+        self._reduces = gradients == "local" and self._process_group is not None
+        self._find_unused = find_unused_parameters
+        self._bucket_bytes = bucket_bytes
+        self._precision = Precision(master_weights, average_dtype)
+        self._buckets: list[list[Bucket]] = []  # by group
+        self._reducer = Reducer()
+        self._waits = ForwardWaits(module)
+        self._built = self._swapped = False
+        self._settlement = Settlement(self._agreement, self._reducer, self._reduces, find_unused_parameters)
+        options = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
+        with self._agreement.together():
+            check_arguments(gradients, bucket_bytes, average_dtype)
+            super().__init__(params, {**options, "maximize": maximize})
+        self._agree_on_arguments(0)
+        self._build(0)
+        self._built = True
+        self.state = StateView(self.param_groups, self._buckets)  # type: ignore[assignment]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as ``torch.optim.Optimizer`` does; also after training began. Collective."""
+        if not self._built:
+            self._add_checked(param_group)
+            return
+        first = len(self.param_groups)
+        with self._agreement.together():
+            self._add_checked(param_group)
+        try:
+            self._agree_on_arguments(first)
+        except ValueError:
+            del self.param_groups[first:]
+            raise
+        self.synchronize()
+        self._build(first)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step: waits for each bucket's gradients, updates this rank's shard, starts its all-gather. Collective.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, which is returned.
+
+        Raises:
+            RuntimeError, ValueError: on every rank the same, where any rank has a gradient missing, sparse or of
+                another shape, a parameter that was replaced by one of another shape, dtype or device, or other options
+                than the other ranks. Parameters and state are as before.
+        """
+        self._refuse_swapped("step()")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        active = self._settlement.settle(self.param_groups, self._all_buckets())
+        for group, buckets in zip(self.param_groups, self._buckets, strict=True):
+            h = Hyperparameters.of(group)
+            for bucket in buckets:
+                flags = active[bucket]
+                if any(flags):
+                    bucket.update(h, None if all(flags) else flags)
+                    bucket.start_gather()
+        for bucket in self._all_buckets():
+            if not self._waits.covers(bucket):
+                bucket.wait()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch. With None, the memory of reduced gradients is freed."""
+        self._reducer.close_pass()
+        super().zero_grad(set_to_none)
+        if set_to_none:
+            for bucket in self._all_buckets():
+                bucket.drop_gradient()
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scales all gradients so that the norm of all of them together is at most ``max_norm``. Collective.
+
+        The meaning of ``torch.nn.utils.clip_grad_norm_``, over the whole model, each element counted once.
+
+        Args:
+            norm_type: > 0, may be ``math.inf``.
+
+        Returns:
+            0-dim tensor: the total norm before clipping.
+        """
+        if not norm_type > 0:
+            raise ValueError(f"norm_type must be a number > 0, got {norm_type!r}")
+        if not self._reduces:
+            params = [param for group in self.param_groups for param in group["params"]]
+            return nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+        self._settlement.settle(self.param_groups, self._all_buckets())
+        grads = [grad for bucket in self._all_buckets() for grad in bucket.gradient_tensors()]
+        total = total_norm(grads, norm_type, self._all_buckets()[0].device, self._process_group)
+        scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        for grad in grads:
+            grad.mul_(scale.to(grad.device))
+        return total
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, backward accumulates in ``p.grad`` on this rank and sends nothing.
+
+        The first backward after it, or ``step()``, reduces all that was accumulated.
+        """
+        self._reducer.close_pass()
+        self._reducer.enabled, before = False, self._reducer.enabled
+        try:
+            yield
+        finally:
+            self._reducer.enabled = before
+
+    @contextlib.contextmanager
+    def averaged_parameters(self) -> Iterator[None]:
+        """Inside, parameters hold their averages; after it, exactly what they held before. Collective.
+
+        Parameters that have no average yet keep their own values. ``step()`` and ``load_state_dict()`` are refused
+        inside. Extra memory: 1/N of the parameters.
+        """
+        self._refuse_swapped("averaged_parameters()")
+        self.synchronize()
+        backup = swap_in(self._all_buckets())
+        self._swapped = True
+        try:
+            yield
+        finally:
+            swap_out(backup)
+            self._swapped = False
+
+    def start_averaging(self) -> None:
+        """Starts the average now: sets ``t0`` of every group to the steps taken so far.
+
+        As in torch with that ``t0``, the second step from now is the first that the average holds. An average that was
+        under way starts afresh. Every rank must call it at the same step.
+        """
+        for group, buckets in zip(self.param_groups, self._buckets, strict=True):
+            group["t0"] = float(max(run.scalars.step for bucket in buckets for run in bucket.shard.runs))
+
+    def synchronize(self) -> None:
+        """Waits until all parameters are complete. Needed only with ``module``, before they are read elsewhere."""
+        for bucket in self._all_buckets():
+            bucket.wait()
+
+    # State dicts -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict, with ``ax`` (and ``master``) as this rank's pieces. No communication.
+
+        ``torch.distributed.checkpoint`` saves and loads it with any number of ranks. ``step``, ``eta`` and ``mu`` are
+        0-dim tensors on the CPU. With one rank the tensors are whole.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = sharded_state_dict(self.param_groups, self._buckets)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = _given(post_hook(self, state_dict), state_dict)
+        return state_dict
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """A plain ``torch.optim.ASGD`` state dict of whole CPU tensors on rank 0, ``{}`` on the others. Collective."""
+        return full_state_dict(self.param_groups, self._buckets, self._agreement.rank)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads ``state_dict()``, ``full_state_dict()`` (every rank passes it) or ``torch.optim.ASGD``'s. Collective.
+
+        Raises:
+            ValueError: on every rank the same, where it does not fit; nothing has changed then.
+        """
+        self._refuse_swapped("load_state_dict()")
+        loaded = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            loaded = _given(pre_hook(self, loaded), loaded)
+        self.synchronize()
+        with self._agreement.together(), torch.no_grad():
+            load_state_dict(self.param_groups, self._buckets, loaded)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a ShardedASGD cannot be copied or pickled: its parameters are views of its buckets and its hooks reduce "
+            "their gradients. Build another one and pass it state_dict()"
+        )
+
+    # Internals -------------------------------------------------------------------------------------------------------
+
+    def _all_buckets(self) -> list[Bucket]:
+        return [bucket for buckets in self._buckets for bucket in buckets]
+
+    def _refuse_swapped(self, what: str) -> None:
+        if self._swapped:
+            raise RuntimeError(f"{what} is not possible inside averaged_parameters(): leave the with block first")
+
+    def _add_checked(self, param_group: dict[str, Any]) -> None:
+        """torch's own checks, then ours. Nothing is added where one fails."""
+        count = len(self.param_groups)
+        try:
+            super().add_param_group(param_group)
+            group = self.param_groups[-1]
+            Hyperparameters.of(group)
+            for name, param in zip(parameter_names(group, count), group["params"], strict=True):
+                check_parameter(name, param)
+        except Exception:
+            del self.param_groups[count:]
+            raise
+
+    def _build(self, first: int) -> None:
+        """Makes the buckets of the groups from ``first`` on."""
+        rank, world_size = self._agreement.rank, self._agreement.world_size
+        for number, group in enumerate(self.param_groups[first:], start=first):
+            named = dict(zip(group["params"], parameter_names(group, number), strict=True))  # tied ones once
+            buckets = build_buckets(
+                named, self._bucket_bytes, rank, world_size, self._process_group, self._precision, self._reduces
+            )
+            self._buckets.append(buckets)
+            self._waits.attach(buckets)
+            if self._reduces:
+                self._reducer.add(buckets)
+
+    def _agree_on_arguments(self, first: int) -> None:
+        arguments = {
+            "gradients": self._gradients,
+            "find_unused_parameters": self._find_unused,
+            "bucket_bytes": self._bucket_bytes,
+            "precision": self._precision,
+        }
+        facts = argument_facts(arguments, self.param_groups, first)
+        self._agreement.require_equal("the arguments of the optimizer", facts)
+
+
+def _given(result: Any, default: Any) -> Any:
+    """What a hook returned, if anything."""
+    return default if result is None else result

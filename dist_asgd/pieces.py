@@ -1,0 +1,240 @@
+"""Tensors that stand for a piece of a parameter: in state dicts, and as ``p.grad`` after a reduction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from dist_asgd.layout import Box, boxes
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """How a parameter lies in its bucket: its shape, and the strides it keeps there.
+
+    A dense parameter keeps its memory order (channels_last, transposed), so that its gradient has the same order and is
+    moved without a permutation. ``order`` lists the dims from the slowest to the fastest varying one.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    order: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Placement:
+        strides = torch.empty_like(tensor, device="meta").stride()  # those of a dense copy
+        order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim] if tensor.shape[dim] != 1 else -math.inf)
+        return cls(tuple(tensor.shape), tuple(strides), tuple(order))
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_row_major(self) -> bool:
+        return self.order == tuple(range(len(self.shape)))
+
+    def view(self, flat: Tensor) -> Tensor:
+        """The parameter's own view of its ``numel`` elements in memory order."""
+        return flat.as_strided(self.shape, self.strides, flat.storage_offset())
+
+    def flatten(self, tensor: Tensor) -> Tensor:
+        """The elements of a tensor of this shape in the parameter's memory order, 1-D; a copy only where it must be."""
+        if tensor.ndim == 1 and tensor.is_contiguous():
+            return tensor
+        return tensor.permute(self.order).reshape(-1)
+
+    def boxes(self, start: int, stop: int) -> list[Box]:
+        """The blocks of the parameter's shape that the flat range covers, in the order of their elements."""
+        return [
+            Box(self._unpermute(box.offsets), self._unpermute(box.sizes))
+            for box in boxes([self.shape[dim] for dim in self.order], start, stop)
+        ]
+
+    def box_view(self, flat: Tensor, box: Box) -> Tensor:
+        """``flat``, the elements of ``box`` in memory order, as a tensor of the box's sizes."""
+        permuted = flat.view([box.sizes[dim] for dim in self.order])
+        return permuted.permute(self._unpermute(range(len(self.order))))
+
+    def _unpermute(self, values: Sequence[int]) -> tuple[int, ...]:
+        result = [0] * len(self.order)
+        for value, dim in zip(values, self.order, strict=True):
+            result[dim] = value
+        return tuple(result)
+
+
+class StatePiece(Tensor):
+    """A tensor of a parameter's shape of which this rank holds one flat piece.
+
+    It stands for ``ax`` or ``master`` in a sharded ``state_dict()``. ``torch.distributed.checkpoint`` saves and loads
+    it, with any number of ranks, as blocks of the whole tensor (it implements DCP's ``_Checkpointable`` protocol).
+
+    Attributes:
+        local: 1-D, the elements ``[start, start + len(local))`` of the parameter in memory order; may be empty.
+        start: int, see ``local``.
+        placement: shape and memory order of the whole tensor.
+    """
+
+    local: Tensor
+    start: int
+    placement: Placement
+
+    @staticmethod
+    def __new__(cls, local: Tensor, start: int, placement: Placement) -> StatePiece:
+        piece = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, placement.shape, dtype=local.dtype, device=local.device
+        )
+        piece.local, piece.start, piece.placement = local, start, placement
+        return piece
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        stop = self.start + len(self.local)
+        return f"StatePiece(shape={tuple(self.shape)}, dtype={self.dtype}, elements [{self.start}, {stop}))"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return StatePiece, (self.local.clone(), self.start, self.placement)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StatePiece:
+        copy = StatePiece(self.local.clone(), self.start, self.placement)
+        memo[id(self)] = copy
+        return copy
+
+    def _blocks(self) -> Iterator[tuple[Box, Tensor]]:
+        """Each box of the piece with a view of its elements, of the box's sizes."""
+        offset = 0
+        for box in self.placement.boxes(self.start, self.start + len(self.local)):
+            yield box, self.placement.box_view(self.local[offset : offset + box.numel], box)
+            offset += box.numel
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        properties = TensorProperties(dtype=self.dtype)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, torch.Size(box.offsets), index),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=_chunk(box), properties=properties, size=self.shape),
+            )
+            for index, (box, _) in enumerate(self._blocks())
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [_chunk(box) for box, _ in self._blocks()]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        for box, block in self._blocks():
+            if box.offsets == tuple(index.offset or ()):
+                return block
+        raise ValueError(f"this rank holds no block of {index.fqn} at offset {index.offset}")
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        piece = args[0]
+        if func in (aten.detach.default, aten.alias.default):
+            return StatePiece(piece.local, piece.start, piece.placement)
+        if func in (aten.clone.default, aten._to_copy.default, aten.new_empty.default, aten.empty_like.default):
+            kwargs = {key: value for key, value in (kwargs or {}).items() if key != "memory_format"}
+            rest = args[1:] if func is not aten.new_empty.default else (piece.local.shape,)
+            return StatePiece(func(piece.local, *rest, **kwargs), piece.start, piece.placement)
+        if func is aten.copy_.default and isinstance(args[1], StatePiece):
+            piece.local.copy_(args[1].local)
+            return piece
+        if func is aten.equal.default and isinstance(args[1], StatePiece):
+            return piece.start == args[1].start and torch.equal(piece.local, args[1].local)
+        raise NotImplementedError(
+            f"{func} needs the whole tensor, and this rank holds {piece!r} of it; "
+            "ShardedASGD.full_state_dict() gathers whole tensors"
+        )
+
+
+def _chunk(box: Box) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.sizes))
+
+
+class GradientOwner(Protocol):
+    """What a ``GradientPiece`` asks of the bucket that holds its elements."""
+
+    @property
+    def group(self) -> dist.ProcessGroup | None: ...
+    def gradient_tensors(self) -> list[Tensor]: ...
+    def zero_gradient(self, gradient: GradientPiece) -> None: ...
+    def warn_reduced_twice(self) -> None: ...
+
+
+class GradientPiece(Tensor):
+    """The ``p.grad`` of a parameter whose gradient was reduced: this rank's piece of it, which ``owner`` holds.
+
+    It has the parameter's shape and dtype and supports what happens to gradients between backward and step:
+    accumulation by another backward, zeroing, ``GradScaler.unscale_`` (all ranks call it; an inf on one rank's piece
+    is seen by all). Setting ``p.grad`` to None drops it. Everything else needs the whole gradient and raises.
+
+    Attributes:
+        contributed: whether this rank had a gradient, in any of the reductions that the piece has accumulated.
+        pending: a gradient of this rank, of the parameter's shape, that has not been reduced yet; or None.
+    """
+
+    owner: GradientOwner
+    contributed: bool
+    pending: Tensor | None
+
+    @staticmethod
+    def __new__(cls, owner: GradientOwner, param: Tensor) -> GradientPiece:
+        piece = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, param.shape, strides=param.stride(), dtype=param.dtype, device=param.device
+        )
+        piece.owner, piece.contributed, piece.pending = owner, False, None
+        return piece
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"GradientPiece(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def take_pending(self) -> Tensor | None:
+        pending, self.pending = self.pending, None
+        return pending
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func in (aten.add_.Tensor, aten.add.Tensor) and isinstance(args[0], GradientPiece):
+            piece, grad = args
+            piece.pending = grad.detach() if piece.pending is None else piece.pending + grad
+            return piece
+        if func in (aten.zero_.default, aten._foreach_zero_.default):
+            for piece in args[0] if isinstance(args[0], (list, tuple)) else [args[0]]:
+                piece.owner.zero_gradient(piece)
+            return args[0]
+        if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
+            return unscale_(*args)
+        if func is aten.detach.default:
+            return args[0]
+        if func is aten.copy_.default and isinstance(args[0], GradientPiece):
+            # DistributedDataParallel writes the mean that it has computed as well: the same that the piece holds.
+            args[0].owner.warn_reduced_twice()
+            return args[0]
+        raise RuntimeError(
+            f"{func} needs a whole gradient, and gradients='local' leaves each rank a piece of the reduced one. Use "
+            "the optimizer's clip_grad_norm_() and zero_grad(), or look at gradients inside no_sync()"
+        )
+
+
+def unscale_(grads: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+    """GradScaler's unscaling: multiplies by ``inv_scale``, sets ``found_inf`` to 1 if any rank has a non-finite value.
+
+    Collective where one of the gradients is a ``GradientPiece``.
+    """
+    owners = list(dict.fromkeys(grad.owner for grad in grads if isinstance(grad, GradientPiece)))
+    local = [grad for grad in grads if not isinstance(grad, GradientPiece)]
+    for owner in owners:
+        local += owner.gradient_tensors()
+    if local:
+        torch._amp_foreach_non_finite_check_and_unscale_(local, found_inf, inv_scale)
+    if owners and owners[0].group is not None:
+        dist.all_reduce(found_inf, dist.ReduceOp.MAX, group=owners[0].group)

@@ -1,0 +1,149 @@
+"""When gradients are reduced: hooks that start each bucket's reduction during backward, in one order on every rank.
+
+[Note: passes] A *pass* starts the reduction of every bucket once, in bucket order. It opens with the first gradient of
+a backward; a bucket goes out as soon as all its gradients are there and its predecessors went; what is left goes out,
+with zeros for missing gradients, at the end of backward. So ranks that run the same number of backwards start the same
+collectives in the same order, whatever gradients they lack. ``settle`` brings a rank that ran fewer up to the others.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dist_asgd.replicated import Bucket
+
+# Reductions under way at once. Two keep the link busy; each holds its bucket's gradients and what it receives.
+MAX_IN_FLIGHT = 2
+
+
+class Reducer:
+    """Starts the reductions of ``buckets`` as backward makes their gradients.
+
+    The hooks hold it weakly: when the optimizer goes, gradients are the parameters' own again.
+    """
+
+    def __init__(self) -> None:
+        self.buckets: list[Bucket] = []
+        self.enabled = True  # False inside no_sync()
+        self.passes = 0  # since the last settle
+        self._dormant: list[bool] = []  # buckets that every rank has agreed to be frozen as a whole
+        self._missing: list[int] = []  # by bucket: gradients that the open pass waits for
+        self._arrived: list[bytearray] = []
+        self._next: int | None = None  # the bucket to go out next; None when no pass is open
+        self._witness: Tensor | None = None  # a parameter that brought its gradient in the open pass
+        self._task = -1  # the backward that will close the pass at its end
+        self._in_flight: deque[Bucket] = deque()
+
+    def add(self, buckets: Sequence[Bucket]) -> None:
+        """Takes on more buckets. Every rank adds the same."""
+        self.close_pass()
+        for bucket in buckets:
+            index = len(self.buckets)
+            self.buckets.append(bucket)
+            self._dormant.append(_is_frozen(bucket))
+            for position, param in enumerate(bucket.params):
+                _register(param, _hook(weakref.ref(self), index, position))
+
+    def close_pass(self) -> None:
+        """Starts what the open pass has not started yet, if one is open."""
+        if self._next is None:
+            return
+        while self._next < len(self.buckets):
+            self._start_next()
+        self._next = self._witness = None
+        self.passes += 1
+
+    def catch_up(self, passes: int) -> None:
+        """Brings this rank to ``passes``, with zeros. Then waits for everything under way."""
+        while self.passes < passes:
+            self._open_pass()
+            self.close_pass()
+        self.passes = 0
+        while self._in_flight:
+            self._in_flight.popleft().finish_reduce()
+
+    def reduce_now(self) -> None:
+        """One more pass, over all buckets, for gradients that no hook saw: assigned by hand, or made in no_sync()."""
+        for bucket in self.buckets:
+            self._start(bucket)
+        self.catch_up(0)
+
+    def rest(self) -> None:
+        """After the ranks have agreed on what is frozen: buckets that are frozen as a whole sit out the next passes."""
+        self._dormant = [_is_frozen(bucket) for bucket in self.buckets]
+
+    def arrive(self, index: int, position: int) -> None:
+        """A hook: the parameter has its gradient."""
+        if not self.enabled:
+            return
+        if self._witness is not None and self._witness.grad is None:
+            self.close_pass()  # the backward that opened it failed, and its gradients were cleared
+        if self._next is None:
+            self._open_pass()
+        self._close_at_end_of_backward()
+        # Before this gradient is counted in, so that whoever else has a hook on the parameter (DDP) still finds it.
+        self._start_ready()
+        if not self._arrived[index][position]:
+            self._arrived[index][position] = True
+            self._missing[index] -= 1
+        self._witness = self.buckets[index].params[position]
+
+    def _open_pass(self) -> None:
+        self._next = 0
+        self._missing = [sum(param.requires_grad for param in bucket.params) for bucket in self.buckets]
+        self._arrived = [bytearray(len(bucket.params)) for bucket in self.buckets]
+
+    def _start_ready(self) -> None:
+        while self._next is not None and self._next < len(self.buckets) and self._missing[self._next] <= 0:
+            self._start_next()
+
+    def _start_next(self) -> None:
+        index = self._next or 0
+        self._next = index + 1
+        if not self._dormant[index]:
+            self._start(self.buckets[index])
+
+    def _start(self, bucket: Bucket) -> None:
+        while len(self._in_flight) >= MAX_IN_FLIGHT:
+            self._in_flight.popleft().finish_reduce()
+        bucket.start_reduce()
+        self._in_flight.append(bucket)
+
+    def _close_at_end_of_backward(self) -> None:
+        task = torch._C._current_graph_task_id()
+        if task == self._task:
+            return
+        self._task = task
+        # The engine's own way to run something after a backward; DDP and FSDP2 finish theirs by it as well.
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
+
+    def _end_of_backward(self) -> None:
+        # Inside a node, this is the end of a backward within a backward (reentrant checkpointing): the outer goes on.
+        if torch._C._current_autograd_node() is None:
+            self.close_pass()
+
+
+def _is_frozen(bucket: Bucket) -> bool:
+    return not any(param.requires_grad for param in bucket.params)
+
+
+def _hook(reducer: weakref.ref[Reducer], index: int, position: int) -> Callable[[Tensor], None]:
+    def hook(param: Tensor) -> None:
+        alive = reducer()
+        if alive is not None:
+            alive.arrive(index, position)
+
+    return hook
+
+
+def _register(param: Tensor, hook: Callable[[Tensor], None]) -> None:
+    """Also on a frozen parameter, which may be unfrozen later; torch refuses hooks where no gradient is needed."""
+    frozen = not param.requires_grad
+    param.requires_grad_(True)
+    param.register_post_accumulate_grad_hook(hook)
+    param.requires_grad_(not frozen)

@@ -1,0 +1,338 @@
+"""Replicated parameters: flat buckets, of which each rank owns and updates one shard (ZeRO-1 and ZeRO-2).
+
+[Note: gradients] A bucket that ``reduces`` averages the ranks' own gradients. Its whole gradients live from backward
+until its reduction starts; from then on ``p.grad`` is a ``GradientPiece`` that stands for this rank's piece of the
+reduced gradient in ``Bucket.grad`` (1-D, indexed as the shard, in the dtype the rule is computed in). Without it (one
+rank, or somebody else has reduced them) ``p.grad`` stays what it is in torch and is read where it lies.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_asgd.collectives import Collectives, Reduction
+from dist_asgd.layout import BucketLayout, Piece, plan_buckets
+from dist_asgd.pieces import GradientPiece, Placement
+from dist_asgd.rule import Hyperparameters
+from dist_asgd.shards import GradientSlice, Precision, Run, Shard
+from dist_asgd.update import BLOCK, as_real, compute_dtype
+
+# Gradients of fewer elements are gathered before the update: one operator moves all of them, where reading each where
+# it lies would cost several operators a parameter.
+GATHER_BELOW = 32 * 1024
+
+
+class Bucket:
+    """One bucket of parameters with this rank's shard of it.
+
+    Args:
+        params: leaf tensors of one dtype and device, ``params[i]`` at ``layout.spans[i]``. They become views of the
+            bucket's buffer, so that no collective copies anything in or out.
+        names: of ``params``, for messages.
+        collectives: None with one rank.
+        reduces: whether the gradients are the rank's own and the bucket averages them; then parameters start as rank
+            0's, as in DistributedDataParallel.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        names: Sequence[str],
+        layout: BucketLayout,
+        rank: int,
+        collectives: Collectives | None,
+        precision: Precision,
+        reduces: bool,
+    ) -> None:
+        self.params, self.names, self.layout = tuple(params), tuple(names), layout
+        self.collectives = collectives if layout.numel else None
+        self.reduces = reduces
+        self.dtype, self.device = params[0].dtype, params[0].device
+        self.placements = tuple(Placement.of(param) for param in params)
+        self.buffer = torch.zeros(layout.numel, dtype=self.dtype, device=self.device)  # 1-D, the parameters
+        for position in range(len(params)):
+            self._attach(position)
+        self._addresses = [param.data_ptr() for param in self.params]
+        if reduces and self.collectives is not None:
+            self.collectives.broadcast(as_real(self.buffer))
+        start, stop = layout.shard(rank)
+        self.shard = Shard(self.buffer[start:stop], layout, self.placements, rank, precision)
+        self.grad: Tensor | None = None
+        self._gradient_pieces = [GradientPiece(self, param) for param in params] if reduces else []
+        self._kept: list[bool] = []  # the parameters to whose gradient the reduction under way adds
+        self._reduction: Reduction | None = None
+        self._gather: dist.Work | None = None
+        self._zeros: dict[int, Tensor] = {}
+        self._warned = False
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return None if self.collectives is None else self.collectives.group
+
+    # Parameters ------------------------------------------------------------------------------------------------------
+
+    def check_views(self) -> None:
+        """Takes up parameters whose ``.data`` was replaced; raises ``RuntimeError`` where they do not fit any more."""
+        if [param.data_ptr() for param in self.params] == self._addresses:
+            return
+        for position, param in enumerate(self.params):
+            if param.data_ptr() == self._addresses[position]:
+                continue
+            found = _describe(param)
+            expected = f"{self.dtype} on {self.device} of shape {self.placements[position].shape}"
+            if found != expected:
+                raise RuntimeError(
+                    f"parameter {self.names[position]!r} has become {found}; the optimizer was built for {expected}. "
+                    "Convert the model (model.to(...)) before building the optimizer, or build it again"
+                )
+            self._attach(position)
+
+    def start_gather(self) -> None:
+        """Starts completing the parameters on every rank from the shards. Collective."""
+        if self.collectives is not None:
+            self._gather = self.collectives.start_gather(as_real(self.buffer), as_real(self.shard.param))
+
+    def wait(self) -> None:
+        """Until the parameters are complete."""
+        if self._gather is not None:
+            self._gather.wait()
+            self._gather = None
+
+    def assemble(self, flat: Tensor) -> Tensor | None:
+        """The whole bucket, 1-D, on rank 0's CPU (others: None) from a ``flat`` tensor of each shard. Collective."""
+        if self.collectives is None:
+            return flat.detach().clone().cpu()
+        rank = dist.get_rank(self.group)
+        parts = [torch.empty_like(flat) for _ in range(self.layout.world_size)] if rank == 0 else None
+        real = None if parts is None else [as_real(part) for part in parts]
+        dist.gather(as_real(flat), real, group=self.group, group_dst=0)
+        return None if parts is None else torch.cat(parts).cpu()
+
+    def _attach(self, position: int) -> None:
+        param, span = self.params[position], self.layout.spans[position]
+        view = self.placements[position].view(self.buffer[span.start : span.stop])
+        view.copy_(param.detach())
+        param.data = view
+
+    # Gradients -------------------------------------------------------------------------------------------------------
+
+    def requires_grad(self) -> list[bool]:
+        return [param.requires_grad for param in self.params]
+
+    def has_gradient(self) -> list[bool]:
+        """For each parameter, whether this rank made a gradient since the last one was dropped."""
+        grads = [param.grad for param in self.params]
+        return [
+            grad.contributed or grad.pending is not None if isinstance(grad, GradientPiece) else grad is not None
+            for grad in grads
+        ]
+
+    def has_unreduced(self) -> bool:
+        """Whether a parameter has a gradient that only this rank knows."""
+        grads = [param.grad for param in self.params]
+        return any(grad.pending is not None if isinstance(grad, GradientPiece) else grad is not None for grad in grads)
+
+    def check_gradients(self) -> None:
+        """Raises ``RuntimeError`` for a gradient that the rule has no meaning for, naming its parameter."""
+        for name, param in zip(self.names, self.params, strict=True):
+            grad = param.grad
+            if grad is None or isinstance(grad, GradientPiece):
+                continue
+            if grad.layout is not torch.strided:
+                raise RuntimeError(f"parameter {name!r} has a sparse gradient; ASGD needs a dense one (sparse=False)")
+            if not _fits(grad, param):
+                raise RuntimeError(f"the gradient of parameter {name!r} is {_describe(grad)}, it is {_describe(param)}")
+
+    def start_reduce(self) -> None:
+        """Moves the rank's gradients into one buffer, frees them and starts their reduction. Collective."""
+        self.finish_reduce()
+        grads: list[Tensor | None] = []
+        self._kept = []
+        for param, piece in zip(self.params, self._gradient_pieces, strict=True):
+            kept = param.grad is piece
+            grad = piece.take_pending() if kept else param.grad
+            self._kept.append(kept)
+            if grad is not None and not _fits(grad, param):
+                grads.append(None)  # it stays where it is, for check_gradients to name
+                continue
+            grads.append(grad)
+            piece.contributed = grad is not None or (kept and piece.contributed)
+            if grad is not None or param.requires_grad:
+                param.grad = piece
+        if self.collectives is not None:
+            source = self.buffer.new_empty(self.layout.numel)
+            self._pack(range(len(grads)), grads, 0, source)
+            self._reduction = self.collectives.start_reduce(as_real(source), compute_dtype(as_real(source).dtype))
+
+    def finish_reduce(self) -> None:
+        """Waits for the reduction under way, if any, and adds its result to the gradients that were kept."""
+        if self._reduction is None:
+            return
+        total, self._reduction = self._reduction.finish(), None
+        if self.dtype.is_complex:
+            total = torch.view_as_complex(total.view(-1, 2))
+        if self.grad is None or not any(self._kept):
+            self.grad = total
+            return
+        for position, piece in self.shard.pieces.items():
+            if not self._kept[position]:
+                self.grad[piece.shard_start : piece.shard_stop].zero_()
+        self.grad.add_(total)
+
+    def drop_gradient(self) -> None:
+        """Frees the reduced gradient."""
+        if self._reduction is not None:
+            self._reduction.work.wait()
+        self._reduction = self.grad = None
+
+    def zero_gradient(self, gradient: GradientPiece) -> None:
+        self.finish_reduce()
+        gradient.pending = None
+        position = next(i for i, piece in enumerate(self._gradient_pieces) if piece is gradient)
+        piece = self.shard.pieces.get(position)
+        if piece is not None and self.grad is not None:
+            self.grad[piece.shard_start : piece.shard_stop].zero_()
+
+    def gradient_tensors(self) -> list[Tensor]:
+        """Every tensor that holds values of the gradients that are attached to their parameters, each value once."""
+        self.finish_reduce()
+        attached = [param.grad is piece for param, piece in zip(self.params, self._gradient_pieces, strict=True)]
+        pending = [piece.pending for piece, on in zip(self._gradient_pieces, attached, strict=True) if on]
+        if self.grad is None:
+            reduced = []
+        elif all(attached):
+            reduced = [self.grad]
+        else:
+            owned = [piece for position, piece in self.shard.pieces.items() if attached[position]]
+            reduced = [self.grad[piece.shard_start : piece.shard_stop] for piece in owned]
+        return reduced + [grad for grad in pending if grad is not None]
+
+    def warn_reduced_twice(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "gradients are reduced twice: by DistributedDataParallel and by ShardedASGD(gradients='local'). The "
+                "results are right, the work is double: pass gradients='reduced', or do not wrap the model",
+                stacklevel=2,
+            )
+
+    # Update ----------------------------------------------------------------------------------------------------------
+
+    def update(self, h: Hyperparameters, active: Sequence[bool] | None) -> None:
+        """One step of this rank's shard for the parameters that are ``active`` (None: all)."""
+        self.wait()
+        self.finish_reduce()
+        self.shard.update(h, active, self._reduced_slices if self.reduces else self._plain_slices)
+
+    def _reduced_slices(self, run: Run) -> Iterator[GradientSlice]:
+        where = self.shard.slice_of(run)
+        if where.start < where.stop and self.grad is not None:
+            yield GradientSlice(where.start, self.grad[where])
+
+    def _plain_slices(self, run: Run) -> Iterator[GradientSlice]:
+        """Large gradients where they lie, and runs of small ones gathered, in pieces that stay in cache."""
+        small: list[Piece] = []
+        for position in range(run.first, run.stop):
+            piece = self.shard.pieces.get(position)
+            if piece is None:
+                continue
+            grad = self.params[position].grad
+            if grad is None:
+                continue
+            whole = piece.stop - piece.start == self.layout.spans[position].numel
+            if whole and grad.numel() < GATHER_BELOW:
+                small.append(piece)
+                if piece.shard_stop - small[0].shard_start >= BLOCK:
+                    yield self._gathered(small)
+                    small = []
+                continue
+            if small:
+                yield self._gathered(small)
+                small = []
+            yield GradientSlice(piece.shard_start, self._flat(position, grad)[piece.start : piece.stop])
+        if small:
+            yield self._gathered(small)
+
+    def _gathered(self, pieces: Sequence[Piece]) -> GradientSlice:
+        start, stop = pieces[0].shard_start, pieces[-1].shard_stop
+        out = self.buffer.new_empty(stop - start)
+        positions = [piece.position for piece in pieces]
+        self._pack(positions, [self.params[position].grad for position in positions], self.shard.start + start, out)
+        return GradientSlice(start, out)
+
+    def _pack(self, positions: Sequence[int], grads: Sequence[Tensor | None], start: int, out: Tensor) -> None:
+        """Writes the gradients of whole parameters, and zeros between them, to ``out``: the bucket from ``start`` on.
+
+        None stands for zeros. One operator moves them all.
+        """
+        parts: list[Tensor] = []
+        end = start
+        for position, grad in zip(positions, grads, strict=True):
+            span = self.layout.spans[position]
+            if grad is None or span.numel == 0:
+                continue
+            if span.start > end:
+                parts.append(self._padding(span.start - end))
+            parts.append(self._movable(position, grad))
+            end = span.stop
+        if start + len(out) > end:
+            parts.append(self._padding(start + len(out) - end))
+        if all(part.ndim == 1 for part in parts):
+            torch.cat(parts, out=out)
+        else:
+            torch._chunk_cat(parts, 0, 1, out=out.view(1, -1))  # flattens each, as FSDP2 does
+
+    def _padding(self, numel: int) -> Tensor:
+        """Zeros. Gaps between parameters come in few sizes, so theirs are kept."""
+        if numel not in self._zeros:
+            zeros = self.buffer.new_zeros(numel)
+            if numel >= 64:
+                return zeros
+            self._zeros[numel] = zeros
+        return self._zeros[numel]
+
+    def _movable(self, position: int, grad: Tensor) -> Tensor:
+        """The gradient in a form that _pack's operators flatten into the parameter's memory order."""
+        row_major = grad.ndim and grad.is_contiguous() and self.placements[position].is_row_major
+        flat = grad if row_major else self.placements[position].flatten(grad)
+        return flat if flat.dtype == self.dtype else flat.to(self.dtype)
+
+    def _flat(self, position: int, grad: Tensor) -> Tensor:
+        return self.placements[position].flatten(grad)
+
+
+def build_buckets(
+    named: Mapping[Tensor, str],
+    bucket_bytes: int,
+    rank: int,
+    world_size: int,
+    group: dist.ProcessGroup | None,
+    precision: Precision,
+    reduces: bool,
+) -> list[Bucket]:
+    """Buckets for the parameters, with their names, of one group: apart by device and dtype. Collective."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for param in named:
+        kinds.setdefault((param.device, param.dtype), []).append(param)
+    buckets = []
+    for (device, dtype), params in kinds.items():
+        collectives = None if group is None else Collectives(group, device.type)
+        numels = [param.numel() for param in params]
+        for layout in plan_buckets(numels, world_size=world_size, max_numel=bucket_bytes // dtype.itemsize):
+            of_bucket = [params[span.index] for span in layout.spans]
+            names = [named[param] for param in of_bucket]
+            buckets.append(Bucket(of_bucket, names, layout, rank, collectives, precision, reduces))
+    return buckets
+
+
+def _fits(grad: Tensor, param: Tensor) -> bool:
+    return grad.layout is torch.strided and grad.shape == param.shape and grad.device == param.device
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} on {tensor.device} of shape {tuple(tensor.shape)}"

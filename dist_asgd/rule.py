@@ -1,0 +1,126 @@
+"""The maths of averaged SGD, as functions over tensors and numbers. Knows no ranks, buckets or groups.
+
+The rule is that of ``torch.optim.ASGD(foreach=False)``, operation by operation, so that fp32 and fp64 results are
+equal to torch's bit for bit (Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992;
+Bottou, "Large-scale machine learning with stochastic gradient descent", 2010). At step s of one parameter::
+
+    g   = -g                     if maximize
+    g   = g + weight_decay * p   with p before the shrink
+    p   = p * (1 - lambd * eta)
+    p   = p - eta * g            one rounding, as torch's add(alpha=)
+    ax  = p                      if mu == 1
+    ax  = ax + (p - ax) * mu     else; three roundings: lerp or addcmul would change 16 % of the elements
+    eta = lr / (1 + lambd * lr * s) ** alpha      used at step s + 1
+    mu  = 1 / max(1, s - t0)                      used at step s + 1
+
+``eta`` and ``mu`` are computed in double from the current ``lr`` and rounded to fp32, as torch stores them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparameters:
+    """The options of one param group that the rule reads."""
+
+    lr: float | Tensor  # a tensor has one element; eta is then computed with tensor arithmetic, as torch does
+    lambd: float
+    alpha: float
+    t0: float
+    weight_decay: float
+    maximize: bool
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> Hyperparameters:
+        return cls(**{name: group[name] for name in cls.__slots__})
+
+    def __post_init__(self) -> None:
+        """Raises ``ValueError`` (``TypeError`` for a non-number) that names the option, its value and its range."""
+        if isinstance(self.lr, Tensor):
+            if self.lr.numel() != 1:
+                raise ValueError(
+                    f"lr must be a number or a tensor of 1 element, got one of shape {tuple(self.lr.shape)}"
+                )
+        else:
+            _check_number("lr", self.lr, low=0.0)
+        _check_number("lambd", self.lambd, low=0.0)
+        _check_number("alpha", self.alpha, low=0.0)
+        # t0 = inf is a way to say "never average", so infinity is welcome there and nowhere else.
+        _check_number("t0", self.t0, low=0.0, finite=False)
+        _check_number("weight_decay", self.weight_decay, low=0.0)
+        if not isinstance(self.maximize, bool):
+            raise TypeError(f"maximize must be True or False, got {self.maximize!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Scalars:
+    """``step``: steps taken; ``eta`` and ``mu``: what the next one uses. Host numbers, so reading them never syncs."""
+
+    step: int  # an int, since torch's fp32 counter stops at 2**24
+    eta: float
+    mu: float
+
+
+def first_scalars(h: Hyperparameters) -> Scalars:
+    """The state of a parameter before its first step: its ``eta`` is the ``lr`` that holds when that step comes."""
+    return Scalars(step=0, eta=_round_scalar(float(h.lr)), mu=1.0)
+
+
+def next_scalars(h: Hyperparameters, step: int) -> Scalars:
+    """The state after ``step`` steps, in the double arithmetic and the rounding of torch."""
+    count = float(step)
+    eta = h.lr / ((1 + h.lambd * h.lr * count) ** h.alpha)
+    mu = 1 / max(1, count - h.t0)
+    return Scalars(step=step, eta=_round_scalar(float(eta)), mu=_round_scalar(mu))
+
+
+def asgd_step_(
+    param: Tensor,  # any shape, real; updated in place
+    grad: Tensor,  # same shape and dtype; only read
+    average: Tensor | None,  # same shape, any real dtype, updated in place; None where the average is the parameter
+    h: Hyperparameters,
+    scalars: Scalars,
+) -> None:
+    """One step of the rule on ``param`` and its ``average``, by plain operators: the reference for every other form."""
+    if h.maximize:
+        grad = -grad
+    if h.weight_decay != 0:
+        grad = grad.add(param, alpha=h.weight_decay)
+    shrink = 1 - h.lambd * scalars.eta
+    if shrink != 1:
+        param.mul_(shrink)
+    param.add_(grad, alpha=-scalars.eta)
+    if average is not None:
+        average_step_(average, param, scalars.mu)
+
+
+def average_step_(average: Tensor, iterate: Tensor, mu: float) -> None:
+    """``average`` moves towards ``iterate`` by the fraction ``mu``, computed in the wider dtype of the two."""
+    if mu == 1:
+        average.copy_(iterate)
+        return
+    wide = average.to(torch.promote_types(average.dtype, iterate.dtype))
+    wide.add_(iterate.to(wide.dtype).sub(wide).mul_(mu))
+    if wide is not average:
+        average.copy_(wide)
+
+
+def _check_number(name: str, value: object, *, low: float, finite: bool = True) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if math.isnan(value) or value < low or (finite and math.isinf(value)):
+        raise ValueError(f"{name} must be a {'finite ' if finite else ''}number >= {low:g}, got {value!r}")
+
+
+def _round_scalar(value: float) -> float:
+    """To the precision in which torch.optim keeps ``eta`` and ``mu``: fp32, or fp64 where that is the default dtype."""
+    return value if torch.get_default_dtype() == torch.float64 else ctypes.c_float(value).value

@@ -1,0 +1,90 @@
+"""Before a step: every gradient reduced, and every rank of one mind about what the step does."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from dist_asgd.agreement import Agreement
+from dist_asgd.checks import Groups, require_gradients, step_code, step_facts
+from dist_asgd.reducer import Reducer
+from dist_asgd.replicated import Bucket
+from dist_asgd.rule import Hyperparameters
+
+Flags = dict[Bucket, list[bool]]  # a fact about each parameter of each bucket
+
+
+class Settlement:
+    """The one point of a step at which ranks talk about anything but gradients and parameters.
+
+    Args:
+        reducer: of the buckets that reduce.
+        reduces: whether gradients are the ranks' own.
+        find_unused: whether a parameter may lack a gradient on some ranks, or all.
+    """
+
+    def __init__(self, agreement: Agreement, reducer: Reducer, reduces: bool, find_unused: bool) -> None:
+        self._agreement, self._reducer = agreement, reducer
+        self._reduces, self._find_unused = reduces, find_unused
+        self._empty_steps = 0  # in a row
+
+    def settle(self, groups: Groups, buckets: Sequence[Bucket]) -> Flags:
+        """Reduces what is not yet reduced, and returns which parameters take a step. Collective.
+
+        Raises the same error on every rank where any rank found one or where ranks differ; gradients are then as they
+        were, and no collective is left unmatched.
+        """
+        for bucket in buckets:
+            bucket.wait()
+        self._reducer.close_pass()
+        present: Flags = {}
+        shared: Flags = {}  # what must be the same on every rank
+        code, error = 0, None
+        try:
+            present = self._check(groups, buckets)
+            shared = {bucket: bucket.requires_grad() for bucket in buckets} if self._reduces else present
+            code = step_code(groups, shared)
+        except Exception as caught:
+            error = caught
+        unreduced = self._reduces and any(bucket.has_unreduced() for bucket in buckets)
+        passes, high, minus_low, any_unreduced, failed = self._agreement.maximum(
+            [self._reducer.passes, code, -code, unreduced, error is not None]
+        )
+        self._reducer.catch_up(passes)
+        if failed:
+            self._agreement.maximum([], error)
+        if high != -minus_low:
+            what = "requires_grad" if self._reduces else "the presence of a gradient"
+            self._agreement.require_equal("this step", step_facts(groups, shared, what))
+        if any_unreduced:
+            self._reducer.reduce_now()
+        self._reducer.rest()
+        return self._union(present) if self._reduces and self._find_unused else present
+
+    def _check(self, groups: Groups, buckets: Sequence[Bucket]) -> Flags:
+        """Checks what a user can have broken since the last step; tells which parameters have a gradient here."""
+        for group in groups:
+            Hyperparameters.of(group)
+        present = {}
+        for bucket in buckets:
+            bucket.check_views()
+            bucket.check_gradients()
+            present[bucket] = bucket.has_gradient()
+            if self._reduces and not self._find_unused and not all(present[bucket]):
+                require_gradients(bucket, present[bucket])
+        self._warn_if_orphaned(any(map(any, present.values())))
+        return present
+
+    def _union(self, flags: Flags) -> Flags:
+        union = iter(self._agreement.union([flag for own in flags.values() for flag in own]))
+        return {bucket: [next(union) for _ in own] for bucket, own in flags.items()}
+
+    def _warn_if_orphaned(self, has_gradients: bool) -> None:
+        """A model whose parameters were replaced gives none of ours a gradient; torch's optimizers say nothing then."""
+        self._empty_steps = 0 if has_gradients else self._empty_steps + 1
+        if self._empty_steps == 3:
+            warnings.warn(
+                "three steps in a row found no gradient on any parameter of the optimizer. If the model's parameters "
+                "were replaced after the optimizer was built (load_state_dict(assign=True)), build it again",
+                stacklevel=6,
+            )

@@ -1,0 +1,228 @@
+"""What a rank owns of a bucket: tensors and scalars, their update, and their way in and out of state dicts.
+
+[Note: the tensors of a shard] All are 1-D, of ``layout.shard_numel`` elements and indexed alike:
+- ``param``: the shard of the parameters themselves, a view of the bucket.
+- ``master``: for bf16 and fp16 parameters, the fp32 values of which ``param`` is the rounding; else None.
+- ``average``: ``ax``. None until a parameter of the bucket starts averaging: before that, ``ax`` *is* the parameter.
+
+``step``, ``eta`` and ``mu`` belong to parameters. They are kept for runs of neighbours in which they are equal, which
+is one run as long as all parameters get gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_asgd.layout import BucketLayout, Piece
+from dist_asgd.pieces import Placement, StatePiece
+from dist_asgd.rule import Hyperparameters, Scalars, first_scalars, next_scalars
+from dist_asgd.update import compute_dtype, follow_, update_
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Which state low-precision parameters get. ``average_dtype`` None: fp32 or the parameter's, whichever is wider."""
+
+    master_weights: bool
+    average_dtype: torch.dtype | None
+
+    def needs_master(self, dtype: torch.dtype) -> bool:
+        return self.master_weights and compute_dtype(dtype) != dtype
+
+    def average(self, dtype: torch.dtype) -> torch.dtype:
+        if self.average_dtype is None:
+            return compute_dtype(dtype)
+        return torch.promote_types(self.average_dtype, torch.complex32) if dtype.is_complex else self.average_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring parameters ``[first, stop)`` of a bucket whose scalars are equal."""
+
+    first: int
+    stop: int
+    scalars: Scalars
+
+
+@dataclass(frozen=True, slots=True)
+class GradientSlice:
+    start: int  # in the shard
+    grad: Tensor  # 1-D, the gradient from ``start`` on
+
+
+class Shard:
+    """One rank's shard of one bucket.
+
+    Args:
+        param: 1-D, the rank's shard of the bucket; updated in place.
+        layout: of the bucket.
+        placements: of the parameters, by position in ``layout.spans``.
+        rank: whose shard it is.
+    """
+
+    def __init__(
+        self, param: Tensor, layout: BucketLayout, placements: Sequence[Placement], rank: int, precision: Precision
+    ) -> None:
+        self.param = param
+        self.layout, self.placements = layout, tuple(placements)
+        self.start, self.stop = layout.shard(rank)
+        self.pieces: dict[int, Piece] = {piece.position: piece for piece in layout.pieces(rank)}
+        self.master = param.to(compute_dtype(param.dtype)) if precision.needs_master(param.dtype) else None
+        self.average: Tensor | None = None
+        self.average_dtype = precision.average(param.dtype)
+        self.runs = [Run(0, len(self.placements), Scalars(step=0, eta=0.0, mu=1.0))]
+
+    def slice_of(self, run: Run) -> slice:
+        """Where the parameters of ``run`` lie in the shard; empty where they lie elsewhere."""
+        spans = self.layout.spans
+        start = min(max(spans[run.first].start, self.start), self.stop) - self.start
+        stop = min(max(spans[run.stop - 1].stop, self.start), self.stop) - self.start
+        return slice(start, max(start, stop))
+
+    def update(
+        self,
+        h: Hyperparameters,
+        active: Sequence[bool] | None,
+        gradients: Callable[[Run], Iterable[GradientSlice]],
+    ) -> None:
+        """One step of the parameters that are ``active`` (None: all) with the ``gradients`` of each run."""
+        runs = []
+        for run, is_active in select_runs(self.runs, active):
+            runs.append(self._step(run, h, gradients) if is_active else run)
+        if active is None and all(run.scalars.mu == 1 for run in [*self.runs, *runs]):
+            self.average = None  # every parameter has just become its own average
+        self.runs = merge_runs(runs)
+
+    def _step(self, run: Run, h: Hyperparameters, gradients: Callable[[Run], Iterable[GradientSlice]]) -> Run:
+        scalars = run.scalars if run.scalars.step else first_scalars(h)
+        for part in gradients(run):
+            where = slice(part.start, part.start + len(part.grad))
+            update_(
+                self.param[where],
+                part.grad,
+                None if self.average is None else self.average[where],
+                None if self.master is None else self.master[where],
+                h,
+                scalars,
+            )
+        following = next_scalars(h, scalars.step + 1)
+        if following.mu != 1 and self.average is None:
+            # Now, not in the next step: what is written to the parameters in between is no part of the average.
+            self.average = self.average_copy()
+        return replace(run, scalars=following)
+
+    def average_copy(self) -> Tensor:
+        """The average of every element, in ``average_dtype``; where there is none yet, that is the parameter."""
+        if self.average is not None:
+            return self.average.clone()
+        return self._iterate().to(self.average_dtype, copy=True)
+
+    def copy_average_to_param_(self) -> None:
+        """Overwrites the parameters that have an average of their own by it, rounded once."""
+        if self.average is None:
+            return
+        for run in self.runs:
+            if run.scalars.mu != 1:
+                self.param[self.slice_of(run)].copy_(self.average[self.slice_of(run)])
+
+    def _iterate(self) -> Tensor:
+        return self.param if self.master is None else follow_(self.master, self.param)
+
+    # State dicts -----------------------------------------------------------------------------------------------------
+
+    def scalars(self, h: Hyperparameters) -> list[Scalars]:
+        """The scalars of every parameter of the bucket, by position."""
+        expanded = [run.scalars if run.scalars.step else first_scalars(h) for run in self.runs]
+        return [scalars for run, scalars in zip(self.runs, expanded, strict=True) for _ in range(run.first, run.stop)]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state of the whole shard by torch's names. ``ax`` is live once averaging has started, a copy before."""
+        state = {"ax": self.average_copy() if self.average is None else self.average}
+        if self.master is not None:
+            state["master"] = self._iterate()
+        return state
+
+    def piece_of(self, flat: Tensor, position: int) -> Tensor:
+        """The part of ``flat`` (1-D, a tensor of the shard) that belongs to one parameter; whole with one rank."""
+        piece = self.pieces.get(position)
+        local = flat[:0] if piece is None else flat[piece.shard_start : piece.shard_stop]
+        if self.layout.world_size == 1:
+            return self.placements[position].view(local)
+        return StatePiece(local, 0 if piece is None else piece.start, self.placements[position])
+
+    def check_state(self, position: int, state: Mapping[str, Any]) -> None:
+        """Raises ``ValueError`` where ``state`` is not that of the parameter, saying what is wrong."""
+        placement, piece = self.placements[position], self.pieces.get(position)
+        missing = {"step", "eta", "mu", "ax"} - state.keys()
+        if missing:
+            raise ValueError(f"has no {', '.join(sorted(missing))}")
+        for name in ("ax", "master"):
+            value = state.get(name)
+            if value is None:
+                continue
+            if not isinstance(value, Tensor) or value.shape != placement.shape:
+                found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"has {name} of shape {found}, the parameter is {placement.shape}")
+            if isinstance(value, StatePiece) and piece is not None:
+                stop = value.start + len(value.local)
+                if (value.start, stop) != (piece.start, piece.stop):
+                    raise ValueError(
+                        f"has elements [{value.start}, {stop}) of {name}, this rank needs [{piece.start}, "
+                        f"{piece.stop}): it was saved by another number of ranks. torch.distributed.checkpoint and "
+                        "full_state_dict() move state between world sizes"
+                    )
+
+    def load_state(self, states: Mapping[int, Mapping[str, Any]]) -> None:
+        """Takes up checked states by position; the parameters that have none start afresh."""
+        fresh = Scalars(step=0, eta=0.0, mu=1.0)
+        scalars = [_scalars_of(states[p]) if p in states else fresh for p in range(len(self.placements))]
+        self.runs = merge_runs([Run(p, p + 1, value) for p, value in enumerate(scalars)])
+        average = self.average_copy()
+        for position, piece in self.pieces.items():
+            state = states.get(position, {})
+            where = slice(piece.shard_start, piece.shard_stop)
+            if "ax" in state:
+                average[where].copy_(self._own(state["ax"], position))
+            if self.master is not None:
+                master = state.get("master")
+                self.master[where].copy_(self.param[where] if master is None else self._own(master, position))
+        self.average = average if states else None
+
+    def _own(self, value: Tensor, position: int) -> Tensor:
+        piece = self.pieces[position]
+        if isinstance(value, StatePiece):
+            return value.local
+        return self.placements[position].flatten(value)[piece.start : piece.stop]
+
+
+def select_runs(runs: Sequence[Run], active: Sequence[bool] | None) -> list[tuple[Run, bool]]:
+    """Cuts ``runs`` where ``active`` changes; None means that every parameter is active."""
+    if active is None:
+        return [(run, True) for run in runs]
+    result = []
+    for run in runs:
+        first = run.first
+        for position in range(run.first + 1, run.stop + 1):
+            if position == run.stop or active[position] != active[first]:
+                result.append((Run(first, position, run.scalars), active[first]))
+                first = position
+    return result
+
+
+def merge_runs(runs: Iterable[Run]) -> list[Run]:
+    """Joins neighbours with equal scalars."""
+    result: list[Run] = []
+    for run in runs:
+        if result and result[-1].scalars == run.scalars:
+            run = Run(result.pop().first, run.stop, run.scalars)
+        result.append(run)
+    return result
+
+
+def _scalars_of(state: Mapping[str, Any]) -> Scalars:
+    return Scalars(step=int(state["step"]), eta=float(state["eta"]), mu=float(state["mu"]))

@@ -1,0 +1,153 @@
+"""The optimizer's state by parameter: torch's dicts made from shards, and shards filled from dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_asgd.replicated import Bucket
+from dist_asgd.rule import Hyperparameters, Scalars
+
+Groups = list[dict[str, Any]]  # optimizer.param_groups
+GroupBuckets = list[list[Bucket]]  # the buckets of each group
+
+# Options of torch.optim.ASGD that choose its implementation, with their defaults.
+_TORCH_OPTIONS = {"foreach": None, "differentiable": False, "capturable": False}
+
+
+class StateView(Mapping[Tensor, dict[str, Any]]):
+    """``optimizer.state``: for each parameter the dict that torch has there, made when it is asked for.
+
+    It has an entry for every parameter from the beginning. torch's ``get_optimizer_state_dict`` takes an empty state
+    as a reason to run a fake step, which would change the training (pytorch#164929).
+    """
+
+    def __init__(self, groups: Groups, buckets: GroupBuckets) -> None:
+        self._groups, self._buckets = groups, buckets
+
+    def __getitem__(self, param: Tensor) -> dict[str, Any]:
+        for group, buckets in zip(self._groups, self._buckets, strict=True):
+            for bucket in buckets:
+                for position, candidate in enumerate(bucket.params):
+                    if candidate is param:
+                        return _bucket_state(bucket, group)[position]
+        raise KeyError(param)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (param for group in self._groups for param in group["params"])
+
+    def __len__(self) -> int:
+        return sum(len(group["params"]) for group in self._groups)
+
+
+def sharded_state_dict(groups: Groups, buckets: GroupBuckets) -> dict[str, Any]:
+    """torch's state dict, in which ``ax`` and ``master`` are this rank's pieces. No communication."""
+    ids = _parameter_ids(groups)
+    state = {}
+    for group, of_group in zip(groups, buckets, strict=True):
+        for bucket in of_group:
+            for param, entry in zip(bucket.params, _bucket_state(bucket, group), strict=True):
+                state[ids[id(param)]] = entry
+    return {"state": dict(sorted(state.items())), "param_groups": _exported_groups(groups, ids)}
+
+
+def full_state_dict(groups: Groups, buckets: GroupBuckets, rank: int) -> dict[str, Any]:
+    """torch's state dict with whole tensors on rank 0's CPU; ``{}`` on the others. Collective.
+
+    As in torch, a parameter that has not taken a step has no state.
+    """
+    ids = _parameter_ids(groups)
+    state = {}
+    for group, of_group in zip(groups, buckets, strict=True):
+        for bucket in of_group:
+            flat = bucket.assemble(bucket.shard.tensors()["ax"])
+            if flat is None:
+                continue
+            for position, scalars in enumerate(bucket.shard.scalars(Hyperparameters.of(group))):
+                span = bucket.layout.spans[position]
+                if scalars.step:
+                    average = bucket.placements[position].view(flat[span.start : span.stop]).clone()
+                    state[ids[id(bucket.params[position])]] = {**_scalar_tensors(scalars), "ax": average}
+    if rank != 0:
+        return {}
+    exported = [{**_TORCH_OPTIONS, **group} for group in _exported_groups(groups, ids)]
+    return {"state": dict(sorted(state.items())), "param_groups": exported}
+
+
+def load_state_dict(groups: Groups, buckets: GroupBuckets, state_dict: Mapping[str, Any]) -> None:
+    """Fills shards and groups from ``state_dict``: ours or torch's, whole or sharded, by any parameter ids.
+
+    Raises ``ValueError``, before anything is changed, where it does not fit. Changes nothing of the caller's.
+    """
+    saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
+    keys = _match_groups(groups, saved_groups)
+    states = {
+        id(param): saved_state[key]
+        for group, group_keys in zip(groups, keys, strict=True)
+        for param, key in zip(group["params"], group_keys, strict=True)
+        if saved_state.get(key)
+    }
+    options = [_loaded_options(group, saved) for group, saved in zip(groups, saved_groups, strict=True)]
+    plans = []
+    for of_group in buckets:
+        for bucket in of_group:
+            plan = {p: states[id(param)] for p, param in enumerate(bucket.params) if id(param) in states}
+            for position, state in plan.items():
+                try:
+                    bucket.shard.check_state(position, state)
+                except ValueError as error:
+                    raise ValueError(f"the state of parameter {bucket.names[position]!r} {error}") from None
+            plans.append((bucket, plan))
+    for bucket, plan in plans:
+        bucket.shard.load_state(plan)
+    for group, loaded in zip(groups, options, strict=True):
+        group.update(loaded)
+
+
+def _bucket_state(bucket: Bucket, group: Mapping[str, Any]) -> list[dict[str, Any]]:
+    tensors = bucket.shard.tensors()
+    return [
+        {**_scalar_tensors(scalars), **{key: bucket.shard.piece_of(flat, p) for key, flat in tensors.items()}}
+        for p, scalars in enumerate(bucket.shard.scalars(Hyperparameters.of(group)))
+    ]
+
+
+def _scalar_tensors(scalars: Scalars) -> dict[str, Tensor]:
+    """0-dim tensors of torch's dtype, on the CPU; a step beyond fp32's integers is kept in fp64."""
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return {
+        "step": torch.tensor(scalars.step, dtype=torch.float64 if scalars.step > 2**24 else dtype),
+        "eta": torch.tensor(scalars.eta, dtype=dtype),
+        "mu": torch.tensor(scalars.mu, dtype=dtype),
+    }
+
+
+def _parameter_ids(groups: Groups) -> dict[int, int]:
+    params = [param for group in groups for param in group["params"]]
+    return {id(param): index for index, param in enumerate(params)}
+
+
+def _exported_groups(groups: Groups, ids: Mapping[int, int]) -> list[dict[str, Any]]:
+    return [{**group, "params": [ids[id(param)] for param in group["params"]]} for group in groups]
+
+
+def _match_groups(groups: Groups, saved: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    if len(groups) != len(saved):
+        raise ValueError(f"the state dict has {len(saved)} parameter groups, the optimizer {len(groups)}")
+    for index, (group, other) in enumerate(zip(groups, saved, strict=True)):
+        if len(group["params"]) != len(other["params"]):
+            raise ValueError(
+                f"parameter group {index} of the state dict has {len(other['params'])} parameters, "
+                f"that of the optimizer {len(group['params'])}"
+            )
+    return [list(group["params"]) for group in saved]
+
+
+def _loaded_options(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {"params", "param_names", *_TORCH_OPTIONS}
+    options = {key: value for key, value in saved.items() if key not in kept}
+    Hyperparameters.of({**group, **options})  # raises where they are out of range
+    return options

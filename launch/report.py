@@ -1,0 +1,93 @@
+"""What a run has measured: metrics.jsonl, the plot of both curves, and a table.
+
+    python launch/report.py runs/demo        # prints the table of a run
+
+One record is made at every evaluation. The file is small and is written as a whole each time, because object stores
+cannot append.
+"""
+
+import io
+import itertools
+import json
+import sys
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+try:
+    import matplotlib
+except ImportError:
+    matplotlib = None
+
+Record = dict[str, Any]
+
+
+class Metrics:
+    """The records of one run, kept in the directory or at the fsspec URL `out`.
+
+    Args:
+        resumed_step: the step that the run goes on from. Records up to it are kept, later ones are made again.
+    """
+
+    def __init__(self, out: str, resumed_step: int) -> None:
+        self.out = out
+        self.records = [record for record in read_metrics(out) if record["step"] <= resumed_step]
+
+    def add(self, record: Record) -> None:
+        """Keep one more record and write all of them."""
+        self.records.append(record)
+        _write(self.out, "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in self.records).encode())
+
+    def plot(self) -> str:
+        """Draw loss.png; returns a sentence that says where it is, or why there is none."""
+        if matplotlib is None:
+            return "matplotlib is not installed, so there is no loss.png: pip install 'dist-asgd[train]'"
+        picture = io.BytesIO()
+        _draw(self.records).savefig(picture, format="png", dpi=150)
+        return f"Both curves: {_write(self.out, 'loss.png', picture.getvalue())}"
+
+
+def read_metrics(out: str) -> list[Record]:
+    """The records in `out`; none where there is no file."""
+    fs, path = url_to_fs(f"{out}/metrics.jsonl")
+    return [json.loads(line) for line in fs.cat_file(path).splitlines()] if fs.exists(path) else []
+
+
+def table(records: list[Record]) -> str:
+    """The last record on each number of ranks, and its optimizer memory beside that of torch.optim.ASGD."""
+    last = {record["world_size"]: record for record in records}  # a later record replaces an earlier one
+    head = "ranks    step   bits per byte: raw   averaged   optimizer bytes per rank   torch.optim.ASGD"
+    row = "{world_size:5}  {step:6}  {raw:19.4f}  {averaged:9.4f}  {optimizer_bytes:25,}  {torch_asgd_bytes:17,}"
+    return "\n".join([head, *(row.format_map(record) for record in last.values())])
+
+
+def _draw(records: list[Record]) -> Any:
+    """Raw and averaged bits per byte over steps, with a line where the number of ranks changed."""
+    matplotlib.use("Agg")  # draws without a display
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    steps = [record["step"] for record in records]
+    axes.plot(steps, [record["raw"] for record in records], color="tab:gray", label="raw weights")
+    axes.plot(steps, [record["averaged"] for record in records], color="tab:blue", label="averaged weights")
+    for before, after in itertools.pairwise(records):
+        if before["world_size"] != after["world_size"]:
+            text = f" {before['world_size']} → {after['world_size']} ranks"
+            axes.axvline(before["step"], color="black", linestyle=":", linewidth=1)
+            axes.annotate(text, (before["step"], 0.9), xycoords=("data", "axes fraction"))
+    axes.set(xlabel="step", ylabel="held-out bits per byte")
+    axes.legend()
+    return figure
+
+
+def _write(out: str, name: str, content: bytes) -> str:
+    fs, folder = url_to_fs(out)
+    fs.makedirs(folder, exist_ok=True)
+    fs.pipe_file(f"{folder}/{name}", content)
+    return f"{out}/{name}"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python launch/report.py OUT   (the directory or URL that train.py had as --out)")
+    print(table(read_metrics(sys.argv[1])))

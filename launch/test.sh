@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Linters, types, tests. Arguments go to pytest:  launch/test.sh -k layout -x
+set -euo pipefail
+
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+cd "$ROOT"
+
+# Tests marked netns join two network namespaces by a link and count the bytes on it.
+check_netns() {
+    local probe="dist-asgd-probe-$$"
+    if [[ "$(id -u)" == 0 ]] && ! command -v ip >/dev/null && command -v apt-get >/dev/null; then
+        say "installing iproute2 for the netns tests"
+        export DEBIAN_FRONTEND=noninteractive
+        { apt-get update -qq && apt-get install -y -qq iproute2; } >/dev/null </dev/null || true
+    fi
+    if ! command -v ip >/dev/null; then
+        netns_skipped "the command 'ip' is missing (install iproute2)"
+    elif [[ "$(id -u)" != 0 ]]; then
+        netns_skipped "they need root"
+    elif ! ip netns add "$probe" 2>/dev/null; then
+        netns_skipped "this machine does not allow network namespaces"
+    else
+        ip netns delete "$probe"
+        say "netns tests run"
+    fi
+}
+
+netns_skipped() {
+    if [[ "${CI:-}" == true ]]; then
+        printf '!!\n!! CI WITHOUT THE NETNS TESTS: %s\n!!\n' "$1"
+    else
+        say "netns tests will be skipped: $1"
+    fi
+}
+
+check_gpu() {
+    local gpu
+    gpu="$("$PY" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")')"
+    if [[ -n "$gpu" ]]; then
+        say "GPU found ($gpu): gpu tests run"
+    else
+        say "no GPU found: gpu tests will be skipped"
+    fi
+}
+
+setup_environment test,lint
+check_netns
+check_gpu
+
+say "ruff check"
+"$PY" -m ruff check .
+say "ruff format --check"
+"$PY" -m ruff format --check .
+say "mypy dist_asgd"
+"$PY" -m mypy dist_asgd
+say "pytest $*"
+exec "$PY" -m pytest "$@"

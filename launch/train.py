@@ -1,0 +1,285 @@
+"""Trains a byte-level language model with ShardedASGD, and shows what averaging is worth.
+
+    python launch/train.py                                            # one process
+    torchrun --nproc-per-node 2 launch/train.py --out runs/a --checkpoint-dir runs/a/checkpoints
+    torchrun --nproc-per-node 3 launch/train.py --out runs/a --checkpoint-dir runs/a/checkpoints    # goes on from there
+
+There is no DistributedDataParallel: the optimizer averages the gradients over the ranks while backward runs, each rank
+updates its share of the parameters, and the shares are gathered again. The learning rate is high and stays high, so the
+weights wander round a minimum. From step `--t0` on their average is kept, which is nearer to it than they are.
+
+Beside this file: data.py (the text), model.py, world.py (the ranks), checkpoints.py, report.py (metrics and plot).
+"""
+
+import argparse
+import dataclasses
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+import checkpoints
+import data
+from dist_asgd import ShardedASGD
+from model import build_model
+from report import Metrics
+from world import StopSignal, World, join_world
+
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
+
+LEARNING_RATE = {"gpt": 3.0, "lstm": 10.0}  # SGD wants a large one where the gradient is clipped
+
+
+def option(default: Any, text: str, **more: Any) -> Any:
+    """A field of Args with what argparse wants to know about it."""
+    return field(default=default, metadata={"help": f"{text} (default: {default})" if default else text, **more})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Args:
+    """The command line: each field is an option."""
+
+    model: str = option("gpt", "the model", choices=["gpt", "lstm"])
+    width: int = option(96, "width of its layers")
+    layers: int = option(2, "number of its layers")
+    heads: int = option(3, "attention heads of the gpt")
+    dropout: float = option(0.0, "dropout of the lstm")
+    data: Sequence[str] = option((), "URLs, globs or paths of text; without, Python's standard library", nargs="+")
+    max_bytes: int = option(4_000_000, "read no more text than this")
+    held_out_bytes: int = option(2**16, "hold out this much of its end, to be evaluated on")
+    length: int = option(64, "bytes in a sequence")
+    batch: int = option(8, "sequences in a step, over all ranks")
+    steps: int = option(1600, "train until this step")
+    seed: int = option(0, "of the first weights and the order of the data")
+    lr: float = option(0.0, f"learning rate; without, that of the model: {LEARNING_RATE}")
+    lambd: float = option(1e-6, "ASGD's decay")
+    t0: float = option(800.0, "start averaging at this step")
+    clip: float = option(1.0, "clip the gradient to this norm")
+    eval_every: int = option(100, "evaluate every so many steps")
+    out: str = option("runs/train", "directory or URL for metrics.jsonl and loss.png")
+    checkpoint_dir: str = option("", "directory or URL for checkpoints; without, none are made")
+    checkpoint_every: int = option(400, "save every so many steps; also at the end and at a signal")
+    resume: str = option("auto", "'auto': go on from the newest in --checkpoint-dir; 'no'; or the URL of a checkpoint")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Args:
+    """The command line, checked, as a value that nothing changes any more."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    for f in dataclasses.fields(Args):
+        kind = {} if "nargs" in f.metadata else {"type": type(f.default)}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **f.metadata)
+    args = Args(**vars(parser.parse_args(argv)))
+    for name in ("width", "layers", "heads", "held_out_bytes", "length", "steps", "eval_every", "checkpoint_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.held_out_bytes <= args.length:
+        parser.error("--held-out-bytes must be more than --length")
+    if args.model == "gpt" and args.width % args.heads:
+        parser.error("--width must be a multiple of --heads")
+    return args if args.lr else dataclasses.replace(args, lr=LEARNING_RATE[args.model])
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a step needs. The same on every rank, but for `world` and the share of the state that `optimizer` has."""
+
+    args: Args
+    world: World
+    text: data.Text
+    model: nn.Module
+    optimizer: ShardedASGD
+
+    def identity(self) -> dict[str, Any]:
+        """What may not change when a run is resumed: with another value it would be another run."""
+        names = ("model", "width", "layers", "heads", "length", "batch", "seed")
+        return {name: getattr(self.args, name) for name in names} | {"text": self.text.digest}
+
+    def state(self) -> dict[str, Any]:
+        """What is saved, under the names of the parameters. Of the average, each rank has its own share."""
+        return {"model": self.model.state_dict(), "optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
+
+
+def build_run(args: Args, world: World) -> Run:
+    """Read the text, and build the model and its optimizer."""
+    if args.batch < world.size:
+        raise SystemExit(f"--batch {args.batch} leaves some of the {world.size} ranks without a sequence: raise it.")
+    text = data.read_text(args.data, max_bytes=args.max_bytes, held_out_bytes=args.held_out_bytes)
+    if text.digest != world.from_rank_zero(lambda: text.digest):
+        raise SystemExit(f"Rank {world.rank} has other text than rank 0: they must see the same files.")
+    torch.manual_seed(args.seed)
+    model = build_model(
+        args.model,
+        width=args.width,
+        layers=args.layers,
+        heads=args.heads,
+        context=args.length,
+        dropout=args.dropout,
+    ).to(world.device)
+    optimizer = ShardedASGD(model.named_parameters(), lr=args.lr, lambd=args.lambd, t0=args.t0, gradients="local")
+    return Run(args, world, text, model, optimizer)
+
+
+def next_byte_loss(run: Run, x: Tensor, y: Tensor, reduction: str) -> Tensor:
+    """Cross-entropy, in nats, of the bytes y (B, T) that follow the bytes x (B, T)."""
+    x, y = x.to(run.world.device), y.to(run.world.device)
+    return F.cross_entropy(run.model(x).flatten(0, 1), y.flatten(), reduction=reduction)
+
+
+def train_step(run: Run, step: int) -> Tensor:
+    """One step on this rank's share of the global batch; returns the sum of the share's losses, 0-d."""
+    args, world = run.args, run.world
+    share = data.rank_share(args.batch, world.rank, world.size)
+    x, y = data.sequences(run.text.train, share, seed=args.seed, step=step, length=args.length)  # (b, T) each
+    # Dropout is drawn anew for each step and rank, so that a resumed run draws what it would have drawn without a stop.
+    torch.manual_seed(random.Random(f"{args.seed} {step} rank {world.rank}").getrandbits(60))
+    loss = next_byte_loss(run, x, y, "mean")
+    # The optimizer takes the mean over ranks. Where the batch does not divide by them, shares differ in size (8 over 3
+    # ranks: 2, 3, 3). So that each sequence counts alike, a rank's loss is weighted by its part of the batch.
+    (loss * (world.size * len(share) / args.batch)).backward()
+    run.optimizer.clip_grad_norm_(args.clip)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return loss.detach() * len(share)
+
+
+@torch.no_grad()
+def bits_per_byte(run: Run) -> float:
+    """Held-out loss of the weights as they are. Each rank reads its share of the held-out text."""
+    world = run.world
+    nats = torch.zeros((), dtype=torch.float64, device=world.device)
+    count = 0
+    run.model.eval()
+    for x, y in data.held_out_batches(run.text.held_out, world.rank, world.size, length=run.args.length):
+        nats += next_byte_loss(run, x, y, "sum")
+        count += y.numel()
+    run.model.train()
+    total, bytes_read = world.sum(nats.item(), count)
+    return total / bytes_read / math.log(2)
+
+
+def optimizer_bytes(run: Run) -> int:
+    """Bytes of optimizer state on the rank that has most of it."""
+    total = 0
+    for state in run.optimizer.state_dict()["state"].values():
+        for name, value in state.items():
+            if name != "ax" or state["mu"] != 1:  # mu is 1 until averaging starts: till then ax is the parameter itself
+                total += getattr(value, "local", value).nbytes  # this rank's piece; with one rank, the whole
+    return int(run.world.max(total)[0])
+
+
+def torch_asgd_bytes(model: nn.Module) -> int:
+    """Bytes that torch.optim.ASGD keeps on every rank: ax, as large as the parameter, and fp32 step, eta and mu."""
+    return sum(p.numel() * p.element_size() + 3 * 4 for p in model.parameters())
+
+
+def evaluate(run: Run, step: int) -> dict[str, Any]:
+    """A record for metrics.jsonl, the same on every rank."""
+    raw = bits_per_byte(run)
+    with run.optimizer.averaged_parameters():
+        averaged = bits_per_byte(run)
+    say(run.world, f"step {step:6}: held-out bits per byte {raw:.4f}, averaged {averaged:.4f}")
+    return {
+        "step": step,
+        "raw": raw,
+        "averaged": averaged,
+        "world_size": run.world.size,
+        "optimizer_bytes": optimizer_bytes(run),
+        "torch_asgd_bytes": torch_asgd_bytes(run.model),
+    }
+
+
+def say(world: World, text: str) -> None:
+    """Print a line, once, above the progress bar."""
+    if world.rank == 0:
+        (print if tqdm is None else tqdm.write)(text)
+
+
+def remaining_steps(run: Run, done: int) -> Iterator[int]:
+    """The numbers of the steps to do; on rank 0, at a terminal, with a progress bar."""
+    steps = range(done + 1, run.args.steps + 1)
+    if tqdm is None:
+        say(run.world, "tqdm is not installed, so there is no progress bar: pip install 'dist-asgd[train]'")
+        return iter(steps)
+    disable = True if run.world.rank else None  # None: at a terminal it is shown, in a log it is not
+    return iter(tqdm(steps, initial=done, total=run.args.steps, unit="step", disable=disable))
+
+
+def resume(run: Run) -> tuple[int, float]:
+    """Load the checkpoint to go on from, if any; returns its step and the best averaged bits per byte until then."""
+    found = checkpoints.find(run.args.checkpoint_dir, run.args.resume, run.world)
+    if found is None:
+        return 0, math.inf
+    url, facts = found
+    for name, value in run.identity().items():
+        if facts["identity"][name] != value:
+            raise SystemExit(
+                f"{url} is of a run with {name} = {facts['identity'][name]}, and this one has {value}. "
+                "Take the same, or another --checkpoint-dir, or --resume no."
+            )
+    state = run.state()
+    checkpoints.load(url, state, run.world)  # into the model's own tensors
+    set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
+    say(run.world, f"Going on from step {facts['step']}, saved by {facts['world_size']} ranks: {url}")
+    return facts["step"], facts["best"]
+
+
+def save(run: Run, step: int, best: float) -> None:
+    """Save a checkpoint, if there is a place for it."""
+    if run.args.checkpoint_dir:
+        started = time.monotonic()
+        facts = {"best": best, "world_size": run.world.size, "identity": run.identity()}
+        url = checkpoints.save(run.args.checkpoint_dir, step, run.state(), facts, run.world)
+        say(run.world, f"Saved step {step} in {time.monotonic() - started:.1f} s: {url}")
+
+
+def train(run: Run, stop: StopSignal) -> None:
+    """Train from the newest checkpoint to the last step, or until a signal."""
+    args, world = run.args, run.world
+    done, best = resume(run)
+    metrics = Metrics(args.out, done)
+    losses, seen = torch.zeros((), device=world.device), 0  # of sequences, since the last evaluation
+    for step in remaining_steps(run, done):
+        losses += train_step(run, step)
+        seen += args.batch
+        if step % args.eval_every == 0 or step == args.steps:
+            record = evaluate(run, step)
+            best = min(best, record["averaged"])
+            train_loss = world.sum(losses.item())[0] / seen / math.log(2)
+            losses, seen = torch.zeros_like(losses), 0
+            if world.rank == 0:
+                metrics.add({**record, "train": train_loss, "best": best})
+        stopping = stop.asked(world) and step < args.steps
+        if stopping or step % args.checkpoint_every == 0 or step == args.steps:
+            save(run, step, best)
+        if stopping:
+            say(world, f"Stopped by a signal after step {step}.")
+            return
+    if world.rank == 0:
+        say(world, metrics.plot())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """One rank, from start to end."""
+    stop = StopSignal()
+    args = parse_args(argv)
+    world = join_world()
+    run = build_run(args, world)
+    size = sum(p.numel() for p in run.model.parameters())
+    say(world, f"{args.model} of {size:,} parameters, {len(run.text.train):,} bytes of text to train on")
+    say(world, f"{world.size} × {world.device.type}, {args.batch} sequences of {args.length} bytes a step in all")
+    train(run, stop)
+    world.close()
+
+
+if __name__ == "__main__":
+    main()

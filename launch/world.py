@@ -1,0 +1,85 @@
+"""The ranks of this run: who am I, which device is mine, and how do all of us agree on something small."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup | None  # a gloo group for small facts on the host; None in a run without torchrun
+
+    def sum(self, *values: float) -> list[float]:
+        """Each of the values added up over the ranks."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, *values: float) -> list[float]:
+        """The largest of each of the values."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def from_rank_zero(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns on rank 0, on every rank; the others do not call it."""
+        box = [make() if self.rank == 0 else None]
+        if self.control is not None:
+            dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def close(self) -> None:
+        """Leave the process group, but not while another rank still talks to this one."""
+        if self.control is not None:
+            dist.barrier(group=self.control)
+            dist.destroy_process_group()
+
+    def _reduce(self, values: tuple[float, ...], op: Any) -> list[float]:
+        if self.control is None:
+            return list(values)
+        vector = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(vector, op, group=self.control)
+        return vector.tolist()
+
+
+def join_world() -> World:
+    """Join the ranks that torchrun started, or be the only one. Takes GPUs where each rank can have one."""
+    gpus = torch.cuda.device_count()
+    if "RANK" not in os.environ:
+        return World(0, 1, torch.device("cuda" if gpus else "cpu"), None)
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    device = torch.device("cuda", local_rank) if gpus >= local_size else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        if gpus and local_rank == 0:
+            print(f"Taking the CPU: NCCL wants a GPU for each rank, and here are {gpus} for {local_size}.", flush=True)
+        dist.init_process_group("gloo")
+    return World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into a question that all ranks answer alike.
+
+    A signal may reach one rank only, or the ranks at different steps, so none acts on it alone: every rank calls
+    `asked` once a step, and it is true on all of them as soon as one has had a signal.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def asked(self, world: World) -> bool:
+        """Whether any rank was told to stop. One all-reduce of one number."""
+        return world.max(self.received)[0] > 0
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = True  # and no more: this runs between any two instructions of the program

@@ -1,0 +1,134 @@
+"""torch.amp.GradScaler, unchanged: an inf on one rank's slice means nobody steps, and the scalers stay equal."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from dist_asgd import ShardedASGD
+from oracle import (
+    PLAIN,
+    Pair,
+    Spec,
+    backward,
+    make_parameters,
+    named,
+    random_gradients,
+    reduce_in_rank_order,
+    same_bits,
+)
+from ranks import run_alone, run_ranks, same_everywhere
+
+
+def scaled_run(
+    world_size: int, gradients: str, bad: dict[int, tuple[int, int, int]], clip: bool, specs: Sequence[Spec] = PLAIN
+) -> None:
+    """`bad`: step -> (rank, parameter, element) whose gradient is inf."""
+    pair = Pair(make_parameters(specs), lr=0.1, t0=1, lambd=0.01, gradients=gradients, bucket_bytes=512)
+    ours, theirs = (torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3) for _ in range(2))
+    for step in range(10):
+        by_rank = random_gradients(specs, world_size, step)
+        if step in bad:
+            rank, index, element = bad[step]
+            by_rank[rank][index].view(-1)[element] = float("inf")  # type: ignore[union-attr]
+        for scaler in (ours, theirs):
+            scaler.scale(torch.zeros(()))  # a scaler makes its scale at the first loss
+        scale = ours.get_scale()
+        pair.backward([[g * scale for g in grads if g is not None] for grads in by_rank])
+        for p, g in zip(pair.oracle.params, pair.oracle.reduced, strict=True):
+            p.grad = g
+        if clip:
+            ours.unscale_(pair.optimizer)
+            theirs.unscale_(pair.oracle.optimizer)
+            pair.optimizer.clip_grad_norm_(0.5)
+            torch.nn.utils.clip_grad_norm_(pair.oracle.params, 0.5)
+        before = [p.detach().clone() for p in pair.params]
+        ours.step(pair.optimizer)
+        theirs.step(pair.oracle.optimizer)
+        ours.update()
+        theirs.update()
+        pair.zero_grad()
+        pair.optimizer.synchronize()
+        assert ours.get_scale() == theirs.get_scale(), step
+        assert ours.state_dict() == theirs.state_dict(), step
+        if step in bad:
+            assert all(map(same_bits, pair.params, before)), f"a rank stepped on an inf, step {step}"
+        if clip:
+            for p, twin in zip(pair.params, pair.oracle.params, strict=True):
+                torch.testing.assert_close(p.detach(), twin.detach(), rtol=1e-5, atol=1e-6)
+                assert world_size == 1 or same_everywhere(p)
+        else:
+            pair.check(step)
+
+
+# The first and the last element of the last and the first parameter: a slice of one rank each.
+BAD = {2: (0, 4, 98), 3: (1, 0, 0), 7: (1, 3, 128)}
+
+
+@pytest.mark.parametrize("clip", [False, True], ids=["step", "unscale_ and clip"])
+@pytest.mark.parametrize("gradients", ["local", "reduced"])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_grad_scaler(world_size: int, gradients: str, clip: bool) -> None:
+    run_ranks(world_size, lambda rank: scaled_run(world_size, gradients, BAD, clip))
+
+
+@pytest.mark.parametrize("clip", [False, True], ids=["step", "unscale_ and clip"])
+def test_grad_scaler_on_one_rank(clip: bool) -> None:
+    bad = {step: (0, index, element) for step, (_, index, element) in BAD.items()}
+    run_ranks(1, lambda rank: scaled_run(1, "local", bad, clip))
+    run_alone(scaled_run, 1, "local", bad, clip)
+
+
+def test_ranks_that_own_nothing_follow_the_others() -> None:
+    """Three elements on four ranks: most ranks have no slice to look at."""
+    run_ranks(4, lambda rank: scaled_run(4, "local", {1: (2, 0, 1), 4: (3, 0, 2)}, False, [Spec((3,))]))
+
+
+def test_scaler_with_frozen_and_unused_parameters_and_accumulation() -> None:
+    def ranks(rank: int) -> None:
+        params, twins = make_parameters(PLAIN), make_parameters(PLAIN)
+        params[1].requires_grad_(False)
+        optimizer = ShardedASGD(named(params), lr=0.1, t0=0, find_unused_parameters=True)
+        reference = torch.optim.ASGD(twins, lr=0.1, t0=0, foreach=False)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        for step in range(6):
+            total: list[torch.Tensor | None] = [None] * len(PLAIN)
+            for part in range(2):
+                by_rank = random_gradients(PLAIN, 2, 10 * step + part, missing=0.4, exact=True)
+                backward(params, [None if g is None else g * scaler.get_scale() for g in by_rank[rank]])
+                for index, grads in enumerate(zip(*by_rank, strict=True)):
+                    mean = reduce_in_rank_order(grads)
+                    if mean is not None and index != 1:
+                        total[index] = mean if total[index] is None else total[index] + mean
+            for twin, g in zip(twins, total, strict=True):
+                twin.grad = g
+            if any(g is not None for g in total):
+                scaler.scale(torch.zeros(()))
+                scaler.step(optimizer)
+                scaler.update()
+                reference.step()
+            optimizer.zero_grad()
+            assert all(map(same_bits, params, twins)), step
+
+    run_ranks(2, ranks)
+
+
+def test_autocast_with_the_scaler_trains() -> None:
+    def ranks(rank: int) -> None:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.1, lambd=0.0, module=model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        x = torch.randn(64, 8, generator=torch.Generator().manual_seed(rank))
+        losses = []
+        for _ in range(50):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = ((model(x) - x.sum(1, keepdim=True)) ** 2).mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+        assert losses[-1] < 0.2 * losses[0], losses
+
+    run_ranks(2, ranks)

@@ -1,0 +1,161 @@
+"""The shape of the package, read from its source: imports go one way, files and functions stay small, no asserts."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "dist_asgd"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A module may import only modules that stand before it.
+ORDER = [
+    "rule",
+    "kernels",
+    "update",
+    "layout",
+    "agreement",
+    "collectives",
+    "shards",
+    "replicated",
+    "placed",
+    "averaging",
+    "optimizer",
+    "checkpoint",
+    "cli",
+]
+FORBIDDEN = {"checkpoint": {"optimizer"}}  # it serves any torch state dict
+MAY_IMPORT_ROOT = {"cli", "__main__"}  # for __version__
+MAX_FILE_LINES = 350
+MAX_FUNCTION_LINES = 45
+
+
+def module_of(path: Path) -> str:
+    """dist_asgd/rule.py -> rule; checkpoint/writer.py -> checkpoint.writer; a folder's __init__.py -> the folder."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def layer(module: str) -> str:
+    return module.split(".")[0]
+
+
+def imported_names(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of every import in the file, those inside functions too."""
+    folder = ["dist_asgd", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = folder[: len(folder) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{source}.{alias.name}") for alias in node.names)
+
+
+def package_imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, module of this package); "__init__" where something is taken from the package's root."""
+    for line, name in imported_names(path):
+        head, _, rest = name.partition(".")
+        if head == "dist_asgd":
+            parts = rest.split(".")
+            prefixes = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+            yield line, next((prefix for prefix in prefixes if prefix in MODULES), "__init__")
+
+
+def functions(path: Path) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, int]]:
+    """Every function with its number of lines, without its docstring."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+            yield node, lines
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE.parent))
+
+
+each_file = pytest.mark.parametrize("path", FILES, ids=name_of)
+
+
+@each_file
+def test_every_module_has_its_place(path):
+    place = layer(module_of(path))
+    assert place in {*ORDER, "__init__", "__main__"}, (
+        f"{name_of(path)} has no place in the order of imports: add {place!r} to ORDER in tests/test_architecture.py, "
+        "after everything it imports, and to the list of files in the documentation."
+    )
+
+
+@each_file
+def test_imports_go_one_way(path):
+    importer = layer(module_of(path))
+    if importer == "__init__":
+        allowed = set(ORDER) - {"cli"}
+    elif importer in ORDER:
+        allowed = set(ORDER[: ORDER.index(importer)]) - FORBIDDEN.get(importer, set())
+    else:
+        allowed = set(ORDER)
+    if importer in MAY_IMPORT_ROOT:
+        allowed.add("__init__")
+    for line, module in package_imports(path):
+        imported = layer(module)
+        assert imported in allowed or (imported == importer != "__init__"), (
+            f"{name_of(path)}:{line} imports {module}, but {importer} may import only {sorted(allowed)}. "
+            "Move what both need into the lower module, or hand it over as an argument."
+        )
+
+
+def test_no_import_cycles():
+    graph = {module: {m for _, m in package_imports(path)} for module, path in MODULES.items()}
+    while True:
+        free = {module for module, imported in graph.items() if not imported & graph.keys()}
+        if not free:
+            break
+        graph = {module: imported for module, imported in graph.items() if module not in free}
+    assert not graph, (
+        f"{sorted(graph)} import each other in a circle or from one: move what they share into a module below them all."
+    )
+
+
+@each_file
+def test_only_kernels_imports_triton(path):
+    lines = [line for line, name in imported_names(path) if name.split(".")[0] == "triton"]
+    assert not lines or module_of(path) == "kernels", (
+        f"{name_of(path)}:{lines[0]} imports triton: put that code into dist_asgd/kernels.py and call it from there."
+    )
+
+
+@each_file
+def test_files_are_small(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_FILE_LINES, (
+        f"{name_of(path)} has {lines} lines, more than {MAX_FILE_LINES}: move one of its concerns into its own module."
+    )
+
+
+@each_file
+def test_functions_are_small(path):
+    for function, lines in functions(path):
+        assert lines <= MAX_FUNCTION_LINES, (
+            f"{name_of(path)}:{function.lineno} {function.name} has {lines} lines without its docstring, "
+            f"more than {MAX_FUNCTION_LINES}: give a part of it a name and a function of its own."
+        )
+
+
+@each_file
+def test_no_asserts(path):
+    lines = [node.lineno for node in ast.walk(tree(path)) if isinstance(node, ast.Assert)]
+    assert not lines, (
+        f"{name_of(path)}:{lines[0]} asserts: raise ValueError, TypeError or RuntimeError with a message that says "
+        "what to do (python -O removes asserts), or restructure so that mypy sees it by itself."
+    )

@@ -1,0 +1,237 @@
+"""The average as a product: swapped in for evaluation and out again, and started by hand."""
+
+import pytest
+import torch
+
+from dist_asgd import ShardedASGD
+from oracle import (
+    MIXED,
+    PLAIN,
+    Messenger,
+    Pair,
+    Spec,
+    backward,
+    make_parameters,
+    named,
+    random_gradients,
+    same_bits,
+    tokens_of,
+)
+from ranks import message_of, run_alone, run_ranks
+
+LOW = [Spec((33,), torch.bfloat16), Spec((5, 7), torch.float16), Spec((9, 3))]
+
+
+def trained(specs: list[Spec], world_size: int, steps: int = 10, **options: object) -> Pair:
+    pair = Pair(make_parameters(specs), lr=0.05, **{"t0": 1, "bucket_bytes": 256, **options})
+    for step in range(steps):
+        pair.backward(random_gradients(specs, world_size, step))
+        pair.step()
+        pair.zero_grad()
+    return pair
+
+
+def train_on(pair: Pair, specs: list[Spec], steps: range) -> None:
+    for step in steps:
+        pair.backward(random_gradients(specs, pair.world_size, step))
+        pair.step()
+        pair.zero_grad()
+    pair.check("after the swap")
+
+
+@pytest.mark.parametrize("gradients", ["local", "reduced"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_inside_the_parameters_hold_the_average_and_outside_they_are_as_before(world_size: int, gradients: str) -> None:
+    def ranks(rank: int) -> None:
+        for specs in (list(MIXED), LOW):
+            pair = trained(specs, world_size, gradients=gradients)
+            before = [p.detach().clone() for p in pair.params]
+            with pair.optimizer.averaged_parameters():
+                for p, twin in zip(pair.params, pair.oracle.params, strict=True):
+                    assert same_bits(p, pair.oracle.optimizer.state[twin]["ax"].to(p.dtype))
+            assert all(map(same_bits, pair.params, before))
+            train_on(pair, specs, range(50, 55))
+
+    run_ranks(world_size, ranks)
+
+
+def test_without_ranks() -> None:
+    def alone() -> None:
+        pair = trained(LOW, 1)
+        before = [p.detach().clone() for p in pair.params]
+        with pair.optimizer.averaged_parameters():
+            assert not same_bits(pair.params[2], before[2])
+        assert all(map(same_bits, pair.params, before))
+        train_on(pair, LOW, range(50, 55))
+
+    run_alone(alone)
+
+
+def test_an_exception_inside_still_restores() -> None:
+    def ranks(rank: int) -> None:
+        pair = trained(LOW, 2)
+        before = [p.detach().clone() for p in pair.params]
+        with pytest.raises(KeyError), pair.optimizer.averaged_parameters():
+            raise KeyError("from evaluation")
+        assert all(map(same_bits, pair.params, before))
+        train_on(pair, LOW, range(50, 55))
+
+    run_ranks(2, ranks)
+
+
+def test_what_evaluation_writes_to_the_parameters_is_dropped() -> None:
+    def ranks(rank: int) -> None:
+        pair = trained(LOW, 2)
+        with pair.optimizer.averaged_parameters(), torch.no_grad():
+            for p in pair.params:
+                p.zero_()
+        train_on(pair, LOW, range(50, 55))
+
+    run_ranks(2, ranks)
+
+
+def test_a_step_inside_is_refused_and_harmless() -> None:
+    def ranks(rank: int) -> None:
+        pair = trained(list(PLAIN), 2)
+        with pair.optimizer.averaged_parameters():
+            text = message_of(pair.optimizer.step, RuntimeError)
+            assert "averaged_parameters" in text
+            text = message_of(lambda: pair.optimizer.averaged_parameters().__enter__(), RuntimeError)
+            assert "averaged_parameters" in text
+        train_on(pair, list(PLAIN), range(50, 55))
+
+    run_ranks(2, ranks)
+
+
+def test_a_swap_between_backward_and_step_keeps_the_gradients() -> None:
+    def ranks(rank: int) -> None:
+        pair = trained(list(PLAIN), 2)
+        pair.backward(random_gradients(PLAIN, 2, 60))
+        with pair.optimizer.averaged_parameters():
+            pass
+        pair.step()
+        pair.zero_grad()
+        pair.check()
+
+    run_ranks(2, ranks)
+
+
+def test_before_averaging_the_average_is_the_parameter() -> None:
+    def ranks(rank: int) -> None:
+        for steps in (0, 3):
+            pair = trained(list(MIXED), 2, steps, t0=1e6)
+            before = [p.detach().clone() for p in pair.params]
+            with pair.optimizer.averaged_parameters():
+                assert all(map(same_bits, pair.params, before))
+            assert all(map(same_bits, pair.params, before))
+            pair.check()
+
+    run_ranks(2, ranks)
+
+
+def test_parameters_that_never_had_a_gradient_stay_in_the_swap() -> None:
+    """torch's ax of such a parameter does not exist; a zero must not get into the model."""
+
+    def ranks(rank: int) -> None:
+        params = make_parameters(PLAIN)
+        params[1].requires_grad_(False)
+        optimizer = ShardedASGD(named(params), lr=0.1, t0=0)
+        for step in range(5):
+            backward(params, random_gradients(PLAIN, 2, step)[rank])
+            optimizer.step()
+            optimizer.zero_grad()
+        frozen = params[1].detach().clone()
+        with optimizer.averaged_parameters():
+            assert same_bits(params[1], frozen)
+        assert same_bits(params[1], frozen)
+
+    run_ranks(2, ranks)
+
+
+def test_weights_loaded_before_a_swap_are_honoured() -> None:
+    """Before t0 the average is the parameter, also when the parameter was written from outside."""
+
+    def ranks(rank: int) -> None:
+        for spec in (Spec((40,)), Spec((40,), torch.bfloat16)):
+            (p,) = make_parameters([spec])
+            optimizer = ShardedASGD([("w", p)], lr=0.1)
+            backward([p], random_gradients([spec], 2, 0)[rank])
+            optimizer.step()
+            with torch.no_grad():
+                p.fill_(3.25)
+            with optimizer.averaged_parameters():
+                assert torch.equal(p, torch.full_like(p, 3.25))
+            assert torch.equal(p, torch.full_like(p, 3.25))
+            full = optimizer.full_state_dict()
+            if rank == 0:
+                assert torch.equal(full["state"][0]["ax"], torch.full((40,), 3.25))
+
+    run_ranks(2, ranks)
+
+
+def test_buffers_and_module_overlap() -> None:
+    def ranks(rank: int) -> None:
+        model = Messenger()
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.3, t0=0, module=model, bucket_bytes=200)
+        tokens = tokens_of(0, 0)
+        for step in range(6):
+            optimizer.zero_grad()
+            (model(tokens_of(rank, step)) ** 2).mean().backward()
+            optimizer.step()
+        raw = model(tokens).detach()
+        with optimizer.averaged_parameters(), torch.no_grad():
+            averaged = model(tokens)
+        assert not torch.equal(raw, averaged)
+        assert torch.equal(raw, model(tokens))
+        full = optimizer.full_state_dict()
+        if rank == 0:
+            twin = Messenger()
+            with torch.no_grad():
+                for index, p in enumerate(twin.parameters()):
+                    p.copy_(full["state"][index]["ax"])
+            assert torch.equal(twin(tokens), averaged)
+
+    run_ranks(2, ranks)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_start_averaging_opens_the_window_now_for_every_group(world_size: int) -> None:
+    def ranks(rank: int) -> None:
+        groups = [{"params": make_parameters(PLAIN[:2])}, {"params": make_parameters(PLAIN[2:]), "t0": 500, "lr": 0.01}]
+        pair = Pair(groups, lr=0.05, lambd=0.01)
+        for step in range(1, 31):
+            pair.backward(random_gradients(PLAIN, world_size, step))
+            pair.step()
+            pair.zero_grad()
+            pair.check(step)
+            if step in (7, 20):  # the second time it starts anew
+                pair.optimizer.start_averaging()
+                for index in range(2):
+                    pair.oracle.optimizer.param_groups[index]["t0"] = step
+                    assert pair.optimizer.param_groups[index]["t0"] == step
+
+    run_ranks(world_size, ranks)
+
+
+def test_start_averaging_before_the_first_step() -> None:
+    def ranks(rank: int) -> None:
+        pair = Pair(make_parameters(PLAIN), lr=0.05)
+        pair.optimizer.start_averaging()
+        pair.set_group(0, t0=0)
+        train_on(pair, list(PLAIN), range(8))
+
+    run_ranks(2, ranks)
+
+
+def test_t0_may_be_set_by_hand_as_with_torch() -> None:
+    def ranks(rank: int) -> None:
+        pair = Pair(make_parameters(PLAIN), lr=0.05)
+        for step in range(30):
+            if step in (4, 12, 20):
+                pair.set_group(0, t0={4: 4, 12: 1e6, 20: 0}[step])
+            pair.backward(random_gradients(PLAIN, 2, step))
+            pair.step()
+            pair.zero_grad()
+            pair.check(step)
+
+    run_ranks(2, ranks)

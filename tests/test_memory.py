@@ -1,0 +1,78 @@
+"""Real memory per rank: what the optimizer holds before and after averaging starts, and the peak of the gradients.
+
+benchmarks/memory.py explains the two ways of measuring. Reachable bytes are exact; resident bytes are the kernel's.
+"""
+
+import math
+from functools import partial
+
+import pytest
+
+from benchmarks import contestants, memory
+from ranks import run_ranks
+
+PARAMETERS, WIDTH = 4e6, 128  # the largest parameter has 256 KiB
+BUCKET = 512 * 1024  # bytes
+IN_FLIGHT = 2 * 2 * BUCKET  # two buckets, each with the gradients it sends and those it receives
+SMALL = 1024  # bytes per bucket that are allowed for everything but the figures below
+SLACK = 3 * 2**20  # resident bytes: activations, Python's and gloo's own, the kernel's rounding
+
+build = partial(contestants.ours, overlap=False, bucket_bytes=BUCKET)
+
+
+def figures(rank: int) -> dict[str, int]:
+    return memory.measure(build, PARAMETERS, WIDTH)
+
+
+def torch_figures(rank: int) -> dict[str, int]:
+    return memory.measure(contestants.alone, PARAMETERS, WIDTH)
+
+
+def small(size: int) -> int:
+    """Bytes allowed beside the share of a model of ``size`` bytes."""
+    return SMALL * math.ceil(size / BUCKET)
+
+
+def test_the_rulers_know_torch() -> None:
+    """torch.optim.ASGD on one rank: one copy of the parameters from the first step on, and whole gradients."""
+    (one,) = run_ranks(1, torch_figures)
+    size = 4 * one["parameters"]
+    tensors = len(list(contestants.make_model(PARAMETERS, WIDTH).parameters()))
+    assert one["before_t0"] == one["averaging"] == size + 3 * 4 * tensors  # ax; step, eta and mu
+    assert one["gradients"] == size
+    assert size <= one["backward_peak"] <= size + SLACK
+    assert 2 * size <= one["rest"] <= 2 * size + SLACK  # the parameters and ax
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_rank_holds_its_share(world_size: int) -> None:
+    for rank in run_ranks(world_size, figures, timeout=180):
+        size = 4 * rank["parameters"]
+        share = size / world_size
+        assert rank["before_t0"] < small(size)
+        assert rank["averaging"] < share + small(size)
+        assert rank["gradients"] < share + IN_FLIGHT + small(size)
+        # in flight; one more whose gradients are complete, and the next one's first gradient
+        assert rank["backward_peak"] < share + IN_FLIGHT + 2 * BUCKET + SLACK
+        assert rank["rest"] < size + share + small(size) + SLACK
+
+
+def reduced_gradients(rank: int) -> tuple[int, int]:
+    """Bytes of the parameters, and bytes held for gradients once all of them have been reduced."""
+    model, optimizer = build(contestants.make_model(PARAMETERS, WIDTH), 1e6)
+    before = memory.reachable(optimizer, model)
+    contestants.backward(model, contestants.make_batch(rank, WIDTH))
+    optimizer.clip_grad_norm_(math.inf)
+    return contestants.parameter_bytes(model), memory.reachable(optimizer, model) - before
+
+
+def test_reduced_gradients_are_a_share() -> None:
+    for size, held in run_ranks(2, reduced_gradients):
+        assert held < size / 2 + small(size)
+
+
+def test_one_rank_holds_no_more_than_torch() -> None:
+    (ours,), (torchs,) = run_ranks(1, figures), run_ranks(1, torch_figures)
+    assert ours["before_t0"] < small(4 * ours["parameters"])
+    assert ours["averaging"] <= torchs["averaging"] + SMALL
+    assert ours["peak"] <= torchs["peak"] + SLACK

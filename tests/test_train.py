@@ -1,0 +1,221 @@
+"""launch/train.py for real: under torchrun, stopped by signals, resumed on other numbers of ranks."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ranks import message_of, run_alone
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+sys.path.insert(0, str(LAUNCH))  # where its files find each other
+
+import checkpoints  # noqa: E402
+import data  # noqa: E402
+import report  # noqa: E402
+import train  # noqa: E402
+from world import World  # noqa: E402
+
+ALONE = World(0, 1, torch.device("cpu"), None)
+STEPS = 160
+T0 = 40
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A glob of two files, which are read in the order of their names."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name in ("train.py", "data.py"):
+        (folder / f"{name}.txt").write_bytes((LAUNCH / name).read_bytes())
+    return f"file://{folder}/*.txt"
+
+
+def options(texts: str, run: Path, *more: str) -> list[str]:
+    small = "--width 16 --layers 1 --heads 1 --length 16 --batch 8 --held-out-bytes 2000 --eval-every 20 --lr 0.5"
+    saves = f"--out {run} --checkpoint-dir {run}/checkpoints --checkpoint-every 100 --steps {STEPS} --t0 {T0}"
+    return [*small.split(), *saves.split(), "--data", texts, *more]
+
+
+@contextlib.contextmanager
+def torchrun(ranks: int, arguments: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    process = subprocess.Popen(
+        [*command, str(LAUNCH / "train.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.communicate(timeout=40)
+
+
+def finish(process: subprocess.Popen[str], *, code: int = 0) -> str:
+    """What it printed, once it has ended, which it does with this exit status."""
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    return output
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while not any(record["step"] >= step for record in curves(run)):
+        assert process.poll() is None, f"ended before step {step}:\n{process.communicate()[0]}"
+        assert time.monotonic() < deadline, f"no step {step} after a minute"
+        time.sleep(0.03)
+
+
+def curves(run: Path) -> list[dict[str, Any]]:
+    """The records that do not depend on where a run was stopped."""
+    with contextlib.suppress(json.JSONDecodeError):  # read while it is written
+        return [{key: r[key] for key in ("step", "raw", "averaged", "best")} for r in report.read_metrics(str(run))]
+    return []
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    return sorted(int(pid) for pid in listing.stdout.split())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(texts: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("uninterrupted")
+    with torchrun(2, options(texts, run)) as process:
+        finish(process)
+    return run
+
+
+def test_stops_resumes_and_finishes(texts: str, uninterrupted: Path, tmp_path: Path) -> None:
+    """Two ranks; SIGTERM to torchrun; two ranks; SIGTERM to one of them; three ranks."""
+    expected = curves(uninterrupted)
+    with torchrun(2, options(texts, tmp_path)) as process:
+        wait_for_step(process, tmp_path, 20)
+        process.terminate()
+        output = process.communicate(timeout=60)[0]  # torchrun itself then fails; what counts is what the ranks did
+    stopped = re.search(r"Stopped by a signal after step (\d+)", output)
+    assert stopped, output
+    assert (tmp_path / f"checkpoints/step-{int(stopped[1]):08d}/complete.json").exists()
+
+    with torchrun(2, options(texts, tmp_path)) as process:
+        wait_for_step(process, tmp_path, T0 + 20)
+        os.kill(workers_of(process)[1], signal.SIGTERM)
+        output = finish(process)
+    assert f"Going on from step {stopped[1]}, saved by 2 ranks" in output
+    stopped = re.search(r"Stopped by a signal after step (\d+)", output)
+    assert stopped, output
+    so_far = curves(tmp_path)
+    assert T0 + 20 <= so_far[-1]["step"] < STEPS
+    assert so_far == expected[: len(so_far)]  # the same bits as without a stop
+
+    with torchrun(3, options(texts, tmp_path)) as process:
+        assert f"Going on from step {stopped[1]}, saved by 2 ranks" in finish(process)
+    finished = curves(tmp_path)
+    assert [record["step"] for record in finished] == list(range(20, STEPS + 1, 20))
+    for mine, other in zip(finished, expected, strict=True):
+        assert mine == pytest.approx(other, abs=2e-3)  # another order of summation on three ranks
+    last = report.read_metrics(str(tmp_path))[-1]
+    assert last["world_size"] == 3
+    assert last["optimizer_bytes"] < 0.5 * last["torch_asgd_bytes"]
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+    assert len(report.table(report.read_metrics(str(tmp_path))).splitlines()) == 3
+
+
+def test_averaging_helps(texts: str, tmp_path: Path) -> None:
+    run_alone(train.main, options(texts, tmp_path, "--steps", "400", "--t0", "300", "--lr", "3"))
+    last = curves(tmp_path)[-1]
+    assert last["averaged"] < last["raw"] - 0.1
+
+
+def test_one_process_goes_on_where_two_ranks_were(texts: str, uninterrupted: Path, tmp_path: Path) -> None:
+    checkpoint = next(uninterrupted.glob("checkpoints/step-00000100"))
+    run_alone(train.main, options(texts, tmp_path, "--resume", str(checkpoint)))
+    for mine, other in zip(curves(tmp_path), curves(uninterrupted)[5:], strict=True):
+        assert mine == pytest.approx(other, abs=2e-3)
+
+
+def test_an_lstm_with_dropout_resumes_with_the_same_bits(texts: str, tmp_path: Path) -> None:
+    lstm = ["--model", "lstm", "--dropout", "0.3", "--t0", "30"]
+    run_alone(train.main, options(texts, tmp_path / "whole", *lstm, "--steps", "80"))
+    run_alone(train.main, options(texts, tmp_path / "parts", *lstm, "--steps", "40"))
+    run_alone(train.main, options(texts, tmp_path / "parts", *lstm, "--steps", "80"))
+    assert curves(tmp_path / "parts") == curves(tmp_path / "whole")
+    assert len(curves(tmp_path / "parts")) == 4
+
+
+def test_a_directory_without_marker_does_not_count(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    assert checkpoints.find(root, "auto", ALONE) is None
+    for name in ("step-00000100", "step-00000100-2", "step-00000090"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "complete.json").write_text(json.dumps({"name": name}))
+    (tmp_path / "step-00000200").mkdir()
+    found = checkpoints.find(root, "auto", ALONE)
+    assert found is not None
+    assert found[1] == {"name": "step-00000100-2"}
+    assert checkpoints.find(root, "no", ALONE) is None
+    assert "not a complete" in message_of(lambda: checkpoints.find("", f"{root}/step-00000200", ALONE), SystemExit)
+    # What a killed save has left is not written to.
+    assert checkpoints._new_directory(root, 200).endswith("/step-00000200-2")
+
+
+def test_the_data_of_a_step_does_not_depend_on_the_number_of_ranks() -> None:
+    text = torch.arange(5000).to(torch.uint8)
+    for batch in (8, 16, 17):
+        whole = data.sequences(text, range(batch), seed=1, step=5, length=32)
+        for world_size in range(1, 9):
+            shares = [data.rank_share(batch, rank, world_size) for rank in range(world_size)]
+            assert [i for share in shares for i in share] == list(range(batch))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+            parts = [data.sequences(text, share, seed=1, step=5, length=32) for share in shares]
+            for part in (0, 1):
+                assert torch.equal(torch.cat([p[part] for p in parts]), whole[part])
+    assert not torch.equal(whole[0], data.sequences(text, range(17), seed=1, step=6, length=32)[0])
+
+
+def test_every_held_out_byte_is_predicted_once() -> None:
+    text = torch.arange(1000).to(torch.uint8)
+    for world_size in (1, 2, 3):
+        targets = [
+            y.flatten()
+            for rank in range(world_size)
+            for _, y in data.held_out_batches(text, rank, world_size, length=10)
+        ]
+        assert torch.equal(torch.cat(targets), text[1:991].long())
+
+
+def test_text_is_read_in_a_fixed_order(tmp_path: Path) -> None:
+    for name, content in (("b.txt", b"bbbb"), ("a.txt", b"aaaa"), ("empty.txt", b""), ("c.md", b"cccc")):
+        (tmp_path / name).write_bytes(content)
+    read = data.read_text([f"file://{tmp_path}/*.txt", f"{tmp_path}/c.md"], max_bytes=11, held_out_bytes=2)
+    assert bytes(read.train) + bytes(read.held_out) == b"aaaabbbbccc"
+    assert bytes(data.read_text([str(tmp_path)], max_bytes=99, held_out_bytes=2).train) == b"aaaabbbbcc"
+    standard = data.read_text([], max_bytes=200_000, held_out_bytes=1000)
+    assert standard.digest == data.read_text([], max_bytes=200_000, held_out_bytes=1000).digest
+    assert b"import" in bytes(standard.train)
+
+
+def test_sentences_for_mistakes(texts: str, uninterrupted: Path, tmp_path: Path) -> None:
+    def read(*urls: str, held_out: int = 100) -> Any:
+        return data.read_text(urls, max_bytes=1000, held_out_bytes=held_out)
+
+    assert "there is no file with text there" in message_of(lambda: read(f"{tmp_path}/*.txt"), SystemExit)
+    assert "fewer than twice" in message_of(lambda: read(texts, held_out=900), SystemExit)
+    checkpoint = str(next(uninterrupted.glob("checkpoints/step-00000100")))
+    arguments = options(texts, tmp_path, "--resume", checkpoint, "--seed", "7")
+    assert "is of a run with seed = 0, and this one has 7" in run_alone(
+        message_of, lambda: train.main(arguments), SystemExit
+    )
