@@ -16,6 +16,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import ASGD, Optimizer
 
+from dist_asgd import ShardedASGD
+
 WIDTH = 512
 ROWS = 8  # batch: small, so that an iteration is mostly what is measured
 LR = 1e-3
@@ -65,16 +67,12 @@ def iterate(model: nn.Module, optimizer: Optimizer, batch: Tensor) -> None:
 
 
 def ours(model: nn.Module, t0: float, *, overlap: bool, bucket_bytes: int | None = None) -> tuple[nn.Module, Optimizer]:
-    from dist_asgd import ShardedASGD
-
     options = {"module": model} if overlap else {}
     options |= {} if bucket_bytes is None else {"bucket_bytes": bucket_bytes}
     return model, ShardedASGD(model.named_parameters(), lr=LR, t0=t0, gradients="local", **options)
 
 
 def ours_reduced(model: nn.Module, t0: float) -> tuple[nn.Module, Optimizer]:
-    from dist_asgd import ShardedASGD
-
     return DistributedDataParallel(model), ShardedASGD(model.named_parameters(), lr=LR, t0=t0, gradients="reduced")
 
 

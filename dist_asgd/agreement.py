@@ -26,6 +26,8 @@ class Agreement:
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
+        if group is not None and dist.get_rank(group) < 0:
+            raise ValueError("this rank is not in process_group; only its members build the optimizer")
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world_size = 1 if group is None else dist.get_world_size(group)
         self._group = None
@@ -79,10 +81,15 @@ class Agreement:
         everyone = self._gather(mine)
         failures = [(rank, *failure) for rank, failure in enumerate(everyone) if failure is not None]
         kind = _ERRORS.get(failures[0][1], RuntimeError)
-        messages = {message for _, _, message in failures}
-        if len(failures) == self.world_size and len(messages) == 1:
-            raise kind(failures[0][2]) from error
-        raise kind("; ".join(f"rank {rank}: {message}" for rank, _, message in failures)) from error
+        ranks_of: dict[str, list[int]] = {}
+        for rank, _, message in failures:
+            ranks_of.setdefault(message, []).append(rank)
+        raise kind("; ".join(f"{self._name(ranks)}: {message}" for message, ranks in ranks_of.items())) from error
+
+    def _name(self, ranks: Sequence[int]) -> str:
+        if len(ranks) == self.world_size:
+            return f"every rank (rank 0 to rank {ranks[-1]})"
+        return "rank " + ", ".join(map(str, ranks))
 
     def _gather(self, item: object) -> list:
         everyone: list = [None] * self.world_size

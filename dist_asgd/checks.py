@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +14,12 @@ from dist_asgd.replicated import Bucket
 from dist_asgd.rule import Hyperparameters
 
 Groups = Sequence[Mapping[str, Any]]  # optimizer.param_groups
+Options = Sequence[Hyperparameters]  # of each group
 
 
-def check_arguments(gradients: object, bucket_bytes: object, average_dtype: object) -> None:
+def check_arguments(
+    gradients: object, bucket_bytes: object, average_dtype: object, module: object, flags: Mapping[str, object]
+) -> None:
     """Raises ``ValueError`` or ``TypeError`` that names the argument, its value and what it may be."""
     if gradients not in ("local", "reduced"):
         raise ValueError(f"gradients must be 'local' or 'reduced', got {gradients!r}")
@@ -27,6 +29,11 @@ def check_arguments(gradients: object, bucket_bytes: object, average_dtype: obje
         raise ValueError(f"bucket_bytes must be > 0, got {bucket_bytes}")
     if average_dtype is not None and not (isinstance(average_dtype, torch.dtype) and average_dtype.is_floating_point):
         raise TypeError(f"average_dtype must be a floating-point torch.dtype or None, got {average_dtype!r}")
+    if module is not None and not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module or None, got {module!r}")
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_parameter(name: str, param: Tensor) -> None:
@@ -66,26 +73,26 @@ def argument_facts(arguments: Mapping[str, object], groups: Groups, first: int) 
     """What must be the same on every rank to build the groups from ``first`` on."""
     facts = [(name, repr(value)) for name, value in arguments.items()]
     for number, group in enumerate(groups[first:], start=first):
-        facts += _option_facts(group, number)
+        facts += _option_facts(Hyperparameters.of(group), number)
         for name, param in zip(parameter_names(group, number), group["params"], strict=True):
-            facts.append((f"parameter {name!r}", f"{param.dtype} on {param.device.type} of shape {tuple(param.shape)}"))
+            kind = f"{param.dtype} on {param.device.type} of shape {tuple(param.shape)} and strides {param.stride()}"
+            facts.append((f"parameter {name!r}", kind))
     return facts
 
 
-def step_facts(groups: Groups, flags: Mapping[Bucket, Sequence[bool]], what: str) -> Facts:
+def step_facts(options: Options, flags: Mapping[Bucket, Sequence[bool]], what: str) -> Facts:
     """What must be the same on every rank for a step; ``flags`` are facts about parameters, ``what`` they say."""
-    facts = [fact for number, group in enumerate(groups) for fact in _option_facts(group, number)]
+    facts = [fact for number, h in enumerate(options) for fact in _option_facts(h, number)]
     for bucket, own in flags.items():
         facts += [(f"{what} of parameter {name!r}", str(flag)) for name, flag in zip(bucket.names, own, strict=True)]
     return facts
 
 
-def step_code(groups: Groups, flags: Mapping[Bucket, Sequence[bool]]) -> int:
+def step_code(options: Options, flags: Mapping[Bucket, Sequence[bool]]) -> int:
     """A fingerprint of the same, cheap enough for every step."""
-    options = [tuple(map(float, dataclasses.astuple(Hyperparameters.of(group)))) for group in groups]
-    return fingerprint((options, [bytes(own) for own in flags.values()]))
+    values = [[float(getattr(h, name)) for name in h.__slots__] for h in options]
+    return fingerprint((values, [bytes(own) for own in flags.values()]))
 
 
-def _option_facts(group: Mapping[str, Any], number: int) -> Facts:
-    options = dataclasses.asdict(Hyperparameters.of(group))
-    return [(f"{name} of group {number}", f"{float(value):g}") for name, value in options.items()]
+def _option_facts(h: Hyperparameters, number: int) -> Facts:
+    return [(f"{name} of group {number}", repr(float(getattr(h, name)))) for name in h.__slots__]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from torch import Tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+POLL = 0.0002  # seconds
+
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
@@ -24,6 +27,18 @@ class Reduction:
     received: Tensor  # gloo: 1-D, this rank's shard from each rank. nccl: 1-D, the sum of this rank's shard
     world_size: int
     dtype: torch.dtype  # of the result
+    on_host: bool  # gloo: waiting blocks this process. Else it orders streams, which costs the host nothing
+
+    def completes_within(self, seconds: float) -> bool:
+        """Whether ``finish`` will not block, at the latest after ``seconds``."""
+        if not self.on_host:
+            return True
+        deadline = time.monotonic() + seconds
+        while not self.work.is_completed():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(POLL)
+        return True
 
     def finish(self) -> Tensor:
         """Waits, and returns the mean of this rank's shard over the ranks, 1-D.
@@ -56,14 +71,15 @@ class Collectives:
 
     def start_reduce(self, source: Tensor, dtype: torch.dtype) -> Reduction:
         """Starts the mean of ``source`` (1-D, world_size shards, real) over the ranks; each rank gets its shard."""
-        if self._backend() == "gloo":
-            # gloo's reduce-scatter is an all-reduce inside, which sends twice the bytes of this exchange.
+        on_host = self._backend() == "gloo"
+        if on_host:
+            # gloo's reduce-scatter is an all-reduce inside, which sends twice the bytes of this exchange of shards.
             received = torch.empty_like(source)
             work = dist.all_to_all_single(received, source, group=self.group, async_op=True)
         else:
             received = source.new_empty(len(source) // self.world_size)
             work = _reduce_scatter(received, source, group=self.group, async_op=True)
-        return Reduction(work, source, received, self.world_size, dtype)
+        return Reduction(work, source, received, self.world_size, dtype, on_host)
 
     def start_gather(self, buffer: Tensor, shard: Tensor) -> dist.Work:
         """Starts filling ``buffer`` (1-D) with the ``shard`` of every rank; ``shard`` is this rank's part of it."""
@@ -81,15 +97,14 @@ class Collectives:
 def total_norm(
     tensors: Sequence[Tensor], norm_type: float, device: torch.device, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """The norm (0-dim, on ``device``) of all elements of the ``tensors`` of every rank together. Collective."""
+    """The norm (0-dim, fp64, on ``device``) of all elements of the ``tensors`` of every rank together. Collective."""
     norms = [torch.linalg.vector_norm(tensor, norm_type).to(device, torch.float64) for tensor in tensors]
     own = torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros((), device=device).double()
-    dtype = tensors[0].abs().dtype if tensors else torch.float32
     if group is None:
-        return own.to(dtype)
+        return own
     if math.isinf(norm_type):
         dist.all_reduce(own, dist.ReduceOp.MAX, group=group)
-        return own.to(dtype)
+        return own
     power = own**norm_type
     dist.all_reduce(power, group=group)
-    return (power ** (1 / norm_type)).to(dtype)
+    return power ** (1 / norm_type)

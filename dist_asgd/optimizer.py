@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from dist_asgd.rule import Hyperparameters
 from dist_asgd.settlement import Settlement
 from dist_asgd.shards import Precision
 from dist_asgd.state import StateView, full_state_dict, load_state_dict, sharded_state_dict
+from dist_asgd.update import compute_dtype
 
 
 class ShardedASGD(torch.optim.Optimizer):
@@ -89,10 +91,13 @@ class ShardedASGD(torch.optim.Optimizer):
         self._reducer = Reducer()
         self._waits = ForwardWaits(module)
         self._built = self._swapped = False
-        self._settlement = Settlement(self._agreement, self._reducer, self._reduces, find_unused_parameters)
+        self._settlement = Settlement(
+            self._agreement, self._reducer, self._waits, self._reduces, find_unused_parameters
+        )
         options = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
         with self._agreement.together():
-            check_arguments(gradients, bucket_bytes, average_dtype)
+            flags = {"find_unused_parameters": find_unused_parameters, "master_weights": master_weights}
+            check_arguments(gradients, bucket_bytes, average_dtype, module, flags)
             super().__init__(params, {**options, "maximize": maximize})
         self._agree_on_arguments(0)
         self._build(0)
@@ -132,11 +137,10 @@ class ShardedASGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        active = self._settlement.settle(self.param_groups, self._all_buckets())
-        for group, buckets in zip(self.param_groups, self._buckets, strict=True):
-            h = Hyperparameters.of(group)
+        settled = self._settlement.settle(self.param_groups, self._all_buckets())
+        for h, buckets in zip(settled.options, self._buckets, strict=True):
             for bucket in buckets:
-                flags = active[bucket]
+                flags = settled.active[bucket]
                 if any(flags):
                     bucket.update(h, None if all(flags) else flags)
                     bucket.start_gather()
@@ -165,14 +169,18 @@ class ShardedASGD(torch.optim.Optimizer):
         Returns:
             0-dim tensor: the total norm before clipping.
         """
-        if not norm_type > 0:
+        if not (isinstance(norm_type, (int, float)) and norm_type > 0):
             raise ValueError(f"norm_type must be a number > 0, got {norm_type!r}")
+        if not (isinstance(max_norm, (int, float)) and max_norm >= 0):
+            raise ValueError(f"max_norm must be a number >= 0, got {max_norm!r}")
         if not self._reduces:
-            params = [param for group in self.param_groups for param in group["params"]]
+            params = [param for group in self.param_groups for param in group["params"] if param.numel()]
             return nn.utils.clip_grad_norm_(params, max_norm, norm_type)
         self._settlement.settle(self.param_groups, self._all_buckets())
         grads = [grad for bucket in self._all_buckets() for grad in bucket.gradient_tensors()]
+        dtypes = {compute_dtype(bucket.dtype).to_real() for bucket in self._all_buckets()}
         total = total_norm(grads, norm_type, self._all_buckets()[0].device, self._process_group)
+        total = total.to(functools.reduce(torch.promote_types, dtypes))
         scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         for grad in grads:
             grad.mul_(scale.to(grad.device))
@@ -278,6 +286,7 @@ class ShardedASGD(torch.optim.Optimizer):
         try:
             super().add_param_group(param_group)
             group = self.param_groups[-1]
+            _drop_duplicates(group)  # torch has warned of them; a parameter takes one step all the same
             Hyperparameters.of(group)
             for name, param in zip(parameter_names(group, count), group["params"], strict=True):
                 check_parameter(name, param)
@@ -289,7 +298,7 @@ class ShardedASGD(torch.optim.Optimizer):
         """Makes the buckets of the groups from ``first`` on."""
         rank, world_size = self._agreement.rank, self._agreement.world_size
         for number, group in enumerate(self.param_groups[first:], start=first):
-            named = dict(zip(group["params"], parameter_names(group, number), strict=True))  # tied ones once
+            named = dict(zip(group["params"], parameter_names(group, number), strict=True))
             buckets = build_buckets(
                 named, self._bucket_bytes, rank, world_size, self._process_group, self._precision, self._reduces
             )
@@ -307,6 +316,12 @@ class ShardedASGD(torch.optim.Optimizer):
         }
         facts = argument_facts(arguments, self.param_groups, first)
         self._agreement.require_equal("the arguments of the optimizer", facts)
+
+
+def _drop_duplicates(group: dict[str, Any]) -> None:
+    first = {param: index for index, param in reversed(list(enumerate(group["params"])))}
+    for key in {"params", "param_names"} & group.keys():
+        group[key] = [group[key][index] for index in sorted(first.values())]
 
 
 def _given(result: Any, default: Any) -> Any:

@@ -20,18 +20,30 @@ class ForwardWaits:
     def __init__(self, module: nn.Module | None) -> None:
         self._module = module
         self._covered: set[int] = set()
+        self._owned: list[tuple[nn.Module, str, str, nn.Parameter]] = []  # module, attribute, full name, parameter
 
     def attach(self, buckets: Sequence[Bucket]) -> None:
         """Hooks the submodules that own parameters of ``buckets``. torch.compile breaks its graph at each of them."""
         if self._module is None:
             return
         owner = {id(param): bucket for bucket in buckets for param in bucket.params}
-        for submodule in self._module.modules():
-            params = [param for param in submodule.parameters(recurse=False) if id(param) in owner]
-            if params:
-                submodule.register_forward_pre_hook(_Wait({owner[id(param)] for param in params}))
-                self._covered.update(map(id, params))
+        for prefix, submodule in self._module.named_modules():
+            named = [(name, param) for name, param in submodule.named_parameters(recurse=False) if id(param) in owner]
+            if named:
+                submodule.register_forward_pre_hook(_Wait({owner[id(param)] for _, param in named}))
+                self._covered.update(id(param) for _, param in named)
+                self._owned += [(submodule, name, f"{prefix}.{name}".lstrip("."), param) for name, param in named]
         self._module.register_state_dict_pre_hook(_Wait(set(buckets)))
+
+    def check(self) -> None:
+        """Raises ``RuntimeError`` where the module holds another parameter now than when it was hooked."""
+        for submodule, attribute, name, param in self._owned:
+            found = getattr(submodule, attribute, param)
+            if found is not param and isinstance(found, nn.Parameter):
+                raise RuntimeError(
+                    f"parameter {name!r} of the module was replaced after the optimizer was built "
+                    "(load_state_dict(assign=True)?): the optimizer does not know the new one, build it again"
+                )
 
     def covers(self, bucket: Bucket) -> bool:
         """Whether every parameter of the bucket is waited for by a module."""

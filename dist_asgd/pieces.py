@@ -111,6 +111,9 @@ class StatePiece(Tensor):
 
     def _blocks(self) -> Iterator[tuple[Box, Tensor]]:
         """Each box of the piece with a view of its elements, of the box's sizes."""
+        if not self.placement.numel:  # DCP expects a block of every tensor; ranks that offer the same write it once
+            yield Box((0,) * self.ndim, self.placement.shape), self.local.view(self.placement.shape)
+            return
         offset = 0
         for box in self.placement.boxes(self.start, self.start + len(self.local)):
             yield box, self.placement.box_view(self.local[offset : offset + box.numel], box)
@@ -203,7 +206,8 @@ class GradientPiece(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        if func in (aten.add_.Tensor, aten.add.Tensor) and isinstance(args[0], GradientPiece):
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and func in (aten.add_.Tensor, aten.add.Tensor) and isinstance(args[0], GradientPiece):
             piece, grad = args
             piece.pending = grad.detach() if piece.pending is None else piece.pending + grad
             return piece

@@ -20,6 +20,10 @@ from dist_asgd.replicated import Bucket
 # Reductions under way at once. Two keep the link busy; each holds its bucket's gradients and what it receives.
 MAX_IN_FLIGHT = 2
 
+# Seconds that backward waits for a place among them. A rank that runs no backward joins the reductions at its step(),
+# where it waits for the others, so waiting for it without end would never end.
+PATIENCE = 5.0
+
 
 class Reducer:
     """Starts the reductions of ``buckets`` as backward makes their gradients.
@@ -37,7 +41,8 @@ class Reducer:
         self._next: int | None = None  # the bucket to go out next; None when no pass is open
         self._witness: Tensor | None = None  # a parameter that brought its gradient in the open pass
         self._task = -1  # the backward that will close the pass at its end
-        self._in_flight: deque[Bucket] = deque()
+        self._in_flight: deque[Bucket] = deque()  # a bucket as often as it has reductions under way
+        self._patience = PATIENCE
 
     def add(self, buckets: Sequence[Bucket]) -> None:
         """Takes on more buckets. Every rank adds the same."""
@@ -65,7 +70,7 @@ class Reducer:
             self.close_pass()
         self.passes = 0
         while self._in_flight:
-            self._in_flight.popleft().finish_reduce()
+            self._in_flight.popleft().finish_oldest_reduce()
 
     def reduce_now(self) -> None:
         """One more pass, over all buckets, for gradients that no hook saw: assigned by hand, or made in no_sync()."""
@@ -95,6 +100,7 @@ class Reducer:
 
     def _open_pass(self) -> None:
         self._next = 0
+        self._patience = PATIENCE
         self._missing = [sum(param.requires_grad for param in bucket.params) for bucket in self.buckets]
         self._arrived = [bytearray(len(bucket.params)) for bucket in self.buckets]
 
@@ -109,8 +115,12 @@ class Reducer:
             self._start(self.buckets[index])
 
     def _start(self, bucket: Bucket) -> None:
-        while len(self._in_flight) >= MAX_IN_FLIGHT:
-            self._in_flight.popleft().finish_reduce()
+        while self._in_flight:
+            seconds = self._patience if len(self._in_flight) >= MAX_IN_FLIGHT else 0.0
+            if not self._in_flight[0].reduces_within(seconds):
+                self._patience = 0.0 if seconds else self._patience
+                break
+            self._in_flight.popleft().finish_oldest_reduce()
         bucket.start_reduce()
         self._in_flight.append(bucket)
 

@@ -9,6 +9,7 @@ rank, or somebody else has reduced them) ``p.grad`` stays what it is in torch an
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from dist_asgd.collectives import Collectives, Reduction
 from dist_asgd.layout import BucketLayout, Piece, plan_buckets
+from dist_asgd.packing import Packer
 from dist_asgd.pieces import GradientPiece, Placement
 from dist_asgd.rule import Hyperparameters
 from dist_asgd.shards import GradientSlice, Precision, Run, Shard
@@ -64,10 +66,10 @@ class Bucket:
         self.shard = Shard(self.buffer[start:stop], layout, self.placements, rank, precision)
         self.grad: Tensor | None = None
         self._gradient_pieces = [GradientPiece(self, param) for param in params] if reduces else []
-        self._kept: list[bool] = []  # the parameters to whose gradient the reduction under way adds
-        self._reduction: Reduction | None = None
+        # Reductions under way, in order, each with the parameters to whose gradient it adds.
+        self._reductions: deque[tuple[Reduction, list[bool]]] = deque()
         self._gather: dist.Work | None = None
-        self._zeros: dict[int, Tensor] = {}
+        self._packer = Packer(layout, self.placements, self.buffer)
         self._warned = False
 
     @property
@@ -146,49 +148,59 @@ class Bucket:
             if grad.layout is not torch.strided:
                 raise RuntimeError(f"parameter {name!r} has a sparse gradient; ASGD needs a dense one (sparse=False)")
             if not _fits(grad, param):
-                raise RuntimeError(f"the gradient of parameter {name!r} is {_describe(grad)}, it is {_describe(param)}")
+                raise RuntimeError(
+                    f"the gradient of parameter {name!r} is {_describe(grad)}, the parameter is {_describe(param)}: "
+                    "they must have the same shape and device"
+                )
 
     def start_reduce(self) -> None:
         """Moves the rank's gradients into one buffer, frees them and starts their reduction. Collective."""
-        self.finish_reduce()
         grads: list[Tensor | None] = []
-        self._kept = []
+        kept: list[bool] = []
         for param, piece in zip(self.params, self._gradient_pieces, strict=True):
-            kept = param.grad is piece
-            grad = piece.take_pending() if kept else param.grad
-            self._kept.append(kept)
-            if grad is not None and not _fits(grad, param):
-                grads.append(None)  # it stays where it is, for check_gradients to name
+            kept.append(param.grad is piece)
+            if _kind(param) != _kind(piece) or not (kept[-1] or param.grad is None or _fits(param.grad, param)):
+                grads.append(None)  # check_views or check_gradients will name it
                 continue
+            grad = piece.take_pending() if kept[-1] else param.grad
             grads.append(grad)
-            piece.contributed = grad is not None or (kept and piece.contributed)
+            piece.contributed = grad is not None or (kept[-1] and piece.contributed)
             if grad is not None or param.requires_grad:
                 param.grad = piece
         if self.collectives is not None:
             source = self.buffer.new_empty(self.layout.numel)
-            self._pack(range(len(grads)), grads, 0, source)
-            self._reduction = self.collectives.start_reduce(as_real(source), compute_dtype(as_real(source).dtype))
+            self._packer.pack(range(len(grads)), grads, 0, source)
+            real = as_real(source)
+            self._reductions.append((self.collectives.start_reduce(real, compute_dtype(real.dtype)), kept))
 
-    def finish_reduce(self) -> None:
-        """Waits for the reduction under way, if any, and adds its result to the gradients that were kept."""
-        if self._reduction is None:
+    def reduces_within(self, seconds: float) -> bool:
+        """Whether the oldest reduction under way is complete, at the latest after ``seconds``."""
+        return not self._reductions or self._reductions[0][0].completes_within(seconds)
+
+    def finish_oldest_reduce(self) -> None:
+        """Waits for the oldest reduction under way, if any, and adds its result to the gradients that were kept."""
+        if not self._reductions:
             return
-        total, self._reduction = self._reduction.finish(), None
+        reduction, kept = self._reductions.popleft()
+        total = reduction.finish()
         if self.dtype.is_complex:
             total = torch.view_as_complex(total.view(-1, 2))
-        if self.grad is None or not any(self._kept):
+        if self.grad is None or not any(kept):
             self.grad = total
             return
         for position, piece in self.shard.pieces.items():
-            if not self._kept[position]:
+            if not kept[position]:
                 self.grad[piece.shard_start : piece.shard_stop].zero_()
         self.grad.add_(total)
 
+    def finish_reduce(self) -> None:
+        while self._reductions:
+            self.finish_oldest_reduce()
+
     def drop_gradient(self) -> None:
         """Frees the reduced gradient."""
-        if self._reduction is not None:
-            self._reduction.work.wait()
-        self._reduction = self.grad = None
+        self.finish_reduce()
+        self.grad = None
 
     def zero_gradient(self, gradient: GradientPiece) -> None:
         self.finish_reduce()
@@ -254,7 +266,7 @@ class Bucket:
             if small:
                 yield self._gathered(small)
                 small = []
-            yield GradientSlice(piece.shard_start, self._flat(position, grad)[piece.start : piece.stop])
+            yield GradientSlice(piece.shard_start, self._packer.flat(position, grad)[piece.start : piece.stop])
         if small:
             yield self._gathered(small)
 
@@ -262,48 +274,9 @@ class Bucket:
         start, stop = pieces[0].shard_start, pieces[-1].shard_stop
         out = self.buffer.new_empty(stop - start)
         positions = [piece.position for piece in pieces]
-        self._pack(positions, [self.params[position].grad for position in positions], self.shard.start + start, out)
+        grads = [self.params[position].grad for position in positions]
+        self._packer.pack(positions, grads, self.shard.start + start, out)
         return GradientSlice(start, out)
-
-    def _pack(self, positions: Sequence[int], grads: Sequence[Tensor | None], start: int, out: Tensor) -> None:
-        """Writes the gradients of whole parameters, and zeros between them, to ``out``: the bucket from ``start`` on.
-
-        None stands for zeros. One operator moves them all.
-        """
-        parts: list[Tensor] = []
-        end = start
-        for position, grad in zip(positions, grads, strict=True):
-            span = self.layout.spans[position]
-            if grad is None or span.numel == 0:
-                continue
-            if span.start > end:
-                parts.append(self._padding(span.start - end))
-            parts.append(self._movable(position, grad))
-            end = span.stop
-        if start + len(out) > end:
-            parts.append(self._padding(start + len(out) - end))
-        if all(part.ndim == 1 for part in parts):
-            torch.cat(parts, out=out)
-        else:
-            torch._chunk_cat(parts, 0, 1, out=out.view(1, -1))  # flattens each, as FSDP2 does
-
-    def _padding(self, numel: int) -> Tensor:
-        """Zeros. Gaps between parameters come in few sizes, so theirs are kept."""
-        if numel not in self._zeros:
-            zeros = self.buffer.new_zeros(numel)
-            if numel >= 64:
-                return zeros
-            self._zeros[numel] = zeros
-        return self._zeros[numel]
-
-    def _movable(self, position: int, grad: Tensor) -> Tensor:
-        """The gradient in a form that _pack's operators flatten into the parameter's memory order."""
-        row_major = grad.ndim and grad.is_contiguous() and self.placements[position].is_row_major
-        flat = grad if row_major else self.placements[position].flatten(grad)
-        return flat if flat.dtype == self.dtype else flat.to(self.dtype)
-
-    def _flat(self, position: int, grad: Tensor) -> Tensor:
-        return self.placements[position].flatten(grad)
 
 
 def build_buckets(
@@ -328,6 +301,10 @@ def build_buckets(
             names = [named[param] for param in of_bucket]
             buckets.append(Bucket(of_bucket, names, layout, rank, collectives, precision, reduces))
     return buckets
+
+
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device, torch.Size]:
+    return tensor.dtype, tensor.device, tensor.shape
 
 
 def _fits(grad: Tensor, param: Tensor) -> bool:

@@ -45,13 +45,12 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         """Raises ``ValueError`` (``TypeError`` for a non-number) that names the option, its value and its range."""
-        if isinstance(self.lr, Tensor):
-            if self.lr.numel() != 1:
-                raise ValueError(
-                    f"lr must be a number or a tensor of 1 element, got one of shape {tuple(self.lr.shape)}"
-                )
-        else:
-            _check_number("lr", self.lr, low=0.0)
+        lr = self.lr
+        if isinstance(lr, Tensor):
+            if lr.numel() != 1:
+                raise ValueError(f"lr must be a number or a tensor of 1 element, got shape {tuple(lr.shape)}")
+            lr = lr.item()
+        _check_number("lr", lr, low=0.0)
         _check_number("lambd", self.lambd, low=0.0)
         _check_number("alpha", self.alpha, low=0.0)
         # t0 = inf is a way to say "never average", so infinity is welcome there and nowhere else.

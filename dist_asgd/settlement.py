@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dist_asgd.agreement import Agreement
 from dist_asgd.checks import Groups, require_gradients, step_code, step_facts
+from dist_asgd.overlap import ForwardWaits
 from dist_asgd.reducer import Reducer
 from dist_asgd.replicated import Bucket
 from dist_asgd.rule import Hyperparameters
@@ -14,22 +16,33 @@ from dist_asgd.rule import Hyperparameters
 Flags = dict[Bucket, list[bool]]  # a fact about each parameter of each bucket
 
 
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What a step does, the same on every rank."""
+
+    options: list[Hyperparameters]  # by group
+    active: Flags  # which parameters take the step
+
+
 class Settlement:
     """The one point of a step at which ranks talk about anything but gradients and parameters.
 
     Args:
         reducer: of the buckets that reduce.
+        waits: of the module, if one was given.
         reduces: whether gradients are the ranks' own.
         find_unused: whether a parameter may lack a gradient on some ranks, or all.
     """
 
-    def __init__(self, agreement: Agreement, reducer: Reducer, reduces: bool, find_unused: bool) -> None:
-        self._agreement, self._reducer = agreement, reducer
+    def __init__(
+        self, agreement: Agreement, reducer: Reducer, waits: ForwardWaits, reduces: bool, find_unused: bool
+    ) -> None:
+        self._agreement, self._reducer, self._waits = agreement, reducer, waits
         self._reduces, self._find_unused = reduces, find_unused
         self._empty_steps = 0  # in a row
 
-    def settle(self, groups: Groups, buckets: Sequence[Bucket]) -> Flags:
-        """Reduces what is not yet reduced, and returns which parameters take a step. Collective.
+    def settle(self, groups: Groups, buckets: Sequence[Bucket]) -> Settled:
+        """Reduces what is not yet reduced. Collective.
 
         Raises the same error on every rank where any rank found one or where ranks differ; gradients are then as they
         were, and no collective is left unmatched.
@@ -37,13 +50,15 @@ class Settlement:
         for bucket in buckets:
             bucket.wait()
         self._reducer.close_pass()
+        options: list[Hyperparameters] = []
         present: Flags = {}
         shared: Flags = {}  # what must be the same on every rank
         code, error = 0, None
         try:
-            present = self._check(groups, buckets)
+            options = [Hyperparameters.of(group) for group in groups]
+            present = self._check(buckets)
             shared = {bucket: bucket.requires_grad() for bucket in buckets} if self._reduces else present
-            code = step_code(groups, shared)
+            code = step_code(options, shared)
         except Exception as caught:
             error = caught
         unreduced = self._reduces and any(bucket.has_unreduced() for bucket in buckets)
@@ -55,16 +70,17 @@ class Settlement:
             self._agreement.maximum([], error)
         if high != -minus_low:
             what = "requires_grad" if self._reduces else "the presence of a gradient"
-            self._agreement.require_equal("this step", step_facts(groups, shared, what))
+            self._agreement.require_equal("this step", step_facts(options, shared, what))
         if any_unreduced:
             self._reducer.reduce_now()
         self._reducer.rest()
-        return self._union(present) if self._reduces and self._find_unused else present
+        active = self._union(present) if self._reduces and self._find_unused else present
+        self._warn_if_orphaned(any(map(any, active.values())))
+        return Settled(options, active)
 
-    def _check(self, groups: Groups, buckets: Sequence[Bucket]) -> Flags:
+    def _check(self, buckets: Sequence[Bucket]) -> Flags:
         """Checks what a user can have broken since the last step; tells which parameters have a gradient here."""
-        for group in groups:
-            Hyperparameters.of(group)
+        self._waits.check()
         present = {}
         for bucket in buckets:
             bucket.check_views()
@@ -72,7 +88,6 @@ class Settlement:
             present[bucket] = bucket.has_gradient()
             if self._reduces and not self._find_unused and not all(present[bucket]):
                 require_gradients(bucket, present[bucket])
-        self._warn_if_orphaned(any(map(any, present.values())))
         return present
 
     def _union(self, flags: Flags) -> Flags:
@@ -86,5 +101,5 @@ class Settlement:
             warnings.warn(
                 "three steps in a row found no gradient on any parameter of the optimizer. If the model's parameters "
                 "were replaced after the optimizer was built (load_state_dict(assign=True)), build it again",
-                stacklevel=6,
+                stacklevel=5,
             )

@@ -161,6 +161,10 @@ class Shard:
         missing = {"step", "eta", "mu", "ax"} - state.keys()
         if missing:
             raise ValueError(f"has no {', '.join(sorted(missing))}")
+        for name in ("step", "eta", "mu"):
+            value = state[name]
+            if not (isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)):
+                raise ValueError(f"has {name} = {value!r}, which is not a number")
         for name in ("ax", "master"):
             value = state.get(name)
             if value is None:

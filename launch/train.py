@@ -58,7 +58,7 @@ class Args:
     max_bytes: int = option(4_000_000, "read no more text than this")
     held_out_bytes: int = option(2**16, "hold out this much of its end, to be evaluated on")
     length: int = option(64, "bytes in a sequence")
-    batch: int = option(8, "sequences in a step, over all ranks")
+    batch: int = option(4, "sequences in a step, over all ranks")
     steps: int = option(1600, "train until this step")
     seed: int = option(0, "of the first weights and the order of the data")
     lr: float = option(0.0, f"learning rate; without, that of the model: {LEARNING_RATE}")
@@ -143,8 +143,8 @@ def train_step(run: Run, step: int) -> Tensor:
     # Dropout is drawn anew for each step and rank, so that a resumed run draws what it would have drawn without a stop.
     torch.manual_seed(random.Random(f"{args.seed} {step} rank {world.rank}").getrandbits(60))
     loss = next_byte_loss(run, x, y, "mean")
-    # The optimizer takes the mean over ranks. Where the batch does not divide by them, shares differ in size (8 over 3
-    # ranks: 2, 3, 3). So that each sequence counts alike, a rank's loss is weighted by its part of the batch.
+    # The optimizer takes the mean over ranks. Where the batch does not divide by them, shares differ in size (16 over 3
+    # ranks: 5, 5, 6). So that each sequence counts alike, a rank's loss is weighted by its part of the batch.
     (loss * (world.size * len(share) / args.batch)).backward()
     run.optimizer.clip_grad_norm_(args.clip)
     run.optimizer.step()

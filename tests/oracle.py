@@ -230,6 +230,9 @@ class Pair:
         with torch.no_grad():
             self.params[index].copy_(values)
             self.oracle.params[index].copy_(values)
+            state = self.oracle.optimizer.state.get(self.oracle.params[index])
+            if state and state["mu"] == 1:  # the average is the parameter; torch copies it at the next step
+                state["ax"].copy_(self.oracle.params[index])
 
     def restart(self) -> None:
         """Go on as a new process does: new parameters, and a new optimizer that loaded the old one's state."""

@@ -457,21 +457,29 @@ def test_duplicates_are_treated_as_torch_treats_them() -> None:
     run_alone(alone)
 
 
-def test_a_parameter_listed_twice_is_updated_as_torch_updates_it() -> None:
-    def alone() -> None:
-        (p,), (twin,) = make_parameters(PLAIN[:1]), make_parameters(PLAIN[:1])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_parameter_listed_twice_is_updated_once(world_size: int) -> None:
+    """torch warns and then steps it twice; that serves nobody."""
+
+    def ranks(rank: int) -> None:
+        p, q = make_parameters(PLAIN[:2])
+        twins = make_parameters(PLAIN[:2])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ours = ShardedASGD([p, p], lr=0.1, t0=0)
-            theirs = torch.optim.ASGD([twin, twin], lr=0.1, t0=0, foreach=False)
-        for step in range(4):
-            for q, optimizer in ((p, ours), (twin, theirs)):
-                optimizer.zero_grad()
-                backward([q], random_gradients(PLAIN[:1], 1, step)[0])
-                optimizer.step()
-        assert same_bits(p, twin)
+            ours = ShardedASGD([p, q, p], lr=0.1, t0=0)
+        theirs = torch.optim.ASGD(twins, lr=0.1, t0=0, foreach=False)
+        for step in range(5):
+            by_rank = random_gradients(PLAIN[:2], world_size, step)
+            ours.zero_grad()
+            backward([p, q], by_rank[rank])
+            ours.step()
+            for twin, *grads in zip(twins, *by_rank, strict=True):
+                twin.grad = reduce_in_rank_order(grads)
+            theirs.step()
+            ours.load_state_dict(ours.state_dict())
+            assert same_bits(p, twins[0]) and same_bits(q, twins[1]), step
 
-    run_alone(alone)
+    run_ranks(world_size, ranks)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -87,7 +87,8 @@ def save_world(rank: int, folder: str, world_size: int, way: str) -> None:
     train(model, optimizer, range(SAVED_AT))
     if way == "async_save":
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        future = dcp.async_save(state, checkpoint_id=f"{folder}/{world_size}")
+        background = dist.new_group(backend="gloo")  # its thread and training must not share one
+        future = dcp.async_save(state, checkpoint_id=f"{folder}/{world_size}", process_group=background)
         train(model, optimizer, range(SAVED_AT, LAST))  # must not change what is being saved
         future.result()
         check_equal(model, optimizer, expected(LAST))
@@ -290,7 +291,8 @@ def test_a_dense_state_dict_goes_into_torch_and_training_goes_on_with_the_same_b
             optimizer.step()
             pair.oracle.optimizer.step()
             assert all(map(same_bits, twins, pair.oracle.params)), step
-        check_dense_state(optimizer.state_dict(), pair.oracle.optimizer)
+        for a, b in zip(twins, pair.oracle.params, strict=True):
+            assert same_bits(optimizer.state[a]["ax"], pair.oracle.optimizer.state[b]["ax"])
 
     run_ranks(2, ranks)
 
@@ -307,7 +309,7 @@ def test_a_torch_state_dict_is_taken_and_training_goes_on_with_the_same_bits(wor
             oracle.backward(grads)
             oracle.step()
             oracle.zero_grad()
-        dense = oracle.optimizer.state_dict()
+        dense = copy.deepcopy(oracle.optimizer.state_dict())
         assert LATE not in dense["state"]
         if numbers:  # as torch wrote them before 2022
             dense["state"] = {

@@ -86,9 +86,10 @@ def curves(run: Path) -> list[dict[str, Any]]:
     return []
 
 
-def workers_of(process: subprocess.Popen[str]) -> list[int]:
-    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    return sorted(int(pid) for pid in listing.stdout.split())
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that torchrun has started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return sorted(map(int, children.split()))
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_stops_resumes_and_finishes(texts: str, uninterrupted: Path, tmp_path: P
 
     with torchrun(2, options(texts, tmp_path)) as process:
         wait_for_step(process, tmp_path, T0 + 20)
-        os.kill(workers_of(process)[1], signal.SIGTERM)
+        os.kill(ranks_of(process)[1], signal.SIGTERM)
         output = finish(process)
     assert f"Going on from step {stopped[1]}, saved by 2 ranks" in output
     stopped = re.search(r"Stopped by a signal after step (\d+)", output)

@@ -1,0 +1,65 @@
+"""The two collectives, and norms, on gloo ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_asgd.collectives import Collectives, total_norm
+from ranks import run_ranks
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_mean_is_summed_in_rank_order_and_divided_once(world_size, dtype):
+    def ranks(rank):
+        everyone = torch.randn(world_size, world_size * 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        mean = Collectives(dist.group.WORLD, "cpu").start_reduce(everyone[rank], wide).finish()
+        expected = everyone[0].to(wide)
+        for other in everyone[1:]:
+            expected = expected + other.to(wide)
+        assert mean.dtype == wide
+        assert torch.equal(mean, (expected / world_size)[rank * 64 : (rank + 1) * 64])
+
+    run_ranks(world_size, ranks)
+
+
+class OwnReduceScatter(Collectives):
+    """Takes gloo for a backend with a reduce-scatter of its own, as NCCL is."""
+
+    def _backend(self):
+        return "other"
+
+
+def test_backends_with_a_reduce_scatter_use_it():
+    def ranks(rank):
+        everyone = torch.arange(3 * 96.0).view(3, 96)
+        reduction = OwnReduceScatter(dist.group.WORLD, "cpu").start_reduce(everyone[rank].clone(), torch.float32)
+        assert len(reduction.received) == 32
+        assert reduction.completes_within(0.0), "waiting for such a backend orders streams: it never blocks the host"
+        assert torch.equal(reduction.finish(), everyone.mean(0)[rank * 32 : (rank + 1) * 32])
+
+    run_ranks(3, ranks)
+
+
+def test_gathering_fills_the_buffer_in_place():
+    def ranks(rank):
+        buffer = torch.full((96,), -1.0)
+        shard = buffer[rank * 32 : (rank + 1) * 32]
+        shard.fill_(rank)
+        Collectives(dist.group.WORLD, "cpu").start_gather(buffer, shard).wait()
+        assert buffer.tolist() == [0.0] * 32 + [1.0] * 32 + [2.0] * 32
+
+    run_ranks(3, ranks)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, float("inf")])
+def test_the_norm_counts_each_element_of_every_rank_once(norm_type):
+    def ranks(rank):
+        everyone = torch.randn(3, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        own = [everyone[rank, :4], everyone[rank, 4:]] if rank else []  # rank 0 has nothing
+        norm = total_norm(own, norm_type, torch.device("cpu"), dist.group.WORLD)
+        expected = torch.linalg.vector_norm(everyone[1:], norm_type)
+        torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0)
+
+    run_ranks(3, ranks)
