@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from benchmarks import contestants
 from benchmarks.processes import free_port, report, start_ranks
 from benchmarks.table import print_table, write_json_lines
+from dist_asgd import ShardedASGD
 
 NAMES = (
     "ours",
@@ -121,6 +122,7 @@ def measure(build: contestants.Build, parameters: float, width: int = contestant
     model, optimizer = build(model, 0.0)
     for _ in range(3):  # averaging starts with the second step
         contestants.iterate(model, optimizer, batch)
+    _settle(optimizer)
     at_rest = reachable(optimizer, model)
     result = {"parameters": count, "before_t0": before, "averaging": at_rest}
     rest, peaks = resident() - empty, []
@@ -137,6 +139,7 @@ def _touch_everything(build: contestants.Build, model: nn.Module, batch: Tensor)
     model, optimizer = build(contestants.make_model(0, batch.shape[1]), 0.0)  # one block
     for _ in range(3):
         contestants.iterate(model, optimizer, batch)
+    _settle(optimizer)
 
 
 def _reachable_when_trained(build: contestants.Build, model: nn.Module, batch: Tensor) -> int:
@@ -144,21 +147,30 @@ def _reachable_when_trained(build: contestants.Build, model: nn.Module, batch: T
     model, optimizer = build(model, 1e6)
     for _ in range(2):
         contestants.iterate(model, optimizer, batch)
+    _settle(optimizer)
     return reachable(optimizer, model)
 
 
 def _peaks(model: nn.Module, optimizer: Optimizer, batch: Tensor) -> dict[str, int]:
     """One iteration: the growth of resident memory during backward and during step, and what is reachable between."""
-    dist.barrier()
     start = reset_peak()
+    dist.barrier()
     contestants.backward(model, batch)
     backward_peak = peak_resident() - start
     held = reachable(optimizer, model)
     reset_peak()
     optimizer.step()
+    _settle(optimizer)
     step_peak = peak_resident() - start
     optimizer.zero_grad()
     return {"backward_peak": backward_peak, "step_peak": step_peak, "held": held}
+
+
+def _settle(optimizer: Optimizer) -> None:
+    """Waits until nothing is under way on any rank: what communicates holds memory."""
+    if isinstance(optimizer, ShardedASGD):
+        optimizer.synchronize()
+    dist.barrier()
 
 
 # What is resident
@@ -172,7 +184,8 @@ def map_large_blocks() -> None:
 
 def resident() -> int:
     """Resident memory of this process now, in bytes, with what nobody uses given back first."""
-    gc.collect()
+    while gc.collect():  # what one round frees can make more garbage
+        pass
     ctypes.CDLL(None).malloc_trim(0)
     return _status("VmRSS")
 

@@ -76,7 +76,7 @@ def argument_facts(arguments: Mapping[str, object], groups: Groups, first: int) 
         facts += _option_facts(Hyperparameters.of(group), number)
         for name, param in zip(parameter_names(group, number), group["params"], strict=True):
             kind = f"{param.dtype} on {param.device.type} of shape {tuple(param.shape)} and strides {param.stride()}"
-            facts.append((f"parameter {name!r}", kind))
+            facts.append((f"parameter {name!r}", f"{kind}, {'trained' if param.requires_grad else 'frozen'}"))
     return facts
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,9 +101,7 @@ def total_norm(
     own = torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros((), device=device).double()
     if group is None:
         return own
-    if math.isinf(norm_type):
-        dist.all_reduce(own, dist.ReduceOp.MAX, group=group)
-        return own
-    power = own**norm_type
-    dist.all_reduce(power, group=group)
-    return power ** (1 / norm_type)
+    # All of them, not their maximum or their sum: a maximum over ranks may lose a NaN, powers may overflow.
+    everyone = own.new_empty(dist.get_world_size(group))
+    _all_gather(everyone, own.view(1), group=group)
+    return torch.linalg.vector_norm(everyone, norm_type)

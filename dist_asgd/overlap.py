@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ class _Wait:
     """A hook. Copies and pickles of a module get one that waits for nothing: their parameters are their own."""
 
     def __init__(self, buckets: set[Bucket]) -> None:
-        self._buckets = tuple(buckets)
+        self._buckets = weakref.WeakSet(buckets)  # the module may outlive the optimizer
 
     @torch.compiler.disable
     def __call__(self, *_: Any) -> None:

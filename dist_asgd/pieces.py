@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -185,7 +186,7 @@ class GradientPiece(Tensor):
         pending: a gradient of this rank, of the parameter's shape, that has not been reduced yet; or None.
     """
 
-    owner: GradientOwner
+    _owner: weakref.ref[GradientOwner]
     contributed: bool
     pending: Tensor | None
 
@@ -194,8 +195,16 @@ class GradientPiece(Tensor):
         piece = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, param.shape, strides=param.stride(), dtype=param.dtype, device=param.device
         )
-        piece.owner, piece.contributed, piece.pending = owner, False, None
+        # Weakly: a gradient that outlives its optimizer should not keep the optimizer's memory.
+        piece._owner, piece.contributed, piece.pending = weakref.ref(owner), False, None
         return piece
+
+    @property
+    def owner(self) -> GradientOwner:
+        owner = self._owner()
+        if owner is None:
+            raise RuntimeError("this gradient belongs to an optimizer that is gone: set p.grad = None")
+        return owner
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"GradientPiece(shape={tuple(self.shape)}, dtype={self.dtype})"

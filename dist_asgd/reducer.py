@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from dist_asgd.replicated import Bucket
 
@@ -43,6 +44,8 @@ class Reducer:
         self._task = -1  # the backward that will close the pass at its end
         self._in_flight: deque[Bucket] = deque()  # a bucket as often as it has reductions under way
         self._patience = PATIENCE
+        self._hooks: list[RemovableHandle] = []
+        weakref.finalize(self, _remove, self._hooks)
 
     def add(self, buckets: Sequence[Bucket]) -> None:
         """Takes on more buckets. Every rank adds the same."""
@@ -52,7 +55,7 @@ class Reducer:
             self.buckets.append(bucket)
             self._dormant.append(_is_frozen(bucket))
             for position, param in enumerate(bucket.params):
-                _register(param, _hook(weakref.ref(self), index, position))
+                self._hooks.append(_register(param, _hook(weakref.ref(self), index, position)))
 
     def close_pass(self) -> None:
         """Starts what the open pass has not started yet, if one is open."""
@@ -151,9 +154,15 @@ def _hook(reducer: weakref.ref[Reducer], index: int, position: int) -> Callable[
     return hook
 
 
-def _register(param: Tensor, hook: Callable[[Tensor], None]) -> None:
+def _register(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
     """Also on a frozen parameter, which may be unfrozen later; torch refuses hooks where no gradient is needed."""
     frozen = not param.requires_grad
     param.requires_grad_(True)
-    param.register_post_accumulate_grad_hook(hook)
+    handle = param.register_post_accumulate_grad_hook(hook)
     param.requires_grad_(not frozen)
+    return handle
+
+
+def _remove(hooks: Sequence[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()

@@ -9,6 +9,7 @@ import itertools
 import json
 import posixpath
 import re
+import warnings
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
@@ -30,7 +31,9 @@ def save(root: str, step: int, state: State, facts: Facts, world: World) -> str:
     fs, path = url_to_fs(url)
     # FsspecWriter's sync_files calls os.sync(), which flushes every disk of the machine. A local file needs fsync only.
     writer = dcp.FileSystemWriter(path) if _is_local(fs) else FsspecWriter(url, sync_files=False)
-    dcp.save(state, storage_writer=writer, process_group=world.control, no_dist=world.control is None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said of one process, which is meant
+        dcp.save(state, storage_writer=writer, process_group=world.control, no_dist=world.control is None)
     marker = json.dumps({"step": step, **facts}, indent=1).encode()
     # dcp.save has returned, so every rank has written everything: the ranks exchange their results in it.
     world.from_rank_zero(lambda: fs.pipe_file(posixpath.join(path, MARKER), marker))

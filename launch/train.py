@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import math
 import random
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -76,7 +77,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
     """The command line, checked, as a value that nothing changes any more."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     for f in dataclasses.fields(Args):
-        kind = {} if "nargs" in f.metadata else {"type": type(f.default)}
+        kind: dict[str, Any] = {} if "nargs" in f.metadata else {"type": type(f.default)}
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **f.metadata)
     args = Args(**vars(parser.parse_args(argv)))
     for name in ("width", "layers", "heads", "held_out_bytes", "length", "steps", "eval_every", "checkpoint_every"):
@@ -101,7 +102,8 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What may not change when a run is resumed: with another value it would be another run."""
-        names = ("model", "width", "layers", "heads", "length", "batch", "seed")
+        names = ["model", "width", "layers", "heads", "dropout", "held_out_bytes", "length", "batch", "seed"]
+        names += ["lr", "lambd", "t0", "clip"]
         return {name: getattr(self.args, name) for name in names} | {"text": self.text.digest}
 
     def state(self) -> dict[str, Any]:
@@ -202,6 +204,7 @@ def say(world: World, text: str) -> None:
     """Print a line, once, above the progress bar."""
     if world.rank == 0:
         (print if tqdm is None else tqdm.write)(text)
+        sys.stdout.flush()  # at once, also where it is a file
 
 
 def remaining_steps(run: Run, done: int) -> Iterator[int]:
@@ -214,16 +217,16 @@ def remaining_steps(run: Run, done: int) -> Iterator[int]:
     return iter(tqdm(steps, initial=done, total=run.args.steps, unit="step", disable=disable))
 
 
-def resume(run: Run) -> tuple[int, float]:
+def resume(run: Run) -> tuple[int, float | None]:
     """Load the checkpoint to go on from, if any; returns its step and the best averaged bits per byte until then."""
     found = checkpoints.find(run.args.checkpoint_dir, run.args.resume, run.world)
     if found is None:
-        return 0, math.inf
+        return 0, None
     url, facts = found
     for name, value in run.identity().items():
-        if facts["identity"][name] != value:
+        if (other := facts["identity"].get(name)) != value:
             raise SystemExit(
-                f"{url} is of a run with {name} = {facts['identity'][name]}, and this one has {value}. "
+                f"{url} is of a run with {name} = {other}, and this one has {value}. "
                 "Take the same, or another --checkpoint-dir, or --resume no."
             )
     state = run.state()
@@ -233,7 +236,7 @@ def resume(run: Run) -> tuple[int, float]:
     return facts["step"], facts["best"]
 
 
-def save(run: Run, step: int, best: float) -> None:
+def save(run: Run, step: int, best: float | None) -> None:
     """Save a checkpoint, if there is a place for it."""
     if run.args.checkpoint_dir:
         started = time.monotonic()
@@ -253,7 +256,7 @@ def train(run: Run, stop: StopSignal) -> None:
         seen += args.batch
         if step % args.eval_every == 0 or step == args.steps:
             record = evaluate(run, step)
-            best = min(best, record["averaged"])
+            best = record["averaged"] if best is None else min(best, record["averaged"])
             train_loss = world.sum(losses.item())[0] / seen / math.log(2)
             losses, seen = torch.zeros_like(losses), 0
             if world.rank == 0:

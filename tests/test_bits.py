@@ -35,7 +35,6 @@ class Case:
     steps: int = 210
     missing: float = 0.0
     bucket_bytes: tuple[int, ...] = (25 * 2**20,)
-    ids: str = field(default="", compare=False)
 
 
 LONG = (
@@ -47,7 +46,7 @@ LONG = (
         {"lr": 0.05, "t0": 0, "lambd": 0.0, "alpha": 1.0},
         specs=MIXED,
         groups=({}, {"lr": 0.01, "t0": 3}, {"weight_decay": 0.05, "maximize": True, "alpha": 0.6, "lambd": 0.03}),
-        bucket_bytes=(1024, 25 * 2**20),
+        bucket_bytes=(1024,),
     ),
 )
 SHORT = (
@@ -96,7 +95,7 @@ def run_case(case: Case, gradients: str, seed: int) -> None:
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_long_runs_past_t0_equal_torch(world_size: int, gradients: str) -> None:
     def ranks(rank: int) -> None:
-        for seed, case in enumerate(LONG):
+        for seed, case in enumerate(LONG if gradients == "local" else LONG[2:5:2]):
             run_case(case, gradients, seed)
 
     run_ranks(world_size, ranks, timeout=180)
@@ -157,6 +156,9 @@ class Program:
     def gradients(self, missing: float) -> list[Grads]:
         self.seed += 1
         made = random_gradients(self.specs, self.pair.world_size, self.seed, missing, exact=True)
+        whole = random_gradients(self.specs, self.pair.world_size, self.seed, exact=True)
+        # A rank without any gradient makes the others wait for it a few seconds: test_reduction has that, once.
+        made = [whole[rank] if all(g is None for g in grads) else grads for rank, grads in enumerate(made)]
         return [[None if g is None else g * 12 / 32 for g in grads] for grads in made]
 
     def iteration(self, missing: float) -> None:
@@ -231,7 +233,7 @@ def run_programs(seeds: range, gradients: str, missing: float) -> None:
             find_unused_parameters=missing > 0,
         )
         program = Program(pair, specs, chance, 1000 * seed)
-        for _ in range(30):
+        for _ in range(25):
             program.iteration(missing)
             pair.check_parameters(f"in program {seed} {gradients}: {' '.join(program.log)}")
         pair.check(f"at the end of program {seed} {gradients}: {' '.join(program.log)}")
@@ -242,7 +244,7 @@ def run_programs(seeds: range, gradients: str, missing: float) -> None:
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_random_programs_equal_torch(world_size: int, gradients: str, missing: float) -> None:
     def ranks(rank: int) -> None:
-        run_programs(range(10), gradients, missing)
+        run_programs(range(8), gradients, missing)
 
     run_ranks(world_size, ranks, timeout=120)
 

@@ -365,6 +365,20 @@ def test_find_unused_parameters_takes_the_union(world_size: int) -> None:
     run_ranks(world_size, ranks)
 
 
+def test_a_rank_without_any_gradient_joins_when_it_steps() -> None:
+    def ranks(rank: int) -> None:
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0, find_unused_parameters=True, bucket_bytes=256)
+        for step, passes in enumerate([1, 2, 1]):
+            for part in range(passes):
+                grads = random_gradients(PLAIN, 2, 10 * step + part, exact=True)
+                pair.backward([grads[0], [None] * len(PLAIN)] if step < 2 else grads)
+            pair.step()
+            pair.zero_grad()
+            pair.check(step)
+
+    run_ranks(2, ranks)
+
+
 def test_find_unused_parameters_with_accumulation() -> None:
     def ranks(rank: int) -> None:
         pair = Pair(make_parameters(PLAIN), lr=0.1, t0=2, find_unused_parameters=True)
@@ -523,6 +537,7 @@ def test_no_warning_without_ddp() -> None:
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["module not given", "module given"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_compiled_model(overlap: bool) -> None:
     def ranks(rank: int) -> None:
         model, twin = Messenger(), Messenger()

@@ -126,10 +126,11 @@ def load_world(rank: int, folder: str, saved_on: Sequence[int], way: str) -> Non
 
 @pytest.mark.parametrize("way", ["save", "async_save", "get_optimizer_state_dict", "flat"])
 def test_a_run_resumed_on_any_number_of_ranks_equals_the_uninterrupted_run(tmp_path: Path, way: str) -> None:
-    for world_size in (1, 2, 3, 4):
+    saved_on, loaded_on = ((1, 2, 3, 4), (1, 2, 3, 4)) if way == "save" else ((1, 3), (2, 3))
+    for world_size in saved_on:
         run_ranks(world_size, save_world, str(tmp_path), world_size, way)
-    for world_size in (1, 2, 3, 4):
-        run_ranks(world_size, load_world, str(tmp_path), (1, 2, 3, 4), way, timeout=120)
+    for world_size in loaded_on:
+        run_ranks(world_size, load_world, str(tmp_path), saved_on, way, timeout=120)
 
 
 def test_plain_pytorch_reads_the_checkpoint_without_ranks(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from world import World  # noqa: E402
 ALONE = World(0, 1, torch.device("cpu"), None)
 STEPS = 160
 T0 = 40
+PATIENCE = 180  # seconds, on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -61,21 +62,21 @@ def torchrun(ranks: int, arguments: Sequence[str]) -> Iterator[subprocess.Popen[
     finally:
         if process.poll() is None:
             process.terminate()
-            process.communicate(timeout=40)
+            process.communicate(timeout=PATIENCE)
 
 
 def finish(process: subprocess.Popen[str], *, code: int = 0) -> str:
     """What it printed, once it has ended, which it does with this exit status."""
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, output
     return output
 
 
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not any(record["step"] >= step for record in curves(run)):
         assert process.poll() is None, f"ended before step {step}:\n{process.communicate()[0]}"
-        assert time.monotonic() < deadline, f"no step {step} after a minute"
+        assert time.monotonic() < deadline, f"no step {step} after {PATIENCE} s"
         time.sleep(0.03)
 
 
@@ -84,6 +85,11 @@ def curves(run: Path) -> list[dict[str, Any]]:
     with contextlib.suppress(json.JSONDecodeError):  # read while it is written
         return [{key: r[key] for key in ("step", "raw", "averaged", "best")} for r in report.read_metrics(str(run))]
     return []
+
+
+def alone(arguments: Sequence[str]) -> None:
+    """One process without torchrun."""
+    run_alone(train.main, arguments, timeout=PATIENCE)
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
@@ -106,7 +112,9 @@ def test_stops_resumes_and_finishes(texts: str, uninterrupted: Path, tmp_path: P
     with torchrun(2, options(texts, tmp_path)) as process:
         wait_for_step(process, tmp_path, 20)
         process.terminate()
-        output = process.communicate(timeout=60)[0]  # torchrun itself then fails; what counts is what the ranks did
+        output = process.communicate(timeout=PATIENCE)[
+            0
+        ]  # torchrun itself then fails; what counts is what the ranks did
     stopped = re.search(r"Stopped by a signal after step (\d+)", output)
     assert stopped, output
     assert (tmp_path / f"checkpoints/step-{int(stopped[1]):08d}/complete.json").exists()
@@ -127,7 +135,7 @@ def test_stops_resumes_and_finishes(texts: str, uninterrupted: Path, tmp_path: P
     finished = curves(tmp_path)
     assert [record["step"] for record in finished] == list(range(20, STEPS + 1, 20))
     for mine, other in zip(finished, expected, strict=True):
-        assert mine == pytest.approx(other, abs=2e-3)  # another order of summation on three ranks
+        assert mine == pytest.approx(other, abs=3e-4)  # another order of summation on three ranks
     last = report.read_metrics(str(tmp_path))[-1]
     assert last["world_size"] == 3
     assert last["optimizer_bytes"] < 0.5 * last["torch_asgd_bytes"]
@@ -136,25 +144,37 @@ def test_stops_resumes_and_finishes(texts: str, uninterrupted: Path, tmp_path: P
 
 
 def test_averaging_helps(texts: str, tmp_path: Path) -> None:
-    run_alone(train.main, options(texts, tmp_path, "--steps", "400", "--t0", "300", "--lr", "3"))
+    alone(options(texts, tmp_path, "--steps", "400", "--t0", "300", "--lr", "3"))
     last = curves(tmp_path)[-1]
     assert last["averaged"] < last["raw"] - 0.1
 
 
 def test_one_process_goes_on_where_two_ranks_were(texts: str, uninterrupted: Path, tmp_path: Path) -> None:
     checkpoint = next(uninterrupted.glob("checkpoints/step-00000100"))
-    run_alone(train.main, options(texts, tmp_path, "--resume", str(checkpoint)))
+    alone(options(texts, tmp_path, "--resume", str(checkpoint)))
     for mine, other in zip(curves(tmp_path), curves(uninterrupted)[5:], strict=True):
-        assert mine == pytest.approx(other, abs=2e-3)
+        assert mine == pytest.approx(other, abs=3e-4)
 
 
 def test_an_lstm_with_dropout_resumes_with_the_same_bits(texts: str, tmp_path: Path) -> None:
     lstm = ["--model", "lstm", "--dropout", "0.3", "--t0", "30"]
-    run_alone(train.main, options(texts, tmp_path / "whole", *lstm, "--steps", "80"))
-    run_alone(train.main, options(texts, tmp_path / "parts", *lstm, "--steps", "40"))
-    run_alone(train.main, options(texts, tmp_path / "parts", *lstm, "--steps", "80"))
+    alone(options(texts, tmp_path / "whole", *lstm, "--steps", "80"))
+    alone(options(texts, tmp_path / "parts", *lstm, "--steps", "40"))
+    alone(options(texts, tmp_path / "parts", *lstm, "--steps", "80"))
     assert curves(tmp_path / "parts") == curves(tmp_path / "whole")
     assert len(curves(tmp_path / "parts")) == 4
+
+
+def test_the_progress_bar_and_the_plot_are_optional(
+    texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "tqdm", None)
+    monkeypatch.setattr(report, "matplotlib", None)
+    alone(options(texts, tmp_path, "--steps", "20"))
+    printed = capfd.readouterr().out
+    assert "tqdm is not installed, so there is no progress bar: pip install" in printed
+    assert "matplotlib is not installed, so there is no loss.png: pip install" in printed
+    assert len(curves(tmp_path)) == 1
 
 
 def test_a_directory_without_marker_does_not_count(tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""The code of README.md, run as written."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from dist_asgd import ShardedASGD
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+TRAIN, RESUME = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]])
+def test_the_first_screen(launcher, tmp_path):
+    (tmp_path / "train.py").write_text(TRAIN)
+    command = [sys.executable, *launcher, "train.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"error of the last iterate ([\d.]+), of the average ([\d.]+)", done.stdout)
+    assert len(found) == (2 if launcher else 1)
+    assert all(float(averaged) < float(raw) for raw, averaged in found)
+
+
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+def test_saving_on_two_ranks_and_resuming_on_three(tmp_path):
+    save, load = RESUME.replace('"checkpoints/', f'"{tmp_path}/').split("\n\n", 1)
+
+    def build(seed):
+        torch.manual_seed(seed)
+        model = torch.nn.Linear(7, 5)
+        return model, ShardedASGD(model.named_parameters(), lr=0.1, t0=0)
+
+    def step(model, opt):
+        opt.zero_grad()
+        model(torch.ones(3, 7)).square().mean().backward()
+        opt.step()
+
+    def first(rank):
+        model, opt = build(0)
+        for _ in range(5):
+            step(model, opt)
+        exec(save, {"model": model, "opt": opt})
+        step(model, opt)
+        return [p.detach() for p in model.parameters()], opt.full_state_dict()
+
+    def second(rank):
+        model, opt = build(1)
+        exec(load, {"model": model, "opt": opt, **imports})
+        step(model, opt)
+        return [p.detach() for p in model.parameters()], opt.full_state_dict()
+
+    imports: dict[str, object] = {}
+    exec("\n".join(line for line in RESUME.splitlines() if "import" in line), imports)
+    params, state = run_ranks(2, first)[0]
+    others, other = run_ranks(3, second)[0]
+    assert all(map(torch.equal, params, others))
+    assert other["state"].keys() == state["state"].keys() == {0, 1}
+    for index, entry in state["state"].items():
+        assert all(torch.equal(value, other["state"][index][key]) for key, value in entry.items())
