@@ -35,23 +35,18 @@ def test_saving_on_two_ranks_and_resuming_on_three(tmp_path):
         model = torch.nn.Linear(7, 5)
         return model, ShardedASGD(model.named_parameters(), lr=0.1, t0=0)
 
-    def step(model, opt):
-        opt.zero_grad()
-        model(torch.ones(3, 7)).square().mean().backward()
-        opt.step()
-
     def first(rank):
         model, opt = build(0)
         for _ in range(5):
-            step(model, opt)
+            opt.zero_grad()
+            model(torch.ones(3, 7)).square().mean().backward()
+            opt.step()
         exec(save, {"model": model, "opt": opt})
-        step(model, opt)
         return [p.detach() for p in model.parameters()], opt.full_state_dict()
 
     def second(rank):
         model, opt = build(1)
         exec(load, {"model": model, "opt": opt, **imports})
-        step(model, opt)
         return [p.detach() for p in model.parameters()], opt.full_state_dict()
 
     imports: dict[str, object] = {}
