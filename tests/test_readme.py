@@ -28,7 +28,9 @@ def test_the_first_screen(launcher, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*:FutureWarning")
 def test_saving_on_two_ranks_and_resuming_on_three(tmp_path):
-    save, load = RESUME.replace('"checkpoints/', f'"{tmp_path}/').split("\n\n", 1)
+    imports, save, load = RESUME.replace('"checkpoints/', f'"{tmp_path}/').split("\n\n")
+    names: dict[str, object] = {}
+    exec(imports, names)
 
     def build(seed):
         torch.manual_seed(seed)
@@ -41,16 +43,14 @@ def test_saving_on_two_ranks_and_resuming_on_three(tmp_path):
             opt.zero_grad()
             model(torch.ones(3, 7)).square().mean().backward()
             opt.step()
-        exec(save, {"model": model, "opt": opt})
+        exec(save, {"model": model, "opt": opt, **names})
         return [p.detach() for p in model.parameters()], opt.full_state_dict()
 
     def second(rank):
         model, opt = build(1)
-        exec(load, {"model": model, "opt": opt, **imports})
+        exec(load, {"model": model, "opt": opt, **names})
         return [p.detach() for p in model.parameters()], opt.full_state_dict()
 
-    imports: dict[str, object] = {}
-    exec("\n".join(line for line in RESUME.splitlines() if "import" in line), imports)
     params, state = run_ranks(2, first)[0]
     others, other = run_ranks(3, second)[0]
     assert all(map(torch.equal, params, others))
