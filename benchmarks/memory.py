@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks import contestants
-from benchmarks.processes import free_port, report, start_ranks
+from benchmarks.processes import end_cleanly, free_port, report, start_ranks
 from benchmarks.table import print_table, write_json_lines
 from dist_asgd import ShardedASGD
 
 NAMES = (
     "ours",
+    "ours, 4 MiB buckets",
     "DDP + ours, gradients=reduced",
     "DDP + ASGD",
     "DDP (bucket views) + ASGD",
@@ -61,6 +62,7 @@ def main() -> None:
     if options.worker is not None:
         _worker(options.worker, options.parameters)
         return
+    end_cleanly()
     rows = [_row(ranks, name, options.parameters) for ranks in options.ranks for name in options.names]
     for row in rows:
         ours = [one["peak"] for one in rows if one["name"] == "ours" and one["ranks"] == row["ranks"]]

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import contestants, netns
-from benchmarks.processes import report
+from benchmarks.processes import end_cleanly, report
+from benchmarks.quiet import undisturbed
 from benchmarks.table import print_table, write_json_lines
 from dist_asgd import ShardedASGD
 
 NAMES = (
     "ours",
     "ours, without module=",
+    "ours, 4 MiB buckets",
     "DDP + ASGD",
     "DDP + ZeroRedundancyOptimizer",
     "FSDP2 + ASGD",
@@ -41,6 +44,7 @@ COLUMNS = {
     "mean_ms": "mean ms",
     "ours_over_median": "ours/it",
     "ours_over_mean": "ours/it (mean)",
+    "others": "others' CPU",
     "sent_mb": "MB sent per rank",
     "sent_ratio": "of 2P(N-1)/N",
 }
@@ -51,6 +55,7 @@ def main() -> None:
     if options.worker is not None:
         _worker(options)
         return
+    end_cleanly()
     reason = netns.why_not()
     if reason is not None:
         sys.exit(f"benchmarks.network: {reason}")
@@ -58,11 +63,20 @@ def main() -> None:
     with netns.two_hosts(options.rate) as hosts:
         for _ in range(options.rounds):  # interleaved, so that a disturbance of the machine does not meet one row only
             for name in options.names:
-                results[name] += netns.run_on_hosts(hosts, "benchmarks.network", _for_worker(name, options))[:1]
+                results[name].append(_round(hosts, name, options))
     rows = summarise(results, options.rate or "unlimited")
     print(f"\n{rows[0]['parameters']} fp32 parameters, 2 hosts, {rows[0]['rate']}, averaging on, per iteration\n")
     print_table(rows, COLUMNS)
     write_json_lines(options.json, rows)
+
+
+def _round(hosts: Sequence[netns.Host], name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Rank 0's report, and under "others" what other processes used of the machine meanwhile."""
+    numbers = ("parameters", "iterations", "warmup")
+    arguments = ["--worker", name, *(f"--{key}={getattr(options, key)}" for key in numbers)]
+    run = partial(netns.run_on_hosts, hosts, "benchmarks.network", arguments)
+    ranks, others = undisturbed(run, options.patience)
+    return ranks[0] | {"others": others}
 
 
 def _arguments() -> argparse.Namespace:
@@ -72,15 +86,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=10, help="timed ones per round")
     parser.add_argument("--warmup", type=int, default=3, help="iterations before those")
     parser.add_argument("--rounds", type=int, default=2, help="fresh processes each time")
+    patience = "seconds to wait, before each round of each row, for other processes to be quiet"
+    parser.add_argument("--patience", type=float, default=0.0, help=patience)
     parser.add_argument("--json", type=Path, default=Path(__file__).with_name("network.jsonl"), metavar="FILE")
     parser.add_argument("--names", nargs="+", default=NAMES, choices=list(contestants.CONTESTANTS), metavar="NAME")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def _for_worker(name: str, options: argparse.Namespace) -> list[str]:
-    numbers = ("parameters", "iterations", "warmup")
-    return ["--worker", name, *(f"--{key}={getattr(options, key)}" for key in numbers)]
 
 
 def _worker(options: argparse.Namespace) -> None:
@@ -119,6 +130,7 @@ def summarise(results: dict[str, list[dict[str, Any]]], rate: str) -> list[dict[
         times = {"median_ms": round(1e3 * statistics.median(seconds)), "min_ms": round(1e3 * min(seconds))}
         times["mean_ms"] = round(1e3 * _mean(seconds))
         traffic = {"sent_mb": round(sent / 1e6, 1), "sent_ratio": round(sent / size, 3)}  # N = 2: 2P(N-1)/N is P
+        times["others"] = round(max(one["others"] for one in rounds), 2)
         rows.append({"name": name, **times, **traffic, "parameters": size // 4, "rate": rate, "seconds": seconds})
     ours = next((row for row in rows if row["name"] == "ours"), None)
     for row in rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,11 @@ _MARK = "RESULT "
 
 class RankFailed(RuntimeError):
     """A rank exited with an error or without a report; the message ends with what it wrote to stderr."""
+
+
+def end_cleanly() -> None:
+    """For the main program: have SIGTERM end it like an exception, so that it ends its ranks and removes its hosts."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
 
 
 def report(result: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import contestants, netns
-from benchmarks.processes import report
+from benchmarks.processes import end_cleanly, report
 from benchmarks.table import print_table, write_json_lines
 
 NAMES = (
@@ -47,6 +47,7 @@ def main() -> None:
     if options.worker:
         _worker(options.names, options.parameters)
         return
+    end_cleanly()
     reason = netns.why_not()
     if reason is not None:
         sys.exit(f"benchmarks.wire: {reason}")

@@ -30,10 +30,9 @@ class Agreement:
             raise ValueError("this rank is not in process_group; only its members build the optimizer")
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world_size = 1 if group is None else dist.get_world_size(group)
-        self._group = None
+        self.group: dist.ProcessGroup | None = None
         if group is not None and self.world_size > 1:
-            ranks = dist.get_process_group_ranks(group)
-            self._group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            self.group = group_of_its_own(group, "gloo")
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -50,12 +49,12 @@ class Agreement:
 
         Raises on every rank, in the place of a result, where any rank brings an ``error``.
         """
-        if self._group is None:
+        if self.group is None:
             if error is not None:
                 raise error
             return list(values)
         vector = torch.tensor([error is not None, *values], dtype=torch.int64)
-        dist.all_reduce(vector, dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(vector, dist.ReduceOp.MAX, group=self.group)
         failed, *result = vector.tolist()
         if failed:
             self._raise_together(error)
@@ -63,10 +62,10 @@ class Agreement:
 
     def union(self, flags: Sequence[bool]) -> list[bool]:
         """Which of the flags are set on any rank."""
-        if self._group is None:
+        if self.group is None:
             return list(flags)
         vector = torch.tensor(flags, dtype=torch.uint8)
-        dist.all_reduce(vector, dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(vector, dist.ReduceOp.MAX, group=self.group)
         return vector.bool().tolist()
 
     def require_equal(self, what: str, facts: Facts) -> None:
@@ -93,8 +92,24 @@ class Agreement:
 
     def _gather(self, item: object) -> list:
         everyone: list = [None] * self.world_size
-        dist.all_gather_object(everyone, item, group=self._group)
+        dist.all_gather_object(everyone, item, group=self.group)
         return everyone
+
+
+def group_of_its_own(group: dist.ProcessGroup | None, backend: str | None = None) -> dist.ProcessGroup:
+    """Another group of the ranks of ``group`` (None: the default group), by default of its backends. Collective.
+
+    Collectives of one group are matched by their order. Those that backward starts follow the order in which gradients
+    come, which is ours alone: other optimizers, DDP or SyncBatchNorm on the same ranks have theirs. The group lives
+    until ``torch.distributed.destroy_process_group()``.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    # torch names a group that only its members make by counting the groups that they are in: those counts must agree. A
+    # group of all ranks is made by all and needs no such luck.
+    members_only = len(ranks) < dist.get_world_size()
+    return dist.new_group(
+        ranks, backend=backend or dist.get_backend_config(group), use_local_synchronization=members_only
+    )
 
 
 def fingerprint(facts: object) -> int:

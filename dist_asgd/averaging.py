@@ -5,35 +5,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from dist_asgd.replicated import Bucket
 
-Backup = list[tuple[Bucket, Tensor]]  # with this rank's shard of the parameters, 1-D
-
 
 @torch.no_grad()
-def swap_in(buckets: Sequence[Bucket]) -> Backup:
-    """Makes the parameters of ``buckets`` their averages. Collective.
+def swap_in(buckets: Sequence[Bucket]) -> list[Bucket]:
+    """Makes the parameters of ``buckets`` their averages, and returns those for which that meant something. Collective.
 
-    Buckets in which nothing averages yet cost nothing: there, the average is the parameter.
+    Each rank keeps its shard of the parameters: 1/N of their memory. Buckets in which nothing averages yet cost
+    nothing: there, the average is the parameter.
     """
-    backup = []
+    swapped = []
     for bucket in buckets:
-        if bucket.shard.average is not None:
-            backup.append((bucket, bucket.shard.param.clone()))
-            bucket.shard.copy_average_to_param_()
+        average = bucket.shard.average
+        if average is not None:
+            bucket.shard.swap_in(average)
             bucket.start_gather()
-    for bucket, _ in backup:
+            swapped.append(bucket)
+    for bucket in swapped:
         bucket.wait()
-    return backup
+    return swapped
 
 
 @torch.no_grad()
-def swap_out(backup: Backup) -> None:
-    """Makes the parameters exactly what they were before ``swap_in``. Collective."""
-    for bucket, shard in backup:
-        bucket.shard.param.copy_(shard)
+def swap_out(swapped: Sequence[Bucket], patience: float | None) -> None:
+    """Makes the parameters exactly what they were before ``swap_in``. Collective.
+
+    Args:
+        patience: seconds to wait for the other ranks; None for ever. What they have not sent by then is waited for
+            before the parameters are used by the optimizer again.
+    """
+    for bucket in swapped:
+        bucket.shard.swap_out()
         bucket.start_gather()
-    for bucket, _ in backup:
-        bucket.wait()
+    for bucket in swapped:
+        bucket.wait(patience)

@@ -36,6 +36,17 @@ def check_arguments(
             raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def check_clip(max_norm: object, norm_type: object) -> Exception | None:
+    """The error, if any, in arguments of ``clip_grad_norm_``."""
+    for name, value, valid in (
+        ("max_norm", max_norm, isinstance(max_norm, (int, float)) and max_norm >= 0),
+        ("norm_type", norm_type, isinstance(norm_type, (int, float)) and norm_type > 0),
+    ):
+        if not valid:
+            return ValueError(f"{name} must be a number {'> 0' if name == 'norm_type' else '>= 0'}, got {value!r}")
+    return None
+
+
 def check_parameter(name: str, param: Tensor) -> None:
     """Raises ``ValueError`` for a parameter that cannot be optimized, saying why."""
     if isinstance(param, DTensor):
@@ -69,6 +80,13 @@ def parameter_names(group: Mapping[str, Any], number: int) -> list[str]:
     return group.get("param_names") or [f"{index} of group {number}" for index in range(len(group["params"]))]
 
 
+def drop_duplicates(group: dict[str, Any]) -> None:
+    """torch warns of a parameter that a group lists twice; it is one parameter, and takes one step."""
+    first = {param: index for index, param in reversed(list(enumerate(group["params"])))}
+    for key in {"params", "param_names"} & group.keys():
+        group[key] = [group[key][index] for index in sorted(first.values())]
+
+
 def argument_facts(arguments: Mapping[str, object], groups: Groups, first: int) -> Facts:
     """What must be the same on every rank to build the groups from ``first`` on."""
     facts = [(name, repr(value)) for name, value in arguments.items()]
@@ -88,10 +106,10 @@ def step_facts(options: Options, flags: Mapping[Bucket, Sequence[bool]], what: s
     return facts
 
 
-def step_code(options: Options, flags: Mapping[Bucket, Sequence[bool]]) -> int:
-    """A fingerprint of the same, cheap enough for every step."""
+def step_code(options: Options, flags: Mapping[Bucket, Sequence[bool]], begun: Sequence[Sequence[int]]) -> int:
+    """A fingerprint of the same and of the passes in which gradients were ``begun``, cheap enough for every step."""
     values = [[float(getattr(h, name)) for name in h.__slots__] for h in options]
-    return fingerprint((values, [bytes(own) for own in flags.values()]))
+    return fingerprint((values, [bytes(own) for own in flags.values()], begun))
 
 
 def _option_facts(h: Hyperparameters, number: int) -> Facts:

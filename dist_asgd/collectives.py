@@ -17,6 +17,16 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 POLL = 0.0002  # seconds
 
 
+def completes_within(work: dist.Work, seconds: float) -> bool:
+    """Whether ``work`` is complete, at the latest after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not work.is_completed():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(POLL)
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Reduction:
     """A reduce-scatter under way. Keeps the buffers of the wire alive until ``finish``."""
@@ -30,14 +40,7 @@ class Reduction:
 
     def completes_within(self, seconds: float) -> bool:
         """Whether ``finish`` will not block, at the latest after ``seconds``."""
-        if not self.on_host:
-            return True
-        deadline = time.monotonic() + seconds
-        while not self.work.is_completed():
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(POLL)
-        return True
+        return not self.on_host or completes_within(self.work, seconds)
 
     def finish(self) -> Tensor:
         """Waits, and returns the mean of this rank's shard over the ranks, 1-D.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -11,22 +12,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_asgd.agreement import Agreement
+from dist_asgd.agreement import Agreement, group_of_its_own
 from dist_asgd.averaging import swap_in, swap_out
 from dist_asgd.checks import (
     argument_facts,
     check_arguments,
+    check_clip,
     check_parameter,
+    drop_duplicates,
     parameter_names,
 )
 from dist_asgd.collectives import total_norm
 from dist_asgd.overlap import ForwardWaits
-from dist_asgd.reducer import Reducer
+from dist_asgd.reducer import PATIENCE, Reducer
 from dist_asgd.replicated import Bucket, build_buckets
 from dist_asgd.rule import Hyperparameters
 from dist_asgd.settlement import Settlement
 from dist_asgd.shards import Precision
-from dist_asgd.state import StateView, full_state_dict, load_state_dict, sharded_state_dict
+from dist_asgd.state import TORCH_OPTIONS, StateView, full_state_dict, plan_load, sharded_state_dict
 from dist_asgd.update import compute_dtype
 
 
@@ -53,8 +56,9 @@ class ShardedASGD(torch.optim.Optimizer):
         master_weights: keep fp32 masters of bf16 and fp16 parameters. Without, the update is still computed in fp32 and
             rounded once.
         average_dtype: dtype of ``ax``; None for fp32 or the parameter's dtype, whichever is wider.
-        module: the model. Given, ``step()`` returns while the all-gather is under way, and each submodule waits for its
-            own parameters before its forward. Call ``synchronize()`` before reading parameters in any other way.
+        module: the model. Given, ``step()`` returns while the all-gather is under way. The members of ``ModuleList``s
+            and ``Sequential``s in it wait for their parameters before their forward, the model itself for all others.
+            Call ``synchronize()`` before parameters are read in any other way.
 
     Raises:
         ValueError, TypeError: bad arguments, or arguments that differ between ranks; the same error on every rank.
@@ -81,7 +85,7 @@ class ShardedASGD(torch.optim.Optimizer):
         if process_group is None and dist.is_available() and dist.is_initialized():
             process_group = dist.group.WORLD
         self._agreement = Agreement(process_group)
-        self._process_group = process_group if self._agreement.world_size > 1 else None
+        self._process_group = None if self._agreement.group is None else group_of_its_own(process_group)
         self._gradients = gradients
         self._reduces = gradients == "local" and self._process_group is not None
         self._find_unused = find_unused_parameters
@@ -98,7 +102,7 @@ class ShardedASGD(torch.optim.Optimizer):
         with self._agreement.together():
             flags = {"find_unused_parameters": find_unused_parameters, "master_weights": master_weights}
             check_arguments(gradients, bucket_bytes, average_dtype, module, flags)
-            super().__init__(params, {**options, "maximize": maximize})
+            super().__init__(params, {**options, "maximize": maximize, **TORCH_OPTIONS})
         self._agree_on_arguments(0)
         self._build(0)
         self._built = True
@@ -110,14 +114,15 @@ class ShardedASGD(torch.optim.Optimizer):
             self._add_checked(param_group)
             return
         first = len(self.param_groups)
-        with self._agreement.together():
-            self._add_checked(param_group)
         try:
+            with self._agreement.together():
+                self._add_checked(param_group)
             self._agree_on_arguments(first)
-        except ValueError:
+        except Exception:
             del self.param_groups[first:]
             raise
         self.synchronize()
+        self._settlement.align()
         self._build(first)
 
     @torch.no_grad()
@@ -138,6 +143,7 @@ class ShardedASGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         settled = self._settlement.settle(self.param_groups, self._all_buckets())
+        self._settlement.warn_if_orphaned(settled)
         for h, buckets in zip(settled.options, self._buckets, strict=True):
             for bucket in buckets:
                 flags = settled.active[bucket]
@@ -169,18 +175,18 @@ class ShardedASGD(torch.optim.Optimizer):
         Returns:
             0-dim tensor: the total norm before clipping.
         """
-        if not (isinstance(norm_type, (int, float)) and norm_type > 0):
-            raise ValueError(f"norm_type must be a number > 0, got {norm_type!r}")
-        if not (isinstance(max_norm, (int, float)) and max_norm >= 0):
-            raise ValueError(f"max_norm must be a number >= 0, got {max_norm!r}")
+        error = check_clip(max_norm, norm_type)
         if not self._reduces:
+            if error is not None:
+                raise error
             params = [param for group in self.param_groups for param in group["params"] if param.numel()]
             return nn.utils.clip_grad_norm_(params, max_norm, norm_type)
-        self._settlement.settle(self.param_groups, self._all_buckets())
+        self._settlement.settle(self.param_groups, self._all_buckets(), error)
         grads = [grad for bucket in self._all_buckets() for grad in bucket.gradient_tensors()]
-        dtypes = {compute_dtype(bucket.dtype).to_real() for bucket in self._all_buckets()}
-        total = total_norm(grads, norm_type, self._all_buckets()[0].device, self._process_group)
-        total = total.to(functools.reduce(torch.promote_types, dtypes))
+        device = next((bucket.device for bucket in self._all_buckets()), torch.device("cpu"))
+        dtypes = [compute_dtype(bucket.dtype).to_real() for bucket in self._all_buckets()]
+        dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+        total = total_norm(grads, norm_type, device, self._process_group).to(dtype)
         scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         for grad in grads:
             grad.mul_(scale.to(grad.device))
@@ -203,18 +209,22 @@ class ShardedASGD(torch.optim.Optimizer):
     def averaged_parameters(self) -> Iterator[None]:
         """Inside, parameters hold their averages; after it, exactly what they held before. Collective.
 
-        Parameters that have no average yet keep their own values. ``step()`` and ``load_state_dict()`` are refused
+        If the block raises on one rank only, that rank waits 5 s for the others to leave theirs, then lets the error
+        out. Parameters that have no average yet keep their own values. ``step()`` and ``load_state_dict()`` are refused
         inside. Extra memory: 1/N of the parameters.
         """
         self._refuse_swapped("averaged_parameters()")
         self.synchronize()
-        backup = swap_in(self._all_buckets())
+        self._settlement.align()
+        averaged = swap_in(self._all_buckets())
         self._swapped = True
+        patience: float | None = PATIENCE
         try:
             yield
+            patience = None
         finally:
-            swap_out(backup)
             self._swapped = False
+            swap_out(averaged, patience)
 
     def start_averaging(self) -> None:
         """Starts the average now: sets ``t0`` of every group to the steps taken so far.
@@ -223,7 +233,8 @@ class ShardedASGD(torch.optim.Optimizer):
         under way starts afresh. Every rank must call it at the same step.
         """
         for group, buckets in zip(self.param_groups, self._buckets, strict=True):
-            group["t0"] = float(max(run.scalars.step for bucket in buckets for run in bucket.shard.runs))
+            steps = [run.scalars.step for bucket in buckets for run in bucket.shard.runs]
+            group["t0"] = float(max(steps, default=0))
 
     def synchronize(self) -> None:
         """Waits until all parameters are complete. Needed only with ``module``, before they are read elsewhere."""
@@ -235,11 +246,13 @@ class ShardedASGD(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with ``ax`` (and ``master``) as this rank's pieces. No communication.
 
-        ``torch.distributed.checkpoint`` saves and loads it with any number of ranks. ``step``, ``eta`` and ``mu`` are
-        0-dim tensors on the CPU. With one rank the tensors are whole.
+        ``torch.distributed.checkpoint`` saves and loads it with any number of ranks; ``get_optimizer_state_dict`` gives
+        it by names, also where it is asked for a full state dict: that is ``full_state_dict()``. ``step``, ``eta`` and
+        ``mu`` are 0-dim tensors on the CPU. With one rank the tensors are whole.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        self.synchronize()
         state_dict = sharded_state_dict(self.param_groups, self._buckets)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = _given(post_hook(self, state_dict), state_dict)
@@ -247,6 +260,8 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def full_state_dict(self) -> dict[str, Any]:
         """A plain ``torch.optim.ASGD`` state dict of whole CPU tensors on rank 0, ``{}`` on the others. Collective."""
+        self.synchronize()
+        self._settlement.align()
         return full_state_dict(self.param_groups, self._buckets, self._agreement.rank)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -255,15 +270,21 @@ class ShardedASGD(torch.optim.Optimizer):
         Raises:
             ValueError: on every rank the same, where it does not fit; nothing has changed then.
         """
-        self._refuse_swapped("load_state_dict()")
+        self.synchronize()
+        with self._agreement.together():
+            self._refuse_swapped("load_state_dict()")
+            loaded = plan_load(self.param_groups, self._buckets, self._before_load(state_dict))
+        loaded.apply()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _before_load(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"load_state_dict() needs a state dict on every rank, got {type(state_dict).__name__}")
         loaded = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             loaded = _given(pre_hook(self, loaded), loaded)
-        self.synchronize()
-        with self._agreement.together(), torch.no_grad():
-            load_state_dict(self.param_groups, self._buckets, loaded)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        return loaded
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -286,7 +307,7 @@ class ShardedASGD(torch.optim.Optimizer):
         try:
             super().add_param_group(param_group)
             group = self.param_groups[-1]
-            _drop_duplicates(group)  # torch has warned of them; a parameter takes one step all the same
+            drop_duplicates(group)
             Hyperparameters.of(group)
             for name, param in zip(parameter_names(group, count), group["params"], strict=True):
                 check_parameter(name, param)
@@ -299,8 +320,9 @@ class ShardedASGD(torch.optim.Optimizer):
         rank, world_size = self._agreement.rank, self._agreement.world_size
         for number, group in enumerate(self.param_groups[first:], start=first):
             named = dict(zip(group["params"], parameter_names(group, number), strict=True))
+            reducing = weakref.proxy(self._settlement) if self._reduces else None
             buckets = build_buckets(
-                named, self._bucket_bytes, rank, world_size, self._process_group, self._precision, self._reduces
+                named, self._bucket_bytes, rank, world_size, self._process_group, self._precision, reducing
             )
             self._buckets.append(buckets)
             self._waits.attach(buckets)
@@ -316,12 +338,6 @@ class ShardedASGD(torch.optim.Optimizer):
         }
         facts = argument_facts(arguments, self.param_groups, first)
         self._agreement.require_equal("the arguments of the optimizer", facts)
-
-
-def _drop_duplicates(group: dict[str, Any]) -> None:
-    first = {param: index for index, param in reversed(list(enumerate(group["params"])))}
-    for key in {"params", "param_names"} & group.keys():
-        group[key] = [group[key][index] for index in sorted(first.values())]
 
 
 def _given(result: Any, default: Any) -> Any:

@@ -11,11 +11,15 @@ from torch import nn
 
 from dist_asgd.replicated import Bucket
 
+CONTAINERS = (nn.ModuleList, nn.Sequential)
+
 
 class ForwardWaits:
-    """Pre-forward hooks on the submodules that own parameters, and a pre-hook on the module's ``state_dict()``.
+    """Pre-forward hooks that wait for parameters, and a pre-hook on the module's ``state_dict()``.
 
-    A parameter that is read elsewhere than in the forward of a module that owns it is not waited for.
+    A module may read the parameters of any module below it without calling it (MultiheadAttention does, and whole
+    Transformer layers in their fast path). So the hook of a module waits for all parameters below it, and only what
+    containers hold to be called, the members of a ModuleList or Sequential, waits on its own.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
@@ -24,16 +28,23 @@ class ForwardWaits:
         self._owned: list[tuple[nn.Module, str, str, nn.Parameter]] = []  # module, attribute, full name, parameter
 
     def attach(self, buckets: Sequence[Bucket]) -> None:
-        """Hooks the submodules that own parameters of ``buckets``. torch.compile breaks its graph at each of them."""
+        """Hooks the modules that are waited for. torch.compile breaks its graph at each of them."""
         if self._module is None:
             return
         owner = {id(param): bucket for bucket in buckets for param in bucket.params}
+        units = _units(self._module)
+        waits = {unit: list(unit.parameters()) for unit in units} | {
+            self._module: _parameters(self._module, set(units))
+        }
+        for unit, params in waits.items():
+            waited_for = {owner[id(param)] for param in params if id(param) in owner}
+            if waited_for:
+                unit.register_forward_pre_hook(_Wait(waited_for))
         for prefix, submodule in self._module.named_modules():
-            named = [(name, param) for name, param in submodule.named_parameters(recurse=False) if id(param) in owner]
-            if named:
-                submodule.register_forward_pre_hook(_Wait({owner[id(param)] for _, param in named}))
-                self._covered.update(id(param) for _, param in named)
-                self._owned += [(submodule, name, f"{prefix}.{name}".lstrip("."), param) for name, param in named]
+            for name, param in submodule.named_parameters(recurse=False):
+                if id(param) in owner:
+                    self._covered.add(id(param))
+                    self._owned.append((submodule, name, f"{prefix}.{name}".lstrip("."), param))
         self._module.register_state_dict_pre_hook(_Wait(set(buckets)))
 
     def check(self) -> None:
@@ -49,6 +60,26 @@ class ForwardWaits:
     def covers(self, bucket: Bucket) -> bool:
         """Whether every parameter of the bucket is waited for by a module."""
         return self._covered.issuperset(map(id, bucket.params))
+
+
+def _units(module: nn.Module) -> list[nn.Module]:
+    """The outermost members of the containers in ``module`` that are no containers themselves."""
+    units: list[nn.Module] = []
+    for child in module.children():
+        if type(module) in CONTAINERS and type(child) not in CONTAINERS:
+            units.append(child)
+        else:
+            units += _units(child)
+    return units
+
+
+def _parameters(module: nn.Module, without: set[nn.Module]) -> list[nn.Parameter]:
+    """The parameters of ``module`` and of what is below it, but for the modules ``without``."""
+    params = list(module.parameters(recurse=False))
+    for child in module.children():
+        if child not in without:
+            params += _parameters(child, without)
+    return params
 
 
 class _Wait:

@@ -51,11 +51,11 @@ class Packer:
 
     def flat(self, position: int, grad: Tensor) -> Tensor:
         """One gradient in its parameter's memory order, 1-D; a view where it already has that order."""
-        return self._placements[position].flatten(grad)
+        return self._placements[position].flatten(grad.resolve_conj())
 
     def _movable(self, position: int, grad: Tensor) -> Tensor:
         """The gradient in a form that the operators of ``pack`` flatten into the parameter's memory order."""
-        as_it_is = self._row_major[position] and grad.ndim and grad.is_contiguous()
+        as_it_is = self._row_major[position] and grad.ndim and grad.is_contiguous() and not grad.is_conj()
         movable = grad if as_it_is else self.flat(position, grad)
         return movable if movable.dtype == self._like.dtype else movable.to(self._like.dtype)
 

@@ -19,7 +19,7 @@ from dist_asgd.layout import Box, boxes
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Placement:
     """How a parameter lies in its bucket: its shape, and the strides it keeps there.
 
@@ -164,14 +164,21 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.sizes))
 
 
+class Reducing(Protocol):
+    """What a ``GradientPiece`` asks of the optimizer whose gradient it is."""
+
+    def align(self) -> None: ...
+    def warn_reduced_twice(self) -> None: ...
+
+
 class GradientOwner(Protocol):
     """What a ``GradientPiece`` asks of the bucket that holds its elements."""
 
-    @property
-    def group(self) -> dist.ProcessGroup | None: ...
+    group: dist.ProcessGroup | None  # the same for every owner of an optimizer
+    reducing: Reducing | None
+
     def gradient_tensors(self) -> list[Tensor]: ...
     def zero_gradient(self, gradient: GradientPiece) -> None: ...
-    def warn_reduced_twice(self) -> None: ...
 
 
 class GradientPiece(Tensor):
@@ -182,21 +189,26 @@ class GradientPiece(Tensor):
     is seen by all). Setting ``p.grad`` to None drops it. Everything else needs the whole gradient and raises.
 
     Attributes:
+        position: of the parameter in its bucket.
         contributed: whether this rank had a gradient, in any of the reductions that the piece has accumulated.
+        begun: the number of the pass (see reducer.py) that it was begun in.
         pending: a gradient of this rank, of the parameter's shape, that has not been reduced yet; or None.
     """
 
     _owner: weakref.ref[GradientOwner]
+    position: int
     contributed: bool
+    begun: int
     pending: Tensor | None
 
     @staticmethod
-    def __new__(cls, owner: GradientOwner, param: Tensor) -> GradientPiece:
+    def __new__(cls, owner: GradientOwner, position: int, param: Tensor) -> GradientPiece:
         piece = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, param.shape, strides=param.stride(), dtype=param.dtype, device=param.device
         )
+        piece.position = position
         # Weakly: a gradient that outlives its optimizer should not keep the optimizer's memory.
-        piece._owner, piece.contributed, piece.pending = weakref.ref(owner), False, None
+        piece._owner, piece.contributed, piece.begun, piece.pending = weakref.ref(owner), False, 0, None
         return piece
 
     @property
@@ -230,11 +242,13 @@ class GradientPiece(Tensor):
             return args[0]
         if func is aten.copy_.default and isinstance(args[0], GradientPiece):
             # DistributedDataParallel writes the mean that it has computed as well: the same that the piece holds.
-            args[0].owner.warn_reduced_twice()
+            if args[0].owner.reducing is not None:
+                args[0].owner.reducing.warn_reduced_twice()
             return args[0]
         raise RuntimeError(
             f"{func} needs a whole gradient, and gradients='local' leaves each rank a piece of the reduced one. Use "
-            "the optimizer's clip_grad_norm_() and zero_grad(), or look at gradients inside no_sync()"
+            "the optimizer's clip_grad_norm_(); look at gradients inside no_sync(); drop them (zero_grad()) before you "
+            "convert the model; under DistributedDataParallel, pass gradients='reduced'"
         )
 
 
@@ -244,10 +258,17 @@ def unscale_(grads: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> N
     Collective where one of the gradients is a ``GradientPiece``.
     """
     owners = list(dict.fromkeys(grad.owner for grad in grads if isinstance(grad, GradientPiece)))
+    for reducing in {id(owner.reducing): owner.reducing for owner in owners}.values():
+        if reducing is not None:
+            reducing.align()
     local = [grad for grad in grads if not isinstance(grad, GradientPiece)]
     for owner in owners:
         local += owner.gradient_tensors()
     if local:
         torch._amp_foreach_non_finite_check_and_unscale_(local, found_inf, inv_scale)
-    if owners and owners[0].group is not None:
+    if owners:
         dist.all_reduce(found_inf, dist.ReduceOp.MAX, group=owners[0].group)
+
+
+# So that torch.load(weights_only=True), its default, takes state dicts that torch.save has written.
+torch.serialization.add_safe_globals([StatePiece, Placement])

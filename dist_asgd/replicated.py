@@ -1,6 +1,6 @@
 """Replicated parameters: flat buckets, of which each rank owns and updates one shard (ZeRO-1 and ZeRO-2).
 
-[Note: gradients] A bucket that ``reduces`` averages the ranks' own gradients. Its whole gradients live from backward
+[Note: gradients] A bucket with ``reducing`` averages the ranks' own gradients. Its whole gradients live from backward
 until its reduction starts; from then on ``p.grad`` is a ``GradientPiece`` that stands for this rank's piece of the
 reduced gradient in ``Bucket.grad`` (1-D, indexed as the shard, in the dtype the rule is computed in). Without it (one
 rank, or somebody else has reduced them) ``p.grad`` stays what it is in torch and is read where it lies.
@@ -8,7 +8,6 @@ rank, or somebody else has reduced them) ``p.grad`` stays what it is in torch an
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -16,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_asgd.collectives import Collectives, Reduction
+from dist_asgd.collectives import Collectives, Reduction, completes_within
 from dist_asgd.layout import BucketLayout, Piece, plan_buckets
 from dist_asgd.packing import Packer
-from dist_asgd.pieces import GradientPiece, Placement
+from dist_asgd.pieces import GradientPiece, Placement, Reducing
 from dist_asgd.rule import Hyperparameters
 from dist_asgd.shards import GradientSlice, Precision, Run, Shard
 from dist_asgd.update import BLOCK, as_real, compute_dtype
@@ -37,7 +36,7 @@ class Bucket:
             bucket's buffer, so that no collective copies anything in or out.
         names: of ``params``, for messages.
         collectives: None with one rank.
-        reduces: whether the gradients are the rank's own and the bucket averages them; then parameters start as rank
+        reducing: given where gradients are the rank's own and the bucket averages them; then parameters start as rank
             0's, as in DistributedDataParallel.
     """
 
@@ -49,41 +48,42 @@ class Bucket:
         rank: int,
         collectives: Collectives | None,
         precision: Precision,
-        reduces: bool,
+        reducing: Reducing | None,
     ) -> None:
         self.params, self.names, self.layout = tuple(params), tuple(names), layout
         self.collectives = collectives if layout.numel else None
-        self.reduces = reduces
+        self.group = None if collectives is None else collectives.group
+        self.reducing = reducing
+        self.positions = {id(param): position for position, param in enumerate(params)}
         self.dtype, self.device = params[0].dtype, params[0].device
         self.placements = tuple(Placement.of(param) for param in params)
         self.buffer = torch.zeros(layout.numel, dtype=self.dtype, device=self.device)  # 1-D, the parameters
         for position in range(len(params)):
             self._attach(position)
         self._addresses = [param.data_ptr() for param in self.params]
-        if reduces and self.collectives is not None:
+        if reducing is not None and self.collectives is not None:
             self.collectives.broadcast(as_real(self.buffer))
         start, stop = layout.shard(rank)
         self.shard = Shard(self.buffer[start:stop], layout, self.placements, rank, precision)
         self.grad: Tensor | None = None
-        self._gradient_pieces = [GradientPiece(self, param) for param in params] if reduces else []
-        # Reductions under way, in order, each with the parameters to whose gradient it adds.
-        self._reductions: deque[tuple[Reduction, list[bool]]] = deque()
+        self._gradient_pieces = [GradientPiece(self, i, param) for i, param in enumerate(params)] if reducing else []
+        # Reductions under way, in order, each with the parameters to whose gradient it adds; None: nobody wants it now.
+        self._reductions: deque[tuple[Reduction, list[bool] | None]] = deque()
         self._gather: dist.Work | None = None
         self._packer = Packer(layout, self.placements, self.buffer)
-        self._warned = False
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        return None if self.collectives is None else self.collectives.group
 
     # Parameters ------------------------------------------------------------------------------------------------------
+
+    def holds(self, position: int) -> bool:
+        """Whether the parameter still is a view of the bucket."""
+        return self.params[position].data_ptr() == self._addresses[position]
 
     def check_views(self) -> None:
         """Takes up parameters whose ``.data`` was replaced; raises ``RuntimeError`` where they do not fit any more."""
         if [param.data_ptr() for param in self.params] == self._addresses:
             return
         for position, param in enumerate(self.params):
-            if param.data_ptr() == self._addresses[position]:
+            if self.holds(position):
                 continue
             found = _describe(param)
             expected = f"{self.dtype} on {self.device} of shape {self.placements[position].shape}"
@@ -95,15 +95,18 @@ class Bucket:
             self._attach(position)
 
     def start_gather(self) -> None:
-        """Starts completing the parameters on every rank from the shards. Collective."""
+        """Starts completing the parameters on every rank from the shards, which have changed. Collective."""
+        # The views do not share the buffer's version counter; with it, autograd refuses a backward through old values.
+        torch.autograd.graph.increment_version(self.params)
         if self.collectives is not None:
             self._gather = self.collectives.start_gather(as_real(self.buffer), as_real(self.shard.param))
 
-    def wait(self) -> None:
-        """Until the parameters are complete."""
-        if self._gather is not None:
-            self._gather.wait()
-            self._gather = None
+    def wait(self, seconds: float | None = None) -> None:
+        """Until the parameters are complete; given up after ``seconds``, for a later call to go on."""
+        if self._gather is None or not (seconds is None or completes_within(self._gather, seconds)):
+            return
+        self._gather.wait()
+        self._gather = None
 
     def assemble(self, flat: Tensor) -> Tensor | None:
         """The whole bucket, 1-D, on rank 0's CPU (others: None) from a ``flat`` tensor of each shard. Collective."""
@@ -134,6 +137,13 @@ class Bucket:
             for grad in grads
         ]
 
+    def begun(self, passes: int) -> list[int]:
+        """For each parameter, the pass that its gradient was begun in, or will be after ``passes``; -1 if frozen."""
+        return [
+            piece.begun if param.grad is piece else passes + 1 if param.requires_grad else -1
+            for param, piece in zip(self.params, self._gradient_pieces, strict=True)
+        ]
+
     def has_unreduced(self) -> bool:
         """Whether a parameter has a gradient that only this rank knows."""
         grads = [param.grad for param in self.params]
@@ -141,9 +151,16 @@ class Bucket:
 
     def check_gradients(self) -> None:
         """Raises ``RuntimeError`` for a gradient that the rule has no meaning for, naming its parameter."""
-        for name, param in zip(self.names, self.params, strict=True):
+        for position, (name, param) in enumerate(zip(self.names, self.params, strict=True)):
             grad = param.grad
-            if grad is None or isinstance(grad, GradientPiece):
+            if grad is None:
+                continue
+            if isinstance(grad, GradientPiece):
+                if grad is not self._gradient_pieces[position]:
+                    raise RuntimeError(
+                        f"the gradient of parameter {name!r} was reduced by another ShardedASGD that has the parameter "
+                        "as well: use one of them, and drop gradients (zero_grad()) when you change over"
+                    )
                 continue
             if grad.layout is not torch.strided:
                 raise RuntimeError(f"parameter {name!r} has a sparse gradient; ASGD needs a dense one (sparse=False)")
@@ -153,18 +170,26 @@ class Bucket:
                     "they must have the same shape and device"
                 )
 
-    def start_reduce(self) -> None:
-        """Moves the rank's gradients into one buffer, frees them and starts their reduction. Collective."""
+    def start_reduce(self, number: int, with_gradients: bool = True) -> None:
+        """Moves the rank's gradients into one buffer, frees them and starts their reduction. Collective.
+
+        Args:
+            number: of the pass.
+            with_gradients: else this rank contributes zeros and keeps its gradients.
+        """
         grads: list[Tensor | None] = []
         kept: list[bool] = []
         for param, piece in zip(self.params, self._gradient_pieces, strict=True):
             kept.append(param.grad is piece)
-            if _kind(param) != _kind(piece) or not (kept[-1] or param.grad is None or _fits(param.grad, param)):
-                grads.append(None)  # check_views or check_gradients will name it
+            usable = _kind(param) == _kind(piece) and (kept[-1] or param.grad is None or _fits(param.grad, param))
+            if not (with_gradients and usable):  # check_views or check_gradients will name what is not usable
+                grads.append(None)
                 continue
             grad = piece.take_pending() if kept[-1] else param.grad
             grads.append(grad)
-            piece.contributed = grad is not None or (kept[-1] and piece.contributed)
+            if not kept[-1]:
+                piece.contributed, piece.begun, piece.pending = False, number, None
+            piece.contributed |= grad is not None
             if grad is not None or param.requires_grad:
                 param.grad = piece
         if self.collectives is not None:
@@ -183,6 +208,8 @@ class Bucket:
             return
         reduction, kept = self._reductions.popleft()
         total = reduction.finish()
+        if kept is None:
+            return
         if self.dtype.is_complex:
             total = torch.view_as_complex(total.view(-1, 2))
         if self.grad is None or not any(kept):
@@ -198,15 +225,17 @@ class Bucket:
             self.finish_oldest_reduce()
 
     def drop_gradient(self) -> None:
-        """Frees the reduced gradient."""
-        self.finish_reduce()
+        """Frees the reduced gradient. Waits for nobody: what is under way is thrown away when it has come."""
+        self._reductions = deque((reduction, None) for reduction, _ in self._reductions)
         self.grad = None
+        for piece in self._gradient_pieces:
+            piece.contributed, piece.pending = False, None
 
     def zero_gradient(self, gradient: GradientPiece) -> None:
         self.finish_reduce()
+        gradient.contributed |= gradient.pending is not None
         gradient.pending = None
-        position = next(i for i, piece in enumerate(self._gradient_pieces) if piece is gradient)
-        piece = self.shard.pieces.get(position)
+        piece = self.shard.pieces.get(gradient.position)
         if piece is not None and self.grad is not None:
             self.grad[piece.shard_start : piece.shard_stop].zero_()
 
@@ -224,22 +253,13 @@ class Bucket:
             reduced = [self.grad[piece.shard_start : piece.shard_stop] for piece in owned]
         return reduced + [grad for grad in pending if grad is not None]
 
-    def warn_reduced_twice(self) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "gradients are reduced twice: by DistributedDataParallel and by ShardedASGD(gradients='local'). The "
-                "results are right, the work is double: pass gradients='reduced', or do not wrap the model",
-                stacklevel=2,
-            )
-
     # Update ----------------------------------------------------------------------------------------------------------
 
     def update(self, h: Hyperparameters, active: Sequence[bool] | None) -> None:
         """One step of this rank's shard for the parameters that are ``active`` (None: all)."""
         self.wait()
         self.finish_reduce()
-        self.shard.update(h, active, self._reduced_slices if self.reduces else self._plain_slices)
+        self.shard.update(h, active, self._reduced_slices if self.reducing else self._plain_slices)
 
     def _reduced_slices(self, run: Run) -> Iterator[GradientSlice]:
         where = self.shard.slice_of(run)
@@ -249,6 +269,7 @@ class Bucket:
     def _plain_slices(self, run: Run) -> Iterator[GradientSlice]:
         """Large gradients where they lie, and runs of small ones gathered, in pieces that stay in cache."""
         small: list[Piece] = []
+        most = BLOCK if self.device.type == "cpu" else self.layout.numel
         for position in range(run.first, run.stop):
             piece = self.shard.pieces.get(position)
             if piece is None:
@@ -259,7 +280,7 @@ class Bucket:
             whole = piece.stop - piece.start == self.layout.spans[position].numel
             if whole and grad.numel() < GATHER_BELOW:
                 small.append(piece)
-                if piece.shard_stop - small[0].shard_start >= BLOCK:
+                if piece.shard_stop - small[0].shard_start >= most:
                     yield self._gathered(small)
                     small = []
                 continue
@@ -286,7 +307,7 @@ def build_buckets(
     world_size: int,
     group: dist.ProcessGroup | None,
     precision: Precision,
-    reduces: bool,
+    reducing: Reducing | None,
 ) -> list[Bucket]:
     """Buckets for the parameters, with their names, of one group: apart by device and dtype. Collective."""
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -299,7 +320,7 @@ def build_buckets(
         for layout in plan_buckets(numels, world_size=world_size, max_numel=bucket_bytes // dtype.itemsize):
             of_bucket = [params[span.index] for span in layout.spans]
             names = [named[param] for param in of_bucket]
-            buckets.append(Bucket(of_bucket, names, layout, rank, collectives, precision, reduces))
+            buckets.append(Bucket(of_bucket, names, layout, rank, collectives, precision, reducing))
     return buckets
 
 

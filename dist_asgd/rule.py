@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ def next_scalars(h: Hyperparameters, step: int) -> Scalars:
     count = float(step)
     eta = h.lr / ((1 + h.lambd * h.lr * count) ** h.alpha)
     mu = 1 / max(1, count - h.t0)
-    return Scalars(step=step, eta=_round_scalar(float(eta)), mu=_round_scalar(mu))
+    return Scalars(step=step, eta=_round_scalar(float(eta)), mu=_round_scalar(float(mu)))
 
 
 def asgd_step_(
@@ -114,7 +115,7 @@ def average_step_(average: Tensor, iterate: Tensor, mu: float) -> None:
 
 
 def _check_number(name: str, value: object, *, low: float, finite: bool = True) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # Real: numpy's too
         raise TypeError(f"{name} must be a number, got {value!r}")
     if math.isnan(value) or value < low or (finite and math.isinf(value)):
         raise ValueError(f"{name} must be a {'finite ' if finite else ''}number >= {low:g}, got {value!r}")

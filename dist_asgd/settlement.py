@@ -40,9 +40,26 @@ class Settlement:
         self._agreement, self._reducer, self._waits = agreement, reducer, waits
         self._reduces, self._find_unused = reduces, find_unused
         self._empty_steps = 0  # in a row
+        self._warned = False
 
-    def settle(self, groups: Groups, buckets: Sequence[Bucket]) -> Settled:
-        """Reduces what is not yet reduced. Collective.
+    def align(self) -> None:
+        """Brings every rank to the same number of passes. Collective; comes before any collective that is no step."""
+        self._reducer.close_pass()
+        if self._reduces:
+            (passes,) = self._agreement.maximum([self._reducer.passes])
+            self._reducer.catch_up(passes)
+
+    def warn_reduced_twice(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "gradients are reduced twice: by DistributedDataParallel and by ShardedASGD(gradients='local'). The "
+                "results are right, the work is double: pass gradients='reduced', or do not wrap the model",
+                stacklevel=2,
+            )
+
+    def settle(self, groups: Groups, buckets: Sequence[Bucket], error: Exception | None = None) -> Settled:
+        """Reduces what is not yet reduced. Collective. An ``error`` of this rank becomes that of all.
 
         Raises the same error on every rank where any rank found one or where ranks differ; gradients are then as they
         were, and no collective is left unmatched.
@@ -53,12 +70,15 @@ class Settlement:
         options: list[Hyperparameters] = []
         present: Flags = {}
         shared: Flags = {}  # what must be the same on every rank
-        code, error = 0, None
+        code = 0
         try:
+            if error is not None:
+                raise error
             options = [Hyperparameters.of(group) for group in groups]
             present = self._check(buckets)
             shared = {bucket: bucket.requires_grad() for bucket in buckets} if self._reduces else present
-            code = step_code(options, shared)
+            begun = [bucket.begun(self._reducer.passes) for bucket in buckets] if self._reduces else []
+            code = step_code(options, shared, begun)
         except Exception as caught:
             error = caught
         unreduced = self._reduces and any(bucket.has_unreduced() for bucket in buckets)
@@ -71,12 +91,15 @@ class Settlement:
         if high != -minus_low:
             what = "requires_grad" if self._reduces else "the presence of a gradient"
             self._agreement.require_equal("this step", step_facts(options, shared, what))
+            raise RuntimeError(
+                "the gradients of different ranks were begun in different backwards, so they do not belong together: "
+                "ranks dropped them (zero_grad(), p.grad = ...) between different backwards, or only some did. Drop "
+                "them on every rank (zero_grad()), and after that run as many backwards on each"
+            )
         if any_unreduced:
             self._reducer.reduce_now()
         self._reducer.rest()
-        active = self._union(present) if self._reduces and self._find_unused else present
-        self._warn_if_orphaned(any(map(any, active.values())))
-        return Settled(options, active)
+        return Settled(options, self._union(present) if self._reduces and self._find_unused else present)
 
     def _check(self, buckets: Sequence[Bucket]) -> Flags:
         """Checks what a user can have broken since the last step; tells which parameters have a gradient here."""
@@ -94,12 +117,12 @@ class Settlement:
         union = iter(self._agreement.union([flag for own in flags.values() for flag in own]))
         return {bucket: [next(union) for _ in own] for bucket, own in flags.items()}
 
-    def _warn_if_orphaned(self, has_gradients: bool) -> None:
+    def warn_if_orphaned(self, settled: Settled) -> None:
         """A model whose parameters were replaced gives none of ours a gradient; torch's optimizers say nothing then."""
-        self._empty_steps = 0 if has_gradients else self._empty_steps + 1
+        self._empty_steps = 0 if any(map(any, settled.active.values())) else self._empty_steps + 1
         if self._empty_steps == 3:
             warnings.warn(
                 "three steps in a row found no gradient on any parameter of the optimizer. If the model's parameters "
                 "were replaced after the optimizer was built (load_state_dict(assign=True)), build it again",
-                stacklevel=5,
+                stacklevel=4,
             )

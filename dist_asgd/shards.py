@@ -75,6 +75,7 @@ class Shard:
         self.master = param.to(compute_dtype(param.dtype)) if precision.needs_master(param.dtype) else None
         self.average: Tensor | None = None
         self.average_dtype = precision.average(param.dtype)
+        self._raw: Tensor | None = None  # the parameters themselves while their averages are swapped in
         self.runs = [Run(0, len(self.placements), Scalars(step=0, eta=0.0, mu=1.0))]
 
     def slice_of(self, run: Run) -> slice:
@@ -122,16 +123,23 @@ class Shard:
             return self.average.clone()
         return self._iterate().to(self.average_dtype, copy=True)
 
-    def copy_average_to_param_(self) -> None:
+    def swap_in(self, average: Tensor) -> None:
         """Overwrites the parameters that have an average of their own by it, rounded once."""
-        if self.average is None:
-            return
+        self._raw = self.param.clone()
         for run in self.runs:
             if run.scalars.mu != 1:
-                self.param[self.slice_of(run)].copy_(self.average[self.slice_of(run)])
+                self.param[self.slice_of(run)].copy_(average[self.slice_of(run)])
+
+    def swap_out(self) -> None:
+        """Makes the parameters exactly what they were before ``swap_in``."""
+        if self._raw is not None:
+            self.param.copy_(self._raw)
+            self._raw = None
 
     def _iterate(self) -> Tensor:
-        return self.param if self.master is None else follow_(self.master, self.param)
+        """What training has made of the parameters: the masters, where there are some."""
+        param = self.param if self._raw is None else self._raw
+        return param if self.master is None else follow_(self.master, param)
 
     # State dicts -----------------------------------------------------------------------------------------------------
 
@@ -139,6 +147,19 @@ class Shard:
         """The scalars of every parameter of the bucket, by position."""
         expanded = [run.scalars if run.scalars.step else first_scalars(h) for run in self.runs]
         return [scalars for run, scalars in zip(self.runs, expanded, strict=True) for _ in range(run.first, run.stop)]
+
+    def scalars_of(self, position: int, h: Hyperparameters) -> Scalars:
+        run = next(run for run in self.runs if run.first <= position < run.stop)
+        return run.scalars if run.scalars.step else first_scalars(h)
+
+    def state_of(self, position: int) -> dict[str, Tensor]:
+        """The tensors of one parameter by torch's names."""
+        state = {"ax": self.piece_of(self._iterate() if self.average is None else self.average, position)}
+        if self.average is None:
+            state["ax"] = state["ax"].to(self.average_dtype, copy=True)
+        if self.master is not None:
+            state["master"] = self.piece_of(self._iterate(), position)
+        return state
 
     def tensors(self) -> dict[str, Tensor]:
         """The state of the whole shard by torch's names. ``ax`` is live once averaging has started, a copy before."""
@@ -172,6 +193,11 @@ class Shard:
             if not isinstance(value, Tensor) or value.shape != placement.shape:
                 found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"has {name} of shape {found}, the parameter is {placement.shape}")
+            if isinstance(value, StatePiece) and value.placement.order != placement.order:
+                raise ValueError(
+                    f"has {name} in the memory order of dims {value.placement.order}, the parameter has "
+                    f"{placement.order}. torch.distributed.checkpoint and full_state_dict() move state between them"
+                )
             if isinstance(value, StatePiece) and piece is not None:
                 stop = value.start + len(value.local)
                 if (value.start, stop) != (piece.start, piece.stop):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from dist_asgd.rule import Hyperparameters, Scalars
 Groups = list[dict[str, Any]]  # optimizer.param_groups
 GroupBuckets = list[list[Bucket]]  # the buckets of each group
 
-# Options of torch.optim.ASGD that choose its implementation, with their defaults.
-_TORCH_OPTIONS = {"foreach": None, "differentiable": False, "capturable": False}
+# Options of torch.optim.ASGD that choose its implementation. They mean nothing here; the groups have them so that state
+# dicts go both ways.
+TORCH_OPTIONS = {"foreach": None, "differentiable": False, "capturable": False}
 
 
 class StateView(Mapping[Tensor, dict[str, Any]]):
@@ -31,9 +34,10 @@ class StateView(Mapping[Tensor, dict[str, Any]]):
     def __getitem__(self, param: Tensor) -> dict[str, Any]:
         for group, buckets in zip(self._groups, self._buckets, strict=True):
             for bucket in buckets:
-                for position, candidate in enumerate(bucket.params):
-                    if candidate is param:
-                        return _bucket_state(bucket, group)[position]
+                position = bucket.positions.get(id(param))
+                if position is not None:
+                    scalars = bucket.shard.scalars_of(position, Hyperparameters.of(group))
+                    return {**_scalar_tensors(scalars), **bucket.shard.state_of(position)}
         raise KeyError(param)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -73,15 +77,33 @@ def full_state_dict(groups: Groups, buckets: GroupBuckets, rank: int) -> dict[st
                     state[ids[id(bucket.params[position])]] = {**_scalar_tensors(scalars), "ax": average}
     if rank != 0:
         return {}
-    exported = [{**_TORCH_OPTIONS, **group} for group in _exported_groups(groups, ids)]
-    return {"state": dict(sorted(state.items())), "param_groups": exported}
+    return {"state": dict(sorted(state.items())), "param_groups": _exported_groups(groups, ids)}
 
 
-def load_state_dict(groups: Groups, buckets: GroupBuckets, state_dict: Mapping[str, Any]) -> None:
-    """Fills shards and groups from ``state_dict``: ours or torch's, whole or sharded, by any parameter ids.
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A state dict that fits, on its way in."""
 
-    Raises ``ValueError``, before anything is changed, where it does not fit. Changes nothing of the caller's.
+    groups: Groups
+    options: list[dict[str, Any]]  # by group
+    states: list[tuple[Bucket, dict[int, Mapping[str, Any]]]]  # by bucket, by position of the parameter
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        for bucket, states in self.states:
+            bucket.shard.load_state(states)
+        for group, options in zip(self.groups, self.options, strict=True):
+            group.update(options)
+
+
+def plan_load(groups: Groups, buckets: GroupBuckets, state_dict: Mapping[str, Any]) -> Load:
+    """Matches ``state_dict``, ours or torch's, whole or sharded, by any parameter ids, with parameters.
+
+    Raises ``ValueError`` where it does not fit.
     """
+    missing = {"state", "param_groups"} - state_dict.keys()
+    if missing:
+        raise ValueError(f"the state dict has no {' and no '.join(sorted(missing))}: it is not that of an optimizer")
     saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
     keys = _match_groups(groups, saved_groups)
     states = {
@@ -92,19 +114,15 @@ def load_state_dict(groups: Groups, buckets: GroupBuckets, state_dict: Mapping[s
     }
     options = [_loaded_options(group, saved) for group, saved in zip(groups, saved_groups, strict=True)]
     plans = []
-    for of_group in buckets:
-        for bucket in of_group:
-            plan = {p: states[id(param)] for p, param in enumerate(bucket.params) if id(param) in states}
-            for position, state in plan.items():
-                try:
-                    bucket.shard.check_state(position, state)
-                except ValueError as error:
-                    raise ValueError(f"the state of parameter {bucket.names[position]!r} {error}") from None
-            plans.append((bucket, plan))
-    for bucket, plan in plans:
-        bucket.shard.load_state(plan)
-    for group, loaded in zip(groups, options, strict=True):
-        group.update(loaded)
+    for bucket in (bucket for of_group in buckets for bucket in of_group):
+        plan = {p: states[id(param)] for p, param in enumerate(bucket.params) if id(param) in states}
+        for position, state in plan.items():
+            try:
+                bucket.shard.check_state(position, state)
+            except ValueError as error:
+                raise ValueError(f"the state of parameter {bucket.names[position]!r} {error}") from None
+        plans.append((bucket, plan))
+    return Load(groups, options, plans)
 
 
 def _bucket_state(bucket: Bucket, group: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -147,7 +165,7 @@ def _match_groups(groups: Groups, saved: Sequence[Mapping[str, Any]]) -> list[li
 
 
 def _loaded_options(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {"params", "param_names", *_TORCH_OPTIONS}
-    options = {key: value for key, value in saved.items() if key not in kept}
+    kept = {"params", "param_names", *TORCH_OPTIONS}
+    options = copy.deepcopy({key: value for key, value in saved.items() if key not in kept})
     Hyperparameters.of({**group, **options})  # raises where they are out of range
     return options

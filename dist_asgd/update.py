@@ -35,7 +35,7 @@ def update_(
     param, grad = as_real(param), as_real(grad)
     average = None if average is None else as_real(average)
     master = None if master is None else as_real(master)
-    step = len(param) if param.is_cuda else BLOCK
+    step = BLOCK if param.device.type == "cpu" else len(param)
     for start in range(0, len(param), max(step, 1)):
         block = slice(start, start + step)
         _update_block_(
