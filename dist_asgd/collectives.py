@@ -18,7 +18,7 @@ POLL = 0.0002  # seconds
 
 
 def completes_within(work: dist.Work, seconds: float) -> bool:
-    """Whether ``work`` is complete, at the latest after ``seconds``."""
+    """Whether ``work`` is complete, on its device too, at the latest after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not work.is_completed():
         if time.monotonic() >= deadline:
@@ -36,11 +36,6 @@ class Reduction:
     received: Tensor  # gloo: 1-D, this rank's shard from each rank. nccl: 1-D, the sum of this rank's shard
     world_size: int
     dtype: torch.dtype  # of the result
-    on_host: bool  # gloo: waiting blocks this process. Else it orders streams, which costs the host nothing
-
-    def completes_within(self, seconds: float) -> bool:
-        """Whether ``finish`` will not block, at the latest after ``seconds``."""
-        return not self.on_host or completes_within(self.work, seconds)
 
     def finish(self) -> Tensor:
         """Waits, and returns the mean of this rank's shard over the ranks, 1-D.
@@ -73,15 +68,14 @@ class Collectives:
 
     def start_reduce(self, source: Tensor, dtype: torch.dtype) -> Reduction:
         """Starts the mean of ``source`` (1-D, world_size shards, real) over the ranks; each rank gets its shard."""
-        on_host = self._backend() == "gloo"
-        if on_host:
+        if self._backend() == "gloo":
             # gloo's reduce-scatter is an all-reduce inside, which sends twice the bytes of this exchange of shards.
             received = torch.empty_like(source)
             work = dist.all_to_all_single(received, source, group=self.group, async_op=True)
         else:
             received = source.new_empty(len(source) // self.world_size)
             work = _reduce_scatter(received, source, group=self.group, async_op=True)
-        return Reduction(work, source, received, self.world_size, dtype, on_host)
+        return Reduction(work, source, received, self.world_size, dtype)
 
     def start_gather(self, buffer: Tensor, shard: Tensor) -> dist.Work:
         """Starts filling ``buffer`` (1-D) with the ``shard`` of every rank; ``shard`` is this rank's part of it."""

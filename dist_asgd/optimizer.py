@@ -56,9 +56,9 @@ class ShardedASGD(torch.optim.Optimizer):
         master_weights: keep fp32 masters of bf16 and fp16 parameters. Without, the update is still computed in fp32 and
             rounded once.
         average_dtype: dtype of ``ax``; None for fp32 or the parameter's dtype, whichever is wider.
-        module: the model. Given, ``step()`` returns while the all-gather is under way. The members of ``ModuleList``s
-            and ``Sequential``s in it wait for their parameters before their forward, the model itself for all others.
-            Call ``synchronize()`` before parameters are read in any other way.
+        module: the model. Given, ``step()`` returns while the all-gather is under way, and modules wait before their
+            forward: the members of ``ModuleList``s and ``Sequential``s for their own parameters, other modules for all
+            below them but those. Call ``synchronize()`` before parameters are read in any other way.
 
     Raises:
         ValueError, TypeError: bad arguments, or arguments that differ between ranks; the same error on every rank.
@@ -82,7 +82,7 @@ class ShardedASGD(torch.optim.Optimizer):
         average_dtype: torch.dtype | None = None,
         module: nn.Module | None = None,
     ) -> None:
-        if process_group is None and dist.is_available() and dist.is_initialized():
+        if process_group is None and dist.is_initialized():
             process_group = dist.group.WORLD
         self._agreement = Agreement(process_group)
         self._process_group = None if self._agreement.group is None else group_of_its_own(process_group)

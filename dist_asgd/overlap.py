@@ -18,8 +18,8 @@ class ForwardWaits:
     """Pre-forward hooks that wait for parameters, and a pre-hook on the module's ``state_dict()``.
 
     A module may read the parameters of any module below it without calling it (MultiheadAttention does, and whole
-    Transformer layers in their fast path). So the hook of a module waits for all parameters below it, and only what
-    containers hold to be called, the members of a ModuleList or Sequential, waits on its own.
+    Transformer layers in their fast path). So every module waits for all parameters below it, save those below the
+    members of a ModuleList or Sequential: they are there to be called, and then wait for themselves.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
@@ -32,14 +32,11 @@ class ForwardWaits:
         if self._module is None:
             return
         owner = {id(param): bucket for bucket in buckets for param in bucket.params}
-        units = _units(self._module)
-        waits = {unit: list(unit.parameters()) for unit in units} | {
-            self._module: _parameters(self._module, set(units))
-        }
-        for unit, params in waits.items():
-            waited_for = {owner[id(param)] for param in params if id(param) in owner}
+        units = set(_units(self._module))
+        for submodule in self._module.modules():
+            waited_for = {owner[id(param)] for param in _parameters(submodule, units) if id(param) in owner}
             if waited_for:
-                unit.register_forward_pre_hook(_Wait(waited_for))
+                submodule.register_forward_pre_hook(_Wait(waited_for))
         for prefix, submodule in self._module.named_modules():
             for name, param in submodule.named_parameters(recurse=False):
                 if id(param) in owner:

@@ -200,7 +200,7 @@ class Bucket:
 
     def reduces_within(self, seconds: float) -> bool:
         """Whether the oldest reduction under way is complete, at the latest after ``seconds``."""
-        return not self._reductions or self._reductions[0][0].completes_within(seconds)
+        return not self._reductions or completes_within(self._reductions[0][0].work, seconds)
 
     def finish_oldest_reduce(self) -> None:
         """Waits for the oldest reduction under way, if any, and adds its result to the gradients that were kept."""

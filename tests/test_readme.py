@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 
 from dist_asgd import ShardedASGD
+from ranks import run_ranks
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 TRAIN, RESUME = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
