@@ -8,14 +8,17 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 _ERRORS: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": ValueError}
 
-
 Facts = list[tuple[str, str]]  # (name, value)
+
+MAX_VALUES = 5  # of one exchange
 
 
 class Agreement:
@@ -26,39 +29,42 @@ class Agreement:
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        if group is not None and dist.get_rank(group) < 0:
-            raise ValueError("this rank is not in process_group; only its members build the optimizer")
+        _check_group(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world_size = 1 if group is None else dist.get_world_size(group)
-        self.group: dist.ProcessGroup | None = None
-        if group is not None and self.world_size > 1:
-            self.group = group_of_its_own(group, "gloo")
+        self.group = group_of_its_own(group, "gloo")
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, operation: str) -> Iterator[None]:
         """Runs the block on every rank; if it raised anywhere, every rank raises the same error."""
         error: Exception | None = None
         try:
             yield
         except Exception as caught:
             error = caught
-        self.maximum([], error)
+        self.maximum(operation, error=error)
 
-    def maximum(self, values: Sequence[int], error: Exception | None = None) -> list[int]:
-        """The element-wise maximum of ``values`` (int64, as many on each rank) over the ranks.
+    def maximum(self, operation: str, values: Sequence[int] = (), error: Exception | None = None) -> list[int]:
+        """The element-wise maximum of up to ``MAX_VALUES`` ``values`` (int64, as many on each rank) over the ranks.
 
-        Raises on every rank, in the place of a result, where any rank brings an ``error``.
+        Raises on every rank, in the place of a result, where any rank brings an ``error`` or is in another
+        ``operation``: what the user has called, in words.
         """
         if self.group is None:
             if error is not None:
                 raise error
             return list(values)
-        vector = torch.tensor([error is not None, *values], dtype=torch.int64)
+        # Of one length, whatever it carries: ranks in different operations must meet here, or none could say so.
+        code = fingerprint(operation)
+        padding = [0] * (MAX_VALUES - len(values))
+        vector = torch.tensor([code, -code, error is not None, *values, *padding], dtype=torch.int64)
         dist.all_reduce(vector, dist.ReduceOp.MAX, group=self.group)
-        failed, *result = vector.tolist()
+        high, minus_low, failed, *result = vector.tolist()
+        if high != -minus_low:
+            self._raise_different(operation)
         if failed:
             self._raise_together(error)
-        return result
+        return result[: len(values)]
 
     def union(self, flags: Sequence[bool]) -> list[bool]:
         """Which of the flags are set on any rank."""
@@ -68,16 +74,33 @@ class Agreement:
         dist.all_reduce(vector, dist.ReduceOp.MAX, group=self.group)
         return vector.bool().tolist()
 
+    def gather(self, item: Any) -> list[Any]:
+        """The ``item`` (anything that can be pickled) of every rank, by rank."""
+        everyone: list[Any] = [item] * self.world_size
+        if self.group is not None:
+            dist.all_gather_object(everyone, item, group=self.group)
+        return everyone
+
     def require_equal(self, what: str, facts: Facts) -> None:
         """Raises ``ValueError`` on every rank unless all ranks bring the same ``facts`` in the same order."""
         code = fingerprint(facts)
-        high, minus_low = self.maximum([code, -code])
+        high, minus_low = self.maximum(what, [code, -code])
         if high != -minus_low:
-            raise ValueError(_first_difference(what, self._gather(facts)))
+            raise ValueError(_first_difference(what, self.gather(facts)))
+
+    def _raise_different(self, operation: str) -> None:
+        ranks_in: dict[str, list[int]] = {}
+        for rank, name in enumerate(self.gather(operation)):
+            ranks_in.setdefault(name, []).append(rank)
+        found = "; ".join(f"{self._name(ranks)}: {name}" for name, ranks in ranks_in.items())
+        raise RuntimeError(
+            f"ranks are in different operations of the optimizer: {found}. These are collective: every rank must call "
+            "them, in the same order (not under `if rank == 0:`)"
+        )
 
     def _raise_together(self, error: Exception | None) -> None:
         mine = None if error is None else (type(error).__name__, str(error))
-        everyone = self._gather(mine)
+        everyone = self.gather(mine)
         failures = [(rank, *failure) for rank, failure in enumerate(everyone) if failure is not None]
         kind = _ERRORS.get(failures[0][1], RuntimeError)
         ranks_of: dict[str, list[int]] = {}
@@ -90,26 +113,44 @@ class Agreement:
             return f"every rank (rank 0 to rank {ranks[-1]})"
         return "rank " + ", ".join(map(str, ranks))
 
-    def _gather(self, item: object) -> list:
-        everyone: list = [None] * self.world_size
-        dist.all_gather_object(everyone, item, group=self.group)
-        return everyone
+
+def _check_group(group: object) -> None:
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("this rank is not in process_group; only its members build the optimizer")
+    if not (group is None or isinstance(group, dist.ProcessGroup)):
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}")
 
 
-def group_of_its_own(group: dist.ProcessGroup | None, backend: str | None = None) -> dist.ProcessGroup:
-    """Another group of the ranks of ``group`` (None: the default group), by default of its backends. Collective.
+def group_of_its_own(group: dist.ProcessGroup | None, backend: str | None = None) -> dist.ProcessGroup | None:
+    """Another group of the ranks of ``group``, by default of its backends; None for one rank. Collective.
+
+    It has the timeout of ``group``, also where its backend is another: whoever set that meant all waiting.
 
     Collectives of one group are matched by their order. Those that backward starts follow the order in which gradients
     come, which is ours alone: other optimizers, DDP or SyncBatchNorm on the same ranks have theirs. The group lives
     until ``torch.distributed.destroy_process_group()``.
     """
+    if group is None or dist.get_world_size(group) == 1:
+        return None
     ranks = dist.get_process_group_ranks(group)
     # torch names a group that only its members make by counting the groups that they are in: those counts must agree. A
     # group of all ranks is made by all and needs no such luck.
     members_only = len(ranks) < dist.get_world_size()
     return dist.new_group(
-        ranks, backend=backend or dist.get_backend_config(group), use_local_synchronization=members_only
+        ranks,
+        timeout=_timeout(group),
+        backend=backend or dist.get_backend_config(group),
+        use_local_synchronization=members_only,
     )
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+    """None, for the default of a new group's backend, where that of ``group`` does not tell."""
+    try:
+        # There is no public way to ask. torch.distributed.split_group does it like this, for the backends that have it.
+        return group._get_backend(group._device_types[0]).options._timeout  # type: ignore[no-any-return]
+    except (AttributeError, RuntimeError):
+        return None
 
 
 def fingerprint(facts: object) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -36,8 +37,9 @@ def swap_out(swapped: Sequence[Bucket], patience: float | None) -> None:
         patience: seconds to wait for the other ranks; None for ever. What they have not sent by then is waited for
             before the parameters are used by the optimizer again.
     """
+    deadline = None if patience is None else time.monotonic() + patience
     for bucket in swapped:
         bucket.shard.swap_out()
         bucket.start_gather()
     for bucket in swapped:
-        bucket.wait(patience)
+        bucket.wait(None if deadline is None else deadline - time.monotonic())

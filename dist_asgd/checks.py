@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dist_asgd.agreement import Facts, fingerprint
 from dist_asgd.replicated import Bucket
 from dist_asgd.rule import Hyperparameters
+from dist_asgd.update import as_real
 
 Groups = Sequence[Mapping[str, Any]]  # optimizer.param_groups
 Options = Sequence[Hyperparameters]  # of each group
+
+SAMPLED = 8  # gradients that ranks compare
 
 
 def check_arguments(
@@ -59,6 +65,38 @@ def check_parameter(name: str, param: Tensor) -> None:
         raise ValueError(f"parameter {name!r} is {param.dtype}; expected a floating-point or complex dtype")
 
 
+def check_state_dict(state_dict: object) -> None:
+    """Raises ``TypeError`` or ``ValueError`` for what is no state dict at all."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"load_state_dict() needs a state dict on every rank, got {type(state_dict).__name__}")
+    if not state_dict:
+        raise ValueError(
+            "the state dict is empty. full_state_dict() is {} on every rank but 0: broadcast rank 0's "
+            "(torch.distributed.broadcast_object_list), or let every rank read it"
+        )
+
+
+def warn_not_initialized() -> None:
+    """Says so where torchrun started several processes and this optimizer knows of none but its own."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if dist.is_torchelastic_launched() and count != "1":
+        warnings.warn(
+            f"torchrun started {count} processes, but torch.distributed is not initialized: this optimizer trains this "
+            "process alone. Call torch.distributed.init_process_group() before building it",
+            stacklevel=3,
+        )
+
+
+def late_initialization() -> RuntimeError | None:
+    """The error where torch.distributed was initialized after an optimizer that knows of no other process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return RuntimeError(
+        "torch.distributed was initialized after the optimizer was built, so it would train this rank alone. Build it "
+        "after init_process_group(); for one rank by itself, pass process_group=dist.new_group([rank])"
+    )
+
+
 def require_gradients(bucket: Bucket, present: Sequence[bool]) -> None:
     """Raises ``RuntimeError`` that names the parameters of ``bucket`` which need a gradient and have none."""
     missing = [
@@ -73,6 +111,37 @@ def require_gradients(bucket: Bucket, present: Sequence[bool]) -> None:
             "find_unused_parameters=True; freeze those that are never used (requires_grad=False). If the model's "
             "parameters were replaced after the optimizer was built (load_state_dict(assign=True)), build it again"
         )
+
+
+def gradient_sample(buckets: Sequence[Bucket]) -> list[tuple[str, float, float]]:
+    """(name, sum, 2-norm) of a few gradients that this rank has."""
+    found = [
+        (name, as_real(param.grad.flatten().resolve_conj()))
+        for bucket in buckets
+        for name, param in zip(bucket.names, bucket.params, strict=True)
+        if param.grad is not None and param.numel()
+    ][:SAMPLED]
+    if not found:
+        return []
+    sums = [torch.stack([grad.double().sum(), grad.double().norm()]).cpu() for _, grad in found]
+    values = torch.stack(sums).tolist()  # one read, not one for each number
+    return [(name, total, norm) for (name, _), (total, norm) in zip(found, values, strict=True)]
+
+
+def require_same_gradients(everyone: Sequence[Sequence[tuple[str, float, float]]]) -> None:
+    """Raises ``RuntimeError`` where the ``gradient_sample`` of a rank is another than rank 0's by more than rounding.
+
+    Gradients of different data have sums that differ about as much as their norm.
+    """
+    for rank, sample in enumerate(everyone):
+        for (name, total, norm), (_, first, first_norm) in zip(sample, everyone[0], strict=True):
+            if abs(total - first) > 0.01 * max(norm, first_norm):  # False where one is not finite: nothing to compare
+                raise RuntimeError(
+                    f"the gradient of parameter {name!r} differs between ranks (norm {first_norm:.6g} on rank 0, "
+                    f"{norm:.6g} on rank {rank}), and gradients='reduced' says that they have been averaged: wrap the "
+                    "model in DistributedDataParallel and leave no_sync() for the last backward, or pass "
+                    "gradients='local'"
+                )
 
 
 def parameter_names(group: Mapping[str, Any], number: int) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # torch 2.13 gave the flat collectives new names and deprecated the old ones.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 POLL = 0.0002  # seconds
@@ -79,7 +78,7 @@ class Collectives:
 
     def start_gather(self, buffer: Tensor, shard: Tensor) -> dist.Work:
         """Starts filling ``buffer`` (1-D) with the ``shard`` of every rank; ``shard`` is this rank's part of it."""
-        return _all_gather(buffer, shard, group=self.group, async_op=True)
+        return all_gather(buffer, shard, group=self.group, async_op=True)
 
     def broadcast(self, buffer: Tensor) -> None:
         """Rank 0's ``buffer`` to every rank."""
@@ -88,17 +87,3 @@ class Collectives:
     def _backend(self) -> str:
         config = dict(part.split(":") for part in dist.get_backend_config(self.group).split(",") if ":" in part)
         return config.get(self.device_type, dist.get_backend(self.group))
-
-
-def total_norm(
-    tensors: Sequence[Tensor], norm_type: float, device: torch.device, group: dist.ProcessGroup | None
-) -> Tensor:
-    """The norm (0-dim, fp64, on ``device``) of all elements of the ``tensors`` of every rank together. Collective."""
-    norms = [torch.linalg.vector_norm(tensor, norm_type).to(device, torch.float64) for tensor in tensors]
-    own = torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros((), device=device).double()
-    if group is None:
-        return own
-    # All of them, not their maximum or their sum: a maximum over ranks may lose a NaN, powers may overflow.
-    everyone = own.new_empty(dist.get_world_size(group))
-    _all_gather(everyone, own.view(1), group=group)
-    return torch.linalg.vector_norm(everyone, norm_type)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
@@ -19,10 +18,13 @@ from dist_asgd.checks import (
     check_arguments,
     check_clip,
     check_parameter,
+    check_state_dict,
     drop_duplicates,
+    late_initialization,
     parameter_names,
+    warn_not_initialized,
 )
-from dist_asgd.collectives import total_norm
+from dist_asgd.clipping import clip_reduced_
 from dist_asgd.overlap import ForwardWaits
 from dist_asgd.reducer import PATIENCE, Reducer
 from dist_asgd.replicated import Bucket, build_buckets
@@ -30,11 +32,10 @@ from dist_asgd.rule import Hyperparameters
 from dist_asgd.settlement import Settlement
 from dist_asgd.shards import Precision
 from dist_asgd.state import TORCH_OPTIONS, StateView, full_state_dict, plan_load, sharded_state_dict
-from dist_asgd.update import compute_dtype
 
 
 class ShardedASGD(torch.optim.Optimizer):
-    """Averaged SGD with the state sharded over ranks; a drop-in for ``torch.optim.ASGD`` on 1 rank or 1,000.
+    """Averaged SGD with the state sharded over ranks: what ``torch.optim.ASGD`` is, on 1 rank or 1,000.
 
     Every rank holds all parameters, updates its 1/N of them, and all-gathers the result. In fp32 and fp64, parameters,
     ``ax``, ``eta``, ``mu`` and ``step`` are equal to those of ``torch.optim.ASGD(foreach=False)`` bit for bit, given
@@ -48,7 +49,8 @@ class ShardedASGD(torch.optim.Optimizer):
             Averaging starts ``t0`` steps into training. Numbers >= 0; ``t0=math.inf`` never averages.
         gradients: ``"local"``: each rank has gradients of its own; they are averaged by a reduce-scatter that runs
             during backward, and a bucket's whole gradients are freed as it goes (ZeRO-2). Parameters start as rank 0's.
-            ``"reduced"``: DistributedDataParallel has averaged them; only state and update are sharded (ZeRO-1).
+            ``"reduced"``: DistributedDataParallel has averaged them; only state and update are sharded (ZeRO-1). They
+            must be the same on every rank, as the first step checks: a rank reads those of its own shard only.
         process_group: the ranks to shard over; None for the default group, or one process without torch.distributed.
         find_unused_parameters: with ``"local"``, a parameter may lack a gradient on some ranks (it counts as zeros) or
             on all (it is skipped, as in torch). Costs one small all-reduce a step. Without it that is an error.
@@ -82,10 +84,12 @@ class ShardedASGD(torch.optim.Optimizer):
         average_dtype: torch.dtype | None = None,
         module: nn.Module | None = None,
     ) -> None:
-        if process_group is None and dist.is_initialized():
-            process_group = dist.group.WORLD
-        self._agreement = Agreement(process_group)
-        self._process_group = None if self._agreement.group is None else group_of_its_own(process_group)
+        self._alone = process_group is None and not dist.is_initialized()
+        if self._alone:
+            warn_not_initialized()
+        group = dist.group.WORLD if process_group is None and not self._alone else process_group
+        self._agreement = Agreement(group)
+        self._process_group = group_of_its_own(group)
         self._gradients = gradients
         self._reduces = gradients == "local" and self._process_group is not None
         self._find_unused = find_unused_parameters
@@ -99,7 +103,7 @@ class ShardedASGD(torch.optim.Optimizer):
             self._agreement, self._reducer, self._waits, self._reduces, find_unused_parameters
         )
         options = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
-        with self._agreement.together():
+        with self._agreement.together("ShardedASGD()"):
             flags = {"find_unused_parameters": find_unused_parameters, "master_weights": master_weights}
             check_arguments(gradients, bucket_bytes, average_dtype, module, flags)
             super().__init__(params, {**options, "maximize": maximize, **TORCH_OPTIONS})
@@ -115,14 +119,14 @@ class ShardedASGD(torch.optim.Optimizer):
             return
         first = len(self.param_groups)
         try:
-            with self._agreement.together():
+            with self._agreement.together("add_param_group()"):
                 self._add_checked(param_group)
             self._agree_on_arguments(first)
         except Exception:
             del self.param_groups[first:]
             raise
         self.synchronize()
-        self._settlement.align()
+        self._settlement.align("add_param_group()", self._all_buckets())
         self._build(first)
 
     @torch.no_grad()
@@ -142,7 +146,8 @@ class ShardedASGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        settled = self._settlement.settle(self.param_groups, self._all_buckets())
+        late = late_initialization() if self._alone else None
+        settled = self._settlement.settle("step()", self.param_groups, self._all_buckets(), late)
         self._settlement.warn_if_orphaned(settled)
         for h, buckets in zip(settled.options, self._buckets, strict=True):
             for bucket in buckets:
@@ -170,27 +175,22 @@ class ShardedASGD(torch.optim.Optimizer):
         The meaning of ``torch.nn.utils.clip_grad_norm_``, over the whole model, each element counted once.
 
         Args:
+            max_norm: >= 0; ``math.inf`` only measures.
             norm_type: > 0, may be ``math.inf``.
 
         Returns:
             0-dim tensor: the total norm before clipping.
+
+        Raises:
+            RuntimeError, ValueError: on every rank the same; as ``step``, and for arguments out of range.
         """
-        error = check_clip(max_norm, norm_type)
+        operation, error = "clip_grad_norm_()", check_clip(max_norm, norm_type)
         if not self._reduces:
-            if error is not None:
-                raise error
+            self._settlement.align(operation, self._all_buckets(), error)
             params = [param for group in self.param_groups for param in group["params"] if param.numel()]
             return nn.utils.clip_grad_norm_(params, max_norm, norm_type)
-        self._settlement.settle(self.param_groups, self._all_buckets(), error)
-        grads = [grad for bucket in self._all_buckets() for grad in bucket.gradient_tensors()]
-        device = next((bucket.device for bucket in self._all_buckets()), torch.device("cpu"))
-        dtypes = [compute_dtype(bucket.dtype).to_real() for bucket in self._all_buckets()]
-        dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
-        total = total_norm(grads, norm_type, device, self._process_group).to(dtype)
-        scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-        for grad in grads:
-            grad.mul_(scale.to(grad.device))
-        return total
+        self._settlement.settle(operation, self.param_groups, self._all_buckets(), error)
+        return clip_reduced_(self._all_buckets(), max_norm, norm_type, self._process_group)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -215,7 +215,7 @@ class ShardedASGD(torch.optim.Optimizer):
         """
         self._refuse_swapped("averaged_parameters()")
         self.synchronize()
-        self._settlement.align()
+        self._settlement.align("averaged_parameters()", self._all_buckets())
         averaged = swap_in(self._all_buckets())
         self._swapped = True
         patience: float | None = PATIENCE
@@ -261,7 +261,7 @@ class ShardedASGD(torch.optim.Optimizer):
     def full_state_dict(self) -> dict[str, Any]:
         """A plain ``torch.optim.ASGD`` state dict of whole CPU tensors on rank 0, ``{}`` on the others. Collective."""
         self.synchronize()
-        self._settlement.align()
+        self._settlement.align("full_state_dict()", self._all_buckets())
         return full_state_dict(self.param_groups, self._buckets, self._agreement.rank)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -271,7 +271,7 @@ class ShardedASGD(torch.optim.Optimizer):
             ValueError: on every rank the same, where it does not fit; nothing has changed then.
         """
         self.synchronize()
-        with self._agreement.together():
+        with self._agreement.together("load_state_dict()"):
             self._refuse_swapped("load_state_dict()")
             loaded = plan_load(self.param_groups, self._buckets, self._before_load(state_dict))
         loaded.apply()
@@ -279,8 +279,7 @@ class ShardedASGD(torch.optim.Optimizer):
             post_hook(self)
 
     def _before_load(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"load_state_dict() needs a state dict on every rank, got {type(state_dict).__name__}")
+        check_state_dict(state_dict)
         loaded = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             loaded = _given(pre_hook(self, loaded), loaded)

@@ -149,15 +149,23 @@ class StatePiece(Tensor):
             kwargs = {key: value for key, value in (kwargs or {}).items() if key != "memory_format"}
             rest = args[1:] if func is not aten.new_empty.default else (piece.local.shape,)
             return StatePiece(func(piece.local, *rest, **kwargs), piece.start, piece.placement)
-        if func is aten.copy_.default and isinstance(args[1], StatePiece):
-            piece.local.copy_(args[1].local)
-            return piece
-        if func is aten.equal.default and isinstance(args[1], StatePiece):
-            return piece.start == args[1].start and torch.equal(piece.local, args[1].local)
+        if func in (aten.copy_.default, aten.equal.default) and all(isinstance(arg, StatePiece) for arg in args[:2]):
+            other = args[1]
+            same_piece = piece.start == other.start and len(piece.local) == len(other.local)
+            if func is aten.equal.default:
+                return same_piece and torch.equal(piece.local, other.local)
+            if same_piece:
+                piece.local.copy_(other.local)
+                return piece
         raise NotImplementedError(
-            f"{func} needs the whole tensor, and this rank holds {piece!r} of it; "
-            "ShardedASGD.full_state_dict() gathers whole tensors"
+            f"{func} needs the whole tensor, and each rank holds a piece of it (here {_first_piece(args)!r}). "
+            "with optimizer.averaged_parameters() puts the average into the parameters; full_state_dict(), called on "
+            "every rank, gathers whole tensors on rank 0"
         )
+
+
+def _first_piece(args: Any) -> Any:
+    return next((arg for arg in args if isinstance(arg, StatePiece)), args)
 
 
 def _chunk(box: Box) -> ChunkStorageMetadata:
@@ -167,7 +175,9 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
 class Reducing(Protocol):
     """What a ``GradientPiece`` asks of the optimizer whose gradient it is."""
 
-    def align(self) -> None: ...
+    @property
+    def passes(self) -> int: ...
+    def align(self, operation: str) -> None: ...
     def warn_reduced_twice(self) -> None: ...
 
 
@@ -191,7 +201,7 @@ class GradientPiece(Tensor):
     Attributes:
         position: of the parameter in its bucket.
         contributed: whether this rank had a gradient, in any of the reductions that the piece has accumulated.
-        begun: the number of the pass (see reducer.py) that it was begun in.
+        begun: the number of the first pass (see reducer.py) that it holds; later than all of them once it was dropped.
         pending: a gradient of this rank, of the parameter's shape, that has not been reduced yet; or None.
     """
 
@@ -246,9 +256,10 @@ class GradientPiece(Tensor):
                 args[0].owner.reducing.warn_reduced_twice()
             return args[0]
         raise RuntimeError(
-            f"{func} needs a whole gradient, and gradients='local' leaves each rank a piece of the reduced one. Use "
-            "the optimizer's clip_grad_norm_(); look at gradients inside no_sync(); drop them (zero_grad()) before you "
-            "convert the model; under DistributedDataParallel, pass gradients='reduced'"
+            f"{func} needs a whole gradient, and gradients='local' leaves each rank a piece of the reduced one. To "
+            "clip by norm, or to log the norm, use the optimizer's clip_grad_norm_(), which returns it (max_norm="
+            "math.inf changes nothing). Whatever else reads gradients needs them whole: inside no_sync(), or under "
+            "DistributedDataParallel with gradients='reduced'. Drop them (zero_grad()) before you convert the model"
         )
 
 
@@ -260,7 +271,7 @@ def unscale_(grads: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> N
     owners = list(dict.fromkeys(grad.owner for grad in grads if isinstance(grad, GradientPiece)))
     for reducing in {id(owner.reducing): owner.reducing for owner in owners}.values():
         if reducing is not None:
-            reducing.align()
+            reducing.align("GradScaler.unscale_()")
     local = [grad for grad in grads if not isinstance(grad, GradientPiece)]
     for owner in owners:
         local += owner.gradient_tensors()

@@ -27,6 +27,9 @@ from dist_asgd.update import BLOCK, as_real, compute_dtype
 # it lies would cost several operators a parameter.
 GATHER_BELOW = 32 * 1024
 
+# ``GradientPiece.begun`` of a gradient that was dropped: after every pass there will be.
+DROPPED = 2**62
+
 
 class Bucket:
     """One bucket of parameters with this rank's shard of it.
@@ -67,8 +70,7 @@ class Bucket:
         self.shard = Shard(self.buffer[start:stop], layout, self.placements, rank, precision)
         self.grad: Tensor | None = None
         self._gradient_pieces = [GradientPiece(self, i, param) for i, param in enumerate(params)] if reducing else []
-        # Reductions under way, in order, each with the parameters to whose gradient it adds; None: nobody wants it now.
-        self._reductions: deque[tuple[Reduction, list[bool] | None]] = deque()
+        self._reductions: deque[tuple[int, Reduction]] = deque()  # under way, in order, each with its pass
         self._gather: dist.Work | None = None
         self._packer = Packer(layout, self.placements, self.buffer)
 
@@ -102,7 +104,7 @@ class Bucket:
             self._gather = self.collectives.start_gather(as_real(self.buffer), as_real(self.shard.param))
 
     def wait(self, seconds: float | None = None) -> None:
-        """Until the parameters are complete; given up after ``seconds``, for a later call to go on."""
+        """Waits until the parameters are complete, at most ``seconds``; a later call goes on where this one gave up."""
         if self._gather is None or not (seconds is None or completes_within(self._gather, seconds)):
             return
         self._gather.wait()
@@ -161,6 +163,11 @@ class Bucket:
                         f"the gradient of parameter {name!r} was reduced by another ShardedASGD that has the parameter "
                         "as well: use one of them, and drop gradients (zero_grad()) when you change over"
                     )
+                if grad.begun == DROPPED:
+                    raise RuntimeError(
+                        f"the gradient of parameter {name!r} was dropped by zero_grad() and then put back: it only "
+                        "stood for the reduced gradient, which is gone. Run another backward after zero_grad()"
+                    )
                 continue
             if grad.layout is not torch.strided:
                 raise RuntimeError(f"parameter {name!r} has a sparse gradient; ASGD needs a dense one (sparse=False)")
@@ -178,16 +185,15 @@ class Bucket:
             with_gradients: else this rank contributes zeros and keeps its gradients.
         """
         grads: list[Tensor | None] = []
-        kept: list[bool] = []
         for param, piece in zip(self.params, self._gradient_pieces, strict=True):
-            kept.append(param.grad is piece)
-            usable = _kind(param) == _kind(piece) and (kept[-1] or param.grad is None or _fits(param.grad, param))
+            goes_on = param.grad is piece
+            usable = _kind(param) == _kind(piece) and (goes_on or param.grad is None or _fits(param.grad, param))
             if not (with_gradients and usable):  # check_views or check_gradients will name what is not usable
                 grads.append(None)
                 continue
-            grad = piece.take_pending() if kept[-1] else param.grad
+            grad = piece.take_pending() if goes_on else param.grad
             grads.append(grad)
-            if not kept[-1]:
+            if not goes_on:
                 piece.contributed, piece.begun, piece.pending = False, number, None
             piece.contributed |= grad is not None
             if grad is not None or param.requires_grad:
@@ -196,29 +202,35 @@ class Bucket:
             source = self.buffer.new_empty(self.layout.numel)
             self._packer.pack(range(len(grads)), grads, 0, source)
             real = as_real(source)
-            self._reductions.append((self.collectives.start_reduce(real, compute_dtype(real.dtype)), kept))
+            self._reductions.append((number, self.collectives.start_reduce(real, compute_dtype(real.dtype))))
 
     def reduces_within(self, seconds: float) -> bool:
         """Whether the oldest reduction under way is complete, at the latest after ``seconds``."""
-        return not self._reductions or completes_within(self._reductions[0][0].work, seconds)
+        return not self._reductions or completes_within(self._reductions[0][1].work, seconds)
 
     def finish_oldest_reduce(self) -> None:
-        """Waits for the oldest reduction under way, if any, and adds its result to the gradients that were kept."""
+        """Waits for the oldest reduction under way, if any, and adds its result to the gradients that want it."""
         if not self._reductions:
             return
-        reduction, kept = self._reductions.popleft()
+        number, reduction = self._reductions.popleft()
         total = reduction.finish()
-        if kept is None:
-            return
         if self.dtype.is_complex:
             total = torch.view_as_complex(total.view(-1, 2))
-        if self.grad is None or not any(kept):
-            self.grad = total
+        begun = [piece.begun for piece in self._gradient_pieces]
+        if min(begun) == DROPPED:
             return
+        if self.grad is None or min(begun) >= number:
+            self.grad, old = total, None
+        else:
+            old = self.grad
+        # A gradient that was begun later does not want this one; one that begins with it does not want what was there.
         for position, piece in self.shard.pieces.items():
-            if not kept[position]:
-                self.grad[piece.shard_start : piece.shard_stop].zero_()
-        self.grad.add_(total)
+            if begun[position] > number:
+                total[piece.shard_start : piece.shard_stop].zero_()
+            elif begun[position] == number and old is not None:
+                old[piece.shard_start : piece.shard_stop].zero_()
+        if old is not None:
+            old.add_(total)
 
     def finish_reduce(self) -> None:
         while self._reductions:
@@ -226,15 +238,14 @@ class Bucket:
 
     def drop_gradient(self) -> None:
         """Frees the reduced gradient. Waits for nobody: what is under way is thrown away when it has come."""
-        self._reductions = deque((reduction, None) for reduction, _ in self._reductions)
         self.grad = None
         for piece in self._gradient_pieces:
-            piece.contributed, piece.pending = False, None
+            piece.contributed, piece.begun, piece.pending = False, DROPPED, None
 
     def zero_gradient(self, gradient: GradientPiece) -> None:
-        self.finish_reduce()
+        """The same for one parameter, whose gradient then is zero. Waits for nobody either."""
         gradient.contributed |= gradient.pending is not None
-        gradient.pending = None
+        gradient.begun, gradient.pending = (self.reducing.passes if self.reducing else 0) + 1, None
         piece = self.shard.pieces.get(gradient.position)
         if piece is not None and self.grad is not None:
             self.grad[piece.shard_start : piece.shard_stop].zero_()

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dist_asgd.agreement import Agreement
-from dist_asgd.checks import Groups, require_gradients, step_code, step_facts
+from dist_asgd.checks import (
+    Groups,
+    gradient_sample,
+    require_gradients,
+    require_same_gradients,
+    step_code,
+    step_facts,
+)
 from dist_asgd.overlap import ForwardWaits
 from dist_asgd.reducer import Reducer
 from dist_asgd.replicated import Bucket
@@ -40,14 +47,24 @@ class Settlement:
         self._agreement, self._reducer, self._waits = agreement, reducer, waits
         self._reduces, self._find_unused = reduces, find_unused
         self._empty_steps = 0  # in a row
-        self._warned = False
+        self._warned = self._compared = False
 
-    def align(self) -> None:
-        """Brings every rank to the same number of passes. Collective; comes before any collective that is no step."""
+    @property
+    def passes(self) -> int:
+        return self._reducer.passes
+
+    def align(self, operation: str, buckets: Sequence[Bucket] = (), error: Exception | None = None) -> None:
+        """Comes before the collectives of any ``operation`` but a step. Collective.
+
+        Brings every rank to the same number of passes. Then raises on every rank where any rank brings an ``error``,
+        has parameters that are not those of ``buckets`` any more, or is in another operation.
+        """
         self._reducer.close_pass()
-        if self._reduces:
-            (passes,) = self._agreement.maximum([self._reducer.passes])
-            self._reducer.catch_up(passes)
+        try:
+            self._check_parameters(buckets)
+        except RuntimeError as caught:
+            error = error or caught
+        self._meet(operation, [], error)
 
     def warn_reduced_twice(self) -> None:
         if not self._warned:
@@ -58,7 +75,9 @@ class Settlement:
                 stacklevel=2,
             )
 
-    def settle(self, groups: Groups, buckets: Sequence[Bucket], error: Exception | None = None) -> Settled:
+    def settle(
+        self, operation: str, groups: Groups, buckets: Sequence[Bucket], error: Exception | None = None
+    ) -> Settled:
         """Reduces what is not yet reduced. Collective. An ``error`` of this rank becomes that of all.
 
         Raises the same error on every rank where any rank found one or where ranks differ; gradients are then as they
@@ -82,12 +101,7 @@ class Settlement:
         except Exception as caught:
             error = caught
         unreduced = self._reduces and any(bucket.has_unreduced() for bucket in buckets)
-        passes, high, minus_low, any_unreduced, failed = self._agreement.maximum(
-            [self._reducer.passes, code, -code, unreduced, error is not None]
-        )
-        self._reducer.catch_up(passes)
-        if failed:
-            self._agreement.maximum([], error)
+        high, minus_low, any_unreduced = self._meet(operation, [code, -code, unreduced], error)
         if high != -minus_low:
             what = "requires_grad" if self._reduces else "the presence of a gradient"
             self._agreement.require_equal("this step", step_facts(options, shared, what))
@@ -98,15 +112,41 @@ class Settlement:
             )
         if any_unreduced:
             self._reducer.reduce_now()
+        if not self._reduces:
+            self._compare_gradients(buckets)
         self._reducer.rest()
         return Settled(options, self._union(present) if self._reduces and self._find_unused else present)
 
-    def _check(self, buckets: Sequence[Bucket]) -> Flags:
-        """Checks what a user can have broken since the last step; tells which parameters have a gradient here."""
+    def _check_parameters(self, buckets: Sequence[Bucket]) -> None:
+        """Raises ``RuntimeError`` where the model or a parameter is not what the optimizer was built for any more."""
         self._waits.check()
-        present = {}
         for bucket in buckets:
             bucket.check_views()
+
+    def _meet(self, operation: str, values: Sequence[int], error: Exception | None) -> list[int]:
+        """Exchanges ``values`` for their maximum, with every rank at the same pass; then raises any rank's ``error``.
+
+        In this order: an error leaves no collective unmatched.
+        """
+        passes, failed, *result = self._agreement.maximum(operation, [self._reducer.passes, error is not None, *values])
+        self._reducer.catch_up(passes)
+        if failed:
+            self._agreement.maximum(operation, error=error)
+        return result
+
+    def _compare_gradients(self, buckets: Sequence[Bucket]) -> None:
+        """On the first step that has gradients: what somebody else has reduced is the same on every rank."""
+        if self._compared or self._agreement.world_size == 1:
+            return
+        everyone = self._agreement.gather(gradient_sample(buckets))
+        require_same_gradients(everyone)
+        self._compared = bool(everyone[0])
+
+    def _check(self, buckets: Sequence[Bucket]) -> Flags:
+        """Checks what a user can have broken since the last step; tells which parameters have a gradient here."""
+        self._check_parameters(buckets)
+        present = {}
+        for bucket in buckets:
             bucket.check_gradients()
             present[bucket] = bucket.has_gradient()
             if self._reduces and not self._find_unused and not all(present[bucket]):

@@ -181,7 +181,7 @@ class Shard:
         placement, piece = self.placements[position], self.pieces.get(position)
         missing = {"step", "eta", "mu", "ax"} - state.keys()
         if missing:
-            raise ValueError(f"has no {', '.join(sorted(missing))}")
+            raise ValueError(f"has no {', '.join(sorted(missing))}: it is not that of an ASGD optimizer")
         for name in ("step", "eta", "mu"):
             value = state[name]
             if not (isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)):
@@ -203,8 +203,8 @@ class Shard:
                 if (value.start, stop) != (piece.start, piece.stop):
                     raise ValueError(
                         f"has elements [{value.start}, {stop}) of {name}, this rank needs [{piece.start}, "
-                        f"{piece.stop}): it was saved by another number of ranks. torch.distributed.checkpoint and "
-                        "full_state_dict() move state between world sizes"
+                        f"{piece.stop}): it was saved by another rank, or by another number of ranks. "
+                        "torch.distributed.checkpoint and full_state_dict() move state between ranks"
                     )
 
     def load_state(self, states: Mapping[int, Mapping[str, Any]]) -> None:

@@ -43,7 +43,8 @@ LEARNING_RATE = {"gpt": 3.0, "lstm": 10.0}  # SGD wants a large one where the gr
 
 def option(default: Any, text: str, **more: Any) -> Any:
     """A field of Args with what argparse wants to know about it."""
-    return field(default=default, metadata={"help": f"{text} (default: {default})" if default else text, **more})
+    shown = f"{text} (default: {default})" if default and default == default else text  # not NaN: see Args.lr
+    return field(default=default, metadata={"help": shown, **more})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,7 @@ class Args:
     batch: int = option(4, "sequences in a step, over all ranks")
     steps: int = option(1600, "train until this step")
     seed: int = option(0, "of the first weights and the order of the data")
-    lr: float = option(0.0, f"learning rate; without, that of the model: {LEARNING_RATE}")
+    lr: float = option(math.nan, f"learning rate; without, that of the model: {LEARNING_RATE}")
     lambd: float = option(1e-6, "ASGD's decay")
     t0: float = option(800.0, "start averaging at this step")
     clip: float = option(1.0, "clip the gradient to this norm")
@@ -83,11 +84,16 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
     for name in ("width", "layers", "heads", "held_out_bytes", "length", "steps", "eval_every", "checkpoint_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("lr", "lambd", "t0", "clip", "dropout"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} must be at least 0")
+    if args.dropout >= 1:
+        parser.error("--dropout must be less than 1")
     if args.held_out_bytes <= args.length:
         parser.error("--held-out-bytes must be more than --length")
     if args.model == "gpt" and args.width % args.heads:
         parser.error("--width must be a multiple of --heads")
-    return args if args.lr else dataclasses.replace(args, lr=LEARNING_RATE[args.model])
+    return dataclasses.replace(args, lr=LEARNING_RATE[args.model]) if math.isnan(args.lr) else args
 
 
 @dataclass(frozen=True, slots=True)

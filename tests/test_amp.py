@@ -132,3 +132,61 @@ def test_autocast_with_the_scaler_trains() -> None:
         assert losses[-1] < 0.2 * losses[0], losses
 
     run_ranks(2, ranks)
+
+
+def scaled_step(pair: Pair, scaler: torch.amp.GradScaler, reference: torch.amp.GradScaler) -> None:
+    """One step of both, and that they and their scalers agree."""
+    for p, g in zip(pair.oracle.params, pair.oracle.reduced, strict=True):
+        p.grad = g
+    scaler.step(pair.optimizer)
+    reference.step(pair.oracle.optimizer)
+    scaler.update()
+    reference.update()
+    pair.zero_grad()
+    assert scaler.state_dict() == reference.state_dict()
+    pair.check()
+
+
+def two_scalers() -> list[torch.amp.GradScaler]:
+    scalers = [torch.amp.GradScaler("cpu", init_scale=4.0) for _ in range(2)]
+    for scaler in scalers:
+        scaler.scale(torch.zeros(()))
+    return scalers
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_scaler_with_ranks_that_ran_different_numbers_of_backwards(find_unused: bool) -> None:
+    def ranks(rank: int) -> None:
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0, find_unused_parameters=find_unused)
+        scalers = two_scalers()
+        for step in range(3):
+            by_rank = random_gradients(PLAIN, 2, step)
+            pair.backward(by_rank)
+            pair.oracle.backward([by_rank[0], [None] * len(PLAIN)])
+            if rank == 0:
+                backward(pair.params, by_rank[0])
+            scaled_step(pair, *scalers)
+
+    run_ranks(2, ranks, timeout=20)
+
+
+def test_scaler_with_a_group_without_elements_first() -> None:
+    def ranks(rank: int) -> None:
+        groups = [{"params": make_parameters([Spec((0,))])}, {"params": make_parameters(PLAIN)}]
+        pair = Pair(groups, lr=0.1, t0=0)
+        specs = [Spec((0,)), *PLAIN]
+        scaler = two_scalers()[0]
+        for step in range(4):
+            by_rank = random_gradients(specs, 2, step)
+            if step in (1, 2):  # the first element, then the last: on one rank's slice only
+                by_rank[1][1 if step == 1 else 5].view(-1)[0 if step == 1 else -1] = float("inf")  # type: ignore[union-attr]
+            before = [p.detach().clone() for p in pair.params]
+            pair.backward([[g * scaler.get_scale() for g in grads if g is not None] for grads in by_rank])
+            scaler.step(pair.optimizer)
+            scaler.update()
+            pair.zero_grad()
+            stepped = not same_bits(pair.params[1], before[1])
+            assert stepped == (step not in (1, 2)) == (not same_bits(pair.params[5], before[5])), step
+        assert scaler.get_scale() == 1.0
+
+    run_ranks(2, ranks, timeout=20)

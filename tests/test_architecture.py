@@ -24,6 +24,7 @@ ORDER = [
     "reducer",
     "placed",
     "averaging",
+    "clipping",
     "overlap",
     "checks",
     "settlement",

@@ -1,7 +1,13 @@
 """The average as a product: swapped in for evaluation and out again, and started by hand."""
 
+import copy
+import time
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from dist_asgd import ShardedASGD
 from oracle import (
@@ -88,6 +94,57 @@ def test_what_evaluation_writes_to_the_parameters_is_dropped() -> None:
         train_on(pair, LOW, range(50, 55))
 
     run_ranks(2, ranks)
+
+
+LOOKS: dict[str, Callable[[torch.nn.Module, ShardedASGD], object]] = {
+    "state_dict": lambda model, optimizer: optimizer.state_dict(),
+    "full_state_dict": lambda model, optimizer: optimizer.full_state_dict(),
+    "state": lambda model, optimizer: [optimizer.state[p] for p in model.parameters()],
+    "get_optimizer_state_dict": get_optimizer_state_dict,
+}
+
+
+@pytest.mark.parametrize("what", LOOKS)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_looking_at_the_state_inside_leaves_the_masters_alone(world_size: int, what: str) -> None:
+    """Saving the best model while it is evaluated does this."""
+
+    def ranks(rank: int) -> None:
+        pair = trained(LOW, world_size, t0=0)
+        model = torch.nn.ParameterList(pair.params)
+        before = copy.deepcopy(pair.optimizer.state_dict()["state"])
+        with pair.optimizer.averaged_parameters():
+            LOOKS[what](model, pair.optimizer)
+            inside = pair.optimizer.state_dict()["state"]
+            for index, entry in before.items():
+                assert all(torch.equal(inside[index][key], value) for key, value in entry.items()), index
+        after = pair.optimizer.state_dict()["state"]
+        assert all(torch.equal(after[index]["master"], before[index]["master"]) for index in (0, 1))
+        train_on(pair, LOW, range(50, 55))
+
+    run_ranks(world_size, ranks)
+
+
+def test_an_exception_on_one_rank_gets_out_while_the_others_are_still_inside() -> None:
+    def ranks(rank: int) -> None:
+        pair = trained(LOW, 2, t0=0)
+        before = [p.detach().clone() for p in pair.params]
+        metric = torch.tensor([1.0 + rank])
+        if rank == 1:
+            start = time.monotonic()
+            with pytest.raises(KeyError), pair.optimizer.averaged_parameters():
+                raise KeyError("from evaluation")
+            assert time.monotonic() - start < 10
+            dist.all_reduce(metric)  # what the other rank waits for in its block
+        else:
+            with pair.optimizer.averaged_parameters():
+                dist.all_reduce(metric)
+        assert metric.item() == 3, "a collective of ours met one of the user's"
+        pair.optimizer.synchronize()
+        assert all(map(same_bits, pair.params, before))
+        train_on(pair, LOW, range(50, 55))
+
+    run_ranks(2, ranks, timeout=30)
 
 
 def test_a_step_inside_is_refused_and_harmless() -> None:
@@ -233,5 +290,46 @@ def test_t0_may_be_set_by_hand_as_with_torch() -> None:
             pair.step()
             pair.zero_grad()
             pair.check(step)
+
+    run_ranks(2, ranks)
+
+
+@pytest.mark.parametrize("what", ["averaged_parameters", "full_state_dict", "clip_grad_norm_"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_parameters_converted_after_training_are_noticed_at_the_next_call(world_size: int, what: str) -> None:
+    """On one rank only: still every rank hears of it, and none takes raw weights for their average."""
+
+    def ranks(rank: int) -> str:
+        pair = trained(list(PLAIN), world_size)
+        model = torch.nn.ParameterList(pair.params)
+        if rank == world_size - 1:
+            model.double()
+        calls = {
+            "averaged_parameters": lambda: pair.optimizer.averaged_parameters().__enter__(),
+            "full_state_dict": pair.optimizer.full_state_dict,
+            "clip_grad_norm_": lambda: pair.optimizer.clip_grad_norm_(1.0),
+        }
+        if what == "clip_grad_norm_":
+            for p in pair.params:
+                p.grad = torch.ones_like(p)
+        return message_of(calls[what], RuntimeError)
+
+    texts = run_ranks(world_size, ranks)
+    assert all(text == texts[0] for text in texts)
+    assert "float64" in texts[0] and "layer" in texts[0]
+
+
+def test_weights_assigned_to_the_module_are_noticed_before_the_average_is_used() -> None:
+    def ranks(rank: int) -> None:
+        torch.manual_seed(0)
+        model = Messenger()
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.1, t0=0, module=model)
+        for step in range(4):
+            (model(tokens_of(rank, step)) ** 2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+        text = message_of(lambda: optimizer.averaged_parameters().__enter__(), RuntimeError)
+        assert "assign=True" in text
 
     run_ranks(2, ranks)

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_asgd.collectives import Collectives, total_norm
+from dist_asgd.clipping import total_norm
+from dist_asgd.collectives import Collectives
 from ranks import run_ranks
 
 

@@ -295,6 +295,23 @@ def test_ranks_that_disagree_about_an_added_group() -> None:
     one_message(run_ranks(2, ranks), "late", "rank 1")
 
 
+def test_a_group_that_is_bad_on_one_rank_is_added_on_none() -> None:
+    def ranks(rank: int) -> str:
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0)
+        late = make_parameters([Spec((5,))])[0]
+        group = {"params": [("late", late)], "lr": -1.0 if rank == 1 else 0.1}
+        text = quick_message(lambda: pair.optimizer.add_param_group(group))
+        assert len(pair.optimizer.param_groups) == 1
+        for step in range(3):
+            pair.backward(random_gradients(PLAIN, 2, step))
+            pair.step()
+            pair.zero_grad()
+        pair.check()
+        return text
+
+    one_message(run_ranks(2, ranks), "rank 1", "-1.0")
+
+
 # A step that cannot be made
 
 
@@ -381,6 +398,64 @@ def test_a_gradient_dropped_by_hand_on_one_rank() -> None:
             pair.params[3].grad = None
 
     one_message(failing_step(2, spoil), "layer3.weight", "rank 1")
+
+
+def drop(pair: Pair, by: str) -> None:
+    if by == "optimizer":
+        pair.optimizer.zero_grad()
+    else:
+        torch.nn.ParameterList(pair.params).zero_grad()
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+@pytest.mark.parametrize("by", ["optimizer", "model"])
+def test_gradients_of_different_backwards_are_not_added_up(by: str, find_unused: bool) -> None:
+    """Rank 1 leaves a batch out; then all drop their gradients and run the next one."""
+
+    def spoil(rank: int, pair: Pair) -> None:
+        if rank == 0:
+            gradients_but(rank, pair, {})
+        drop(pair, by)
+        gradients_but(rank, pair, {})
+
+    one_message(failing_step(2, spoil, find_unused_parameters=find_unused), "different backwards", "zero_grad()")
+
+
+def test_gradients_dropped_by_one_rank_between_backwards_are_not_added_up() -> None:
+    def spoil(rank: int, pair: Pair) -> None:
+        gradients_but(rank, pair, {})
+        if rank == 0:
+            drop(pair, "optimizer")
+        gradients_but(rank, pair, {})
+
+    one_message(failing_step(2, spoil), "only some did", "zero_grad()")
+
+
+@pytest.mark.parametrize("to", ["another", "None"])
+def test_a_reduced_gradient_replaced_on_one_rank_only(to: str) -> None:
+    """All ran as many backwards: the message must not say otherwise only."""
+
+    def spoil(rank: int, pair: Pair) -> None:
+        gradients_but(rank, pair, {})
+        if rank == 0:
+            pair.params[3].grad = torch.ones_like(pair.params[3]) if to == "another" else None
+
+    texts = failing_step(2, spoil, find_unused_parameters=True)
+    one_message(texts, "p.grad", "only some did")
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_a_reduced_gradient_put_back_after_it_was_dropped(find_unused: bool) -> None:
+    """It is a stand-in: its values went when it was dropped."""
+
+    def spoil(rank: int, pair: Pair) -> None:
+        gradients_but(rank, pair, {})
+        stashed = [p.grad for p in pair.params]
+        pair.optimizer.zero_grad()
+        for p, grad in zip(pair.params, stashed, strict=True):
+            p.grad = grad
+
+    one_message(failing_step(2, spoil, find_unused_parameters=find_unused), "layer", "gradient")
 
 
 @pytest.mark.parametrize("buckets", [256, 25 * 2**20])
@@ -675,6 +750,20 @@ def test_clip_grad_norm_of_nonsense(max_norm: Any, norm_type: Any) -> None:
         pair.check()
 
     run_ranks(2, ranks)
+
+
+@pytest.mark.parametrize(("max_norm", "norm_type", "said"), [("x", 2.0, "max_norm"), (1.0, -1.0, "norm_type")])
+def test_clip_grad_norm_of_nonsense_on_one_rank_only(max_norm: Any, norm_type: Any, said: str) -> None:
+    def ranks(rank: int) -> str:
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0)
+        pair.backward(random_gradients(PLAIN, 2, 0))
+        arguments = (max_norm, norm_type) if rank == 1 else (1.0, 2.0)
+        text = quick_message(lambda: pair.optimizer.clip_grad_norm_(*arguments))
+        pair.step()
+        pair.check()
+        return text
+
+    one_message(run_ranks(2, ranks), said, "rank 1")
 
 
 def test_a_rank_outside_of_the_process_group_is_told() -> None:

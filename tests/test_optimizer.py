@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -170,6 +171,43 @@ def test_parameters_frozen_from_the_start_cost_and_change_nothing() -> None:
     run_ranks(2, ranks)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_groups_without_parameters_or_elements_do_no_harm(world_size: int) -> None:
+    def ranks(rank: int) -> None:
+        specs = [*PLAIN, Spec((0,))]
+        params, twins = make_parameters(specs), make_parameters(specs)
+        ours, theirs = ([{"params": []}, {"params": own[:5]}, {"params": own[5:]}] for own in (params, twins))
+        optimizer = ShardedASGD(ours, lr=0.1)
+        reference = torch.optim.ASGD(theirs, lr=0.1, foreach=False)
+        for step in range(4):
+            if step == 2:
+                optimizer.start_averaging()
+                for group in reference.param_groups:
+                    group["t0"] = 2
+            by_rank = random_gradients(specs, world_size, step)
+            backward(params, by_rank[rank])
+            assert optimizer.clip_grad_norm_(1e9) > 0
+            for twin, *grads in zip(twins, *by_rank, strict=True):
+                twin.grad = reduce_in_rank_order(grads)
+            for either in (optimizer, reference):
+                either.step()
+                either.zero_grad()
+            assert all(map(same_bits, params, twins)), step
+        full = optimizer.full_state_dict()
+        assert rank != 0 or check_dense_state(full, reference) is None
+
+    run_ranks(world_size, ranks)
+
+
+def test_clipping_where_there_is_nothing_to_clip() -> None:
+    def ranks(rank: int) -> None:
+        for params in ([torch.nn.Parameter(torch.zeros(0))], [{"params": []}]):
+            optimizer = ShardedASGD(params, lr=0.1, find_unused_parameters=True)
+            assert optimizer.clip_grad_norm_(1.0).item() == 0
+
+    run_ranks(2, ranks)
+
+
 # Steps
 
 
@@ -260,6 +298,27 @@ def test_schedulers_act_one_step_late_as_with_torch(world_size: int) -> None:
                     scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
                 pair.check_parameters(f"{name}, step {step}")
             pair.check(name)
+
+    run_ranks(world_size, ranks)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_numpy_scalars_are_numbers(world_size: int) -> None:
+    """Schedulers that compute with NumPy hand them over."""
+
+    def ranks(rank: int) -> None:
+        pair = Pair(make_parameters(PLAIN), lr=np.float64(0.1), t0=np.int64(3), lambd=np.float32(0.01))
+        schedulers = [
+            lr_scheduler.LambdaLR(optimizer, lambda epoch: np.float32(0.9) ** epoch)
+            for optimizer in (pair.optimizer, pair.oracle.optimizer)
+        ]
+        for step in range(8):
+            pair.backward(random_gradients(PLAIN, world_size, step))
+            pair.step()
+            pair.zero_grad()
+            for scheduler in schedulers:
+                scheduler.step()
+            pair.check(step)
 
     run_ranks(world_size, ranks)
 
@@ -402,6 +461,52 @@ def test_some_gradients_by_hand_and_some_by_backward() -> None:
     run_ranks(2, ranks)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_conjugated_gradient(world_size: int) -> None:
+    """Lazily conjugated, as autograd makes them; torch.optim.ASGD cannot take it by hand."""
+
+    def ranks(rank: int) -> None:
+        specs = [Spec((5,), torch.complex64), Spec((3, 4), torch.complex64)]
+        pair = Pair(make_parameters(specs), lr=0.1, t0=1)
+        for step in range(4):
+            by_rank = random_gradients(specs, world_size, step)
+            pair.oracle.backward(by_rank)
+            for p, g in zip(pair.params, by_rank[rank], strict=True):
+                p.grad = g.conj().resolve_conj().conj()
+                assert p.grad.is_conj()
+            pair.step()
+            pair.zero_grad()
+            pair.check(step)
+
+    run_ranks(world_size, ranks)
+
+
+@pytest.mark.parametrize("by", ["step", "averaged_parameters"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_backward_through_weights_that_have_changed_is_noticed(world_size: int, by: str) -> None:
+    """As with torch's optimizers, autograd refuses to compute with the new values of what it saved."""
+
+    def ranks(rank: int) -> None:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.1, t0=0)
+        for _ in range(3):
+            model(torch.ones(1, 4)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        output = model(torch.ones(1, 4))
+        output.sum().backward(retain_graph=True)
+        if by == "step":
+            optimizer.step()
+            stale = message_of(lambda: output.sum().backward(), RuntimeError)
+        else:
+            with optimizer.averaged_parameters():
+                stale = message_of(lambda: output.sum().backward(), RuntimeError)
+        assert "inplace operation" in stale, stale
+
+    run_ranks(world_size, ranks)
+
+
 # Tied and doubled parameters, several optimizers, copies
 
 
@@ -503,6 +608,98 @@ def test_a_second_optimizer_over_the_same_parameters_takes_over(world_size: int)
         second.check()
 
     run_ranks(world_size, ranks)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_second_optimizer_takes_over_while_the_first_is_still_alive(world_size: int) -> None:
+    """Its scheduler, for one, refers to it."""
+
+    def ranks(rank: int) -> None:
+        params = make_parameters(PLAIN)
+        first = Pair(params, lr=0.1, t0=0)
+        scheduler = lr_scheduler.StepLR(first.optimizer, 1)
+        for step in range(3):
+            first.backward(random_gradients(PLAIN, world_size, step))
+            first.step()
+            first.zero_grad()
+        second = Pair(params, lr=0.05, t0=2)
+        for step in range(6):
+            second.backward(random_gradients(PLAIN, world_size, 10 + step))
+            second.step()
+            second.zero_grad()
+            second.check(step)
+        assert scheduler.optimizer is first.optimizer
+
+    run_ranks(world_size, ranks)
+
+
+def test_two_optimizers_whose_gradients_come_in_another_order_on_each_rank() -> None:
+    def ranks(rank: int) -> None:
+        specs = [Spec((50,))]
+        pairs = [Pair(make_parameters(specs, seed), lr=0.1, t0=0) for seed in range(2)]
+        for step in range(5):
+            each = [random_gradients(specs, 2, 10 * step + which) for which in range(2)]
+            for pair, by_rank in zip(pairs, each, strict=True):
+                pair.oracle.backward(by_rank)
+            order = (0, 1) if rank == 0 else (1, 0)  # the later a term is made, the sooner backward comes to it
+            backward([pairs[i].params[0] for i in order], [each[i][rank][0] for i in order])
+            for pair in pairs:
+                pair.step()
+                pair.zero_grad()
+                pair.check(step)
+
+    run_ranks(2, ranks)
+
+
+def test_two_optimizers_one_of_which_is_unused_on_a_rank() -> None:
+    def ranks(rank: int) -> None:
+        specs = [Spec((50,)), Spec((3, 7))]
+        pairs = [Pair(make_parameters(specs, seed), lr=0.1, find_unused_parameters=True) for seed in range(2)]
+        for step in range(4):
+            used = [random_gradients(specs, 2, step), [random_gradients(specs, 1, step)[0], [None, None]]]
+            for pair, by_rank in zip(pairs, used, strict=True):
+                pair.oracle.backward(by_rank)
+            backward([p for pair in pairs for p in pair.params], [*used[0][rank], *used[1][rank]])
+            for pair in pairs:
+                pair.step()
+                pair.zero_grad()
+                pair.check(step)
+
+    run_ranks(2, ranks, timeout=20)
+
+
+def test_many_optimizers_one_after_another() -> None:
+    """Whatever each of them opens between the ranks must not meet what an earlier one left there."""
+
+    def ranks(rank: int) -> None:
+        if rank == 1:
+            gc.disable()  # so that the ranks let go of their optimizers at different times
+        for number in range(25):
+            params = make_parameters(PLAIN[:2], number)
+            optimizer = ShardedASGD(named(params), lr=0.1)
+            loop = [optimizer]
+            loop.append(loop)  # only the garbage collector frees it
+            backward(params, [torch.ones_like(p) for p in params])
+            optimizer.step()
+            if rank == 0:
+                del optimizer, loop
+                gc.collect()
+
+    run_ranks(2, ranks)
+
+
+def test_ranks_may_be_members_of_different_numbers_of_groups() -> None:
+    def ranks(rank: int) -> None:
+        dist.new_group([0, 1])
+        dist.new_group([0], use_local_synchronization=True) if rank == 0 else None
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0)
+        for step in range(3):
+            pair.backward(random_gradients(PLAIN, 3, step))
+            pair.step()
+            pair.zero_grad()
+        pair.check()
+
+    run_ranks(3, ranks, timeout=20)
 
 
 def test_two_optimizers_over_two_halves_of_a_model() -> None:
@@ -660,6 +857,25 @@ def test_backward_costs_no_host_sync() -> None:
             backward(params, random_gradients(specs, 1, 1)[0])
             optimizer.step()
         assert not [name for name in operators.seen if "_local_scalar_dense" in name]
+
+    run_ranks(2, ranks)
+
+
+def test_looking_through_the_state_costs_the_same_for_every_parameter() -> None:
+    def count(number: int) -> int:
+        params = make_parameters([Spec((4,))] * number)
+        optimizer = ShardedASGD(named(params), lr=0.1, t0=0)
+        backward(params, [torch.ones(4)] * number)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        with Operators() as operators:
+            entries = dict(optimizer.state.items())
+        assert len(entries) == number
+        return sum(operators.seen.values())
+
+    def ranks(rank: int) -> None:
+        few, many = count(20), count(200)
+        assert many <= 10 * few + 20, f"{few} operators for 20 parameters, {many} for 200"
 
     run_ranks(2, ranks)
 

@@ -82,6 +82,19 @@ def test_operators_on_a_state_piece_say_what_to_use():
         StatePiece(torch.ones(2), 0, Placement.of(torch.empty(4))).sum()
 
 
+def test_torchs_way_to_use_the_average_says_what_to_use():
+    """p.copy_(optimizer.state[p]["ax"]), and the same between pieces of different ranks."""
+    placement = Placement.of(torch.empty(4))
+    first, second, longer = (StatePiece(torch.ones(n), start, placement) for n, start in ((2, 0), (2, 2), (3, 0)))
+    with pytest.raises(NotImplementedError, match="averaged_parameters"):
+        torch.zeros(4).copy_(first)
+    for other in (second, longer, torch.ones(4)):
+        with pytest.raises(NotImplementedError, match="averaged_parameters"):
+            first.copy_(other)
+    assert not torch.equal(first, second) and not torch.equal(first, longer)
+    assert torch.equal(first.copy_(StatePiece(torch.zeros(2), 0, placement)).local, torch.zeros(2))
+
+
 def test_packing_puts_every_gradient_at_its_place():
     chance = random.Random(0)
     for _ in range(200):

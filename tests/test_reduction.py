@@ -184,6 +184,66 @@ def test_no_sync_sends_nothing() -> None:
     run_ranks(2, ranks)
 
 
+@pytest.mark.parametrize("by", ["optimizer", "model", "hand"])
+def test_a_gradient_made_in_no_sync_and_dropped_does_not_come_back(by: str) -> None:
+    def ranks(rank: int) -> None:
+        model = torch.nn.ParameterList(make_parameters(PLAIN))
+        pair = Pair(list(model), lr=0.1, t0=0)
+        for step in range(3):
+            pair.backward(random_gradients(PLAIN, 2, 30 + step))
+            pair.backward(random_gradients(PLAIN, 2, 60 + step), sync=False)
+            drop(pair, by)
+            pair.backward(random_gradients(PLAIN, 2, step))
+            pair.step()
+            pair.zero_grad()
+            pair.check(step)
+
+    run_ranks(2, ranks)
+
+
+def drop(pair: Pair, by: str) -> None:
+    """The three ways to drop all gradients."""
+    pair.oracle.zero_grad()
+    if by == "optimizer":
+        pair.optimizer.zero_grad()
+    elif by == "model":
+        torch.nn.ParameterList(pair.params).zero_grad()
+    else:
+        for p in pair.params:
+            p.grad = None
+
+
+def test_a_gradient_made_in_no_sync_and_set_to_zero_counts_as_zeros() -> None:
+    """torch takes a step with zeros, which shrinks the parameters; it does not skip them."""
+
+    def ranks(rank: int) -> None:
+        for find_unused in (False, True):
+            pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0, lambd=0.1, find_unused_parameters=find_unused)
+            for step in range(3):
+                pair.backward([[None] * len(PLAIN)] * 2)
+                pair.backward(random_gradients(PLAIN, 2, step), sync=False)
+                pair.zero_grad(set_to_none=False)
+                pair.step()
+                pair.check((find_unused, step))
+                pair.zero_grad()
+
+    run_ranks(2, ranks)
+
+
+def test_what_no_sync_added_to_a_reduced_gradient_is_zeroed_with_it() -> None:
+    def ranks(rank: int) -> None:
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0, lambd=0.1, find_unused_parameters=True)
+        for step in range(3):
+            pair.backward(random_gradients(PLAIN, 2, 9 + step))
+            pair.backward(random_gradients(PLAIN, 2, step), sync=False)
+            pair.zero_grad(set_to_none=False)
+            pair.step()
+            pair.check(step)
+            pair.zero_grad()
+
+    run_ranks(2, ranks)
+
+
 def test_no_sync_ends_with_an_exception_too() -> None:
     def ranks(rank: int) -> None:
         pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0)
@@ -321,6 +381,104 @@ def test_a_backward_that_failed_leaves_nothing_behind() -> None:
     run_ranks(2, ranks)
 
 
+class FailsOn(torch.autograd.Function):
+    """Passes its gradient on, or fails in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, fails: bool) -> torch.Tensor:
+        ctx.fails = fails
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        if ctx.fails:
+            raise ArithmeticError("in the middle of backward")
+        return grad, None
+
+
+@pytest.mark.parametrize("by", ["optimizer", "model", "hand"])
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_backward_that_failed_on_one_rank_does_not_take_the_next_gradients_along(cut: int, by: str) -> None:
+    """`cut` gradients of four, each a bucket of its own, were there when it failed."""
+
+    def ranks(rank: int) -> None:
+        specs = [Spec((50,))] * 4
+        pair = Pair(make_parameters(specs), lr=0.1, t0=0, bucket_bytes=200)
+        for step in range(3):
+            total = torch.zeros((), requires_grad=True)
+            for index, (p, g) in enumerate(zip(pair.params, random_gradients(specs, 2, 70 + step)[rank], strict=True)):
+                if index == 4 - cut:
+                    total = FailsOn.apply(total, rank == 1)
+                total = total + (p * g).sum()
+            if rank == 1:
+                with pytest.raises(ArithmeticError):
+                    total.backward()
+            else:
+                total.backward()
+            drop(pair, by)
+            pair.backward(random_gradients(specs, 2, step))
+            pair.step()
+            pair.zero_grad()
+            pair.check(step)
+
+    run_ranks(2, ranks)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+def test_a_backward_that_makes_a_graph_of_its_own() -> None:
+    def ranks(rank: int) -> None:
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0, bucket_bytes=256)
+        for step in range(3):
+            for part in range(2):  # the second one accumulates
+                by_rank = random_gradients(PLAIN, 2, 10 * step + part)
+                pair.oracle.backward(by_rank)
+                terms = [(p * g).sum() for p, g in zip(pair.params, by_rank[rank], strict=True)]
+                torch.autograd.backward(terms, create_graph=True)
+            assert not any(p.grad.requires_grad for p in pair.params)
+            pair.step()
+            pair.zero_grad()
+            pair.check(step)
+
+    run_ranks(2, ranks)
+
+
+COLLECTIVE: dict[str, Callable[[ShardedASGD], object]] = {
+    "averaged_parameters": lambda optimizer: enter_and_leave(optimizer),
+    "full_state_dict": lambda optimizer: optimizer.full_state_dict(),
+    "add_param_group": lambda optimizer: optimizer.add_param_group(
+        {"params": [("frozen", torch.nn.Parameter(torch.ones(3), requires_grad=False))]}
+    ),
+    "clip_grad_norm_": lambda optimizer: optimizer.clip_grad_norm_(1e9),
+    "load_state_dict": lambda optimizer: optimizer.load_state_dict(optimizer.state_dict()),
+    "synchronize": lambda optimizer: optimizer.synchronize(),
+}
+
+
+def enter_and_leave(optimizer: ShardedASGD) -> None:
+    with optimizer.averaged_parameters():
+        pass
+
+
+@pytest.mark.parametrize("what", COLLECTIVE)
+def test_ranks_that_ran_different_numbers_of_backwards_meet_in_any_collective_call(what: str) -> None:
+    def ranks(rank: int) -> None:
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0)
+        for step in range(2):
+            pair.backward(random_gradients(PLAIN, 2, step))
+            pair.step()
+            pair.zero_grad()
+        by_rank = random_gradients(PLAIN, 2, 5)
+        pair.backward(by_rank)
+        pair.oracle.backward([by_rank[0], [None] * len(PLAIN)])
+        if rank == 0:  # one micro-batch more
+            backward(pair.params, by_rank[0])
+        COLLECTIVE[what](pair.optimizer)
+        pair.step()
+        pair.check_parameters()
+
+    run_ranks(2, ranks, timeout=20)
+
+
 def test_autograd_grad_and_retain_graph_do_not_disturb() -> None:
     def ranks(rank: int) -> None:
         params = make_parameters(PLAIN)
@@ -373,6 +531,54 @@ def test_a_rank_without_any_gradient_joins_when_it_steps() -> None:
                 pair.step()
                 pair.zero_grad()
                 pair.check((bucket_bytes, step))
+
+    run_ranks(2, ranks)
+
+
+def test_zeroing_gradients_where_a_rank_ran_no_backward() -> None:
+    """zero_grad() waits for nobody; step() says that what was zeroed came from a backward that a rank did not run."""
+
+    def ranks(rank: int) -> str:
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0, lambd=0.1, find_unused_parameters=True)
+        for step in range(2):
+            pair.backward(random_gradients(PLAIN, 2, step))
+            pair.step()
+            pair.zero_grad()
+        if rank == 0:
+            backward(pair.params, random_gradients(PLAIN, 2, 7)[0])
+        pair.optimizer.zero_grad(set_to_none=False)
+        text = message_of(pair.optimizer.step, RuntimeError)
+        pair.check("after the refusal")
+        pair.zero_grad()
+        for step in range(2):
+            pair.backward(random_gradients(PLAIN, 2, step))
+            pair.step()
+            pair.zero_grad()
+            pair.check(step)
+        return text
+
+    a, b = run_ranks(2, ranks, timeout=20)
+    assert a == b and "different backwards" in a
+
+
+def test_zeroing_a_gradient_whose_reduction_is_under_way() -> None:
+    """Of one parameter of a bucket: the others keep theirs."""
+
+    def ranks(rank: int) -> None:
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0, lambd=0.1)
+        for step in range(4):
+            if step % 2:  # the zeros then are added to
+                pair.backward(random_gradients(PLAIN, 2, 40 + step))
+            by_rank = random_gradients(PLAIN, 2, step)
+            pair.backward(by_rank)
+            pair.params[2].grad.zero_()
+            pair.oracle.reduced[2] = torch.zeros_like(pair.oracle.params[2])
+            if step == 3:
+                again = random_gradients(PLAIN, 2, 80)
+                pair.backward(again)
+            pair.step()
+            pair.zero_grad()
+            pair.check(step)
 
     run_ranks(2, ranks)
 

@@ -169,7 +169,7 @@ def test_a_checkpoint_of_the_first_moment_resumes(tmp_path: Path) -> None:
 # The same number of ranks: files, copies
 
 
-@pytest.mark.parametrize("how", ["as it is", "deepcopy", "torch.save"])
+@pytest.mark.parametrize("how", ["as it is", "deepcopy", "torch.save", "torch.save, weights only"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_state_dict_may_be_copied_and_pickled(world_size: int, how: str) -> None:
     def ranks(rank: int) -> None:
@@ -180,11 +180,11 @@ def test_a_state_dict_may_be_copied_and_pickled(world_size: int, how: str) -> No
             state = copy.deepcopy(state)
             train(model, optimizer, range(SAVED_AT, LAST))  # the copy keeps what it had
             check_equal(model, optimizer, expected(LAST))
-        elif how == "torch.save":
+        elif how.startswith("torch.save"):
             file = io.BytesIO()
             torch.save(state, file)
             file.seek(0)
-            state = torch.load(file, weights_only=False)
+            state = torch.load(file, weights_only="weights only" in how)
         other, again = build(seed=5)
         for p, q in zip(other.parameters(), expected(SAVED_AT).params, strict=True):
             with torch.no_grad():
@@ -449,6 +449,69 @@ def test_options_of_the_groups_come_from_the_state_dict() -> None:
     run_ranks(2, ranks)
 
 
+def test_a_tensor_lr_is_copied_from_the_state_dict() -> None:
+    """A scheduler writes to it in place."""
+
+    def alone() -> None:
+        first, second = (ShardedASGD(make_parameters(PLAIN), lr=torch.tensor(0.1)) for _ in range(2))
+        state = copy.deepcopy(first.state_dict())
+        first.load_state_dict(state)
+        second.load_state_dict(state)
+        first.param_groups[0]["lr"].fill_(0.5)
+        assert state["param_groups"][0]["lr"] == torch.tensor(0.1)
+        assert second.param_groups[0]["lr"] == torch.tensor(0.1)
+
+    run_alone(alone)
+
+
+def test_a_full_state_dict_by_names_is_set_on_every_rank() -> None:
+    """What a checkpoint of torch.optim.ASGD under DDP holds, through torch's own function."""
+
+    def ranks(rank: int) -> None:
+        source, optimizer = build()
+        train(source, optimizer, range(SAVED_AT))
+        box = [optimizer.full_state_dict()]
+        dist.broadcast_object_list(box, src=0)
+        full = box[0]
+        names = [name for name, _ in source.named_parameters()]
+        by_names = {
+            "state": {names[index]: entry for index, entry in full["state"].items()},
+            "param_groups": [{**full["param_groups"][0], "params": names}],
+        }
+        model, again = build(seed=5)
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), expected(SAVED_AT).params, strict=True):
+                p.copy_(q)
+        set_optimizer_state_dict(model, again, by_names, options=StateDictOptions(full_state_dict=True))
+        dense = again.full_state_dict()
+        assert rank != 0 or same_dict(dense["state"], full["state"])
+        assert again.param_groups[0]["lr"] == OPTIONS["lr"]
+
+    run_ranks(2, ranks)
+
+
+def test_a_piece_in_another_memory_order_is_converted_or_refused() -> None:
+    def ranks(rank: int) -> None:
+        (source,) = make_parameters([Spec((5, 3, 2, 4), layout="channels_last")])
+        (target,) = make_parameters([Spec((5, 3, 2, 4))])
+        first, second = (ShardedASGD([("conv.weight", p)], lr=0.1, t0=0) for p in (source, target))
+        for step in range(4):
+            backward([source], random_gradients([Spec((5, 3, 2, 4))], 2, step)[rank])
+            first.step()
+            first.zero_grad()
+        before = second.full_state_dict()
+        try:
+            second.load_state_dict(first.state_dict())
+        except ValueError as error:
+            assert "conv.weight" in str(error)
+            assert same_dict(second.full_state_dict(), before)
+            return
+        ours, theirs = second.full_state_dict(), first.full_state_dict()
+        assert rank != 0 or same_bits(ours["state"][0]["ax"], theirs["state"][0]["ax"])
+
+    run_ranks(2, ranks)
+
+
 # What cannot be loaded
 
 
@@ -526,3 +589,37 @@ def test_a_state_dict_spoiled_on_one_rank_is_refused_on_all() -> None:
 
     a, b = run_ranks(2, ranks)
     assert a == b and "rank 1" in a
+
+
+def test_a_state_dict_that_fits_on_one_rank_only_is_loaded_on_none() -> None:
+    def ranks(rank: int) -> str:
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0)
+        for step in range(3):
+            pair.backward(random_gradients(PLAIN, 2, step))
+            pair.step()
+            pair.zero_grad()
+        state = spoiled(copy.deepcopy(pair.optimizer.state_dict()), "no eta" if rank == 1 else "nothing")
+        state["param_groups"][0]["lr"] = 0.7
+        state["state"][0]["step"] = torch.tensor(77.0)
+        text = message_of(lambda: pair.optimizer.load_state_dict(state), ValueError)
+        assert pair.optimizer.param_groups[0]["lr"] == 0.1
+        pair.check("after the refusal")
+        return text
+
+    a, b = run_ranks(2, ranks)
+    assert a == b and "rank 1" in a
+
+
+@pytest.mark.parametrize("given", [None, {}, {"state": {}}, {"param_groups": []}], ids=str)
+def test_a_state_dict_that_only_one_rank_has_read_is_refused_on_all(given: Any) -> None:
+    def ranks(rank: int) -> str:
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0)
+        state = pair.optimizer.state_dict()
+        text = message_of(lambda: pair.optimizer.load_state_dict(given if rank == 1 else state), ValueError, TypeError)
+        pair.backward(random_gradients(PLAIN, 2, 0))
+        pair.step()
+        pair.check()
+        return text
+
+    a, b = run_ranks(2, ranks, timeout=20)
+    assert a == b and "rank 1" in a and "state dict" in a

@@ -40,7 +40,6 @@ def test_the_counter_knows_ddp(rows: Rows) -> None:
 def test_a_step_sends_no_more_than_it_must(rows: Rows) -> None:
     ours = rows["ours"]
     assert full(ours) <= ours["step"] <= 1.06 * full(ours)
-    assert ours["update"] <= 1.06 * full(ours) / 2
 
 
 def test_no_sync_sends_nothing(rows: Rows) -> None:

@@ -1,0 +1,46 @@
+"""Clips the gradients by the norm of all of them together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_asgd.collectives import all_gather
+from dist_asgd.replicated import Bucket
+from dist_asgd.update import compute_dtype
+
+
+def clip_reduced_(
+    buckets: Sequence[Bucket], max_norm: float, norm_type: float, group: dist.ProcessGroup | None
+) -> Tensor:
+    """Scales the reduced gradients of ``buckets`` as ``torch.nn.utils.clip_grad_norm_`` does whole ones. Collective.
+
+    Returns their norm, 0-dim, in the widest dtype that the rule is computed in, at least fp32.
+    """
+    grads = [grad for bucket in buckets for grad in bucket.gradient_tensors()]
+    device = next((bucket.device for bucket in buckets), torch.device("cpu"))
+    dtypes = [compute_dtype(bucket.dtype).to_real() for bucket in buckets]
+    dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    total = total_norm(grads, norm_type, device, group).to(dtype)
+    scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+    for grad in grads:
+        grad.mul_(scale.to(grad.device))
+    return total
+
+
+def total_norm(
+    tensors: Sequence[Tensor], norm_type: float, device: torch.device, group: dist.ProcessGroup | None
+) -> Tensor:
+    """The norm (0-dim, fp64, on ``device``) of all elements of the ``tensors`` of every rank together. Collective."""
+    norms = [torch.linalg.vector_norm(tensor, norm_type).to(device, torch.float64) for tensor in tensors]
+    own = torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros((), device=device).double()
+    if group is None:
+        return own
+    # All of them, not their maximum or their sum: a maximum over ranks may lose a NaN, powers may overflow.
+    everyone = own.new_empty(dist.get_world_size(group))
+    all_gather(everyone, own.view(1), group=group)
+    return torch.linalg.vector_norm(everyone, norm_type)
