@@ -10,6 +10,7 @@ import random
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from fsspec import AbstractFileSystem
@@ -55,17 +56,24 @@ def read_text(urls: Sequence[str], *, max_bytes: int, held_out_bytes: int) -> Te
 def _named_files(urls: Sequence[str]) -> Iterator[File]:
     """The files in the order of the command line, those of one glob or folder sorted by name."""
     for url in urls:
-        fs, path = url_to_fs(url)
-        if any(c in path for c in "*?["):
-            found = fs.glob(path, detail=True)
-        elif fs.isdir(path):
-            found = fs.find(path, detail=True)
-        else:
-            found = {path: fs.info(path)} if fs.exists(path) else {}
+        try:
+            fs, found = _find(url)
+        except (OSError, ImportError, ValueError) as error:  # no such host, no permission, s3fs not installed, a typo
+            raise SystemExit(f"--data {url}: {error}") from error
         files = [path for path, info in sorted(found.items()) if info["type"] == "file" and info["size"] != 0]
         if not files:
             raise SystemExit(f"--data {url}: there is no file with text there.")
         yield from ((fs, path) for path in files)
+
+
+def _find(url: str) -> tuple[AbstractFileSystem, dict[str, Any]]:
+    """The file system of a URL, and what fsspec knows about each file that the URL means."""
+    fs, path = url_to_fs(url)
+    if any(c in path for c in "*?["):
+        return fs, fs.glob(path, detail=True)
+    if fs.isdir(path):
+        return fs, fs.find(path, detail=True)
+    return fs, {path: fs.info(path)} if fs.exists(path) else {}
 
 
 def _standard_library() -> Iterator[File]:

@@ -43,8 +43,8 @@ LEARNING_RATE = {"gpt": 3.0, "lstm": 10.0}  # SGD wants a large one where the gr
 
 def option(default: Any, text: str, **more: Any) -> Any:
     """A field of Args with what argparse wants to know about it."""
-    shown = f"{text} (default: {default})" if default and default == default else text  # not NaN: see Args.lr
-    return field(default=default, metadata={"help": shown, **more})
+    told = default not in ("", ()) and default == default  # what is empty or NaN is explained by the text
+    return field(default=default, metadata={"help": f"{text} (default: {default})" if told else text, **more})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ class Args:
     batch: int = option(4, "sequences in a step, over all ranks")
     steps: int = option(1600, "train until this step")
     seed: int = option(0, "of the first weights and the order of the data")
-    lr: float = option(math.nan, f"learning rate; without, that of the model: {LEARNING_RATE}")
+    lr: float = option(math.nan, "learning rate (default: {gpt} for gpt, {lstm} for lstm)".format(**LEARNING_RATE))
     lambd: float = option(1e-6, "ASGD's decay")
     t0: float = option(800.0, "start averaging at this step")
     clip: float = option(1.0, "clip the gradient to this norm")
@@ -81,7 +81,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
         kind: dict[str, Any] = {} if "nargs" in f.metadata else {"type": type(f.default)}
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **f.metadata)
     args = Args(**vars(parser.parse_args(argv)))
-    for name in ("width", "layers", "heads", "held_out_bytes", "length", "steps", "eval_every", "checkpoint_every"):
+    counts = ("width", "layers", "heads", "max_bytes", "held_out_bytes", "length", "batch", "steps")
+    for name in (*counts, "eval_every", "checkpoint_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("lr", "lambd", "t0", "clip", "dropout"):
