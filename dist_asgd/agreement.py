@@ -21,6 +21,14 @@ Facts = list[tuple[str, str]]  # (name, value)
 MAX_VALUES = 5  # of one exchange
 
 
+class DifferentOperations(RuntimeError):
+    """Ranks met in different collective calls. Raised on every rank, with the ``values`` of that exchange."""
+
+    def __init__(self, message: str, values: Sequence[int]) -> None:
+        super().__init__(message)
+        self.values = values
+
+
 class Agreement:
     """Exchanges between the ranks of a process group. Every method is collective; with one rank it does nothing.
 
@@ -57,11 +65,11 @@ class Agreement:
         # Of one length, whatever it carries: ranks in different operations must meet here, or none could say so.
         code = fingerprint(operation)
         padding = [0] * (MAX_VALUES - len(values))
-        vector = torch.tensor([code, -code, error is not None, *values, *padding], dtype=torch.int64)
+        vector = torch.tensor([code, -code, error is not None, *values, *padding], dtype=torch.int64, device="cpu")
         dist.all_reduce(vector, dist.ReduceOp.MAX, group=self.group)
         high, minus_low, failed, *result = vector.tolist()
         if high != -minus_low:
-            self._raise_different(operation)
+            self._raise_different(operation, result)
         if failed:
             self._raise_together(error)
         return result[: len(values)]
@@ -70,7 +78,7 @@ class Agreement:
         """Which of the flags are set on any rank."""
         if self.group is None:
             return list(flags)
-        vector = torch.tensor(flags, dtype=torch.uint8)
+        vector = torch.tensor(flags, dtype=torch.uint8, device="cpu")
         dist.all_reduce(vector, dist.ReduceOp.MAX, group=self.group)
         return vector.bool().tolist()
 
@@ -88,14 +96,15 @@ class Agreement:
         if high != -minus_low:
             raise ValueError(_first_difference(what, self.gather(facts)))
 
-    def _raise_different(self, operation: str) -> None:
+    def _raise_different(self, operation: str, values: Sequence[int]) -> None:
         ranks_in: dict[str, list[int]] = {}
         for rank, name in enumerate(self.gather(operation)):
             ranks_in.setdefault(name, []).append(rank)
         found = "; ".join(f"{self._name(ranks)}: {name}" for name, ranks in ranks_in.items())
-        raise RuntimeError(
+        raise DifferentOperations(
             f"ranks are in different operations of the optimizer: {found}. These are collective: every rank must call "
-            "them, in the same order (not under `if rank == 0:`)"
+            "them, in the same order and with the same arguments (not under `if rank == 0:`)",
+            values,
         )
 
     def _raise_together(self, error: Exception | None) -> None:

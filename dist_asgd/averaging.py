@@ -2,44 +2,60 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from dist_asgd.replicated import Bucket
 
 
-@torch.no_grad()
-def swap_in(buckets: Sequence[Bucket]) -> list[Bucket]:
-    """Makes the parameters of ``buckets`` their averages, and returns those for which that meant something. Collective.
+@contextlib.contextmanager
+def averages_swapped_in(buckets: Sequence[Bucket], patience: float) -> Iterator[None]:
+    """Inside, the parameters of ``buckets`` are their averages; after it, exactly what they were before. Collective.
 
     Each rank keeps its shard of the parameters: 1/N of their memory. Buckets in which nothing averages yet cost
     nothing: there, the average is the parameter.
+
+    Args:
+        patience: seconds to wait for the other ranks where the block raised. What they have not sent by then is waited
+            for before the parameters are used by the optimizer again.
     """
-    swapped = []
-    for bucket in buckets:
-        average = bucket.shard.average
-        if average is not None:
-            bucket.shard.swap_in(average)
-            bucket.start_gather()
-            swapped.append(bucket)
-    for bucket in swapped:
-        bucket.wait()
-    return swapped
+    averaging = [bucket for bucket in buckets if bucket.shard.average is not None]
+    to_swap, to_restore = list(averaging), list(averaging)
+    seconds: float | None = patience
+    try:
+        _each(to_swap, lambda bucket: bucket.shard.swap_in())
+        _wait(averaging, None)
+        yield
+        seconds = None
+    finally:
+        try:
+            _restore(to_swap, to_restore)
+        except BaseException:  # KeyboardInterrupt
+            _restore(to_swap, to_restore)
+            raise
+        _wait(averaging, seconds)
+
+
+def _restore(to_swap: list[Bucket], to_restore: list[Bucket]) -> None:
+    """May be called again where it was interrupted: both lists hold what is still to do."""
+    _each(to_swap, lambda bucket: bucket.shard.swap_out())  # the other ranks expect their all-gathers
+    _each(to_restore, lambda bucket: bucket.shard.swap_out())
 
 
 @torch.no_grad()
-def swap_out(swapped: Sequence[Bucket], patience: float | None) -> None:
-    """Makes the parameters exactly what they were before ``swap_in``. Collective.
+def _each(to_do: list[Bucket], change: Callable[[Bucket], None]) -> None:
+    """Changes the shards of ``to_do`` and starts their all-gathers; the list loses what is done."""
+    while to_do:
+        change(to_do[0])
+        to_do[0].start_gather()
+        del to_do[0]
 
-    Args:
-        patience: seconds to wait for the other ranks; None for ever. What they have not sent by then is waited for
-            before the parameters are used by the optimizer again.
-    """
-    deadline = None if patience is None else time.monotonic() + patience
-    for bucket in swapped:
-        bucket.shard.swap_out()
-        bucket.start_gather()
-    for bucket in swapped:
+
+def _wait(buckets: Sequence[Bucket], seconds: float | None) -> None:
+    """For all together no longer than ``seconds``."""
+    deadline = None if seconds is None else time.monotonic() + seconds
+    for bucket in buckets:
         bucket.wait(None if deadline is None else deadline - time.monotonic())

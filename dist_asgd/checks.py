@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dist_asgd.agreement import Facts, fingerprint
-from dist_asgd.replicated import Bucket
+from dist_asgd.pieces import GradientPiece
+from dist_asgd.replicated import DROPPED, Bucket, describe
 from dist_asgd.rule import Hyperparameters
 from dist_asgd.update import as_real
 
 Groups = Sequence[Mapping[str, Any]]  # optimizer.param_groups
 Options = Sequence[Hyperparameters]  # of each group
+
+PARAMETER_FACTS = ("frozen", "trained", "frozen, with a gradient", "trained, with a gradient")
 
 SAMPLED = 8  # gradients that ranks compare
 
@@ -87,14 +91,51 @@ def warn_not_initialized() -> None:
         )
 
 
-def late_initialization() -> RuntimeError | None:
-    """The error where torch.distributed was initialized after an optimizer that knows of no other process."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return None
-    return RuntimeError(
-        "torch.distributed was initialized after the optimizer was built, so it would train this rank alone. Build it "
-        "after init_process_group(); for one rank by itself, pass process_group=dist.new_group([rank])"
-    )
+def built_for_another(alone: bool, groups: Groups, buckets: Sequence[Sequence[Bucket]]) -> RuntimeError | None:
+    """The error where the world or the groups are not those that the optimizer was built for.
+
+    Args:
+        alone: it was built without a process group, before torch.distributed was initialized if it is now.
+        buckets: by group.
+    """
+    if alone and dist.is_initialized() and dist.get_world_size() > 1:
+        return RuntimeError(
+            "torch.distributed was initialized after the optimizer was built, so it would train this rank alone. Build "
+            "it after init_process_group(); for one rank by itself, pass process_group=dist.new_group([rank])"
+        )
+    if len(groups) != len(buckets):
+        return RuntimeError(
+            f"the optimizer has {len(groups)} param_groups and was built with {len(buckets)}: add groups by "
+            "add_param_group(), and to take one away build another optimizer"
+        )
+    return None
+
+
+def check_gradients(bucket: Bucket) -> None:
+    """Raises ``RuntimeError`` for a gradient that the rule has no meaning for, naming its parameter."""
+    for position, (name, param) in enumerate(zip(bucket.names, bucket.params, strict=True)):
+        grad = param.grad
+        if isinstance(grad, GradientPiece):
+            if not (bucket.gradient_pieces and grad is bucket.gradient_pieces[position]):
+                raise RuntimeError(
+                    f"the gradient of parameter {name!r} was reduced by another ShardedASGD that has the parameter "
+                    "as well: use one of them, and drop gradients (zero_grad()) when you change over"
+                )
+            if grad.begun == DROPPED:
+                raise RuntimeError(
+                    f"the gradient of parameter {name!r} was dropped by zero_grad() and then put back: it only "
+                    "stood for the reduced gradient, which is gone. Run another backward after zero_grad()"
+                )
+            grad = grad.pending
+        if grad is None or bucket.fits(position, grad):
+            continue
+        if grad.layout is not torch.strided:
+            raise RuntimeError(f"parameter {name!r} has a sparse gradient; ASGD needs a dense one (sparse=False)")
+        shape = bucket.placements[position].shape
+        raise RuntimeError(
+            f"the gradient of parameter {name!r} is {describe(grad)}, the optimizer was built for a parameter of shape "
+            f"{shape} on {bucket.device}: they must have the same shape and device"
+        )
 
 
 def require_gradients(bucket: Bucket, present: Sequence[bool]) -> None:
@@ -114,7 +155,7 @@ def require_gradients(bucket: Bucket, present: Sequence[bool]) -> None:
 
 
 def gradient_sample(buckets: Sequence[Bucket]) -> list[tuple[str, float, float]]:
-    """(name, sum, 2-norm) of a few gradients that this rank has."""
+    """(name, weighted sum, 2-norm) of a few gradients that this rank has."""
     found = [
         (name, as_real(param.grad.flatten().resolve_conj()))
         for bucket in buckets
@@ -123,25 +164,32 @@ def gradient_sample(buckets: Sequence[Bucket]) -> list[tuple[str, float, float]]
     ][:SAMPLED]
     if not found:
         return []
-    sums = [torch.stack([grad.double().sum(), grad.double().norm()]).cpu() for _, grad in found]
-    values = torch.stack(sums).tolist()  # one read, not one for each number
-    return [(name, total, norm) for (name, _), (total, norm) in zip(found, values, strict=True)]
+    values = torch.stack([_sum_and_norm(grad.double()).cpu() for _, grad in found])
+    return [(name, total, norm) for (name, _), (total, norm) in zip(found, values.tolist(), strict=True)]
 
 
-def require_same_gradients(everyone: Sequence[Sequence[tuple[str, float, float]]]) -> None:
+def _sum_and_norm(grad: Tensor) -> Tensor:
+    """The plain sum says nothing about a softmax, whose gradients add up to zero; so no two elements weigh the same."""
+    weights = torch.linspace(0.5, 1.5, len(grad), dtype=grad.dtype, device=grad.device)
+    return torch.stack([weights @ grad, grad.norm()])
+
+
+def require_same_gradients(everyone: Sequence[Sequence[tuple[str, float, float]]]) -> bool:
     """Raises ``RuntimeError`` where the ``gradient_sample`` of a rank is another than rank 0's by more than rounding.
 
-    Gradients of different data have sums that differ about as much as their norm.
+    Gradients of different data have sums that differ about as much as their norm. Returns whether there was anything to
+    compare: finite values.
     """
     for rank, sample in enumerate(everyone):
         for (name, total, norm), (_, first, first_norm) in zip(sample, everyone[0], strict=True):
-            if abs(total - first) > 0.01 * max(norm, first_norm):  # False where one is not finite: nothing to compare
+            if abs(total - first) > 0.01 * max(norm, first_norm):  # False where one is not finite
                 raise RuntimeError(
                     f"the gradient of parameter {name!r} differs between ranks (norm {first_norm:.6g} on rank 0, "
                     f"{norm:.6g} on rank {rank}), and gradients='reduced' says that they have been averaged: wrap the "
                     "model in DistributedDataParallel and leave no_sync() for the last backward, or pass "
                     "gradients='local'"
                 )
+    return bool(everyone[0]) and all(math.isfinite(norm) for sample in everyone for _, _, norm in sample)
 
 
 def parameter_names(group: Mapping[str, Any], number: int) -> list[str]:
@@ -160,26 +208,27 @@ def argument_facts(arguments: Mapping[str, object], groups: Groups, first: int) 
     """What must be the same on every rank to build the groups from ``first`` on."""
     facts = [(name, repr(value)) for name, value in arguments.items()]
     for number, group in enumerate(groups[first:], start=first):
-        facts += _option_facts(Hyperparameters.of(group), number)
+        facts += option_facts(Hyperparameters.of(group), number)
         for name, param in zip(parameter_names(group, number), group["params"], strict=True):
             kind = f"{param.dtype} on {param.device.type} of shape {tuple(param.shape)} and strides {param.stride()}"
             facts.append((f"parameter {name!r}", f"{kind}, {'trained' if param.requires_grad else 'frozen'}"))
     return facts
 
 
-def step_facts(options: Options, flags: Mapping[Bucket, Sequence[bool]], what: str) -> Facts:
-    """What must be the same on every rank for a step; ``flags`` are facts about parameters, ``what`` they say."""
-    facts = [fact for number, h in enumerate(options) for fact in _option_facts(h, number)]
-    for bucket, own in flags.items():
-        facts += [(f"{what} of parameter {name!r}", str(flag)) for name, flag in zip(bucket.names, own, strict=True)]
+def step_facts(options: Options, shared: Mapping[Bucket, Sequence[int]]) -> Facts:
+    """What must be the same on every rank for a step; ``shared``: for each parameter, an index of PARAMETER_FACTS."""
+    facts = [fact for number, h in enumerate(options) for fact in option_facts(h, number)]
+    for bucket, own in shared.items():
+        facts += [(f"parameter {name!r}", PARAMETER_FACTS[fact]) for name, fact in zip(bucket.names, own, strict=True)]
     return facts
 
 
-def step_code(options: Options, flags: Mapping[Bucket, Sequence[bool]], begun: Sequence[Sequence[int]]) -> int:
+def step_code(options: Options, shared: Mapping[Bucket, Sequence[int]], begun: Sequence[Sequence[int]]) -> int:
     """A fingerprint of the same and of the passes in which gradients were ``begun``, cheap enough for every step."""
     values = [[float(getattr(h, name)) for name in h.__slots__] for h in options]
-    return fingerprint((values, [bytes(own) for own in flags.values()], begun))
+    return fingerprint((values, [bytes(own) for own in shared.values()], begun))
 
 
-def _option_facts(h: Hyperparameters, number: int) -> Facts:
+def option_facts(h: Hyperparameters, number: int) -> Facts:
+    """The options of group ``number``."""
     return [(f"{name} of group {number}", repr(float(getattr(h, name)))) for name in h.__slots__]

@@ -37,17 +37,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(size) for size in text.split("x"))
-    except ValueError:
-        shape = (0,)
+    sizes = text.split("x")
+    shape = tuple(int(size) if size.isascii() and size.isdecimal() else 0 for size in sizes)
     if min(shape) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no shape: write positive sizes joined by x, as 1000x1000 or 10")
     return shape
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 

@@ -36,7 +36,12 @@ def total_norm(
     tensors: Sequence[Tensor], norm_type: float, device: torch.device, group: dist.ProcessGroup | None
 ) -> Tensor:
     """The norm (0-dim, fp64, on ``device``) of all elements of the ``tensors`` of every rank together. Collective."""
-    norms = [torch.linalg.vector_norm(tensor, norm_type).to(device, torch.float64) for tensor in tensors]
+    # In double throughout: where buckets and shards are cut then does not show in a norm that is rounded to fp32.
+    doubles = [torch.promote_types(tensor.dtype, torch.float64) for tensor in tensors]
+    norms = [
+        torch.linalg.vector_norm(tensor, norm_type, dtype=double).to(device)
+        for tensor, double in zip(tensors, doubles, strict=True)
+    ]
     own = torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros((), device=device).double()
     if group is None:
         return own

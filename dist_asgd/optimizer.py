@@ -12,15 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_asgd.agreement import Agreement, group_of_its_own
-from dist_asgd.averaging import swap_in, swap_out
+from dist_asgd.averaging import averages_swapped_in
 from dist_asgd.checks import (
     argument_facts,
+    built_for_another,
     check_arguments,
     check_clip,
     check_parameter,
     check_state_dict,
     drop_duplicates,
-    late_initialization,
     parameter_names,
     warn_not_initialized,
 )
@@ -118,6 +118,8 @@ class ShardedASGD(torch.optim.Optimizer):
             self._add_checked(param_group)
             return
         first = len(self.param_groups)
+        self.synchronize()
+        self._settlement.align("add_param_group()", self._all_buckets())
         try:
             with self._agreement.together("add_param_group()"):
                 self._add_checked(param_group)
@@ -125,8 +127,6 @@ class ShardedASGD(torch.optim.Optimizer):
         except Exception:
             del self.param_groups[first:]
             raise
-        self.synchronize()
-        self._settlement.align("add_param_group()", self._all_buckets())
         self._build(first)
 
     @torch.no_grad()
@@ -146,8 +146,8 @@ class ShardedASGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        late = late_initialization() if self._alone else None
-        settled = self._settlement.settle("step()", self.param_groups, self._all_buckets(), late)
+        error = built_for_another(self._alone, self.param_groups, self._buckets)
+        settled = self._settlement.settle("step()", self.param_groups, self._all_buckets(), error)
         self._settlement.warn_if_orphaned(settled)
         for h, buckets in zip(settled.options, self._buckets, strict=True):
             for bucket in buckets:
@@ -184,7 +184,8 @@ class ShardedASGD(torch.optim.Optimizer):
         Raises:
             RuntimeError, ValueError: on every rank the same; as ``step``, and for arguments out of range.
         """
-        operation, error = "clip_grad_norm_()", check_clip(max_norm, norm_type)
+        operation = f"clip_grad_norm_({max_norm=}, {norm_type=})"  # which must be the same on every rank
+        error = check_clip(max_norm, norm_type)
         if not self._reduces:
             self._settlement.align(operation, self._all_buckets(), error)
             params = [param for group in self.param_groups for param in group["params"] if param.numel()]
@@ -198,33 +199,31 @@ class ShardedASGD(torch.optim.Optimizer):
 
         The first backward after it, or ``step()``, reduces all that was accumulated.
         """
-        self._reducer.close_pass()
-        self._reducer.enabled, before = False, self._reducer.enabled
+        before = self._reducer.suspend()
         try:
             yield
         finally:
-            self._reducer.enabled = before
+            self._reducer.resume(before)
 
     @contextlib.contextmanager
     def averaged_parameters(self) -> Iterator[None]:
         """Inside, parameters hold their averages; after it, exactly what they held before. Collective.
 
         If the block raises on one rank only, that rank waits 5 s for the others to leave theirs, then lets the error
-        out. Parameters that have no average yet keep their own values. ``step()`` and ``load_state_dict()`` are refused
-        inside. Extra memory: 1/N of the parameters.
+        out; its parameters are complete when they have (``synchronize()`` waits for that). Parameters that have no
+        average yet keep their own values. Inside, ``step()`` and ``load_state_dict()`` are refused, and backward
+        accumulates as in ``no_sync()``. Extra memory: 1/N of the parameters.
         """
         self._refuse_swapped("averaged_parameters()")
         self.synchronize()
         self._settlement.align("averaged_parameters()", self._all_buckets())
-        averaged = swap_in(self._all_buckets())
         self._swapped = True
-        patience: float | None = PATIENCE
         try:
-            yield
-            patience = None
+            # no_sync: the reductions of a backward on one rank only must not come between the all-gathers of all.
+            with averages_swapped_in(self._all_buckets(), PATIENCE), self.no_sync():
+                yield
         finally:
             self._swapped = False
-            swap_out(averaged, patience)
 
     def start_averaging(self) -> None:
         """Starts the average now: sets ``t0`` of every group to the steps taken so far.
@@ -253,6 +252,8 @@ class ShardedASGD(torch.optim.Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         self.synchronize()
+        for bucket in self._all_buckets():
+            bucket.check_views()
         state_dict = sharded_state_dict(self.param_groups, self._buckets)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = _given(post_hook(self, state_dict), state_dict)
@@ -271,9 +272,11 @@ class ShardedASGD(torch.optim.Optimizer):
             ValueError: on every rank the same, where it does not fit; nothing has changed then.
         """
         self.synchronize()
+        self._settlement.align("load_state_dict()", self._all_buckets())
         with self._agreement.together("load_state_dict()"):
             self._refuse_swapped("load_state_dict()")
             loaded = plan_load(self.param_groups, self._buckets, self._before_load(state_dict))
+        self._agreement.require_equal("the state dict", loaded.facts())
         loaded.apply()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from dist_asgd.reducer import remove_hooks
 from dist_asgd.replicated import Bucket
 
 CONTAINERS = (nn.ModuleList, nn.Sequential)
@@ -24,6 +26,8 @@ class ForwardWaits:
 
     def __init__(self, module: nn.Module | None) -> None:
         self._module = module
+        self._hooks: list[RemovableHandle] = []
+        weakref.finalize(self, remove_hooks, self._hooks)
         self._covered: set[int] = set()
         self._owned: list[tuple[nn.Module, str, str, nn.Parameter]] = []  # module, attribute, full name, parameter
 
@@ -32,17 +36,21 @@ class ForwardWaits:
         if self._module is None:
             return
         owner = {id(param): bucket for bucket in buckets for param in bucket.params}
+        gathered = {bucket for bucket in buckets if bucket.collectives is not None}
         units = set(_units(self._module))
         for submodule in self._module.modules():
-            waited_for = {owner[id(param)] for param in _parameters(submodule, units) if id(param) in owner}
-            if waited_for:
-                submodule.register_forward_pre_hook(_Wait(waited_for))
+            needed = {owner[id(param)] for param in _parameters(submodule, units) if id(param) in owner}
+            if needed & gathered:
+                # First: others (weight_norm's, pruning's) make weights from parameters.
+                hook = submodule.register_forward_pre_hook(_Wait(needed & gathered), prepend=True)
+                self._hooks.append(hook)
+        if gathered:
+            self._hooks.append(self._module.register_state_dict_pre_hook(_Wait(gathered)))
         for prefix, submodule in self._module.named_modules():
             for name, param in submodule.named_parameters(recurse=False):
                 if id(param) in owner:
                     self._covered.add(id(param))
                     self._owned.append((submodule, name, f"{prefix}.{name}".lstrip("."), param))
-        self._module.register_state_dict_pre_hook(_Wait(set(buckets)))
 
     def check(self) -> None:
         """Raises ``RuntimeError`` where the module holds another parameter now than when it was hooked."""

@@ -231,26 +231,29 @@ class GradientPiece(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"GradientPiece(shape={tuple(self.shape)}, dtype={self.dtype})"
 
-    def take_pending(self) -> Tensor | None:
-        pending, self.pending = self.pending, None
-        return pending
-
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward and func in (aten.add_.Tensor, aten.add.Tensor) and isinstance(args[0], GradientPiece):
             piece, grad = args
-            piece.pending = grad.detach() if piece.pending is None else piece.pending + grad
+            if piece.pending is None:
+                piece.pending = grad.detach()
+            elif piece.pending.layout is torch.strided:  # else it is sparse: it stays, to be refused before the step
+                piece.pending = piece.pending + grad
             return piece
         if func in (aten.zero_.default, aten._foreach_zero_.default):
-            for piece in args[0] if isinstance(args[0], (list, tuple)) else [args[0]]:
-                piece.owner.zero_gradient(piece)
-            return args[0]
+            several = isinstance(args[0], (list, tuple))
+            for grad in args[0] if several else [args[0]]:
+                if isinstance(grad, GradientPiece):
+                    grad.owner.zero_gradient(grad)
+                else:
+                    grad.zero_()
+            return None if several else args[0]
         if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
             return unscale_(*args)
         if func is aten.detach.default:
             return args[0]
-        if func is aten.copy_.default and isinstance(args[0], GradientPiece):
+        if in_backward and func is aten.copy_.default and isinstance(args[0], GradientPiece):
             # DistributedDataParallel writes the mean that it has computed as well: the same that the piece holds.
             if args[0].owner.reducing is not None:
                 args[0].owner.reducing.warn_reduced_twice()

@@ -47,7 +47,7 @@ class Reducer:
         self._in_flight: deque[Bucket] = deque()  # a bucket as often as it has reductions under way
         self._patience = PATIENCE
         self._hooks: list[RemovableHandle] = []
-        weakref.finalize(self, _remove, self._hooks)
+        weakref.finalize(self, remove_hooks, self._hooks)
 
     def add(self, buckets: Sequence[Bucket]) -> None:
         """Takes on more buckets. Every rank adds the same."""
@@ -73,6 +73,7 @@ class Reducer:
             self.close_pass()
         while self._in_flight:
             self._in_flight.popleft().finish_oldest_reduce()
+        self._patience = PATIENCE
 
     def reduce_now(self) -> None:
         """One more pass, over all buckets, for gradients that no hook saw: assigned by hand, or made in no_sync()."""
@@ -80,6 +81,17 @@ class Reducer:
         for bucket in self.buckets:
             self._start(bucket)
         self.catch_up(self.passes)
+
+    def suspend(self) -> bool:
+        """Gradients stay on this rank until ``resume``, which takes what this returns."""
+        self.close_pass()
+        before, self.enabled = self.enabled, False
+        return before
+
+    def resume(self, enabled: bool) -> None:
+        self.enabled = enabled
+        for bucket in self.buckets if enabled else []:
+            bucket.stand_in(self.passes + 1)
 
     def rest(self) -> None:
         """After the ranks have agreed on what is frozen: buckets that are frozen as a whole sit out the next passes."""
@@ -105,7 +117,6 @@ class Reducer:
     def _open_pass(self) -> None:
         self._next = 0
         self.passes += 1
-        self._patience = PATIENCE
         self._missing = [sum(param.requires_grad for param in bucket.params) for bucket in self.buckets]
         self._arrived = [bytearray(len(bucket.params)) for bucket in self.buckets]
 
@@ -116,17 +127,20 @@ class Reducer:
     def _start_next(self, with_gradients: bool = True) -> None:
         index = self._next or 0
         self._next = index + 1
-        if not self._dormant[index]:
+        if self._dormant[index]:
+            self.buckets[index].stand_in(self.passes + 1)  # of what was unfrozen since: the step will reduce it
+        else:
             self._start(self.buckets[index], with_gradients)
 
     @torch.no_grad()  # hooks run with gradients on in a backward that makes a graph of its own (create_graph=True)
     def _start(self, bucket: Bucket, with_gradients: bool = True) -> None:
         while self._in_flight:
-            seconds = self._patience if len(self._in_flight) >= MAX_IN_FLIGHT else 0.0
-            if not self._in_flight[0].reduces_within(seconds):
-                self._patience = 0.0 if seconds else self._patience
+            full = len(self._in_flight) >= MAX_IN_FLIGHT
+            if not self._in_flight[0].reduces_within(self._patience if full else 0.0):
+                self._patience = 0.0 if full else self._patience
                 break
             self._in_flight.popleft().finish_oldest_reduce()
+            self._patience = PATIENCE
         bucket.start_reduce(self.passes, with_gradients)
         self._in_flight.append(bucket)
 
@@ -181,6 +195,6 @@ def _register(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
     return handle
 
 
-def _remove(hooks: Sequence[RemovableHandle]) -> None:
+def remove_hooks(hooks: Sequence[RemovableHandle]) -> None:
     for hook in hooks:
         hook.remove()

@@ -69,7 +69,7 @@ class Bucket:
         start, stop = layout.shard(rank)
         self.shard = Shard(self.buffer[start:stop], layout, self.placements, rank, precision)
         self.grad: Tensor | None = None
-        self._gradient_pieces = [GradientPiece(self, i, param) for i, param in enumerate(params)] if reducing else []
+        self.gradient_pieces = [GradientPiece(self, i, param) for i, param in enumerate(params)] if reducing else []
         self._reductions: deque[tuple[int, Reduction]] = deque()  # under way, in order, each with its pass
         self._gather: dist.Work | None = None
         self._packer = Packer(layout, self.placements, self.buffer)
@@ -87,7 +87,7 @@ class Bucket:
         for position, param in enumerate(self.params):
             if self.holds(position):
                 continue
-            found = _describe(param)
+            found = describe(param)
             expected = f"{self.dtype} on {self.device} of shape {self.placements[position].shape}"
             if found != expected:
                 raise RuntimeError(
@@ -143,7 +143,7 @@ class Bucket:
         """For each parameter, the pass that its gradient was begun in, or will be after ``passes``; -1 if frozen."""
         return [
             piece.begun if param.grad is piece else passes + 1 if param.requires_grad else -1
-            for param, piece in zip(self.params, self._gradient_pieces, strict=True)
+            for param, piece in zip(self.params, self.gradient_pieces, strict=True)
         ]
 
     def has_unreduced(self) -> bool:
@@ -151,31 +151,21 @@ class Bucket:
         grads = [param.grad for param in self.params]
         return any(grad.pending is not None if isinstance(grad, GradientPiece) else grad is not None for grad in grads)
 
-    def check_gradients(self) -> None:
-        """Raises ``RuntimeError`` for a gradient that the rule has no meaning for, naming its parameter."""
-        for position, (name, param) in enumerate(zip(self.names, self.params, strict=True)):
+    def fits(self, position: int, grad: Tensor) -> bool:
+        """Whether ``grad`` can be the gradient of the parameter: dense, of its shape and on its device."""
+        same = grad.shape == self.placements[position].shape and grad.device == self.device
+        return same and grad.layout is torch.strided
+
+    def stand_in(self, number: int) -> None:
+        """Puts stand-ins for gradients that only this rank knows, to be reduced in pass ``number``, the next one.
+
+        Whoever looks at them until then (GradScaler) talks to the other ranks.
+        """
+        for position, (param, piece) in enumerate(zip(self.params, self.gradient_pieces, strict=True)):
             grad = param.grad
-            if grad is None:
-                continue
-            if isinstance(grad, GradientPiece):
-                if grad is not self._gradient_pieces[position]:
-                    raise RuntimeError(
-                        f"the gradient of parameter {name!r} was reduced by another ShardedASGD that has the parameter "
-                        "as well: use one of them, and drop gradients (zero_grad()) when you change over"
-                    )
-                if grad.begun == DROPPED:
-                    raise RuntimeError(
-                        f"the gradient of parameter {name!r} was dropped by zero_grad() and then put back: it only "
-                        "stood for the reduced gradient, which is gone. Run another backward after zero_grad()"
-                    )
-                continue
-            if grad.layout is not torch.strided:
-                raise RuntimeError(f"parameter {name!r} has a sparse gradient; ASGD needs a dense one (sparse=False)")
-            if not _fits(grad, param):
-                raise RuntimeError(
-                    f"the gradient of parameter {name!r} is {_describe(grad)}, the parameter is {_describe(param)}: "
-                    "they must have the same shape and device"
-                )
+            if grad is not None and not isinstance(grad, GradientPiece) and self.fits(position, grad):
+                piece.contributed, piece.begun, piece.pending = False, number, grad
+                param.grad = piece
 
     def start_reduce(self, number: int, with_gradients: bool = True) -> None:
         """Moves the rank's gradients into one buffer, frees them and starts their reduction. Collective.
@@ -185,16 +175,17 @@ class Bucket:
             with_gradients: else this rank contributes zeros and keeps its gradients.
         """
         grads: list[Tensor | None] = []
-        for param, piece in zip(self.params, self._gradient_pieces, strict=True):
+        for position, (param, piece) in enumerate(zip(self.params, self.gradient_pieces, strict=True)):
             goes_on = param.grad is piece
-            usable = _kind(param) == _kind(piece) and (goes_on or param.grad is None or _fits(param.grad, param))
-            if not (with_gradients and usable):  # check_views or check_gradients will name what is not usable
+            grad = piece.pending if goes_on else param.grad
+            usable = param.dtype == self.dtype and (grad is None or self.fits(position, grad))
+            if not (with_gradients and usable):  # the checks before a step will name what is not usable
                 grads.append(None)
                 continue
-            grad = piece.take_pending() if goes_on else param.grad
             grads.append(grad)
+            piece.pending = None
             if not goes_on:
-                piece.contributed, piece.begun, piece.pending = False, number, None
+                piece.contributed, piece.begun = False, number
             piece.contributed |= grad is not None
             if grad is not None or param.requires_grad:
                 param.grad = piece
@@ -216,7 +207,7 @@ class Bucket:
         total = reduction.finish()
         if self.dtype.is_complex:
             total = torch.view_as_complex(total.view(-1, 2))
-        begun = [piece.begun for piece in self._gradient_pieces]
+        begun = [piece.begun for piece in self.gradient_pieces]
         if min(begun) == DROPPED:
             return
         if self.grad is None or min(begun) >= number:
@@ -239,13 +230,13 @@ class Bucket:
     def drop_gradient(self) -> None:
         """Frees the reduced gradient. Waits for nobody: what is under way is thrown away when it has come."""
         self.grad = None
-        for piece in self._gradient_pieces:
+        for piece in self.gradient_pieces:
             piece.contributed, piece.begun, piece.pending = False, DROPPED, None
 
     def zero_gradient(self, gradient: GradientPiece) -> None:
         """The same for one parameter, whose gradient then is zero. Waits for nobody either."""
-        gradient.contributed |= gradient.pending is not None
-        gradient.begun, gradient.pending = (self.reducing.passes if self.reducing else 0) + 1, None
+        gradient.begun = (self.reducing.passes if self.reducing else 0) + 1
+        gradient.pending = None if gradient.pending is None else torch.zeros_like(gradient.pending)
         piece = self.shard.pieces.get(gradient.position)
         if piece is not None and self.grad is not None:
             self.grad[piece.shard_start : piece.shard_stop].zero_()
@@ -253,8 +244,8 @@ class Bucket:
     def gradient_tensors(self) -> list[Tensor]:
         """Every tensor that holds values of the gradients that are attached to their parameters, each value once."""
         self.finish_reduce()
-        attached = [param.grad is piece for param, piece in zip(self.params, self._gradient_pieces, strict=True)]
-        pending = [piece.pending for piece, on in zip(self._gradient_pieces, attached, strict=True) if on]
+        attached = [param.grad is piece for param, piece in zip(self.params, self.gradient_pieces, strict=True)]
+        pending = [piece.pending for piece, on in zip(self.gradient_pieces, attached, strict=True) if on]
         if self.grad is None:
             reduced = []
         elif all(attached):
@@ -335,13 +326,5 @@ def build_buckets(
     return buckets
 
 
-def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device, torch.Size]:
-    return tensor.dtype, tensor.device, tensor.shape
-
-
-def _fits(grad: Tensor, param: Tensor) -> bool:
-    return grad.layout is torch.strided and grad.shape == param.shape and grad.device == param.device
-
-
-def _describe(tensor: Tensor) -> str:
+def describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} on {tensor.device} of shape {tuple(tensor.shape)}"

@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dist_asgd.agreement import Agreement
+from dist_asgd.agreement import Agreement, DifferentOperations
 from dist_asgd.checks import (
     Groups,
+    check_gradients,
     gradient_sample,
     require_gradients,
     require_same_gradients,
@@ -80,22 +81,22 @@ class Settlement:
     ) -> Settled:
         """Reduces what is not yet reduced. Collective. An ``error`` of this rank becomes that of all.
 
-        Raises the same error on every rank where any rank found one or where ranks differ; gradients are then as they
-        were, and no collective is left unmatched.
+        Raises the same error on every rank where any rank found one or where ranks differ, also in ``operation``;
+        gradients are then as they were, and no collective is left unmatched.
         """
         for bucket in buckets:
             bucket.wait()
         self._reducer.close_pass()
         options: list[Hyperparameters] = []
         present: Flags = {}
-        shared: Flags = {}  # what must be the same on every rank
+        shared: dict[Bucket, list[int]] = {}
         code = 0
         try:
             if error is not None:
                 raise error
             options = [Hyperparameters.of(group) for group in groups]
             present = self._check(buckets)
-            shared = {bucket: bucket.requires_grad() for bucket in buckets} if self._reduces else present
+            shared = {bucket: self._shared(bucket, present[bucket]) for bucket in buckets}
             begun = [bucket.begun(self._reducer.passes) for bucket in buckets] if self._reduces else []
             code = step_code(options, shared, begun)
         except Exception as caught:
@@ -103,8 +104,7 @@ class Settlement:
         unreduced = self._reduces and any(bucket.has_unreduced() for bucket in buckets)
         high, minus_low, any_unreduced = self._meet(operation, [code, -code, unreduced], error)
         if high != -minus_low:
-            what = "requires_grad" if self._reduces else "the presence of a gradient"
-            self._agreement.require_equal("this step", step_facts(options, shared, what))
+            self._agreement.require_equal("this step", step_facts(options, shared))
             raise RuntimeError(
                 "the gradients of different ranks were begun in different backwards, so they do not belong together: "
                 "ranks dropped them (zero_grad(), p.grad = ...) between different backwards, or only some did. Drop "
@@ -128,7 +128,12 @@ class Settlement:
 
         In this order: an error leaves no collective unmatched.
         """
-        passes, failed, *result = self._agreement.maximum(operation, [self._reducer.passes, error is not None, *values])
+        mine = [self._reducer.passes, error is not None, *values]
+        try:
+            passes, failed, *result = self._agreement.maximum(operation, mine)
+        except DifferentOperations as different:  # each of them begins here
+            self._reducer.catch_up(different.values[0])
+            raise
         self._reducer.catch_up(passes)
         if failed:
             self._agreement.maximum(operation, error=error)
@@ -138,20 +143,25 @@ class Settlement:
         """On the first step that has gradients: what somebody else has reduced is the same on every rank."""
         if self._compared or self._agreement.world_size == 1:
             return
-        everyone = self._agreement.gather(gradient_sample(buckets))
-        require_same_gradients(everyone)
-        self._compared = bool(everyone[0])
+        self._compared = require_same_gradients(self._agreement.gather(gradient_sample(buckets)))
 
     def _check(self, buckets: Sequence[Bucket]) -> Flags:
         """Checks what a user can have broken since the last step; tells which parameters have a gradient here."""
         self._check_parameters(buckets)
         present = {}
         for bucket in buckets:
-            bucket.check_gradients()
+            check_gradients(bucket)
             present[bucket] = bucket.has_gradient()
             if self._reduces and not self._find_unused and not all(present[bucket]):
                 require_gradients(bucket, present[bucket])
         return present
+
+    def _shared(self, bucket: Bucket, present: Sequence[bool]) -> list[int]:
+        """What must be the same on every rank about each parameter: an index of ``checks.PARAMETER_FACTS``."""
+        trained = bucket.requires_grad()
+        if self._reduces and self._find_unused:
+            return [int(train) for train in trained]
+        return [train + 2 * has for train, has in zip(trained, present, strict=True)]
 
     def _union(self, flags: Flags) -> Flags:
         union = iter(self._agreement.union([flag for own in flags.values() for flag in own]))

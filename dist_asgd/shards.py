@@ -11,6 +11,7 @@ is one run as long as all parameters get gradients.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 from dist_asgd.layout import BucketLayout, Piece
 from dist_asgd.pieces import Placement, StatePiece
 from dist_asgd.rule import Hyperparameters, Scalars, first_scalars, next_scalars
-from dist_asgd.update import compute_dtype, follow_, update_
+from dist_asgd.update import compute_dtype, followed, update_
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +96,8 @@ class Shard:
         runs = []
         for run, is_active in select_runs(self.runs, active):
             runs.append(self._step(run, h, gradients) if is_active else run)
-        if active is None and all(run.scalars.mu == 1 for run in [*self.runs, *runs]):
-            self.average = None  # every parameter has just become its own average
+        if all(run.scalars.mu == 1 for run in [*self.runs, *runs]):
+            self.average = None  # every parameter is its own average
         self.runs = merge_runs(runs)
 
     def _step(self, run: Run, h: Hyperparameters, gradients: Callable[[Run], Iterable[GradientSlice]]) -> Run:
@@ -123,12 +124,12 @@ class Shard:
             return self.average.clone()
         return self._iterate().to(self.average_dtype, copy=True)
 
-    def swap_in(self, average: Tensor) -> None:
+    def swap_in(self) -> None:
         """Overwrites the parameters that have an average of their own by it, rounded once."""
         self._raw = self.param.clone()
         for run in self.runs:
-            if run.scalars.mu != 1:
-                self.param[self.slice_of(run)].copy_(average[self.slice_of(run)])
+            if run.scalars.mu != 1 and self.average is not None:
+                self.param[self.slice_of(run)].copy_(self.average[self.slice_of(run)])
 
     def swap_out(self) -> None:
         """Makes the parameters exactly what they were before ``swap_in``."""
@@ -136,10 +137,10 @@ class Shard:
             self.param.copy_(self._raw)
             self._raw = None
 
-    def _iterate(self) -> Tensor:
-        """What training has made of the parameters: the masters, where there are some."""
-        param = self.param if self._raw is None else self._raw
-        return param if self.master is None else follow_(self.master, param)
+    def _iterate(self, where: slice = slice(None)) -> Tensor:
+        """What training has made of the parameters; of masters, if any, a copy: looking changes nothing."""
+        param = (self.param if self._raw is None else self._raw)[where]
+        return param if self.master is None else followed(self.master[where], param)
 
     # State dicts -----------------------------------------------------------------------------------------------------
 
@@ -154,15 +155,15 @@ class Shard:
 
     def state_of(self, position: int) -> dict[str, Tensor]:
         """The tensors of one parameter by torch's names."""
-        state = {"ax": self.piece_of(self._iterate() if self.average is None else self.average, position)}
-        if self.average is None:
-            state["ax"] = state["ax"].to(self.average_dtype, copy=True)
+        where = self._where(position)
+        ax = self._iterate(where).to(self.average_dtype, copy=True) if self.average is None else self.average[where]
+        state = {"ax": self._as_piece(ax, position)}
         if self.master is not None:
-            state["master"] = self.piece_of(self._iterate(), position)
+            state["master"] = self._as_piece(self._iterate(where), position)
         return state
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state of the whole shard by torch's names. ``ax`` is live once averaging has started, a copy before."""
+        """The state of the whole shard by torch's names. Copies, but for ``ax`` once averaging has started."""
         state = {"ax": self.average_copy() if self.average is None else self.average}
         if self.master is not None:
             state["master"] = self._iterate()
@@ -170,8 +171,15 @@ class Shard:
 
     def piece_of(self, flat: Tensor, position: int) -> Tensor:
         """The part of ``flat`` (1-D, a tensor of the shard) that belongs to one parameter; whole with one rank."""
+        return self._as_piece(flat[self._where(position)], position)
+
+    def _where(self, position: int) -> slice:
+        """Where one parameter lies in the shard; empty where it lies elsewhere."""
         piece = self.pieces.get(position)
-        local = flat[:0] if piece is None else flat[piece.shard_start : piece.shard_stop]
+        return slice(0, 0) if piece is None else slice(piece.shard_start, piece.shard_stop)
+
+    def _as_piece(self, local: Tensor, position: int) -> Tensor:
+        piece = self.pieces.get(position)
         if self.layout.world_size == 1:
             return self.placements[position].view(local)
         return StatePiece(local, 0 if piece is None else piece.start, self.placements[position])
@@ -182,17 +190,21 @@ class Shard:
         missing = {"step", "eta", "mu", "ax"} - state.keys()
         if missing:
             raise ValueError(f"has no {', '.join(sorted(missing))}: it is not that of an ASGD optimizer")
-        for name in ("step", "eta", "mu"):
-            value = state[name]
-            if not (isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)):
-                raise ValueError(f"has {name} = {value!r}, which is not a number")
-        for name in ("ax", "master"):
+        _check_scalars(state)
+        for name, dtype in (("ax", self.average_dtype), ("master", compute_dtype(self.param.dtype))):
             value = state.get(name)
-            if value is None:
+            if value is None and name == "master":
                 continue
             if not isinstance(value, Tensor) or value.shape != placement.shape:
                 found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"has {name} of shape {found}, the parameter is {placement.shape}")
+            if value.layout is not torch.strided or value.is_meta:
+                raise ValueError(
+                    f"has {name} of layout {value.layout} on {value.device}: it must be dense, with values"
+                )
+            exact = value.is_floating_point() or value.is_complex()
+            if not exact or torch.promote_types(value.dtype, dtype) != dtype:
+                raise ValueError(f"has {name} of {value.dtype}, the optimizer keeps it in {dtype}: convert it first")
             if isinstance(value, StatePiece) and value.placement.order != placement.order:
                 raise ValueError(
                     f"has {name} in the memory order of dims {value.placement.order}, the parameter has "
@@ -252,6 +264,16 @@ def merge_runs(runs: Iterable[Run]) -> list[Run]:
             run = Run(result.pop().first, run.stop, run.scalars)
         result.append(run)
     return result
+
+
+def _check_scalars(state: Mapping[str, Any]) -> None:
+    for name in ("step", "eta", "mu"):
+        value = state[name]
+        if not (isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)):
+            raise ValueError(f"has {name} = {value!r}, which is not a number")
+        number = float(value)
+        if not 0 <= number <= (1 if name == "mu" else math.inf) or math.isinf(number):
+            raise ValueError(f"has {name} = {number:g}, which is out of range")
 
 
 def _scalars_of(state: Mapping[str, Any]) -> Scalars:

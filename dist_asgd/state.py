@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_asgd.agreement import Facts
+from dist_asgd.checks import option_facts
 from dist_asgd.replicated import Bucket
 from dist_asgd.rule import Hyperparameters, Scalars
 
 Groups = list[dict[str, Any]]  # optimizer.param_groups
 GroupBuckets = list[list[Bucket]]  # the buckets of each group
+
+SCALARS = ("step", "eta", "mu")
 
 # Options of torch.optim.ASGD that choose its implementation. They mean nothing here; the groups have them so that state
 # dicts go both ways.
@@ -88,6 +92,18 @@ class Load:
     options: list[dict[str, Any]]  # by group
     states: list[tuple[Bucket, dict[int, Mapping[str, Any]]]]  # by bucket, by position of the parameter
 
+    def facts(self) -> Facts:
+        """What must be the same on every rank: the options, and the scalars of every parameter."""
+        facts: Facts = []
+        for number, (group, options) in enumerate(zip(self.groups, self.options, strict=True)):
+            facts += option_facts(Hyperparameters.of({**group, **options}), number)
+        for bucket, states in self.states:
+            for position, name in enumerate(bucket.names):
+                state = states.get(position)
+                scalars = "none" if state is None else ", ".join(f"{key} {float(state[key])!r}" for key in SCALARS)
+                facts.append((f"the state of parameter {name!r}", scalars))
+        return facts
+
     @torch.no_grad()
     def apply(self) -> None:
         for bucket, states in self.states:
@@ -105,7 +121,11 @@ def plan_load(groups: Groups, buckets: GroupBuckets, state_dict: Mapping[str, An
     if missing:
         raise ValueError(f"the state dict has no {' and no '.join(sorted(missing))}: it is not that of an optimizer")
     saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
-    keys = _match_groups(groups, saved_groups)
+    keys = _saved_ids(groups, saved_groups)
+    strangers = saved_state.keys() - {key for of_group in keys for key in of_group}
+    if strangers:
+        some = ", ".join(sorted(map(repr, strangers))[:3])
+        raise ValueError(f"the state dict has state of parameters that none of its groups lists: {some}")
     states = {
         id(param): saved_state[key]
         for group, group_keys in zip(groups, keys, strict=True)
@@ -137,9 +157,9 @@ def _scalar_tensors(scalars: Scalars) -> dict[str, Tensor]:
     """0-dim tensors of torch's dtype, on the CPU; a step beyond fp32's integers is kept in fp64."""
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     return {
-        "step": torch.tensor(scalars.step, dtype=torch.float64 if scalars.step > 2**24 else dtype),
-        "eta": torch.tensor(scalars.eta, dtype=dtype),
-        "mu": torch.tensor(scalars.mu, dtype=dtype),
+        "step": torch.tensor(scalars.step, dtype=torch.float64 if scalars.step > 2**24 else dtype, device="cpu"),
+        "eta": torch.tensor(scalars.eta, dtype=dtype, device="cpu"),
+        "mu": torch.tensor(scalars.mu, dtype=dtype, device="cpu"),
     }
 
 
@@ -152,10 +172,15 @@ def _exported_groups(groups: Groups, ids: Mapping[int, int]) -> list[dict[str, A
     return [{**group, "params": [ids[id(param)] for param in group["params"]]} for group in groups]
 
 
-def _match_groups(groups: Groups, saved: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+def _saved_ids(groups: Groups, saved: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """By group, the ids under which the parameters were saved, in the order of ours. Raises ``ValueError``."""
     if len(groups) != len(saved):
         raise ValueError(f"the state dict has {len(saved)} parameter groups, the optimizer {len(groups)}")
     for index, (group, other) in enumerate(zip(groups, saved, strict=True)):
+        missing = {"params", "lr", "lambd", "alpha", "t0"} - other.keys()
+        if missing:
+            absent = ", ".join(sorted(missing))
+            raise ValueError(f"parameter group {index} of the state dict has no {absent}: it is not that of an ASGD")
         if len(group["params"]) != len(other["params"]):
             raise ValueError(
                 f"parameter group {index} of the state dict has {len(other['params'])} parameters, "

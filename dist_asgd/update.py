@@ -48,16 +48,16 @@ def update_(
         )
 
 
-def follow_(master: Tensor, param: Tensor) -> Tensor:
-    """Sets ``master`` to ``param`` where ``param`` no longer is its rounding; returns ``master``."""
-    return torch.where(master.to(param.dtype) == param, master, param.to(master.dtype), out=master)
+def followed(master: Tensor, param: Tensor, out: Tensor | None = None) -> Tensor:
+    """``master``, but ``param`` where that no longer is its rounding."""
+    return torch.where(master.to(param.dtype) == param, master, param.to(master.dtype), out=out)
 
 
 def _update_block_(
     param: Tensor, grad: Tensor, average: Tensor | None, master: Tensor | None, h: Hyperparameters, scalars: Scalars
 ) -> None:
     dtype = compute_dtype(param.dtype)
-    work = param.to(dtype) if master is None else follow_(master, param)
+    work = param.to(dtype) if master is None else followed(master, param, out=master)
     asgd_step_(work, grad.to(dtype), average, h, scalars)
     if work is not param:
         param.copy_(work)

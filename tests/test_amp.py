@@ -1,5 +1,6 @@
 """torch.amp.GradScaler, unchanged: an inf on one rank's slice means nobody steps, and the scalers stay equal."""
 
+import contextlib
 from collections.abc import Sequence
 
 import pytest
@@ -188,5 +189,34 @@ def test_scaler_with_a_group_without_elements_first() -> None:
             stepped = not same_bits(pair.params[1], before[1])
             assert stepped == (step not in (1, 2)) == (not same_bits(pair.params[5], before[5])), step
         assert scaler.get_scale() == 1.0
+
+    run_ranks(2, ranks, timeout=20)
+
+
+@pytest.mark.parametrize("where", ["no_sync", "a bucket that was just unfrozen"])
+def test_the_scaler_sees_an_inf_in_gradients_that_are_not_reduced_yet(where: str) -> None:
+    def ranks(rank: int) -> None:
+        specs = [Spec((64,)), Spec((64,), torch.float64)]
+        params = make_parameters(specs)
+        optimizer = ShardedASGD(named(params), lr=0.1, t0=0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        scaler.scale(torch.zeros(()))
+        unfrozen = where != "no_sync"
+        params[1].requires_grad_(not unfrozen)
+        for step in range(4):
+            by_rank = random_gradients(specs, 2, step)
+            grads = [g * scaler.get_scale() for g in by_rank[rank] if g is not None]
+            if step == 1:
+                params[1].requires_grad_(True)
+                grads[1][0] = float("inf") if rank == 0 else 1.0
+            before = [p.detach().clone() for p in params]
+            with contextlib.nullcontext() if unfrozen else optimizer.no_sync():
+                backward(params, grads)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            assert all(map(same_bits, params, before)) == (step == 1), step
+            assert all(map(same_everywhere, params))
+            assert scaler.get_scale() == (4.0 if step == 0 else 2.0)
 
     run_ranks(2, ranks, timeout=20)

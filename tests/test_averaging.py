@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from dist_asgd import ShardedASGD
+from dist_asgd.shards import Shard
 from oracle import (
     MIXED,
     PLAIN,
@@ -333,3 +334,48 @@ def test_weights_assigned_to_the_module_are_noticed_before_the_average_is_used()
         assert "assign=True" in text
 
     run_ranks(2, ranks)
+
+
+def test_a_backward_inside_on_one_rank_only_is_no_harm() -> None:
+    """Its gradients wait for the next backward or step, as those of no_sync()."""
+
+    def ranks(rank: int) -> None:
+        pair = trained(list(PLAIN), 2)
+        before = [p.detach().clone() for p in pair.params]
+        with pair.optimizer.averaged_parameters():
+            if rank == 0:
+                backward(pair.params, random_gradients(PLAIN, 2, 60)[0])
+        assert all(map(same_bits, pair.params, before))
+        pair.zero_grad()
+        train_on(pair, list(PLAIN), range(50, 55))
+
+    run_ranks(2, ranks, timeout=20)
+
+
+@pytest.mark.parametrize("where", ["swap_in", "swap_out"])
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_an_interrupt_while_swapping_still_restores(where: str, at: int) -> None:
+    """KeyboardInterrupt, at bucket number `at`: before it is swapped, or between that and what follows."""
+
+    def alone(after: bool) -> None:
+        pair = trained(list(PLAIN), 1)
+        before = [p.detach().clone() for p in pair.params]
+        original, calls = getattr(Shard, where), []
+
+        def interrupted(shard: Shard) -> None:
+            calls.append(shard)
+            if len(calls) == at and not after:
+                raise KeyboardInterrupt
+            original(shard)
+            if len(calls) == at and after:
+                raise KeyboardInterrupt
+
+        setattr(Shard, where, interrupted)
+        with pytest.raises(KeyboardInterrupt), pair.optimizer.averaged_parameters():
+            pass
+        setattr(Shard, where, original)
+        assert all(map(same_bits, pair.params, before))
+        train_on(pair, list(PLAIN), range(50, 55))
+
+    for after in (False, True):
+        run_alone(alone, after)

@@ -797,3 +797,91 @@ def test_parameters_that_are_not_supported_are_refused_by_name(hidden: str) -> N
             assert "DTensor" in str(error) and "sharded.weight" in str(error)
 
     run_ranks(2, ranks)
+
+
+@pytest.mark.parametrize("buckets", [64, 25 * 2**20])
+def test_a_frozen_parameter_with_a_gradient_on_one_rank_only(buckets: int) -> None:
+    """As after the error of a missing gradient, by one who freezes the parameter and steps again."""
+
+    def spoil(rank: int, pair: Pair) -> None:
+        pair.params[2].requires_grad_(False)
+        gradients_but(rank, pair, {0: (2,), 1: (2,)})
+        if rank == 0:
+            pair.params[2].grad = torch.ones_like(pair.params[2])
+
+    def repair(rank: int, pair: Pair) -> None:
+        pair.params[2].requires_grad_(True)
+
+    one_message(failing_step(2, spoil, repair, bucket_bytes=buckets), "layer2.weight", "rank 0", "frozen")
+
+
+def test_clipping_to_another_norm_on_each_rank() -> None:
+    def ranks(rank: int) -> str:
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0)
+        pair.backward(random_gradients(PLAIN, 2, 0))
+        text = quick_message(lambda: pair.optimizer.clip_grad_norm_(1.0 + rank), RuntimeError)
+        pair.step()
+        pair.check()
+        return text
+
+    one_message(run_ranks(2, ranks), "max_norm=1.0", "max_norm=2.0", "rank 1")
+
+
+@pytest.mark.parametrize("where", [(0,), (0, 1)])
+def test_a_sparse_gradient_on_top_of_a_reduced_one(where: tuple[int, ...]) -> None:
+    def spoil(rank: int, pair: Pair) -> None:
+        gradients_but(rank, pair, {})
+        grads: list[Any] = list(random_gradients(PLAIN, 2, 77)[rank])
+        if rank not in where:
+            return backward(pair.params, grads)
+        rows = torch.nn.functional.embedding(torch.tensor([1]), pair.params[0], sparse=True)
+        torch.autograd.backward([rows.sum(), *((p * g).sum() for p, g in zip(pair.params[1:], grads[1:], strict=True))])
+
+    one_message(failing_step(2, spoil), "layer0.weight", "sparse", "rank 0")
+
+
+@pytest.mark.parametrize("data", ["flat", "half"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_data_of_another_shape_at_the_same_place(world_size: int, data: str) -> None:
+    def ranks(rank: int) -> str:
+        p, q = (torch.nn.Parameter(torch.ones(8, 4)) for _ in "pq")
+        optimizer = ShardedASGD([("p", p), ("q", q)], lr=1.0)
+        p.data = p.data.view(-1) if data == "flat" else p.data[:4]
+        (p.sum() + q.sum()).backward()
+        text = quick_message(optimizer.step, RuntimeError)
+        assert (p == 1).all() and (q == 1).all()
+        return text
+
+    one_message(run_ranks(world_size, ranks), "'p'", "shape")
+
+
+@pytest.mark.parametrize("broken_on", [0, 1])
+def test_a_group_added_to_a_broken_optimizer_may_be_added_once_it_is_mended(broken_on: int) -> None:
+    def ranks(rank: int) -> str:
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0)
+        group = {"params": [("late", make_parameters([Spec((5,))])[0])]}
+        data = pair.params[1].data
+        if rank == broken_on:
+            pair.params[1].data = data.double()
+        text = quick_message(lambda: pair.optimizer.add_param_group(group), RuntimeError)
+        pair.params[1].data = data
+        train(pair, range(3))
+        pair.optimizer.add_param_group(group)
+        assert len(pair.optimizer.param_groups) == 2
+        return text
+
+    one_message(run_ranks(2, ranks), "layer1.weight", f"rank {broken_on}")
+
+
+def test_param_groups_taken_away() -> None:
+    def ranks(rank: int) -> str:
+        pair = Pair([{"params": make_parameters(PLAIN[:2])}, {"params": make_parameters(PLAIN[2:])}], lr=0.1, t0=0)
+        removed = pair.optimizer.param_groups.pop()
+        backward(pair.params, random_gradients(PLAIN, 2, 0)[rank])
+        text = unchanged(pair, pair.optimizer.step)
+        pair.optimizer.param_groups.append(removed)
+        pair.optimizer.zero_grad()
+        train(pair, range(3))
+        return text
+
+    one_message(run_ranks(2, ranks), "param_groups", "2")

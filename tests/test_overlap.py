@@ -1,5 +1,6 @@
 """module=: whatever reads parameters in a forward finds them complete, though step() returned before they were."""
 
+import gc
 import time
 from typing import Any
 
@@ -98,3 +99,49 @@ def test_a_forward_finds_complete_parameters(what: str, mode: str) -> None:
             assert rank == 1 or not all(map(same_bits, early, model.parameters())), "there was nothing to wait for"
 
     run_ranks(2, ranks, timeout=20)
+
+
+class Normed(nn.Module):
+    """Its weight is made from parameters by a pre-hook of another, registered before the optimizer was built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.direction = nn.Parameter(torch.ones(WIDTH, WIDTH))
+        self.register_forward_pre_hook(lambda module, _: setattr(module, "made", module.direction * 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) @ self.made
+
+
+def test_other_hooks_find_complete_parameters() -> None:
+    def ranks(rank: int) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(Normed(), Normed())
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.1, module=model)
+        x = torch.randn(2, 3, WIDTH)
+        hold_up_gathers(rank)
+        for _ in range(2):
+            (model(x) ** 2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                output = model(x)
+                optimizer.synchronize()
+                assert same_bits(output, model(x))
+
+    run_ranks(2, ranks, timeout=20)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_hooks_are_there_only_while_they_have_something_to_wait_for(world_size: int) -> None:
+    def ranks(rank: int) -> None:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.1, module=model)
+        hooked = sum(len(m._forward_pre_hooks) + len(m._state_dict_pre_hooks) for m in model.modules())
+        assert hooked == (0 if world_size == 1 else 3)
+        del optimizer
+        gc.collect()
+        assert not any(m._forward_pre_hooks or m._state_dict_pre_hooks for m in model.modules())
+
+    run_ranks(world_size, ranks)

@@ -832,3 +832,53 @@ def test_alone_there_is_nothing_to_reduce() -> None:
         assert sent.elements == 0
 
     run_alone(alone)
+
+
+def test_what_a_stand_in_does_not_support_raises() -> None:
+    """Writing to it would be lost; zeroing is supported in every form."""
+
+    def ranks(rank: int) -> None:
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0, lambd=0.1)
+        pair.backward(random_gradients(PLAIN, 2, 0))
+        grads = [p.grad for p in pair.params]
+        for write in (lambda g: g.copy_(torch.zeros_like(pair.params[0])), lambda g: g.mul_(2), lambda g: g.fill_(0)):
+            assert "clip_grad_norm_" in message_of(lambda write=write: write(grads[0]), RuntimeError)
+        torch._foreach_zero_(grads)
+        pair.oracle.zero_grad(set_to_none=False)
+        pair.step()
+        pair.check()
+
+    run_ranks(2, ranks)
+
+
+def test_another_optimizers_stand_in_is_named() -> None:
+    def ranks(rank: int) -> str:
+        p = torch.nn.Parameter(torch.ones(64))
+        reduced = ShardedASGD([("p", p)], lr=0.1, gradients="reduced")
+        local = ShardedASGD([("p", p)], lr=0.1)
+        p.sum().backward()
+        text = message_of(reduced.step, RuntimeError)
+        local.step()
+        return text
+
+    a, b = run_ranks(2, ranks)
+    assert a == b and "'p'" in a and "another ShardedASGD" in a
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 3.0, float("inf")])
+def test_clipping_has_the_same_bits_for_any_bucket_size(norm_type: float) -> None:
+    def train(rank: int, bucket_bytes: int) -> list[torch.Tensor]:
+        params = make_parameters(PLAIN)
+        optimizer = ShardedASGD(params, lr=0.1, t0=2, bucket_bytes=bucket_bytes)
+        for step in range(10):
+            backward(params, random_gradients(PLAIN, 3, step)[rank])
+            assert optimizer.clip_grad_norm_(1.0, norm_type) > 1
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach() for p in params]
+
+    def ranks(rank: int) -> None:
+        small, large = train(rank, 64), train(rank, 2**22)
+        assert all(map(same_bits, small, large))
+
+    run_ranks(3, ranks)
