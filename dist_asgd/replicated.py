@@ -8,6 +8,8 @@ rank, or somebody else has reduced them) ``p.grad`` stays what it is in torch an
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -21,7 +23,7 @@ from dist_asgd.packing import Packer
 from dist_asgd.pieces import GradientPiece, Placement, Reducing
 from dist_asgd.rule import Hyperparameters
 from dist_asgd.shards import GradientSlice, Precision, Run, Shard
-from dist_asgd.update import BLOCK, as_real, compute_dtype
+from dist_asgd.update import as_real, block_size, compute_dtype
 
 # Gradients of fewer elements are gathered before the update: one operator moves all of them, where reading each where
 # it lies would cost several operators a parameter.
@@ -68,6 +70,7 @@ class Bucket:
             self.collectives.broadcast(as_real(self.buffer))
         start, stop = layout.shard(rank)
         self.shard = Shard(self.buffer[start:stop], layout, self.placements, rank, precision)
+        self._owned = list(self.shard.pieces.values())
         self.grad: Tensor | None = None
         self.gradient_pieces = [GradientPiece(self, i, param) for i, param in enumerate(params)] if reducing else []
         self._reductions: deque[tuple[int, Reduction]] = deque()  # under way, in order, each with its pass
@@ -271,16 +274,17 @@ class Bucket:
     def _plain_slices(self, run: Run) -> Iterator[GradientSlice]:
         """Large gradients where they lie, and runs of small ones gathered, in pieces that stay in cache."""
         small: list[Piece] = []
-        most = BLOCK if self.device.type == "cpu" else self.layout.numel
-        for position in range(run.first, run.stop):
-            piece = self.shard.pieces.get(position)
-            if piece is None:
-                continue
-            grad = self.params[position].grad
+        most = block_size(self.layout.shard_numel, self.device)
+        first = bisect.bisect_left(self._owned, run.first, key=lambda piece: piece.position)
+        for piece in itertools.islice(self._owned, first, None):
+            if piece.position >= run.stop:
+                break
+            grad = self.params[piece.position].grad
             if grad is None:
                 continue
-            whole = piece.stop - piece.start == self.layout.spans[position].numel
-            if whole and grad.numel() < GATHER_BELOW:
+            numel = piece.stop - piece.start
+            whole = numel == grad.numel()
+            if whole and numel < GATHER_BELOW:
                 small.append(piece)
                 if piece.shard_stop - small[0].shard_start >= most:
                     yield self._gathered(small)
@@ -289,7 +293,8 @@ class Bucket:
             if small:
                 yield self._gathered(small)
                 small = []
-            yield GradientSlice(piece.shard_start, self._packer.flat(position, grad)[piece.start : piece.stop])
+            flat = self._packer.flat(piece.position, grad)
+            yield GradientSlice(piece.shard_start, flat if whole else flat[piece.start : piece.stop])
         if small:
             yield self._gathered(small)
 

@@ -108,6 +108,9 @@ def average_step_(average: Tensor, iterate: Tensor, mu: float) -> None:
     if mu == 1:
         average.copy_(iterate)
         return
+    if average.dtype == iterate.dtype:
+        average.add_(iterate.sub(average).mul_(mu))
+        return
     wide = average.to(torch.promote_types(average.dtype, iterate.dtype))
     wide.add_(iterate.to(wide.dtype).sub(wide).mul_(mu))
     if wide is not average:

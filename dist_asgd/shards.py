@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,8 +50,7 @@ class Run:
     scalars: Scalars
 
 
-@dataclass(frozen=True, slots=True)
-class GradientSlice:
+class GradientSlice(NamedTuple):
     start: int  # in the shard
     grad: Tensor  # 1-D, the gradient from ``start`` on
 
@@ -103,7 +102,7 @@ class Shard:
     def _step(self, run: Run, h: Hyperparameters, gradients: Callable[[Run], Iterable[GradientSlice]]) -> Run:
         scalars = run.scalars if run.scalars.step else first_scalars(h)
         for part in gradients(run):
-            where = slice(part.start, part.start + len(part.grad))
+            where = slice(part.start, part.start + part.grad.numel())
             update_(
                 self.param[where],
                 part.grad,

@@ -13,7 +13,9 @@ from dist_asgd.layout import plan_buckets
 from dist_asgd.packing import Packer
 from dist_asgd.pieces import Placement, StatePiece
 from dist_asgd.rule import Hyperparameters, Scalars, asgd_step_
-from dist_asgd.update import BLOCK, update_
+from dist_asgd.update import block_size, update_
+
+BLOCK = block_size()
 
 LAYOUTS = {
     "row-major": torch.randn(3, 4, 5),
