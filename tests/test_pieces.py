@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from dist_asgd.layout import plan_buckets
+from dist_asgd.layout import UNIT, plan_buckets
 from dist_asgd.packing import Packer
 from dist_asgd.pieces import Placement, StatePiece
 from dist_asgd.rule import Hyperparameters, Scalars, asgd_step_
-from dist_asgd.update import block_size, update_
+from dist_asgd.update import BLOCK_PER_THREAD, block_size, update_
 
-BLOCK = block_size()
+BLOCK = BLOCK_PER_THREAD * torch.get_num_threads()
 
 LAYOUTS = {
     "row-major": torch.randn(3, 4, 5),
@@ -124,3 +124,12 @@ def test_walking_in_blocks_leaves_the_bits_alone(numel):
     asgd_step_(expected[0], grad, expected[1], h, scalars)
     update_(pair[0], grad, pair[1], None, h, scalars)
     assert torch.equal(pair[0], expected[0]) and torch.equal(pair[1], expected[1])
+
+
+@pytest.mark.parametrize("numel", [0, 1, 33, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK // 2 + 1, 10 * BLOCK + 7])
+def test_blocks_are_even_and_cut_at_whole_units(numel):
+    size = block_size(numel, torch.device("cpu"))
+    assert size % UNIT == 0 and size <= 2 * BLOCK
+    blocks = [block.numel() for block in torch.empty(numel).split(size)]
+    assert len(blocks) == 1 or blocks[-1] > BLOCK // 2, blocks
+    assert block_size(numel, torch.device("cuda")) == max(numel, 1)
