@@ -91,7 +91,7 @@ class Reducer:
     def resume(self, enabled: bool) -> None:
         self.enabled = enabled
         for bucket in self.buckets if enabled else []:
-            bucket.stand_in(self.passes + 1)
+            bucket.stand_in()
 
     def rest(self) -> None:
         """After the ranks have agreed on what is frozen: buckets that are frozen as a whole sit out the next passes."""
@@ -128,7 +128,7 @@ class Reducer:
         index = self._next or 0
         self._next = index + 1
         if self._dormant[index]:
-            self.buckets[index].stand_in(self.passes + 1)  # of what was unfrozen since: the step will reduce it
+            self.buckets[index].stand_in()  # of what was unfrozen since: the step will reduce it
         else:
             self._start(self.buckets[index], with_gradients)
 

@@ -29,8 +29,8 @@ from dist_asgd.update import as_real, block_size, compute_dtype
 # it lies would cost several operators a parameter.
 GATHER_BELOW = 32 * 1024
 
-# ``GradientPiece.begun`` of a gradient that was dropped: after every pass there will be.
-DROPPED = 2**62
+# ``GradientPiece.begun`` of a gradient that was dropped, and of one that only this rank knows yet: after every pass.
+DROPPED, UNREDUCED = 2**62, 2**61
 
 
 class Bucket:
@@ -145,7 +145,11 @@ class Bucket:
     def begun(self, passes: int) -> list[int]:
         """For each parameter, the pass that its gradient was begun in, or will be after ``passes``; -1 if frozen."""
         return [
-            piece.begun if param.grad is piece else passes + 1 if param.requires_grad else -1
+            piece.begun
+            if param.grad is piece and piece.begun != UNREDUCED
+            else passes + 1
+            if param.requires_grad
+            else -1
             for param, piece in zip(self.params, self.gradient_pieces, strict=True)
         ]
 
@@ -159,15 +163,12 @@ class Bucket:
         same = grad.shape == self.placements[position].shape and grad.device == self.device
         return same and grad.layout is torch.strided
 
-    def stand_in(self, number: int) -> None:
-        """Puts stand-ins for gradients that only this rank knows, to be reduced in pass ``number``, the next one.
-
-        Whoever looks at them until then (GradScaler) talks to the other ranks.
-        """
+    def stand_in(self) -> None:
+        """Puts stand-ins for gradients that only this rank knows: who looks at them (GradScaler) asks all ranks."""
         for position, (param, piece) in enumerate(zip(self.params, self.gradient_pieces, strict=True)):
             grad = param.grad
             if grad is not None and not isinstance(grad, GradientPiece) and self.fits(position, grad):
-                piece.contributed, piece.begun, piece.pending = False, number, grad
+                piece.contributed, piece.begun, piece.pending = False, UNREDUCED, grad
                 param.grad = piece
 
     def start_reduce(self, number: int, with_gradients: bool = True) -> None:
@@ -187,7 +188,7 @@ class Bucket:
                 continue
             grads.append(grad)
             piece.pending = None
-            if not goes_on:
+            if not goes_on or piece.begun == UNREDUCED:
                 piece.contributed, piece.begun = False, number
             piece.contributed |= grad is not None
             if grad is not None or param.requires_grad:
@@ -238,7 +239,8 @@ class Bucket:
 
     def zero_gradient(self, gradient: GradientPiece) -> None:
         """The same for one parameter, whose gradient then is zero. Waits for nobody either."""
-        gradient.begun = (self.reducing.passes if self.reducing else 0) + 1
+        if gradient.begun != UNREDUCED:
+            gradient.begun = (self.reducing.passes if self.reducing else 0) + 1
         gradient.pending = None if gradient.pending is None else torch.zeros_like(gradient.pending)
         piece = self.shard.pieces.get(gradient.position)
         if piece is not None and self.grad is not None:

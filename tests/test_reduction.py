@@ -882,3 +882,24 @@ def test_clipping_has_the_same_bits_for_any_bucket_size(norm_type: float) -> Non
         assert all(map(same_bits, small, large))
 
     run_ranks(3, ranks)
+
+
+def test_a_gradient_that_waits_through_several_backwards_on_one_rank() -> None:
+    """Of a parameter that was just unfrozen, and which the other rank does not use."""
+
+    def ranks(rank: int) -> None:
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0, bucket_bytes=64, find_unused_parameters=True)
+        pair.set_requires_grad(3, False)
+        for step in range(3):
+            pair.backward(random_gradients(PLAIN, 2, step))
+            pair.step()
+            pair.zero_grad()
+        pair.set_requires_grad(3, True)
+        for step in range(2):
+            by_rank = [list(grads) for grads in random_gradients(PLAIN, 2, 10 + step, exact=True)]
+            by_rank[1][3] = None
+            pair.backward(by_rank)
+        pair.step()
+        pair.check()
+
+    run_ranks(2, ranks, timeout=20)
