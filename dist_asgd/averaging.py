@@ -22,7 +22,7 @@ def averages_swapped_in(buckets: Sequence[Bucket], patience: float) -> Iterator[
         patience: seconds to wait for the other ranks where the block raised. What they have not sent by then is waited
             for before the parameters are used by the optimizer again.
     """
-    averaging = [bucket for bucket in buckets if bucket.shard.average is not None]
+    averaging = [bucket for bucket in buckets if bucket.shard.averages]
     to_swap, to_restore = list(averaging), list(averaging)
     seconds: float | None = patience
     try:
@@ -49,6 +49,7 @@ def _restore(to_swap: list[Bucket], to_restore: list[Bucket]) -> None:
 def _each(to_do: list[Bucket], change: Callable[[Bucket], None]) -> None:
     """Changes the shards of ``to_do`` and starts their all-gathers; the list loses what is done."""
     while to_do:
+        to_do[0].wait()  # an all-gather that is under way would overwrite the change
         change(to_do[0])
         to_do[0].start_gather()
         del to_do[0]

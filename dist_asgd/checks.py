@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -49,8 +50,8 @@ def check_arguments(
 def check_clip(max_norm: object, norm_type: object) -> Exception | None:
     """The error, if any, in arguments of ``clip_grad_norm_``."""
     for name, value, valid in (
-        ("max_norm", max_norm, isinstance(max_norm, (int, float)) and max_norm >= 0),
-        ("norm_type", norm_type, isinstance(norm_type, (int, float)) and norm_type > 0),
+        ("max_norm", max_norm, isinstance(max_norm, numbers.Real) and max_norm >= 0),
+        ("norm_type", norm_type, isinstance(norm_type, numbers.Real) and norm_type > 0),
     ):
         if not valid:
             return ValueError(f"{name} must be a number {'> 0' if name == 'norm_type' else '>= 0'}, got {value!r}")

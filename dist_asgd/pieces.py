@@ -237,9 +237,9 @@ class GradientPiece(Tensor):
         if in_backward and func in (aten.add_.Tensor, aten.add.Tensor) and isinstance(args[0], GradientPiece):
             piece, grad = args
             if piece.pending is None:
-                piece.pending = grad.detach()
+                piece.pending = grad.detach().clone()  # the engine may use it for other parameters as well
             elif piece.pending.layout is torch.strided:  # else it is sparse: it stays, to be refused before the step
-                piece.pending = piece.pending + grad
+                piece.pending = piece.pending + grad.detach()
             return piece
         if func in (aten.zero_.default, aten._foreach_zero_.default):
             several = isinstance(args[0], (list, tuple))

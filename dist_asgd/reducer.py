@@ -86,6 +86,8 @@ class Reducer:
         """Gradients stay on this rank until ``resume``, which takes what this returns."""
         self.close_pass()
         before, self.enabled = self.enabled, False
+        for bucket in self.buckets if before else []:
+            bucket.stand_down()  # inside, p.grad is what this rank made
         return before
 
     def resume(self, enabled: bool) -> None:

@@ -171,6 +171,12 @@ class Bucket:
                 piece.contributed, piece.begun, piece.pending = False, UNREDUCED, grad
                 param.grad = piece
 
+    def stand_down(self) -> None:
+        """Takes those stand-ins away again."""
+        for param, piece in zip(self.params, self.gradient_pieces, strict=True):
+            if param.grad is piece and piece.begun == UNREDUCED:
+                param.grad, piece.pending = piece.pending, None
+
     def start_reduce(self, number: int, with_gradients: bool = True) -> None:
         """Moves the rank's gradients into one buffer, frees them and starts their reduction. Collective.
 
@@ -249,8 +255,9 @@ class Bucket:
     def gradient_tensors(self) -> list[Tensor]:
         """Every tensor that holds values of the gradients that are attached to their parameters, each value once."""
         self.finish_reduce()
-        attached = [param.grad is piece for param, piece in zip(self.params, self.gradient_pieces, strict=True)]
-        pending = [piece.pending for piece, on in zip(self.gradient_pieces, attached, strict=True) if on]
+        pairs = list(zip(self.params, self.gradient_pieces, strict=True))
+        pending = [piece.pending for param, piece in pairs if param.grad is piece]
+        attached = [param.grad is piece and piece.begun < UNREDUCED for param, piece in pairs]
         if self.grad is None:
             reduced = []
         elif all(attached):

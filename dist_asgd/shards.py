@@ -12,6 +12,7 @@ is one run as long as all parameters get gradients.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -95,8 +96,8 @@ class Shard:
         runs = []
         for run, is_active in select_runs(self.runs, active):
             runs.append(self._step(run, h, gradients) if is_active else run)
-        if all(run.scalars.mu == 1 for run in [*self.runs, *runs]):
-            self.average = None  # every parameter is its own average
+        if active is None and all(run.scalars.mu == 1 for run in [*self.runs, *runs]):
+            self.average = None  # every parameter has just become its own average
         self.runs = merge_runs(runs)
 
     def _step(self, run: Run, h: Hyperparameters, gradients: Callable[[Run], Iterable[GradientSlice]]) -> Run:
@@ -116,6 +117,11 @@ class Shard:
             # Now, not in the next step: what is written to the parameters in between is no part of the average.
             self.average = self.average_copy()
         return replace(run, scalars=following)
+
+    @property
+    def averages(self) -> bool:
+        """Whether a parameter of the bucket has an average of its own; the same on every rank."""
+        return any(run.scalars.mu != 1 for run in self.runs)
 
     def average_copy(self) -> Tensor:
         """The average of every element, in ``average_dtype``; where there is none yet, that is the parameter."""
@@ -232,7 +238,9 @@ class Shard:
             if self.master is not None:
                 master = state.get("master")
                 self.master[where].copy_(self.param[where] if master is None else self._own(master, position))
-        self.average = average if states else None
+        # One from before averaging costs no memory, unless it says something that the parameters do not.
+        says_more = self.averages or not torch.equal(average, self._iterate().to(average.dtype))
+        self.average = average if states and says_more else None
 
     def _own(self, value: Tensor, position: int) -> Tensor:
         piece = self.pieces[position]
@@ -268,7 +276,8 @@ def merge_runs(runs: Iterable[Run]) -> list[Run]:
 def _check_scalars(state: Mapping[str, Any]) -> None:
     for name in ("step", "eta", "mu"):
         value = state[name]
-        if not (isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)):
+        real = isinstance(value, numbers.Real)  # NumPy's too
+        if not (real or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())):
             raise ValueError(f"has {name} = {value!r}, which is not a number")
         number = float(value)
         if not 0 <= number <= (1 if name == "mu" else math.inf) or math.isinf(number):
