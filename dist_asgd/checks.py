@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -47,15 +46,22 @@ def check_arguments(
             raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_clip(max_norm: object, norm_type: object) -> Exception | None:
-    """The error, if any, in arguments of ``clip_grad_norm_``."""
-    for name, value, valid in (
-        ("max_norm", max_norm, isinstance(max_norm, numbers.Real) and max_norm >= 0),
-        ("norm_type", norm_type, isinstance(norm_type, numbers.Real) and norm_type > 0),
-    ):
-        if not valid:
-            return ValueError(f"{name} must be a number {'> 0' if name == 'norm_type' else '>= 0'}, got {value!r}")
-    return None
+def clip_arguments(max_norm: Any, norm_type: Any) -> tuple[float, float, Exception | None]:
+    """The arguments of ``clip_grad_norm_`` as torch's takes them (``"inf"`` and tensors too), and the error in them."""
+    limit, order = _number(max_norm), _number(norm_type)
+    error = None
+    if not order > 0:
+        error = ValueError(f"norm_type must be a number > 0, got {norm_type!r}")
+    if not limit >= 0:
+        error = ValueError(f"max_norm must be a number >= 0, got {max_norm!r}")
+    return limit, order, error
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # the last from tensors of several elements
+        return math.nan
 
 
 def check_parameter(name: str, param: Tensor) -> None:

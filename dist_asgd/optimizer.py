@@ -17,9 +17,9 @@ from dist_asgd.checks import (
     argument_facts,
     built_for_another,
     check_arguments,
-    check_clip,
     check_parameter,
     check_state_dict,
+    clip_arguments,
     drop_duplicates,
     parameter_names,
     warn_not_initialized,
@@ -176,7 +176,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
         Args:
             max_norm: >= 0; ``math.inf`` only measures.
-            norm_type: > 0, may be ``math.inf``.
+            norm_type: > 0, may be ``math.inf`` or ``"inf"``.
 
         Returns:
             0-dim tensor: the total norm before clipping.
@@ -184,8 +184,8 @@ class ShardedASGD(torch.optim.Optimizer):
         Raises:
             RuntimeError, ValueError: on every rank the same; as ``step``, and for arguments out of range.
         """
+        max_norm, norm_type, error = clip_arguments(max_norm, norm_type)
         operation = f"clip_grad_norm_({max_norm=}, {norm_type=})"  # which must be the same on every rank
-        error = check_clip(max_norm, norm_type)
         if not self._reduces:
             self._settlement.align(operation, self._all_buckets(), error)
             params = [param for group in self.param_groups for param in group["params"] if param.numel()]

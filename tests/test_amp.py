@@ -1,7 +1,7 @@
 """torch.amp.GradScaler, unchanged: an inf on one rank's slice means nobody steps, and the scalers stay equal."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -218,5 +218,59 @@ def test_the_scaler_sees_an_inf_in_gradients_that_are_not_reduced_yet(where: str
             assert all(map(same_bits, params, before)) == (step == 1), step
             assert all(map(same_everywhere, params))
             assert scaler.get_scale() == (4.0 if step == 0 else 2.0)
+
+    run_ranks(2, ranks, timeout=20)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_inf_of_an_earlier_step_is_forgotten(world_size: int) -> None:
+    """Also by model.zero_grad(), which the optimizer does not see, and when nothing is reduced in between."""
+
+    def ranks(rank: int) -> None:
+        model = torch.nn.Linear(10, 10, bias=False)
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.1, module=model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for step in range(5):
+            model.zero_grad()
+            x = torch.full((2, 10), float("inf") if step == 1 else 1.0)
+            before = model.weight.detach().clone()
+            with optimizer.no_sync() if step > 1 else contextlib.nullcontext():
+                scaler.scale(model(x).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.synchronize()
+            assert same_bits(model.weight, before) == (step == 1), step
+            assert scaler.get_scale() == (4.0 if step == 0 else 2.0)
+
+    run_ranks(world_size, ranks, timeout=20)
+
+
+ALIASES = {
+    "one gradient for two parameters": lambda a, b: ((a + b) * torch.ones_like(a)).sum(),
+    "an expanded gradient": lambda a, b: a.sum() + b.sum(),
+}
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+@pytest.mark.parametrize("loss", ALIASES.values(), ids=ALIASES)
+def test_gradients_that_share_memory_are_unscaled_once(loss: Callable[..., torch.Tensor], set_to_none: bool) -> None:
+    """Autograd may hand one tensor to several parameters; torch's p.grad are copies then, and so are ours."""
+
+    def ranks(rank: int) -> None:
+        a, b = make_parameters([Spec((40,)), Spec((40,))])
+        twins = make_parameters([Spec((40,)), Spec((40,))])
+        optimizer, reference = ShardedASGD([a, b], lr=0.5), torch.optim.ASGD(twins, lr=0.5, foreach=False)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for step in range(4):
+            with optimizer.no_sync() if step % 2 else contextlib.nullcontext():
+                scaler.scale(loss(a, b)).backward()
+            loss(*twins).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            reference.step()
+            optimizer.zero_grad(set_to_none)
+            reference.zero_grad()
+            optimizer.synchronize()
+            assert same_bits(a, twins[0]) and same_bits(b, twins[1]), step
 
     run_ranks(2, ranks, timeout=20)

@@ -1,5 +1,6 @@
 """The average as a product: swapped in for evaluation and out again, and started by hand."""
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable
@@ -379,3 +380,47 @@ def test_an_interrupt_while_swapping_still_restores(where: str, at: int) -> None
 
     for after in (False, True):
         run_alone(alone, after)
+
+
+@pytest.mark.parametrize("who", ["every rank", "one rank"])
+def test_a_swap_that_fails_at_a_later_bucket_restores(who: str) -> None:
+    """As out of memory does: the all-gathers of the buckets before it are still under way then."""
+
+    def ranks(rank: int) -> None:
+        specs = [Spec((100_000,)) for _ in range(4)]
+        pair = trained(specs, 2, steps=4, t0=0, bucket_bytes=400_000)
+        before = [p.detach().clone() for p in pair.params]
+        original, calls = Shard.swap_in, []
+
+        def failing(shard: Shard) -> None:
+            calls.append(shard)
+            if len(calls) == 4 and (who == "every rank" or rank == 0):
+                raise torch.OutOfMemoryError("the copy of the shard")
+            original(shard)
+
+        Shard.swap_in = failing  # type: ignore[method-assign]
+        entered = False
+        with contextlib.suppress(torch.OutOfMemoryError), pair.optimizer.averaged_parameters():
+            entered = True
+        Shard.swap_in = original  # type: ignore[method-assign]
+        assert len(calls) == 4 and entered == (who == "one rank" and rank == 1)
+        pair.optimizer.synchronize()
+        assert all(map(same_bits, pair.params, before))
+        train_on(pair, specs, range(50, 55))
+
+    run_ranks(2, ranks, timeout=20)
+
+
+def test_the_average_of_a_frozen_parameter_outlasts_a_later_t0() -> None:
+    """The others' averages start anew, and the bucket needs none of theirs; the frozen one's stays what it was."""
+
+    def ranks(rank: int) -> None:
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0)
+        train_on(pair, list(PLAIN), range(4))
+        pair.set_group(0, t0=1e6)
+        train_on(pair, list(PLAIN), range(4, 5))  # the last that changes the average: it sets mu to 1
+        pair.set_requires_grad(1, False)
+        for step in range(5, 8):
+            train_on(pair, list(PLAIN), range(step, step + 1))
+
+    run_ranks(2, ranks)

@@ -739,7 +739,18 @@ def test_a_closure_that_fails_is_the_users_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_norm", "norm_type"), [(NAN, 2.0), (-1.0, 2.0), ("x", 2.0), (1.0, 0.0), (1.0, -1.0), (1.0, NAN), (1.0, "fro")]
+    ("max_norm", "norm_type"),
+    [
+        (NAN, 2.0),
+        (-1.0, 2.0),
+        ("x", 2.0),
+        (1.0, 0.0),
+        (1.0, -1.0),
+        (1.0, NAN),
+        (1.0, "fro"),
+        (None, 2.0),
+        (torch.ones(2), 2.0),
+    ],
 )
 def test_clip_grad_norm_of_nonsense(max_norm: Any, norm_type: Any) -> None:
     def ranks(rank: int) -> None:

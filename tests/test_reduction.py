@@ -598,15 +598,68 @@ def test_find_unused_parameters_with_accumulation() -> None:
     run_ranks(2, ranks)
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_gradients_are_readable_inside_every_no_sync(blocks: int) -> None:
+    """What a block sees in p.grad is what this rank accumulated so far, as under DDP."""
+
+    def ranks(rank: int) -> None:
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0)
+        for block in range(blocks):
+            by_rank = random_gradients(PLAIN, 2, block, exact=True)
+            pair.backward(by_rank, sync=False)
+            with pair.optimizer.no_sync():
+                for p, local in zip(pair.params, pair.oracle.local, strict=True):
+                    assert same_bits(p.grad * 1, local[rank]), block
+        pair.step()
+        pair.check()
+
+    run_ranks(2, ranks, timeout=20)
+
+
+class FromOneBuffer(torch.autograd.Function):
+    """Its gradient lies in memory that it writes again the next time."""
+
+    buffer = torch.zeros(40)
+
+    @staticmethod
+    def forward(ctx: Any, p: torch.Tensor, value: float) -> torch.Tensor:
+        ctx.value = value
+        return p.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return FromOneBuffer.buffer.fill_(ctx.value), None
+
+
+def test_gradients_from_memory_that_is_used_again() -> None:
+    def ranks(rank: int) -> None:
+        (p,) = make_parameters([Spec((40,))])
+        (twin,) = make_parameters([Spec((40,))])
+        optimizer, reference = ShardedASGD([p], lr=0.1), torch.optim.ASGD([twin], lr=0.1, foreach=False)
+        for step in range(3):
+            FromOneBuffer.apply(p, 1.0).backward()
+            with optimizer.no_sync():
+                FromOneBuffer.apply(p, 2.0).backward()
+                FromOneBuffer.apply(p, 4.0).backward()
+            twin.grad = torch.full((40,), 7.0)
+            optimizer.step()
+            reference.step()
+            optimizer.zero_grad(set_to_none=step == 0)
+            optimizer.synchronize()
+            assert same_bits(p, twin), step
+
+    run_ranks(2, ranks, timeout=20)
+
+
 # Clipping
 
-NORMS = (2.0, 1.0, 3.0, float("inf"), 2, 0.5)
+NORMS = (2.0, 1.0, 3.0, float("inf"), "inf", 2, 0.5, torch.tensor(2.0))
 
 
 @pytest.mark.parametrize("gradients", ["local", "reduced"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_clip_grad_norm_equals_torchs(world_size: int, gradients: str) -> None:
-    def clip(pair: Pair, max_norm: float, norm_type: float, where: object) -> None:
+    def clip(pair: Pair, max_norm: float, norm_type: Any, where: object) -> None:
         total = pair.optimizer.clip_grad_norm_(max_norm, norm_type)
         for p, g in zip(pair.oracle.params, pair.oracle.reduced, strict=True):
             p.grad = g

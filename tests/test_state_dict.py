@@ -2,7 +2,7 @@
 
 import copy
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -299,9 +299,18 @@ def test_a_dense_state_dict_goes_into_torch_and_training_goes_on_with_the_same_b
     run_ranks(2, ranks)
 
 
-@pytest.mark.parametrize("numbers", [False, True], ids=["tensors", "Python numbers"])
+NUMBERS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "tensors": lambda value: value,
+    "Python numbers": lambda value: value.item(),  # as torch wrote them before 2022
+    "NumPy's": lambda value: value.numpy()[()],
+}
+
+
+@pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_torch_state_dict_is_taken_and_training_goes_on_with_the_same_bits(world_size: int, numbers: bool) -> None:
+def test_a_torch_state_dict_is_taken_and_training_goes_on_with_the_same_bits(
+    world_size: int, number: Callable[[torch.Tensor], Any]
+) -> None:
     def ranks(rank: int) -> None:
         oracle = Oracle([{"params": make_parameters(MIXED)}], world_size, "local", {"lr": 0.05, "t0": 3, "lambd": 0.01})
         for step in range(10):
@@ -313,10 +322,9 @@ def test_a_torch_state_dict_is_taken_and_training_goes_on_with_the_same_bits(wor
             oracle.zero_grad()
         dense = copy.deepcopy(oracle.optimizer.state_dict())
         assert LATE not in dense["state"]
-        if numbers:  # as torch wrote them before 2022
-            dense["state"] = {
-                i: {k: v if k == "ax" else v.item() for k, v in entry.items()} for i, entry in dense["state"].items()
-            }
+        dense["state"] = {
+            i: {k: v if k == "ax" else number(v) for k, v in entry.items()} for i, entry in dense["state"].items()
+        }
         kept = copy.deepcopy(dense)
         pair = Pair(
             [torch.nn.Parameter(p.detach().clone()) for p in oracle.params], lr=9.0, find_unused_parameters=True
@@ -533,7 +541,7 @@ def spoiled(state: dict[str, Any], how: str) -> dict[str, Any]:
         entries[3]["step"] = torch.zeros(4)
     elif how.startswith("a number:"):
         _, key, value = how.split()
-        entries[3][key] = torch.tensor(float(value))
+        entries[3][key] = torch.tensor(complex(value) if value == "1j" else float(value))
     elif how.startswith("ax: "):
         entries[3]["ax"] = WRONG_AX[how](entries[3]["ax"])
     elif how == "state of strangers":
@@ -557,7 +565,7 @@ WRONG_AX: dict[str, Any] = {
 }
 HOWS = [
     *WRONG_AX,
-    *(f"a number: {key} {value}" for key in ("step", "eta", "mu") for value in ("nan", "inf", "-1")),
+    *(f"a number: {key} {value}" for key in ("step", "eta", "mu") for value in ("nan", "inf", "-1", "1j")),
     "state of strangers",
     "SGD's",
     "another number of groups",
