@@ -217,6 +217,26 @@ class Pair:
         self.oracle.zero_grad(set_to_none)
         self.optimizer.zero_grad(set_to_none)
 
+    def train(self, steps: range) -> None:
+        """Whole steps with gradients that are random, but the same for the same step."""
+        specs = [Spec(tuple(p.shape), p.dtype) for p in self.params]
+        for step in steps:
+            self.backward(random_gradients(specs, self.world_size, step))
+            self.step()
+            self.zero_grad()
+            self.check(step)
+
+    def drop_gradients(self, by: str) -> None:
+        """The three ways to drop all gradients: the optimizer's zero_grad, the model's, and None by hand."""
+        self.oracle.zero_grad()
+        if by == "optimizer":
+            self.optimizer.zero_grad()
+        elif by == "model":
+            torch.nn.ParameterList(self.params).zero_grad()
+        else:
+            for p in self.params:
+                p.grad = None
+
     def set_group(self, index: int, **options: Any) -> None:
         self.oracle.optimizer.param_groups[index].update(options)
         self.optimizer.param_groups[index].update(options)

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 GRACE = 5.0  # seconds the other ranks get after one rank has failed
 
@@ -182,3 +183,17 @@ def same_everywhere(value: torch.Tensor) -> bool:
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, local)
     return all(torch.equal(other, local) for other in every)
+
+
+class Sent(TorchDispatchMode):
+    """The number of elements of each collective call in its block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+            self.sizes.append(max(leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)))
+        return func(*args, **(kwargs or {}))

@@ -39,14 +39,6 @@ def trained(specs: list[Spec], world_size: int, steps: int = 10, **options: obje
     return pair
 
 
-def train_on(pair: Pair, specs: list[Spec], steps: range) -> None:
-    for step in steps:
-        pair.backward(random_gradients(specs, pair.world_size, step))
-        pair.step()
-        pair.zero_grad()
-    pair.check("after the swap")
-
-
 @pytest.mark.parametrize("gradients", ["local", "reduced"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_inside_the_parameters_hold_the_average_and_outside_they_are_as_before(world_size: int, gradients: str) -> None:
@@ -58,7 +50,7 @@ def test_inside_the_parameters_hold_the_average_and_outside_they_are_as_before(w
                 for p, twin in zip(pair.params, pair.oracle.params, strict=True):
                     assert same_bits(p, pair.oracle.optimizer.state[twin]["ax"].to(p.dtype))
             assert all(map(same_bits, pair.params, before))
-            train_on(pair, specs, range(50, 55))
+            pair.train(range(50, 55))
 
     run_ranks(world_size, ranks)
 
@@ -70,7 +62,7 @@ def test_without_ranks() -> None:
         with pair.optimizer.averaged_parameters():
             assert not same_bits(pair.params[2], before[2])
         assert all(map(same_bits, pair.params, before))
-        train_on(pair, LOW, range(50, 55))
+        pair.train(range(50, 55))
 
     run_alone(alone)
 
@@ -82,7 +74,7 @@ def test_an_exception_inside_still_restores() -> None:
         with pytest.raises(KeyError), pair.optimizer.averaged_parameters():
             raise KeyError("from evaluation")
         assert all(map(same_bits, pair.params, before))
-        train_on(pair, LOW, range(50, 55))
+        pair.train(range(50, 55))
 
     run_ranks(2, ranks)
 
@@ -93,7 +85,7 @@ def test_what_evaluation_writes_to_the_parameters_is_dropped() -> None:
         with pair.optimizer.averaged_parameters(), torch.no_grad():
             for p in pair.params:
                 p.zero_()
-        train_on(pair, LOW, range(50, 55))
+        pair.train(range(50, 55))
 
     run_ranks(2, ranks)
 
@@ -122,7 +114,7 @@ def test_looking_at_the_state_inside_leaves_the_masters_alone(world_size: int, w
                 assert all(torch.equal(inside[index][key], value) for key, value in entry.items()), index
         after = pair.optimizer.state_dict()["state"]
         assert all(torch.equal(after[index]["master"], before[index]["master"]) for index in (0, 1))
-        train_on(pair, LOW, range(50, 55))
+        pair.train(range(50, 55))
 
     run_ranks(world_size, ranks)
 
@@ -144,7 +136,7 @@ def test_an_exception_on_one_rank_gets_out_while_the_others_are_still_inside() -
         assert metric.item() == 3, "a collective of ours met one of the user's"
         pair.optimizer.synchronize()
         assert all(map(same_bits, pair.params, before))
-        train_on(pair, LOW, range(50, 55))
+        pair.train(range(50, 55))
 
     run_ranks(2, ranks, timeout=30)
 
@@ -157,7 +149,7 @@ def test_a_step_inside_is_refused_and_harmless() -> None:
             assert "averaged_parameters" in text
             text = message_of(lambda: pair.optimizer.averaged_parameters().__enter__(), RuntimeError)
             assert "averaged_parameters" in text
-        train_on(pair, list(PLAIN), range(50, 55))
+        pair.train(range(50, 55))
 
     run_ranks(2, ranks)
 
@@ -277,7 +269,7 @@ def test_start_averaging_before_the_first_step() -> None:
         pair = Pair(make_parameters(PLAIN), lr=0.05)
         pair.optimizer.start_averaging()
         pair.set_group(0, t0=0)
-        train_on(pair, list(PLAIN), range(8))
+        pair.train(range(8))
 
     run_ranks(2, ranks)
 
@@ -348,7 +340,7 @@ def test_a_backward_inside_on_one_rank_only_is_no_harm() -> None:
                 backward(pair.params, random_gradients(PLAIN, 2, 60)[0])
         assert all(map(same_bits, pair.params, before))
         pair.zero_grad()
-        train_on(pair, list(PLAIN), range(50, 55))
+        pair.train(range(50, 55))
 
     run_ranks(2, ranks, timeout=20)
 
@@ -376,7 +368,7 @@ def test_an_interrupt_while_swapping_still_restores(where: str, at: int) -> None
             pass
         setattr(Shard, where, original)
         assert all(map(same_bits, pair.params, before))
-        train_on(pair, list(PLAIN), range(50, 55))
+        pair.train(range(50, 55))
 
     for after in (False, True):
         run_alone(alone, after)
@@ -406,7 +398,7 @@ def test_a_swap_that_fails_at_a_later_bucket_restores(who: str) -> None:
         assert len(calls) == 4 and entered == (who == "one rank" and rank == 1)
         pair.optimizer.synchronize()
         assert all(map(same_bits, pair.params, before))
-        train_on(pair, specs, range(50, 55))
+        pair.train(range(50, 55))
 
     run_ranks(2, ranks, timeout=20)
 
@@ -416,11 +408,11 @@ def test_the_average_of_a_frozen_parameter_outlasts_a_later_t0() -> None:
 
     def ranks(rank: int) -> None:
         pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0)
-        train_on(pair, list(PLAIN), range(4))
+        pair.train(range(4))
         pair.set_group(0, t0=1e6)
-        train_on(pair, list(PLAIN), range(4, 5))  # the last that changes the average: it sets mu to 1
+        pair.train(range(4, 5))  # the last that changes the average: it sets mu to 1
         pair.set_requires_grad(1, False)
         for step in range(5, 8):
-            train_on(pair, list(PLAIN), range(step, step + 1))
+            pair.train(range(step, step + 1))
 
     run_ranks(2, ranks)

@@ -16,16 +16,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_asgd import ShardedASGD
-from oracle import (
-    PLAIN,
-    Messenger,
-    Pair,
-    make_parameters,
-    named,
-    random_gradients,
-    same_bits,
-    tokens_of,
-)
+from oracle import PLAIN, Messenger, Pair, make_parameters, named, random_gradients, same_bits, tokens_of
 from ranks import message_of, run_alone, run_ranks
 
 SECONDS = 8.0  # an error takes no longer than this, on any rank
@@ -48,16 +39,8 @@ CALLS: dict[str, Callable[[ShardedASGD], object]] = {
 
 def trained(world_size: int, gradients: str = "local") -> Pair:
     pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0, gradients=gradients)
-    train(pair, range(4))
+    pair.train(range(4))
     return pair
-
-
-def train(pair: Pair, steps: range) -> None:
-    for step in steps:
-        pair.backward(random_gradients(PLAIN, pair.world_size, step))
-        pair.step()
-        pair.zero_grad()
-        pair.check(step)
 
 
 @pytest.mark.parametrize("gradients", ["local", "reduced"])
@@ -79,7 +62,7 @@ def test_a_call_under_if_rank_0_meets_the_step_of_the_others(what: str, gradient
         assert all(map(same_bits, pair.params, before))
         assert len(pair.optimizer.param_groups) == 1
         pair.zero_grad()
-        train(pair, range(10, 13))
+        pair.train(range(10, 13))
         return text
 
     texts = run_ranks(3, ranks)

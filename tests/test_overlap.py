@@ -2,6 +2,7 @@
 
 import gc
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from dist_asgd import ShardedASGD
 from dist_asgd.collectives import Collectives
-from oracle import same_bits
+from oracle import Messenger, model_gradients, reduce_in_rank_order, same_bits, tokens_of
 from ranks import run_ranks
 
 WIDTH = 16
@@ -145,3 +146,58 @@ def test_hooks_are_there_only_while_they_have_something_to_wait_for(world_size: 
         assert not any(m._forward_pre_hooks or m._state_dict_pre_hooks for m in model.modules())
 
     run_ranks(world_size, ranks)
+
+
+def test_every_method_waits_for_the_parameters() -> None:
+    def ranks(rank: int) -> None:
+        model = Messenger(width=4096, depth=3)
+        twin = Messenger(width=4096, depth=3)
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.3, t0=0, module=model, bucket_bytes=1 << 14)
+        reference = torch.optim.ASGD(twin.parameters(), lr=0.3, t0=0, foreach=False)
+        reads: list[Callable[[], object]] = [
+            optimizer.synchronize,
+            optimizer.state_dict,
+            optimizer.full_state_dict,
+            lambda: model(tokens_of(rank, 0)),
+            lambda: optimizer.load_state_dict(optimizer.state_dict()),
+        ]
+        for step, read in enumerate(reads):
+            optimizer.zero_grad()
+            (model(tokens_of(rank, step)) ** 2).mean().backward()
+            optimizer.step()
+            each = [model_gradients(twin, tokens_of(r, step)) for r in range(2)]
+            for p, *grads in zip(twin.parameters(), *each, strict=True):
+                p.grad = reduce_in_rank_order(grads)
+            reference.step()
+            read()
+            assert all(map(same_bits, model.parameters(), twin.parameters())), step
+
+    run_ranks(2, ranks)
+
+
+def test_parts_of_the_model_may_be_called_alone() -> None:
+    """Overlap must not depend on the whole model's forward being called."""
+
+    def ranks(rank: int) -> None:
+        model, twin = Messenger(), Messenger()
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.3, t0=0, module=model, bucket_bytes=200)
+        reference = torch.optim.ASGD(twin.parameters(), lr=0.3, t0=0, foreach=False)
+
+        def loss(m: Messenger, tokens: torch.Tensor) -> torch.Tensor:
+            x = m.embedding(tokens)
+            for layer in m.layers:
+                x = layer(x)
+            return (x**2).mean()
+
+        for step in range(8):
+            optimizer.zero_grad()
+            loss(model, tokens_of(rank, step)).backward()
+            optimizer.step()
+            each = [torch.autograd.grad(loss(twin, tokens_of(r, step)), list(twin.parameters())) for r in range(2)]
+            for p, *grads in zip(twin.parameters(), *each, strict=True):
+                p.grad = reduce_in_rank_order(grads)
+            reference.step()
+        optimizer.synchronize()
+        assert all(map(same_bits, model.parameters(), twin.parameters()))
+
+    run_ranks(2, ranks)

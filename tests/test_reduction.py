@@ -1,9 +1,8 @@
-"""gradients="local": what backward leaves behind, accumulation, missing gradients, order; clipping; DDP; compiling."""
+"""gradients="local": what backward leaves behind, and gradients that are missing or come in any order."""
 
 import gc
 import random
 import time
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dist_asgd import ShardedASGD
@@ -31,7 +28,7 @@ from oracle import (
     same_bits,
     tokens_of,
 )
-from ranks import message_of, run_alone, run_ranks, same_everywhere
+from ranks import Sent, message_of, run_alone, run_ranks
 
 # What p.grad is after backward
 
@@ -100,178 +97,48 @@ def test_none_by_hand_on_every_rank_skips_the_parameter() -> None:
     run_ranks(2, ranks)
 
 
-# Accumulation
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_accumulation_adds_the_reduced_gradients(world_size: int) -> None:
-    def ranks(rank: int) -> None:
-        pair = Pair(make_parameters(MIXED), lr=0.1, t0=1, bucket_bytes=256)
-        for step in range(8):
-            for part in range(3):
-                pair.backward(random_gradients(MIXED, world_size, 10 * step + part))
-            pair.step()
-            pair.zero_grad()
-            pair.check_parameters(step)
-        pair.check()
-
-    run_ranks(world_size, ranks)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_no_sync_accumulates_locally_and_reduces_the_sum(world_size: int) -> None:
-    def ranks(rank: int) -> None:
-        pair = Pair(make_parameters(MIXED), lr=0.1, t0=1, bucket_bytes=256)
-        for step in range(8):
-            for part in range(3):
-                pair.backward(random_gradients(MIXED, world_size, 10 * step + part), sync=part == 2)
-            pair.step()
-            pair.zero_grad()
-            pair.check_parameters(step)
-        pair.check()
-
-    run_ranks(world_size, ranks)
-
-
-@pytest.mark.parametrize(
-    "syncs",
-    [(True, False), (True, False, True), (False, False), (False, True, False, True), (True, False, False)],
-    ids=str,
-)
-def test_no_sync_in_any_place(syncs: tuple[bool, ...]) -> None:
-    """Also last: what was accumulated locally is reduced by step() at the latest."""
-
-    def ranks(rank: int) -> None:
-        for set_to_none in (True, False):
-            pair = Pair(make_parameters(PLAIN), lr=0.1, t0=1)
-            for step in range(5):
-                for part, sync in enumerate(syncs):
-                    grads = random_gradients(PLAIN, 2, 10 * step + part, exact=True)  # any order of adding
-                    pair.backward(grads, sync=sync)
-                pair.step()
-                pair.zero_grad(set_to_none)
-                pair.check_parameters((step, set_to_none))
-
-    run_ranks(2, ranks)
-
-
-class Sent(TorchDispatchMode):
-    """Elements handed to collectives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional"):
-            leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-            self.elements += max(t.numel() for t in leaves if isinstance(t, torch.Tensor))
-        return func(*args, **(kwargs or {}))
-
-
-def test_no_sync_sends_nothing() -> None:
-    def ranks(rank: int) -> None:
+def test_alone_there_is_nothing_to_reduce() -> None:
+    def alone() -> None:
         params = make_parameters(PLAIN)
         optimizer = ShardedASGD(named(params), lr=0.1)
         with Sent() as sent, optimizer.no_sync():
-            backward(params, random_gradients(PLAIN, 2, 0)[rank])
-        assert sent.elements == 0
-        with Sent() as sent:
-            backward(params, random_gradients(PLAIN, 2, 0)[rank])
-        assert sent.elements > 0, "nothing is reduced during backward"
-        optimizer.step()
+            backward(params, random_gradients(PLAIN, 1, 0)[0])
+            optimizer.step()
+        optimizer.synchronize()
+        assert not sent.sizes
 
-    run_ranks(2, ranks)
+    run_alone(alone)
 
 
-@pytest.mark.parametrize("by", ["optimizer", "model", "hand"])
-def test_a_gradient_made_in_no_sync_and_dropped_does_not_come_back(by: str) -> None:
-    def ranks(rank: int) -> None:
-        model = torch.nn.ParameterList(make_parameters(PLAIN))
-        pair = Pair(list(model), lr=0.1, t0=0)
-        for step in range(3):
-            pair.backward(random_gradients(PLAIN, 2, 30 + step))
-            pair.backward(random_gradients(PLAIN, 2, 60 + step), sync=False)
-            drop(pair, by)
-            pair.backward(random_gradients(PLAIN, 2, step))
-            pair.step()
-            pair.zero_grad()
-            pair.check(step)
-
-    run_ranks(2, ranks)
-
-
-def drop(pair: Pair, by: str) -> None:
-    """The three ways to drop all gradients."""
-    pair.oracle.zero_grad()
-    if by == "optimizer":
-        pair.optimizer.zero_grad()
-    elif by == "model":
-        torch.nn.ParameterList(pair.params).zero_grad()
-    else:
-        for p in pair.params:
-            p.grad = None
-
-
-def test_a_gradient_made_in_no_sync_and_set_to_zero_counts_as_zeros() -> None:
-    """torch takes a step with zeros, which shrinks the parameters; it does not skip them."""
+def test_what_a_stand_in_does_not_support_raises() -> None:
+    """Writing to it would be lost; zeroing is supported in every form."""
 
     def ranks(rank: int) -> None:
-        for find_unused in (False, True):
-            pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0, lambd=0.1, find_unused_parameters=find_unused)
-            for step in range(3):
-                pair.backward([[None] * len(PLAIN)] * 2)
-                pair.backward(random_gradients(PLAIN, 2, step), sync=False)
-                pair.zero_grad(set_to_none=False)
-                pair.step()
-                pair.check((find_unused, step))
-                pair.zero_grad()
-
-    run_ranks(2, ranks)
-
-
-def test_what_no_sync_added_to_a_reduced_gradient_is_zeroed_with_it() -> None:
-    def ranks(rank: int) -> None:
-        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0, lambd=0.1, find_unused_parameters=True)
-        for step in range(3):
-            pair.backward(random_gradients(PLAIN, 2, 9 + step))
-            pair.backward(random_gradients(PLAIN, 2, step), sync=False)
-            pair.zero_grad(set_to_none=False)
-            pair.step()
-            pair.check(step)
-            pair.zero_grad()
-
-    run_ranks(2, ranks)
-
-
-def test_no_sync_ends_with_an_exception_too() -> None:
-    def ranks(rank: int) -> None:
-        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0)
-        with pytest.raises(KeyError), pair.optimizer.no_sync():
-            raise KeyError("from the user's code")
-        with Sent() as sent:
-            pair.backward(random_gradients(PLAIN, 2, 0))
-        assert sent.elements > 0
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0, lambd=0.1)
+        pair.backward(random_gradients(PLAIN, 2, 0))
+        grads = [p.grad for p in pair.params]
+        for write in (lambda g: g.copy_(torch.zeros_like(pair.params[0])), lambda g: g.mul_(2), lambda g: g.fill_(0)):
+            assert "clip_grad_norm_" in message_of(lambda write=write: write(grads[0]), RuntimeError)
+        torch._foreach_zero_(grads)
+        pair.oracle.zero_grad(set_to_none=False)
         pair.step()
         pair.check()
 
     run_ranks(2, ranks)
 
 
-def test_losses_that_each_reach_some_parameters() -> None:
-    """Several backward passes before a step; together they reach every parameter."""
+def test_another_optimizers_stand_in_is_named() -> None:
+    def ranks(rank: int) -> str:
+        p = torch.nn.Parameter(torch.ones(64))
+        reduced = ShardedASGD([("p", p)], lr=0.1, gradients="reduced")
+        local = ShardedASGD([("p", p)], lr=0.1)
+        p.sum().backward()
+        text = message_of(reduced.step, RuntimeError)
+        local.step()
+        return text
 
-    def ranks(rank: int) -> None:
-        pair = Pair(make_parameters(MIXED), lr=0.1, t0=1, bucket_bytes=512)
-        for step in range(6):
-            full = random_gradients(MIXED, 2, step)
-            for part in range(3):
-                pair.backward([[g if i % 3 == part else None for i, g in enumerate(grads)] for grads in full])
-            pair.step()
-            pair.zero_grad()
-            pair.check_parameters(step)
-
-    run_ranks(2, ranks)
+    a, b = run_ranks(2, ranks)
+    assert a == b and "'p'" in a and "another ShardedASGD" in a
 
 
 # The order of events differs between ranks
@@ -415,7 +282,7 @@ def test_a_backward_that_failed_on_one_rank_does_not_take_the_next_gradients_alo
                     total.backward()
             else:
                 total.backward()
-            drop(pair, by)
+            pair.drop_gradients(by)
             pair.backward(random_gradients(specs, 2, step))
             pair.step()
             pair.zero_grad()
@@ -581,378 +448,3 @@ def test_zeroing_a_gradient_whose_reduction_is_under_way() -> None:
             pair.check(step)
 
     run_ranks(2, ranks)
-
-
-def test_find_unused_parameters_with_accumulation() -> None:
-    def ranks(rank: int) -> None:
-        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=2, find_unused_parameters=True)
-        for step in range(12):
-            for part in range(3):
-                grads = random_gradients(PLAIN, 2, 10 * step + part, missing=0.5, exact=True)
-                pair.backward(grads, sync=part != step % 3)
-            pair.step()
-            pair.zero_grad()
-            pair.check_parameters(step)
-        pair.check()
-
-    run_ranks(2, ranks)
-
-
-@pytest.mark.parametrize("blocks", [1, 2, 3])
-def test_gradients_are_readable_inside_every_no_sync(blocks: int) -> None:
-    """What a block sees in p.grad is what this rank accumulated so far, as under DDP."""
-
-    def ranks(rank: int) -> None:
-        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0)
-        for block in range(blocks):
-            by_rank = random_gradients(PLAIN, 2, block, exact=True)
-            pair.backward(by_rank, sync=False)
-            with pair.optimizer.no_sync():
-                for p, local in zip(pair.params, pair.oracle.local, strict=True):
-                    assert same_bits(p.grad * 1, local[rank]), block
-        pair.step()
-        pair.check()
-
-    run_ranks(2, ranks, timeout=20)
-
-
-class FromOneBuffer(torch.autograd.Function):
-    """Its gradient lies in memory that it writes again the next time."""
-
-    buffer = torch.zeros(40)
-
-    @staticmethod
-    def forward(ctx: Any, p: torch.Tensor, value: float) -> torch.Tensor:
-        ctx.value = value
-        return p.sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        return FromOneBuffer.buffer.fill_(ctx.value), None
-
-
-def test_gradients_from_memory_that_is_used_again() -> None:
-    def ranks(rank: int) -> None:
-        (p,) = make_parameters([Spec((40,))])
-        (twin,) = make_parameters([Spec((40,))])
-        optimizer, reference = ShardedASGD([p], lr=0.1), torch.optim.ASGD([twin], lr=0.1, foreach=False)
-        for step in range(3):
-            FromOneBuffer.apply(p, 1.0).backward()
-            with optimizer.no_sync():
-                FromOneBuffer.apply(p, 2.0).backward()
-                FromOneBuffer.apply(p, 4.0).backward()
-            twin.grad = torch.full((40,), 7.0)
-            optimizer.step()
-            reference.step()
-            optimizer.zero_grad(set_to_none=step == 0)
-            optimizer.synchronize()
-            assert same_bits(p, twin), step
-
-    run_ranks(2, ranks, timeout=20)
-
-
-# Clipping
-
-NORMS = (2.0, 1.0, 3.0, float("inf"), "inf", 2, 0.5, torch.tensor(2.0))
-
-
-@pytest.mark.parametrize("gradients", ["local", "reduced"])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_clip_grad_norm_equals_torchs(world_size: int, gradients: str) -> None:
-    def clip(pair: Pair, max_norm: float, norm_type: Any, where: object) -> None:
-        total = pair.optimizer.clip_grad_norm_(max_norm, norm_type)
-        for p, g in zip(pair.oracle.params, pair.oracle.reduced, strict=True):
-            p.grad = g
-        some = [p for p in pair.oracle.params if p.numel()]  # torch cannot take the maximum of an empty gradient
-        expected = torch.nn.utils.clip_grad_norm_(some, max_norm, norm_type)
-        assert isinstance(total, torch.Tensor) and total.shape == ()
-        torch.testing.assert_close(
-            total.double(), expected.double(), rtol=1e-5, atol=1e-7, msg=lambda m: f"{where}: {m}"
-        )
-        assert not dist.is_initialized() or same_everywhere(total), where
-
-    def ranks(rank: int) -> None:
-        for specs in (PLAIN, [Spec((2,))], [*MIXED, Spec((90,))]):
-            for norm_type in NORMS:
-                pair = Pair(make_parameters(specs), lr=0.1, t0=1, gradients=gradients, bucket_bytes=512)
-                for step, max_norm in enumerate([0.5, 1e6, 0.01]):
-                    pair.backward(random_gradients(specs, world_size, step))
-                    clip(pair, max_norm, norm_type, (norm_type, max_norm))
-                    pair.step()
-                    pair.zero_grad()
-                pair.optimizer.synchronize()
-                for p, twin in zip(pair.params, pair.oracle.params, strict=True):
-                    torch.testing.assert_close(p.detach(), twin.detach(), rtol=1e-5, atol=1e-6)
-
-    run_ranks(world_size, ranks)
-
-
-def test_clip_after_accumulation_twice_and_without_any_gradient() -> None:
-    def ranks(rank: int) -> None:
-        params = make_parameters(PLAIN)
-        optimizer = ShardedASGD(named(params), lr=0.1, find_unused_parameters=True)
-        assert optimizer.clip_grad_norm_(1.0).item() == 0
-        for _ in range(2):
-            with optimizer.no_sync():
-                backward(params, [torch.full(s.shape, 3.0) for s in PLAIN])
-        number = sum(p.numel() for p in params)
-        total = optimizer.clip_grad_norm_(1.0)  # also takes up what no_sync() left
-        torch.testing.assert_close(total, torch.tensor(6.0 * number**0.5))
-        torch.testing.assert_close(optimizer.clip_grad_norm_(1.0), torch.tensor(1.0))
-        before = [p.detach().clone() for p in params]
-        optimizer.step()
-        moved = torch.cat([(p.detach() - b * (1 - 1e-4 * 0.1)).flatten() for p, b in zip(params, before, strict=True)])
-        torch.testing.assert_close(moved, torch.full((number,), -0.1 / number**0.5), rtol=1e-2, atol=1e-6)
-
-    run_ranks(2, ranks)
-
-
-def test_clip_counts_only_parameters_with_a_gradient() -> None:
-    def ranks(rank: int) -> None:
-        params = make_parameters(PLAIN)
-        params[1].requires_grad_(False)
-        optimizer = ShardedASGD(named(params), lr=0.1)
-        ones = [torch.ones(s.shape) for s in PLAIN]
-        backward(params, ones)
-        expected = sum(p.numel() for p in params if p.requires_grad)
-        assert optimizer.clip_grad_norm_(1e9, 1.0).item() == expected
-
-    run_ranks(2, ranks)
-
-
-@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_clip_of_a_bad_gradient_is_as_bad_as_torchs(bad: float) -> None:
-    def ranks(rank: int) -> None:
-        for norm_type in (2.0, float("inf")):
-            pair = Pair(make_parameters(PLAIN), lr=0.1)
-            grads = random_gradients(PLAIN, 2, 0)
-            grads[1][3][200] = bad  # type: ignore[index]
-            pair.backward(grads)
-            total = pair.optimizer.clip_grad_norm_(1.0, norm_type)
-            for p, g in zip(pair.oracle.params, pair.oracle.reduced, strict=True):
-                p.grad = g
-            assert same_bits(total, torch.nn.utils.clip_grad_norm_(pair.oracle.params, 1.0, norm_type))
-            pair.step()
-            for p, twin in zip(pair.params, pair.oracle.params, strict=True):
-                assert torch.equal(p.isnan(), twin.isnan())
-
-    run_ranks(2, ranks)
-
-
-# DDP
-
-
-def ddp_run(rank: int, gradients: str, static_graph: bool = False) -> None:
-    """DDP averages; torch's ASGD is fed what DDP left in p.grad of a second, equal model."""
-    model, twin = Messenger(), Messenger()
-    wrapped, wrapped_twin = DistributedDataParallel(model), DistributedDataParallel(twin)
-    optimizer = ShardedASGD(wrapped.named_parameters(), lr=0.3, t0=2, gradients=gradients)
-    reference = torch.optim.ASGD(twin.parameters(), lr=0.3, t0=2, foreach=False)
-    for step in range(8):
-        for m, o in ((wrapped, optimizer), (wrapped_twin, reference)):
-            o.zero_grad()
-            (m(tokens_of(rank, step)) ** 2).mean().backward()
-            o.step()
-        optimizer.synchronize()
-        assert all(map(same_bits, model.parameters(), twin.parameters())), step
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_under_ddp_with_reduced(world_size: int) -> None:
-    run_ranks(world_size, ddp_run, "reduced")
-
-
-def test_under_ddp_with_local_is_right_and_warns_once() -> None:
-    def ranks(rank: int) -> list[str]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            ddp_run(rank, "local")
-        return [str(w.message) for w in caught]
-
-    each = run_ranks(2, ranks)
-    about = [[text for text in texts if "gradients=" in text] for texts in each]
-    assert sum(map(len, about)) >= 1 and all(len(texts) <= 1 for texts in about), each
-    assert all(
-        ("reduced" in text and "DistributedDataParallel" in text) or "DDP" in text for texts in about for text in texts
-    )
-
-
-def test_no_warning_without_ddp() -> None:
-    def ranks(rank: int) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            pair = Pair(make_parameters(PLAIN), lr=0.1)
-            for step in range(3):
-                pair.backward(random_gradients(PLAIN, 2, step))
-                pair.step()
-                pair.zero_grad()
-
-    run_ranks(2, ranks)
-
-
-# torch.compile
-
-
-@pytest.mark.parametrize("overlap", [False, True], ids=["module not given", "module given"])
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_a_compiled_model(overlap: bool) -> None:
-    def ranks(rank: int) -> None:
-        model, twin = Messenger(), Messenger()
-        optimizer = ShardedASGD(model.named_parameters(), lr=0.3, t0=2, module=model if overlap else None)
-        compiled = torch.compile(model, backend="aot_eager")
-        reference = torch.optim.ASGD(twin.parameters(), lr=0.3, t0=2, foreach=False)
-        for step in range(6):
-            optimizer.zero_grad()
-            (compiled(tokens_of(rank, step)) ** 2).mean().backward()
-            optimizer.step()
-            each = [model_gradients(twin, tokens_of(r, step)) for r in range(2)]
-            for p, *grads in zip(twin.parameters(), *each, strict=True):
-                p.grad = reduce_in_rank_order(grads)
-            reference.step()
-        optimizer.synchronize()
-        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-
-    run_ranks(2, ranks, timeout=120)
-
-
-# module=: parameters are complete whenever anyone of ours, or the model, reads them
-
-
-def test_every_method_waits_for_the_parameters() -> None:
-    def ranks(rank: int) -> None:
-        model = Messenger(width=4096, depth=3)
-        twin = Messenger(width=4096, depth=3)
-        optimizer = ShardedASGD(model.named_parameters(), lr=0.3, t0=0, module=model, bucket_bytes=1 << 14)
-        reference = torch.optim.ASGD(twin.parameters(), lr=0.3, t0=0, foreach=False)
-        reads: list[Callable[[], object]] = [
-            optimizer.synchronize,
-            optimizer.state_dict,
-            optimizer.full_state_dict,
-            lambda: model(tokens_of(rank, 0)),
-            lambda: optimizer.load_state_dict(optimizer.state_dict()),
-        ]
-        for step, read in enumerate(reads):
-            optimizer.zero_grad()
-            (model(tokens_of(rank, step)) ** 2).mean().backward()
-            optimizer.step()
-            each = [model_gradients(twin, tokens_of(r, step)) for r in range(2)]
-            for p, *grads in zip(twin.parameters(), *each, strict=True):
-                p.grad = reduce_in_rank_order(grads)
-            reference.step()
-            read()
-            assert all(map(same_bits, model.parameters(), twin.parameters())), step
-
-    run_ranks(2, ranks)
-
-
-def test_parts_of_the_model_may_be_called_alone() -> None:
-    """Overlap must not depend on the whole model's forward being called."""
-
-    def ranks(rank: int) -> None:
-        model, twin = Messenger(), Messenger()
-        optimizer = ShardedASGD(model.named_parameters(), lr=0.3, t0=0, module=model, bucket_bytes=200)
-        reference = torch.optim.ASGD(twin.parameters(), lr=0.3, t0=0, foreach=False)
-
-        def loss(m: Messenger, tokens: torch.Tensor) -> torch.Tensor:
-            x = m.embedding(tokens)
-            for layer in m.layers:
-                x = layer(x)
-            return (x**2).mean()
-
-        for step in range(8):
-            optimizer.zero_grad()
-            loss(model, tokens_of(rank, step)).backward()
-            optimizer.step()
-            each = [torch.autograd.grad(loss(twin, tokens_of(r, step)), list(twin.parameters())) for r in range(2)]
-            for p, *grads in zip(twin.parameters(), *each, strict=True):
-                p.grad = reduce_in_rank_order(grads)
-            reference.step()
-        optimizer.synchronize()
-        assert all(map(same_bits, model.parameters(), twin.parameters()))
-
-    run_ranks(2, ranks)
-
-
-def test_alone_there_is_nothing_to_reduce() -> None:
-    def alone() -> None:
-        params = make_parameters(PLAIN)
-        optimizer = ShardedASGD(named(params), lr=0.1)
-        with Sent() as sent, optimizer.no_sync():
-            backward(params, random_gradients(PLAIN, 1, 0)[0])
-            optimizer.step()
-        optimizer.synchronize()
-        assert sent.elements == 0
-
-    run_alone(alone)
-
-
-def test_what_a_stand_in_does_not_support_raises() -> None:
-    """Writing to it would be lost; zeroing is supported in every form."""
-
-    def ranks(rank: int) -> None:
-        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0, lambd=0.1)
-        pair.backward(random_gradients(PLAIN, 2, 0))
-        grads = [p.grad for p in pair.params]
-        for write in (lambda g: g.copy_(torch.zeros_like(pair.params[0])), lambda g: g.mul_(2), lambda g: g.fill_(0)):
-            assert "clip_grad_norm_" in message_of(lambda write=write: write(grads[0]), RuntimeError)
-        torch._foreach_zero_(grads)
-        pair.oracle.zero_grad(set_to_none=False)
-        pair.step()
-        pair.check()
-
-    run_ranks(2, ranks)
-
-
-def test_another_optimizers_stand_in_is_named() -> None:
-    def ranks(rank: int) -> str:
-        p = torch.nn.Parameter(torch.ones(64))
-        reduced = ShardedASGD([("p", p)], lr=0.1, gradients="reduced")
-        local = ShardedASGD([("p", p)], lr=0.1)
-        p.sum().backward()
-        text = message_of(reduced.step, RuntimeError)
-        local.step()
-        return text
-
-    a, b = run_ranks(2, ranks)
-    assert a == b and "'p'" in a and "another ShardedASGD" in a
-
-
-@pytest.mark.parametrize("norm_type", [2.0, 3.0, float("inf")])
-def test_clipping_has_the_same_bits_for_any_bucket_size(norm_type: float) -> None:
-    def train(rank: int, bucket_bytes: int) -> list[torch.Tensor]:
-        params = make_parameters(PLAIN)
-        optimizer = ShardedASGD(params, lr=0.1, t0=2, bucket_bytes=bucket_bytes)
-        for step in range(10):
-            backward(params, random_gradients(PLAIN, 3, step)[rank])
-            assert optimizer.clip_grad_norm_(1.0, norm_type) > 1
-            optimizer.step()
-            optimizer.zero_grad()
-        return [p.detach() for p in params]
-
-    def ranks(rank: int) -> None:
-        small, large = train(rank, 64), train(rank, 2**22)
-        assert all(map(same_bits, small, large))
-
-    run_ranks(3, ranks)
-
-
-def test_a_gradient_that_waits_through_several_backwards_on_one_rank() -> None:
-    """Of a parameter that was just unfrozen, and which the other rank does not use."""
-
-    def ranks(rank: int) -> None:
-        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0, bucket_bytes=64, find_unused_parameters=True)
-        pair.set_requires_grad(3, False)
-        for step in range(3):
-            pair.backward(random_gradients(PLAIN, 2, step))
-            pair.step()
-            pair.zero_grad()
-        pair.set_requires_grad(3, True)
-        for step in range(2):
-            by_rank = [list(grads) for grads in random_gradients(PLAIN, 2, 10 + step, exact=True)]
-            by_rank[1][3] = None
-            pair.backward(by_rank)
-        pair.step()
-        pair.check()
-
-    run_ranks(2, ranks, timeout=20)
