@@ -6,6 +6,8 @@ It all runs over one small gloo group of host tensors, so it never waits for a d
 from __future__ import annotations
 
 import contextlib
+import os
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -121,6 +123,20 @@ class Agreement:
         if len(ranks) == self.world_size:
             return f"every rank (rank 0 to rank {ranks[-1]})"
         return "rank " + ", ".join(map(str, ranks))
+
+
+def default_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """``group``, or all ranks; None where torch.distributed is not initialized, with a warning under torchrun."""
+    if group is not None or dist.is_initialized():
+        return dist.group.WORLD if group is None else group
+    count = os.environ.get("WORLD_SIZE", "1")
+    if dist.is_torchelastic_launched() and count != "1":
+        warnings.warn(
+            f"torchrun started {count} processes, but torch.distributed is not initialized: this optimizer trains this "
+            "process alone. Call torch.distributed.init_process_group() before building it",
+            stacklevel=3,
+        )
+    return None
 
 
 def _check_group(group: object) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from dist_asgd.agreement import Facts, fingerprint
 from dist_asgd.pieces import GradientPiece
@@ -28,9 +28,18 @@ SAMPLED = 8  # gradients that ranks compare
 
 
 def check_arguments(
-    gradients: object, bucket_bytes: object, average_dtype: object, module: object, flags: Mapping[str, object]
+    *,
+    gradients: object,
+    find_unused_parameters: object,
+    bucket_bytes: object,
+    master_weights: object,
+    average_dtype: object,
+    module: object,
+    unknown: Mapping[str, object],
 ) -> None:
     """Raises ``ValueError`` or ``TypeError`` that names the argument, its value and what it may be."""
+    if unknown:
+        raise TypeError(f"ShardedASGD has no option {', '.join(map(repr, unknown))}")
     if gradients not in ("local", "reduced"):
         raise ValueError(f"gradients must be 'local' or 'reduced', got {gradients!r}")
     if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int):
@@ -41,7 +50,7 @@ def check_arguments(
         raise TypeError(f"average_dtype must be a floating-point torch.dtype or None, got {average_dtype!r}")
     if module is not None and not isinstance(module, torch.nn.Module):
         raise TypeError(f"module must be a torch.nn.Module or None, got {module!r}")
-    for name, value in flags.items():
+    for name, value in (("find_unused_parameters", find_unused_parameters), ("master_weights", master_weights)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
 
@@ -68,12 +77,36 @@ def check_parameter(name: str, param: Tensor) -> None:
     """Raises ``ValueError`` for a parameter that cannot be optimized, saying why."""
     if isinstance(param, DTensor):
         raise ValueError(f"parameter {name!r} is a DTensor; ShardedASGD shards plain tensors so far")
+    if is_lazy(param):
+        raise ValueError(f"parameter {name!r} has no shape yet: run a forward of its lazy module first")
     if param.is_meta:
         raise ValueError(f"parameter {name!r} is on the meta device; materialize the model (model.to_empty(...)) first")
     if param.layout is not torch.strided:
         raise ValueError(f"parameter {name!r} has layout {param.layout}; expected a dense tensor")
-    if not (param.is_floating_point() or param.is_complex()):
-        raise ValueError(f"parameter {name!r} is {param.dtype}; expected a floating-point or complex dtype")
+    if not (param.is_floating_point() or param.is_complex()) or param.element_size() == 1:
+        raise ValueError(f"parameter {name!r} is {param.dtype}; expected floating-point (not fp8) or complex")
+
+
+def check_memory(groups: Groups) -> None:
+    """Raises ``ValueError`` where two parameters lie in the same memory: each gets its own here."""
+    spans = sorted(
+        (param.device.type, param.data_ptr(), param.data_ptr() + _dense_bytes(param), name)
+        for number, group in enumerate(groups)
+        for name, param in zip(parameter_names(group, number), group["params"], strict=True)
+        if param.numel()
+    )
+    for (device, _, stop, name), (other_device, start, _, other) in itertools.pairwise(spans):
+        if device == other_device and start < stop:
+            raise ValueError(
+                f"parameters {name!r} and {other!r} share memory, and here each gets its own. To tie them, let their "
+                "modules hold the same Parameter (b.weight = a.weight, not b.weight.data = a.weight.data)"
+            )
+
+
+def _dense_bytes(param: Tensor) -> int:
+    """The memory from the parameter's first element to its last; of one element where it has holes or repeats."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
+    return param.element_size() * (extent if extent == param.numel() else 1)
 
 
 def check_state_dict(state_dict: object) -> None:
@@ -84,17 +117,6 @@ def check_state_dict(state_dict: object) -> None:
         raise ValueError(
             "the state dict is empty. full_state_dict() is {} on every rank but 0: broadcast rank 0's "
             "(torch.distributed.broadcast_object_list), or let every rank read it"
-        )
-
-
-def warn_not_initialized() -> None:
-    """Says so where torchrun started several processes and this optimizer knows of none but its own."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if dist.is_torchelastic_launched() and count != "1":
-        warnings.warn(
-            f"torchrun started {count} processes, but torch.distributed is not initialized: this optimizer trains this "
-            "process alone. Call torch.distributed.init_process_group() before building it",
-            stacklevel=3,
         )
 
 
@@ -115,6 +137,15 @@ def built_for_another(alone: bool, groups: Groups, buckets: Sequence[Sequence[Bu
             f"the optimizer has {len(groups)} param_groups and was built with {len(buckets)}: add groups by "
             "add_param_group(), and to take one away build another optimizer"
         )
+    for number, (group, of_group) in enumerate(zip(groups, buckets, strict=True)):
+        listed = set(map(id, group["params"]))
+        if len(listed) != sum(len(bucket.params) for bucket in of_group) or any(
+            not bucket.positions.keys() <= listed for bucket in of_group
+        ):
+            return RuntimeError(
+                f"param_groups[{number}] does not list the parameters that it was built with: add parameters by "
+                "add_param_group(), freeze those that are not to be trained, or build another optimizer"
+            )
     return None
 
 
@@ -153,12 +184,16 @@ def require_gradients(bucket: Bucket, present: Sequence[bool]) -> None:
         if param.requires_grad and not has
     ]
     if missing:
-        some = ", ".join(map(repr, missing[:3])) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise RuntimeError(
-            f"no gradient for parameter {some}. Where ranks may leave parameters unused, pass "
+            f"no gradient for parameter {some_of(missing)}. Where ranks may leave parameters unused, pass "
             "find_unused_parameters=True; freeze those that are never used (requires_grad=False). If the model's "
             "parameters were replaced after the optimizer was built (load_state_dict(assign=True)), build it again"
         )
+
+
+def some_of(names: Sequence[object]) -> str:
+    """The first few names, for a message."""
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def gradient_sample(buckets: Sequence[Bucket]) -> list[tuple[str, float, float]]:

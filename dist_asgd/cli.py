@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +54,13 @@ def _positive(text: str) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     plan = _describe(arguments.shapes, arguments.world_size, arguments.dtype, arguments.bucket_bytes)
-    print(json.dumps(plan, indent=2) if arguments.json else _as_text(plan))
+    try:
+        print(json.dumps(plan, indent=2) if arguments.json else _as_text(plan), flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more when it exits
+        if not isinstance(error, BrokenPipeError):  # of `| head` nobody wants to hear
+            print(f"dist-asgd: cannot write the plan: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_asgd.agreement import Agreement, group_of_its_own
+from dist_asgd.agreement import Agreement, default_group, group_of_its_own
 from dist_asgd.averaging import averages_swapped_in
 from dist_asgd.checks import (
     argument_facts,
     built_for_another,
     check_arguments,
+    check_memory,
     check_parameter,
     check_state_dict,
     clip_arguments,
     drop_duplicates,
     parameter_names,
-    warn_not_initialized,
 )
 from dist_asgd.clipping import clip_reduced_
 from dist_asgd.overlap import ForwardWaits
@@ -83,31 +83,31 @@ class ShardedASGD(torch.optim.Optimizer):
         master_weights: bool = True,
         average_dtype: torch.dtype | None = None,
         module: nn.Module | None = None,
+        **unknown: NoReturn,  # refused in the body, where every rank hears of it
     ) -> None:
-        self._alone = process_group is None and not dist.is_initialized()
-        if self._alone:
-            warn_not_initialized()
-        group = dist.group.WORLD if process_group is None and not self._alone else process_group
-        self._agreement = Agreement(group)
+        group = default_group(process_group)
+        agreement = self._agreement = Agreement(group)
         self._process_group = group_of_its_own(group)
-        self._gradients = gradients
         self._reduces = gradients == "local" and self._process_group is not None
-        self._find_unused = find_unused_parameters
-        self._bucket_bytes = bucket_bytes
         self._precision = Precision(master_weights, average_dtype)
+        self._arguments: dict[str, Any] = {
+            "gradients": gradients,
+            "find_unused_parameters": find_unused_parameters,
+            "bucket_bytes": bucket_bytes,
+            "master_weights": master_weights,
+            "average_dtype": average_dtype,
+        }
         self._buckets: list[list[Bucket]] = []  # by group
         self._reducer = Reducer()
         self._waits = ForwardWaits(module)
-        self._built = self._swapped = False
-        self._settlement = Settlement(
-            self._agreement, self._reducer, self._waits, self._reduces, find_unused_parameters
-        )
-        options = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
-        with self._agreement.together("ShardedASGD()"):
-            flags = {"find_unused_parameters": find_unused_parameters, "master_weights": master_weights}
-            check_arguments(gradients, bucket_bytes, average_dtype, module, flags)
+        self._alone, self._built, self._swapped = group is None, False, False
+        self._settlement = Settlement(agreement, self._reducer, self._waits, self._reduces, find_unused_parameters)
+        with agreement.together("ShardedASGD()"):
+            check_arguments(**self._arguments, module=module, unknown=unknown)
+            options = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
             super().__init__(params, {**options, "maximize": maximize, **TORCH_OPTIONS})
-        self._agree_on_arguments(0)
+            facts = argument_facts(self._arguments, self.param_groups, 0)
+        agreement.require_equal("the arguments of the optimizer", facts)
         self._build(0)
         self._built = True
         self.state = StateView(self.param_groups, self._buckets)  # type: ignore[assignment]
@@ -119,11 +119,12 @@ class ShardedASGD(torch.optim.Optimizer):
             return
         first = len(self.param_groups)
         self.synchronize()
-        self._settlement.align("add_param_group()", self._all_buckets())
+        self._settlement.align("add_param_group()", self._all_buckets(), self._misuse())
         try:
             with self._agreement.together("add_param_group()"):
                 self._add_checked(param_group)
-            self._agree_on_arguments(first)
+                facts = argument_facts(self._arguments, self.param_groups, first)
+            self._agreement.require_equal("the arguments of the optimizer", facts)
         except Exception:
             del self.param_groups[first:]
             raise
@@ -146,8 +147,7 @@ class ShardedASGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        error = built_for_another(self._alone, self.param_groups, self._buckets)
-        settled = self._settlement.settle("step()", self.param_groups, self._all_buckets(), error)
+        settled = self._settlement.settle("step()", self.param_groups, self._all_buckets(), self._misuse())
         self._settlement.warn_if_orphaned(settled)
         for h, buckets in zip(settled.options, self._buckets, strict=True):
             for bucket in buckets:
@@ -184,7 +184,8 @@ class ShardedASGD(torch.optim.Optimizer):
         Raises:
             RuntimeError, ValueError: on every rank the same; as ``step``, and for arguments out of range.
         """
-        max_norm, norm_type, error = clip_arguments(max_norm, norm_type)
+        max_norm, norm_type, bad = clip_arguments(max_norm, norm_type)
+        error = self._misuse() or bad
         operation = f"clip_grad_norm_({max_norm=}, {norm_type=})"  # which must be the same on every rank
         if not self._reduces:
             self._settlement.align(operation, self._all_buckets(), error)
@@ -216,7 +217,7 @@ class ShardedASGD(torch.optim.Optimizer):
         """
         self._refuse_swapped("averaged_parameters()")
         self.synchronize()
-        self._settlement.align("averaged_parameters()", self._all_buckets())
+        self._settlement.align("averaged_parameters()", self._all_buckets(), self._misuse())
         self._swapped = True
         try:
             # no_sync: the reductions of a backward on one rank only must not come between the all-gathers of all.
@@ -252,6 +253,8 @@ class ShardedASGD(torch.optim.Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         self.synchronize()
+        if error := self._misuse():
+            raise error
         for bucket in self._all_buckets():
             bucket.check_views()
         state_dict = sharded_state_dict(self.param_groups, self._buckets)
@@ -262,7 +265,7 @@ class ShardedASGD(torch.optim.Optimizer):
     def full_state_dict(self) -> dict[str, Any]:
         """A plain ``torch.optim.ASGD`` state dict of whole CPU tensors on rank 0, ``{}`` on the others. Collective."""
         self.synchronize()
-        self._settlement.align("full_state_dict()", self._all_buckets())
+        self._settlement.align("full_state_dict()", self._all_buckets(), self._misuse())
         return full_state_dict(self.param_groups, self._buckets, self._agreement.rank)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -272,7 +275,7 @@ class ShardedASGD(torch.optim.Optimizer):
             ValueError: on every rank the same, where it does not fit; nothing has changed then.
         """
         self.synchronize()
-        self._settlement.align("load_state_dict()", self._all_buckets())
+        self._settlement.align("load_state_dict()", self._all_buckets(), self._misuse())
         with self._agreement.together("load_state_dict()"):
             self._refuse_swapped("load_state_dict()")
             loaded = plan_load(self.param_groups, self._buckets, self._before_load(state_dict))
@@ -299,6 +302,9 @@ class ShardedASGD(torch.optim.Optimizer):
     def _all_buckets(self) -> list[Bucket]:
         return [bucket for buckets in self._buckets for bucket in buckets]
 
+    def _misuse(self) -> RuntimeError | None:
+        return built_for_another(self._alone, self.param_groups, self._buckets)
+
     def _refuse_swapped(self, what: str) -> None:
         if self._swapped:
             raise RuntimeError(f"{what} is not possible inside averaged_parameters(): leave the with block first")
@@ -313,6 +319,7 @@ class ShardedASGD(torch.optim.Optimizer):
             Hyperparameters.of(group)
             for name, param in zip(parameter_names(group, count), group["params"], strict=True):
                 check_parameter(name, param)
+            check_memory(self.param_groups)
         except Exception:
             del self.param_groups[count:]
             raise
@@ -324,22 +331,12 @@ class ShardedASGD(torch.optim.Optimizer):
             named = dict(zip(group["params"], parameter_names(group, number), strict=True))
             reducing = weakref.proxy(self._settlement) if self._reduces else None
             buckets = build_buckets(
-                named, self._bucket_bytes, rank, world_size, self._process_group, self._precision, reducing
+                named, self._arguments["bucket_bytes"], rank, world_size, self._process_group, self._precision, reducing
             )
             self._buckets.append(buckets)
             self._waits.attach(buckets)
             if self._reduces:
                 self._reducer.add(buckets)
-
-    def _agree_on_arguments(self, first: int) -> None:
-        arguments = {
-            "gradients": self._gradients,
-            "find_unused_parameters": self._find_unused,
-            "bucket_bytes": self._bucket_bytes,
-            "precision": self._precision,
-        }
-        facts = argument_facts(arguments, self.param_groups, first)
-        self._agreement.require_equal("the arguments of the optimizer", facts)
 
 
 def _given(result: Any, default: Any) -> Any:

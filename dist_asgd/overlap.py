@@ -25,7 +25,7 @@ class ForwardWaits:
     """
 
     def __init__(self, module: nn.Module | None) -> None:
-        self._module = module
+        self.module = module
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, remove_hooks, self._hooks)
         self._covered: set[int] = set()
@@ -33,20 +33,20 @@ class ForwardWaits:
 
     def attach(self, buckets: Sequence[Bucket]) -> None:
         """Hooks the modules that are waited for. torch.compile breaks its graph at each of them."""
-        if self._module is None:
+        if self.module is None:
             return
         owner = {id(param): bucket for bucket in buckets for param in bucket.params}
         gathered = {bucket for bucket in buckets if bucket.collectives is not None}
-        units = set(_units(self._module))
-        for submodule in self._module.modules():
+        units = set(_units(self.module))
+        for submodule in self.module.modules():
             needed = {owner[id(param)] for param in _parameters(submodule, units) if id(param) in owner}
             if needed & gathered:
                 # First: others (weight_norm's, pruning's) make weights from parameters.
                 hook = submodule.register_forward_pre_hook(_Wait(needed & gathered), prepend=True)
                 self._hooks.append(hook)
         if gathered:
-            self._hooks.append(self._module.register_state_dict_pre_hook(_Wait(gathered)))
-        for prefix, submodule in self._module.named_modules():
+            self._hooks.append(self.module.register_state_dict_pre_hook(_Wait(gathered)))
+        for prefix, submodule in self.module.named_modules():
             for name, param in submodule.named_parameters(recurse=False):
                 if id(param) in owner:
                     self._covered.add(id(param))

@@ -42,14 +42,18 @@ class Hyperparameters:
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Hyperparameters:
+        missing = [name for name in cls.__slots__ if name not in group]
+        if missing:
+            raise ValueError(f"the param_group has no {missing[0]}; every group needs {', '.join(cls.__slots__)}")
         return cls(**{name: group[name] for name in cls.__slots__})
 
     def __post_init__(self) -> None:
         """Raises ``ValueError`` (``TypeError`` for a non-number) that names the option, its value and its range."""
         lr = self.lr
         if isinstance(lr, Tensor):
-            if lr.numel() != 1:
-                raise ValueError(f"lr must be a number or a tensor of 1 element, got shape {tuple(lr.shape)}")
+            if lr.numel() != 1 or lr.is_meta:
+                found = f"shape {tuple(lr.shape)} on {lr.device.type}"
+                raise ValueError(f"lr must be a number or a tensor of 1 element that has a value, got {found}")
             lr = lr.item()
         _check_number("lr", lr, low=0.0)
         _check_number("lambd", self.lambd, low=0.0)
@@ -120,7 +124,11 @@ def average_step_(average: Tensor, iterate: Tensor, mu: float) -> None:
 def _check_number(name: str, value: object, *, low: float, finite: bool = True) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):  # Real: numpy's too
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if math.isnan(value) or value < low or (finite and math.isinf(value)):
+    try:
+        number = float(value)
+    except OverflowError:  # an integer
+        number = math.nan
+    if math.isnan(number) or number < low or (finite and math.isinf(number)):
         raise ValueError(f"{name} must be a {'finite ' if finite else ''}number >= {low:g}, got {value!r}")
 
 

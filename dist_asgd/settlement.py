@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from dist_asgd.checks import (
     gradient_sample,
     require_gradients,
     require_same_gradients,
+    some_of,
     step_code,
     step_facts,
 )
@@ -20,6 +22,9 @@ from dist_asgd.overlap import ForwardWaits
 from dist_asgd.reducer import Reducer
 from dist_asgd.replicated import Bucket
 from dist_asgd.rule import Hyperparameters
+
+# Steps in a row without a gradient, after which it is said: of all parameters; of one (models may use them in turns).
+NONE_USED, ONE_UNUSED = 3, 100
 
 Flags = dict[Bucket, list[bool]]  # a fact about each parameter of each bucket
 
@@ -47,8 +52,8 @@ class Settlement:
     ) -> None:
         self._agreement, self._reducer, self._waits = agreement, reducer, waits
         self._reduces, self._find_unused = reduces, find_unused
-        self._empty_steps = 0  # in a row
-        self._warned = self._compared = False
+        self._without: Counter[str] = Counter()  # steps in a row that found no gradient, by name of the parameter
+        self._warned = self._warned_orphans = self._compared = False
 
     @property
     def passes(self) -> int:
@@ -168,11 +173,25 @@ class Settlement:
         return {bucket: [next(union) for _ in own] for bucket, own in flags.items()}
 
     def warn_if_orphaned(self, settled: Settled) -> None:
-        """A model whose parameters were replaced gives none of ours a gradient; torch's optimizers say nothing then."""
-        self._empty_steps = 0 if any(map(any, settled.active.values())) else self._empty_steps + 1
-        if self._empty_steps == 3:
+        """What the model uses no more gets no gradient; torch's optimizers say nothing. A given module is checked."""
+        if self._warned_orphans or self._waits.module is not None or all(map(all, settled.active.values())):
+            self._without.clear()
+            return
+        without = [
+            name
+            for bucket, flags in settled.active.items()
+            for name, param, has in zip(bucket.names, bucket.params, flags, strict=True)
+            if param.requires_grad and not has
+        ]
+        self._without = Counter({name: self._without[name] + 1 for name in without})
+        none_used = not any(map(any, settled.active.values()))
+        limit = NONE_USED if none_used else ONE_UNUSED
+        orphans = [name for name, steps in self._without.items() if steps >= limit]
+        if orphans and not (none_used and len(orphans) < len(without)):
+            self._warned_orphans = True
             warnings.warn(
-                "three steps in a row found no gradient on any parameter of the optimizer. If the model's parameters "
-                "were replaced after the optimizer was built (load_state_dict(assign=True)), build it again",
+                f"{limit} steps in a row found no gradient for parameter {some_of(orphans)}. If the model's "
+                "parameters were replaced after the optimizer was built (load_state_dict(assign=True)), build it "
+                "again, or pass module=, which notices. Freeze those that are never used (requires_grad=False)",
                 stacklevel=4,
             )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_asgd.agreement import Facts
-from dist_asgd.checks import option_facts
+from dist_asgd.checks import option_facts, some_of
 from dist_asgd.replicated import Bucket
 from dist_asgd.rule import Hyperparameters, Scalars
 
@@ -115,16 +115,20 @@ class Load:
 def plan_load(groups: Groups, buckets: GroupBuckets, state_dict: Mapping[str, Any]) -> Load:
     """Matches ``state_dict``, ours or torch's, whole or sharded, by any parameter ids, with parameters.
 
-    Raises ``ValueError`` where it does not fit.
+    Raises ``ValueError`` where it does not fit, ``TypeError`` where it is no state dict.
     """
     missing = {"state", "param_groups"} - state_dict.keys()
     if missing:
         raise ValueError(f"the state dict has no {' and no '.join(sorted(missing))}: it is not that of an optimizer")
     saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
+    if not (isinstance(saved_state, Mapping) and all(isinstance(entry, Mapping) for entry in saved_state.values())):
+        raise TypeError("'state' of the state dict must be a dict that has a dict for each parameter")
+    if not (isinstance(saved_groups, (list, tuple)) and all(isinstance(group, Mapping) for group in saved_groups)):
+        raise TypeError("'param_groups' of the state dict must be a list of dicts")
     keys = _saved_ids(groups, saved_groups)
     strangers = saved_state.keys() - {key for of_group in keys for key in of_group}
     if strangers:
-        some = ", ".join(sorted(map(repr, strangers))[:3])
+        some = some_of(sorted(strangers, key=repr))
         raise ValueError(f"the state dict has state of parameters that none of its groups lists: {some}")
     states = {
         id(param): saved_state[key]

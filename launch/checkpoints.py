@@ -5,11 +5,13 @@ never written to again. The marker in it is written last, when every rank has sa
 killed run left behind, and does not count.
 """
 
+import contextlib
 import itertools
 import json
 import posixpath
 import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
@@ -20,6 +22,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, Fsspec
 from world import World
 
 MARKER = "complete.json"
+NAME = re.compile(r"step-\d+(-\d+)?")
 
 State = dict[str, Any]  # tensors, whole or this rank's share of them, in nested dicts
 Facts = dict[str, Any]  # what fits in JSON
@@ -31,8 +34,7 @@ def save(root: str, step: int, state: State, facts: Facts, world: World) -> str:
     fs, path = url_to_fs(url)
     # FsspecWriter's sync_files calls os.sync(), which flushes every disk of the machine. A local file needs fsync only.
     writer = dcp.FileSystemWriter(path) if _is_local(fs) else FsspecWriter(url, sync_files=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said of one process, which is meant
+    with _meant_to_be_alone():
         dcp.save(state, storage_writer=writer, process_group=world.control, no_dist=world.control is None)
     marker = json.dumps({"step": step, **facts}, indent=1).encode()
     # dcp.save has returned, so every rank has written everything: the ranks exchange their results in it.
@@ -44,7 +46,8 @@ def load(url: str, state: State, world: World) -> None:
     """Read a checkpoint into the tensors of `state`; what is no tensor is replaced. Collective."""
     fs, path = url_to_fs(url)
     reader = dcp.FileSystemReader(path) if _is_local(fs) else FsspecReader(url)
-    dcp.load(state, storage_reader=reader, process_group=world.control, no_dist=world.control is None)
+    with _meant_to_be_alone():
+        dcp.load(state, storage_reader=reader, process_group=world.control, no_dist=world.control is None)
 
 
 def find(root: str, resume: str, world: World) -> tuple[str, Facts] | None:
@@ -52,30 +55,60 @@ def find(root: str, resume: str, world: World) -> tuple[str, Facts] | None:
 
     Args:
         root: where `save` puts checkpoints; may be empty.
-        resume: "auto" for the newest complete one below `root`, if there is one; "no" for none; or its URL.
+        resume: "auto" for the newest complete one below `root`, if there is one; or its URL.
     """
-    if resume == "no" or (resume == "auto" and not root):
-        return None
-    return world.from_rank_zero(lambda: _newest(root) if resume == "auto" else _complete(resume))
+    return world.from_rank_zero(lambda: _find(root, resume))
+
+
+def _find(root: str, resume: str) -> tuple[str, Facts] | None:
+    newest = _newest(root) if root else None
+    if resume == "auto":
+        return newest
+    facts = _read_marker(resume)
+    if facts is None:
+        raise SystemExit(f"{resume} is not a complete checkpoint: it has no {MARKER}.")
+    if newest is not None and newest[1]["step"] > facts["step"]:
+        raise SystemExit(
+            f"{root} has a later checkpoint than {resume}, and would be resumed from that one the next time: take "
+            "another --checkpoint-dir."
+        )
+    return resume, facts
 
 
 def _newest(root: str) -> tuple[str, Facts] | None:
     fs, path = url_to_fs(root)
     fs.invalidate_cache()
-    directories = [posixpath.dirname(marker) for marker in fs.glob(f"{path}/step-*/{MARKER}")]
-    return _complete(fs.unstrip_protocol(max(directories, key=_step_and_attempt))) if directories else None
+    try:
+        names = [posixpath.basename(entry.rstrip("/")) for entry in fs.ls(path, detail=False)]
+    except FileNotFoundError:
+        return None
+    for name in sorted(filter(NAME.fullmatch, names), key=_step_and_attempt, reverse=True):
+        url = fs.unstrip_protocol(posixpath.join(path, name))
+        facts = _read_marker(url)
+        if facts is not None:
+            return url, facts
+    return None
 
 
-def _step_and_attempt(directory: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", posixpath.basename(directory))]
+def _step_and_attempt(name: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", name)]
 
 
-def _complete(url: str) -> tuple[str, Facts]:
+def _read_marker(url: str) -> Facts | None:
+    """The facts of a checkpoint; None where it is not complete: a killed run may leave half a marker, too."""
     fs, path = url_to_fs(url)
     try:
-        return url, json.loads(fs.cat_file(posixpath.join(path, MARKER)))
-    except FileNotFoundError:
-        raise SystemExit(f"{url} is not a complete checkpoint: it has no {MARKER}.") from None
+        return json.loads(fs.cat_file(posixpath.join(path, MARKER)))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def _meant_to_be_alone() -> Iterator[None]:
+    """Without dcp's warning of one process that has no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 def _new_directory(root: str, step: int) -> str:

@@ -4,6 +4,7 @@ The piece is a function of (seed, step, index in the global batch) and of nothin
 resumed, on as many ranks as before or on another number, reads exactly what it would have read without the stop.
 """
 
+import contextlib
 import hashlib
 import os
 import random
@@ -21,7 +22,7 @@ from torch import Tensor
 # Of the standard library: not installed packages, not tests, and not long tables of numbers.
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
 
-File = tuple[AbstractFileSystem, str]
+File = tuple[str, AbstractFileSystem, str]  # what the user asked for, and where in which file system that is
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +41,11 @@ def read_text(urls: Sequence[str], *, max_bytes: int, held_out_bytes: int) -> Te
         urls: fsspec URLs, globs or paths; if empty, the source of Python's standard library is read.
     """
     content = bytearray()
-    for fs, path in _named_files(urls) if urls else _standard_library():
-        content += fs.cat_file(path, start=0, end=max_bytes - len(content))
-        if len(content) == max_bytes:
+    for url, fs, path in _named_files(urls) if urls else _standard_library():
+        with _said_of(url):
+            content += fs.cat_file(path, start=0, end=max_bytes - len(content))
+        if len(content) >= max_bytes:
+            del content[max_bytes:]  # a web server may send the whole file, whatever it is asked for
             break
     if len(content) < 2 * held_out_bytes:
         raise SystemExit(
@@ -56,24 +59,30 @@ def read_text(urls: Sequence[str], *, max_bytes: int, held_out_bytes: int) -> Te
 def _named_files(urls: Sequence[str]) -> Iterator[File]:
     """The files in the order of the command line, those of one glob or folder sorted by name."""
     for url in urls:
-        try:
+        with _said_of(url):
             fs, found = _find(url)
-        except (OSError, ImportError, ValueError) as error:  # no such host, no permission, s3fs not installed, a typo
-            raise SystemExit(f"--data {url}: {error}") from error
         files = [path for path, info in sorted(found.items()) if info["type"] == "file" and info["size"] != 0]
         if not files:
             raise SystemExit(f"--data {url}: there is no file with text there.")
-        yield from ((fs, path) for path in files)
+        yield from ((url, fs, path) for path in files)
+
+
+@contextlib.contextmanager
+def _said_of(url: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each file system has its own: no such host, no credentials, no permission, a typo
+        raise SystemExit(f"--data {url}: {error}") from error
 
 
 def _find(url: str) -> tuple[AbstractFileSystem, dict[str, Any]]:
     """The file system of a URL, and what fsspec knows about each file that the URL means."""
     fs, path = url_to_fs(url)
-    if any(c in path for c in "*?["):
-        return fs, fs.glob(path, detail=True)
     if fs.isdir(path):
         return fs, fs.find(path, detail=True)
-    return fs, {path: fs.info(path)} if fs.exists(path) else {}
+    if fs.exists(path):
+        return fs, {path: fs.info(path)}
+    return fs, fs.glob(path, detail=True) if any(c in path for c in "*?[") else {}
 
 
 def _standard_library() -> Iterator[File]:
@@ -84,7 +93,7 @@ def _standard_library() -> Iterator[File]:
     fs = LocalFileSystem()
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(set(folders) - SKIPPED)  # os.walk goes on into what is left here
-        yield from ((fs, os.path.join(folder, name)) for name in sorted(files) if name.endswith(".py"))
+        yield from ((root, fs, os.path.join(folder, name)) for name in sorted(files) if name.endswith(".py"))
 
 
 def rank_share(total: int, rank: int, world_size: int) -> range:

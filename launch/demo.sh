@@ -22,7 +22,8 @@ start_ranks() {
 
 wait_for_step() {
     until grep -qs "\"step\": $1," "$RUN/metrics.jsonl"; do
-        kill -0 "$torchrun" 2>/dev/null || die "the ranks ended before step $1: see the messages above."
+        kill -0 "$torchrun" 2>/dev/null ||
+            die "the ranks ended before step $1 was evaluated: see the messages above; --steps and --eval-every must lead there."
         sleep 0.2
     done
 }

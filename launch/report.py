@@ -9,10 +9,12 @@ cannot append.
 import io
 import itertools
 import json
+import os
 import sys
 from typing import Any
 
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 try:
     import matplotlib
@@ -45,6 +47,18 @@ class Metrics:
         picture = io.BytesIO()
         _draw(self.records).savefig(picture, format="png", dpi=150)
         return f"Both curves: {_write(self.out, 'loss.png', picture.getvalue())}"
+
+
+def make_folders(*urls: str) -> None:
+    """Make these directories, so that a typo ends a run at its start and not when there is something to lose."""
+    for url in filter(None, urls):
+        try:
+            fs, path = url_to_fs(url)
+            fs.makedirs(path, exist_ok=True)
+            if isinstance(fs, LocalFileSystem) and not os.access(path, os.W_OK):
+                raise PermissionError("no permission to write there")
+        except Exception as error:  # each file system has its own
+            raise SystemExit(f"{url}: {error}") from error
 
 
 def read_metrics(out: str) -> list[Record]:
@@ -83,7 +97,12 @@ def _draw(records: list[Record]) -> Any:
 def _write(out: str, name: str, content: bytes) -> str:
     fs, folder = url_to_fs(out)
     fs.makedirs(folder, exist_ok=True)
-    fs.pipe_file(f"{folder}/{name}", content)
+    path = f"{folder}/{name}"
+    if isinstance(fs, LocalFileSystem):  # a kill in the middle leaves the old file, as object stores do
+        fs.pipe_file(f"{path}.part", content)
+        os.replace(f"{path}.part", path)
+    else:
+        fs.pipe_file(path, content)
     return f"{out}/{name}"
 
 

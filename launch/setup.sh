@@ -35,13 +35,13 @@ make_environment() {
 
     if torch_folder="$(find_torch "$python")"; then
         say "making .venv with $("$python" --version), using the torch it already has"
-        "$python" -m venv --clear --system-site-packages "$ROOT/.venv" || die "could not make $ROOT/.venv: see the message above."
+        "$python" -m venv --system-site-packages "$ROOT/.venv" || die "could not make $ROOT/.venv: see the message above."
         # Where python3 is itself in a virtual environment, --system-site-packages does not reach that one's packages.
         find_torch "$PY" >/dev/null ||
             printf '%s\n' "$torch_folder" >"$("$PY" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
     else
         say "making .venv with $("$python" --version)"
-        "$python" -m venv --clear "$ROOT/.venv" || die "could not make $ROOT/.venv: see the message above."
+        "$python" -m venv "$ROOT/.venv" || die "could not make $ROOT/.venv: see the message above."
         touch "$ROOT/.venv/pinned"
     fi
 }
@@ -67,12 +67,14 @@ install_project() {
     fi
     say "installing dist_asgd[$extras] (the first time takes a minute or more)"
     "$PY" -m pip install -qq --no-input --disable-pip-version-check -c "$constraints" -e "${ROOT}[$extras]" </dev/null ||
-        die "pip could not install dist_asgd[$extras]: check that the package index is reachable, or start from a python3 that has these packages."
+        die "pip could not install dist_asgd[$extras]: see its message above, and check that the package index is reachable."
 }
 
 setup_environment() {
     local extras="$1" stamp="$ROOT/.venv/stamp-$1" print
-    "$PY" -c '' 2>/dev/null || make_environment
+    [[ -e "$ROOT/.venv" ]] || make_environment
+    "$PY" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix or sys.version_info < (3, 10))' 2>/dev/null ||
+        die "$ROOT/.venv is not a working virtual environment of Python 3.10 or newer: remove it and run this again."
     print="$(fingerprint)" || die "could not read pyproject.toml and constraints.txt in $ROOT."
     if [[ "$(cat "$stamp" 2>/dev/null)" == "$print" ]]; then
         say "using .venv as it is"

@@ -13,6 +13,7 @@ Beside this file: data.py (the text), model.py, world.py (the ranks), checkpoint
 
 import argparse
 import dataclasses
+import functools
 import math
 import random
 import sys
@@ -30,7 +31,7 @@ import checkpoints
 import data
 from dist_asgd import ShardedASGD
 from model import build_model
-from report import Metrics
+from report import Metrics, make_folders
 from world import StopSignal, World, join_world
 
 try:
@@ -71,7 +72,9 @@ class Args:
     out: str = option("runs/train", "directory or URL for metrics.jsonl and loss.png")
     checkpoint_dir: str = option("", "directory or URL for checkpoints; without, none are made")
     checkpoint_every: int = option(400, "save every so many steps; also at the end and at a signal")
-    resume: str = option("auto", "'auto': go on from the newest in --checkpoint-dir; 'no'; or the URL of a checkpoint")
+    resume: str = option(
+        "auto", "'auto': go on from the newest in --checkpoint-dir, if any; or the URL of a checkpoint"
+    )
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Args:
@@ -81,20 +84,24 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
         kind: dict[str, Any] = {} if "nargs" in f.metadata else {"type": type(f.default)}
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **f.metadata)
     args = Args(**vars(parser.parse_args(argv)))
+    if math.isnan(args.lr):
+        args = dataclasses.replace(args, lr=LEARNING_RATE[args.model])
     counts = ("width", "layers", "heads", "max_bytes", "held_out_bytes", "length", "batch", "steps")
     for name in (*counts, "eval_every", "checkpoint_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("lr", "lambd", "t0", "clip", "dropout"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} must be at least 0")
-    if args.dropout >= 1:
-        parser.error("--dropout must be less than 1")
+    limits = {"lr": math.inf, "lambd": math.inf, "t0": None, "clip": None, "dropout": 1, "seed": 2**63}
+    for name, limit in limits.items():
+        value = getattr(args, name)
+        if not value >= 0 or (limit is not None and value >= limit):  # not: NaN
+            parser.error(f"--{name} must be at least 0" + ("" if limit is None else f" and less than {limit}"))
+    if not args.out or "" in args.data:
+        parser.error("--out and --data must not be empty")
     if args.held_out_bytes <= args.length:
         parser.error("--held-out-bytes must be more than --length")
     if args.model == "gpt" and args.width % args.heads:
         parser.error("--width must be a multiple of --heads")
-    return dataclasses.replace(args, lr=LEARNING_RATE[args.model]) if math.isnan(args.lr) else args
+    return args
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +123,16 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What is saved, under the names of the parameters. Of the average, each rank has its own share."""
         return {"model": self.model.state_dict(), "optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where the training is."""
+
+    step: int = 0
+    best: float | None = None  # averaged bits per byte so far
+    losses: float | Tensor = 0.0  # of this rank, added up since the last evaluation, in nats
+    seen: int = 0  # sequences in those, over all ranks
 
 
 def build_run(args: Args, world: World) -> Run:
@@ -145,7 +162,7 @@ def next_byte_loss(run: Run, x: Tensor, y: Tensor, reduction: str) -> Tensor:
 
 
 def train_step(run: Run, step: int) -> Tensor:
-    """One step on this rank's share of the global batch; returns the sum of the share's losses, 0-d."""
+    """One step on this rank's share of the global batch; returns the sum of the share's losses, 0-d fp64."""
     args, world = run.args, run.world
     share = data.rank_share(args.batch, world.rank, world.size)
     x, y = data.sequences(run.text.train, share, seed=args.seed, step=step, length=args.length)  # (b, T) each
@@ -158,7 +175,7 @@ def train_step(run: Run, step: int) -> Tensor:
     run.optimizer.clip_grad_norm_(args.clip)
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return loss.detach() * len(share)
+    return loss.detach().double() * len(share)
 
 
 @torch.no_grad()
@@ -191,16 +208,21 @@ def torch_asgd_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() + 3 * 4 for p in model.parameters())
 
 
-def evaluate(run: Run, step: int) -> dict[str, Any]:
-    """A record for metrics.jsonl, the same on every rank."""
+def evaluate(run: Run, progress: Progress) -> dict[str, Any]:
+    """A record for metrics.jsonl, the same on every rank. Begins to count losses anew."""
     raw = bits_per_byte(run)
     with run.optimizer.averaged_parameters():
         averaged = bits_per_byte(run)
-    say(run.world, f"step {step:6}: held-out bits per byte {raw:.4f}, averaged {averaged:.4f}")
+    say(run.world, f"step {progress.step:6}: held-out bits per byte {raw:.4f}, averaged {averaged:.4f}")
+    train_loss = run.world.sum(float(progress.losses))[0] / progress.seen / math.log(2)
+    progress.losses, progress.seen = 0.0, 0
+    progress.best = averaged if progress.best is None else min(averaged, progress.best)
     return {
-        "step": step,
+        "step": progress.step,
         "raw": raw,
         "averaged": averaged,
+        "train": train_loss,
+        "best": progress.best,
         "world_size": run.world.size,
         "optimizer_bytes": optimizer_bytes(run),
         "torch_asgd_bytes": torch_asgd_bytes(run.model),
@@ -224,65 +246,63 @@ def remaining_steps(run: Run, done: int) -> Iterator[int]:
     return iter(tqdm(steps, initial=done, total=run.args.steps, unit="step", disable=disable))
 
 
-def resume(run: Run) -> tuple[int, float | None]:
-    """Load the checkpoint to go on from, if any; returns its step and the best averaged bits per byte until then."""
+def resume(run: Run) -> Progress:
+    """Load the checkpoint to go on from, if there is one."""
     found = checkpoints.find(run.args.checkpoint_dir, run.args.resume, run.world)
     if found is None:
-        return 0, None
+        return Progress()
     url, facts = found
     for name, value in run.identity().items():
         if (other := facts["identity"].get(name)) != value:
             raise SystemExit(
                 f"{url} is of a run with {name} = {other}, and this one has {value}. "
-                "Take the same, or another --checkpoint-dir, or --resume no."
+                "Take the same, or another --checkpoint-dir."
             )
     state = run.state()
     checkpoints.load(url, state, run.world)  # into the model's own tensors
     set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
     say(run.world, f"Going on from step {facts['step']}, saved by {facts['world_size']} ranks: {url}")
-    return facts["step"], facts["best"]
+    losses = facts["losses"] if run.world.rank == 0 else 0.0  # those of all ranks together
+    return Progress(facts["step"], facts["best"], losses, facts["seen"])
 
 
-def save(run: Run, step: int, best: float | None) -> None:
+def save(run: Run, progress: Progress) -> None:
     """Save a checkpoint, if there is a place for it."""
     if run.args.checkpoint_dir:
         started = time.monotonic()
-        facts = {"best": best, "world_size": run.world.size, "identity": run.identity()}
-        url = checkpoints.save(run.args.checkpoint_dir, step, run.state(), facts, run.world)
-        say(run.world, f"Saved step {step} in {time.monotonic() - started:.1f} s: {url}")
+        facts = {**dataclasses.asdict(progress), "losses": run.world.sum(float(progress.losses))[0]}
+        facts |= {"world_size": run.world.size, "identity": run.identity()}
+        url = checkpoints.save(run.args.checkpoint_dir, progress.step, run.state(), facts, run.world)
+        say(run.world, f"Saved step {progress.step} in {time.monotonic() - started:.1f} s: {url}")
 
 
 def train(run: Run, stop: StopSignal) -> None:
     """Train from the newest checkpoint to the last step, or until a signal."""
     args, world = run.args, run.world
-    done, best = resume(run)
-    metrics = Metrics(args.out, done)
-    losses, seen = torch.zeros((), device=world.device), 0  # of sequences, since the last evaluation
-    for step in remaining_steps(run, done):
-        losses += train_step(run, step)
-        seen += args.batch
+    progress = resume(run)
+    metrics = world.from_rank_zero(lambda: Metrics(args.out, progress.step))
+    for step in remaining_steps(run, progress.step):
+        progress.losses += train_step(run, step)
+        progress.seen += args.batch
+        progress.step = step
         if step % args.eval_every == 0 or step == args.steps:
-            record = evaluate(run, step)
-            best = record["averaged"] if best is None else min(best, record["averaged"])
-            train_loss = world.sum(losses.item())[0] / seen / math.log(2)
-            losses, seen = torch.zeros_like(losses), 0
-            if world.rank == 0:
-                metrics.add({**record, "train": train_loss, "best": best})
+            record = evaluate(run, progress)
+            world.from_rank_zero(functools.partial(metrics.add, record))
         stopping = stop.asked(world) and step < args.steps
         if stopping or step % args.checkpoint_every == 0 or step == args.steps:
-            save(run, step, best)
+            save(run, progress)
         if stopping:
             say(world, f"Stopped by a signal after step {step}.")
             return
-    if world.rank == 0:
-        say(world, metrics.plot())
+    say(world, world.from_rank_zero(metrics.plot))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """One rank, from start to end."""
-    stop = StopSignal()
     args = parse_args(argv)
     world = join_world()
+    stop = StopSignal()  # not before: until the ranks have met, a signal ends the process at once
+    world.from_rank_zero(lambda: make_folders(args.out, args.checkpoint_dir))
     run = build_run(args, world)
     size = sum(p.numel() for p in run.model.parameters())
     say(world, f"{args.model} of {size:,} parameters, {len(run.text.train):,} bytes of text to train on")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,11 +29,18 @@ class World:
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def from_rank_zero(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns on rank 0, on every rank; the others do not call it."""
-        box = [make() if self.rank == 0 else None]
-        if self.control is not None:
+        """What `make` returns on rank 0, on every rank; the others do not call it. If it raises, every rank ends."""
+        if self.control is None:
+            return make()
+        box: list[Any] = [False, None]  # whether it returned, and what
+        try:
+            if self.rank == 0:
+                box = [True, make()]
+        finally:
             dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
+        if not box[0]:
+            sys.exit(1)  # rank 0 says why
+        return box[1]
 
     def close(self) -> None:
         """Leave the process group, but not while another rank still talks to this one."""

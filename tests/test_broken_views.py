@@ -1,5 +1,6 @@
 """Parameters that no longer lie in their buckets (model.to(), assign=True, p.data = ...): noticed, or taken up."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -58,6 +59,36 @@ def test_weights_loaded_with_assign(world_size: int, module_given: bool) -> None
         return quick_message(go)
 
     one_message(run_ranks(world_size, ranks), "embedding.weight|layers.")
+
+
+@pytest.mark.parametrize("replaced", [["layers.1.scale"], None], ids=["one", "all"])
+@pytest.mark.parametrize("options", [{"gradients": "reduced"}, {"find_unused_parameters": True}], ids=str)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_weights_that_only_a_warning_can_tell_of(
+    world_size: int, options: dict[str, Any], replaced: list[str] | None
+) -> None:
+    """Without the module, and where parameters may lack a gradient: warned of once, and soon where all lack it."""
+
+    def ranks(rank: int) -> None:
+        model = Messenger()
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.1, **options)
+        warned = []
+        for step in range(110):
+            if step == 2:
+                names = replaced or list(model.state_dict())
+                new = {name: value.clone() for name, value in model.state_dict().items() if name in names}
+                model.load_state_dict(new, strict=False, assign=True)
+            (model(tokens_of(0, step)) ** 2).mean().backward()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                optimizer.step()
+            warned += [(step, str(warning.message)) for warning in caught]
+            optimizer.zero_grad()
+        ((step, text),) = warned
+        assert step == (101 if replaced else 4)
+        assert (replaced or ["layers.3.shift"])[0] in text and "assign=True" in text
+
+    run_ranks(world_size, ranks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

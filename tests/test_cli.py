@@ -96,3 +96,28 @@ def test_sizes_are_readable():
 def test_python_dash_m():
     done = subprocess.run([sys.executable, "-m", "dist_asgd", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == __version__
+
+
+def test_output_that_nobody_reads_or_can_be_written():
+    command = [
+        sys.executable,
+        "-m",
+        "dist_asgd",
+        "plan",
+        "--world-size",
+        "2",
+        *["100x100"] * 5000,
+        "--bucket-bytes",
+        "1",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait() == 1 and process.stderr.read() == ""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("dist-asgd: cannot write the plan")
+        and "\n" not in done.stderr[:-1]
+    )

@@ -16,10 +16,13 @@ from ranks import message_of, run_alone, run_ranks
 
 NAN, INF = float("nan"), float("inf")
 BAD_NUMBERS = {
-    "lr": [NAN, -0.1, "0.1", None, torch.tensor([0.1, 0.2]), torch.tensor(NAN), torch.tensor(-1.0), 1j],
+    "lr": [
+        *(NAN, -0.1, "0.1", None, 1j, 10**400),
+        *(torch.tensor([0.1, 0.2]), torch.tensor(NAN), torch.tensor(-1.0), torch.empty((), device="meta")),
+    ],
     "lambd": [NAN, -1e-4, "1e-4", None, [1e-4]],
     "alpha": [NAN, -0.75, "x", None],
-    "t0": [NAN, -1, "x", None, 1j],
+    "t0": [NAN, -1, "x", None, 1j, 10**400],
     "weight_decay": [NAN, -0.1, "x", None],
 }
 
@@ -137,6 +140,42 @@ def test_parameters_that_are_not_supported_are_refused_by_name(hidden: str) -> N
     run_ranks(2, ranks)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int32], ids=str)
+def test_dtypes_that_have_no_rule_are_refused_by_name(dtype: torch.dtype) -> None:
+    def alone() -> None:
+        p = torch.nn.Parameter(torch.zeros(4, dtype=dtype), requires_grad=False)
+        text = message_of(lambda: ShardedASGD([("odd.weight", p)], lr=0.1), ValueError)
+        assert "odd.weight" in text and str(dtype) in text
+
+    run_alone(alone)
+
+
+@pytest.mark.parametrize("when", ["at first", "in an added group"])
+def test_parameters_tied_by_their_memory_are_refused_by_name(when: str) -> None:
+    """With torch's optimizers they would stay tied; with a place of its own for each they would not."""
+
+    def ranks(rank: int) -> str:
+        first, second, other = make_parameters([Spec((4, 6)), Spec((4, 6)), Spec((5,))])
+        if when == "at first":
+            second.data = first.data[1:]
+            return quick_message(lambda: ShardedASGD([("a", first), ("z", other), ("b", second)]))
+        optimizer = ShardedASGD([("a", first), ("z", other)])
+        second.data = first.data
+        return quick_message(lambda: optimizer.add_param_group({"params": [("b", second)]}))
+
+    one_message(run_ranks(2, ranks), "'a' and 'b'", "share memory")
+
+
+def test_parameters_that_are_slices_of_one_tensor_are_welcome() -> None:
+    def alone() -> None:
+        whole = torch.arange(24.0).view(4, 6)
+        params = [torch.nn.Parameter(part) for part in (whole[:, :2], whole[:, 2:5], whole[0, 5:], whole[1:, 5])]
+        pair = Pair(params, lr=0.1, t0=0)
+        pair.train(range(4))
+
+    run_alone(alone)
+
+
 def test_an_empty_parameter_list_is_refused() -> None:
     def alone() -> None:
         assert "empty" in message_of(lambda: ShardedASGD([], lr=0.1), ValueError)
@@ -173,6 +212,13 @@ def swapped() -> list[tuple[str, torch.Tensor]]:
 
 def plain() -> list[torch.nn.Parameter]:
     return make_parameters(PLAIN)
+
+
+def lazy(run: bool) -> torch.nn.Module:
+    module = torch.nn.LazyLinear(3)
+    if run:
+        module(torch.ones(2, 4))
+    return module
 
 
 DISAGREEMENTS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
@@ -247,6 +293,16 @@ DISAGREEMENTS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
         "lr",
     ),
     "a bad lr on one rank": (lambda: ShardedASGD(named(plain())), lambda: ShardedASGD(named(plain()), lr=NAN), "nan"),
+    "an unknown option on one rank": (
+        lambda: ShardedASGD(named(plain())),
+        lambda: ShardedASGD(named(plain()), foreach=True),
+        "foreach",
+    ),
+    "a lazy module that has run on one rank only": (
+        lambda: ShardedASGD(lazy(run=True).named_parameters()),
+        lambda: ShardedASGD(lazy(run=False).named_parameters()),
+        "weight|bias",
+    ),
     "no parameters on one rank": (lambda: ShardedASGD(named(plain())), lambda: ShardedASGD([]), "empty|no parameters"),
     "masters": (
         lambda: ShardedASGD([("w", make_parameters([Spec((9,), torch.bfloat16)])[0])]),

@@ -1,5 +1,6 @@
 """A step that cannot be made: every rank says why within seconds, parameter, rank, remedy, and nothing has changed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -218,6 +219,59 @@ def test_param_groups_taken_away() -> None:
         return text
 
     one_message(run_ranks(2, ranks), "param_groups", "2")
+
+
+EDITS: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
+    "reversed": lambda groups: groups.reverse(),
+    "one taken out": lambda groups: groups[1]["params"].pop(1),
+    "one replaced": lambda groups: groups[1]["params"].__setitem__(1, make_parameters([Spec((3,))])[0]),
+    "one appended": lambda groups: groups[0]["params"].append(make_parameters([Spec((3,))])[0]),
+    "one moved": lambda groups: groups[0]["params"].append(groups[1]["params"].pop()),
+}
+CALLS: dict[str, Callable[[Pair], Any]] = {
+    "step": lambda pair: pair.optimizer.step(),
+    "clip_grad_norm_": lambda pair: pair.optimizer.clip_grad_norm_(1.0),
+    "averaged_parameters": lambda pair: pair.optimizer.averaged_parameters().__enter__(),
+    "state_dict": lambda pair: pair.optimizer.state_dict(),
+    "full_state_dict": lambda pair: pair.optimizer.full_state_dict(),
+    "load_state_dict": lambda pair: pair.optimizer.load_state_dict(pair.state),  # type: ignore[attr-defined]
+}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("edit", EDITS)
+def test_param_groups_edited_by_hand(edit: str, world_size: int) -> None:
+    """torch would train what they list; here a parameter's place in a bucket is settled when it is added."""
+
+    def ranks(rank: int) -> list[str]:
+        pair = Pair([{"params": make_parameters(PLAIN[:2])}, {"params": make_parameters(PLAIN[2:])}], lr=0.1, t0=0)
+        pair.train(range(3))
+        pair.state = pair.optimizer.state_dict()  # type: ignore[attr-defined]
+        groups = pair.optimizer.param_groups
+        kept, lists = list(groups), [list(group["params"]) for group in groups]
+        backward(pair.params, random_gradients(PLAIN, world_size, 5)[rank])
+        EDITS[edit](groups)
+        texts = [unchanged(pair, lambda call=call: call(pair)) for call in CALLS.values()]
+        groups[:] = kept
+        for group, params in zip(groups, lists, strict=True):
+            group["params"][:] = params
+        pair.optimizer.zero_grad()
+        pair.train(range(6, 9))
+        return texts
+
+    for texts in zip(*run_ranks(world_size, ranks), strict=True):
+        one_message(list(texts), "param_groups[", "add_param_group()")
+
+
+def test_an_option_missing_from_a_group() -> None:
+    def spoil(rank: int, pair: Pair) -> None:
+        gradients_but(rank, pair, {})
+        del pair.optimizer.param_groups[0]["alpha"]
+
+    def repair(rank: int, pair: Pair) -> None:
+        pair.optimizer.param_groups[0]["alpha"] = 0.75
+
+    one_message(failing_step(2, spoil, repair), "alpha", "param_group")
 
 
 # Gradients that cannot be used

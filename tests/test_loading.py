@@ -128,7 +128,14 @@ def test_a_state_dict_that_fits_on_one_rank_only_is_loaded_on_none() -> None:
     assert a == b and "rank 1" in a
 
 
-@pytest.mark.parametrize("given", [None, {}, {"state": {}}, {"param_groups": []}], ids=str)
+NO_STATE_DICTS = [
+    *(None, {}, {"state": {}}, {"param_groups": []}),
+    *({"state": [], "param_groups": []}, {"state": {}, "param_groups": None}, {"state": {0: "ax"}, "param_groups": []}),
+    {"state": {}, "param_groups": [0]},
+]
+
+
+@pytest.mark.parametrize("given", NO_STATE_DICTS, ids=str)
 def test_a_state_dict_that_only_one_rank_has_read_is_refused_on_all(given: Any) -> None:
     def ranks(rank: int) -> str:
         pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0)

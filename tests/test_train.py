@@ -83,7 +83,9 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
 def curves(run: Path) -> list[dict[str, Any]]:
     """The records that do not depend on where a run was stopped."""
     with contextlib.suppress(json.JSONDecodeError):  # read while it is written
-        return [{key: r[key] for key in ("step", "raw", "averaged", "best")} for r in report.read_metrics(str(run))]
+        return [
+            {key: r[key] for key in ("step", "raw", "averaged", "best", "train")} for r in report.read_metrics(str(run))
+        ]
     return []
 
 
@@ -149,6 +151,19 @@ def test_averaging_helps(texts: str, tmp_path: Path) -> None:
     assert last["averaged"] < last["raw"] - 0.1
 
 
+def test_a_resume_between_two_evaluations(texts: str, tmp_path: Path) -> None:
+    """What was measured since the last one is saved as well. The path has characters that mean something in a glob."""
+    every = ["--steps", "80", "--eval-every", "40", "--checkpoint-every", "30"]
+    alone(options(texts, tmp_path / "whole", *every))
+    for step in (30, 60):
+        run = tmp_path / f"from-{step}-[1]*"
+        alone(options(texts, run, *every, "--resume", f"{tmp_path}/whole/checkpoints/step-{step:08d}"))
+        assert curves(run) == [record for record in curves(tmp_path / "whole") if record["step"] > step]
+        alone(options(texts, run, *every, "--steps", "120"))
+        assert curves(run)[-2]["step"] == 80 and (run / "checkpoints/step-00000120/complete.json").exists()
+        assert not (run / "checkpoints/step-00000030").exists(), "it began again"
+
+
 def test_one_process_goes_on_where_two_ranks_were(texts: str, uninterrupted: Path, tmp_path: Path) -> None:
     checkpoint = next(uninterrupted.glob("checkpoints/step-00000100"))
     alone(options(texts, tmp_path, "--resume", str(checkpoint)))
@@ -182,13 +197,18 @@ def test_a_directory_without_marker_does_not_count(tmp_path: Path) -> None:
     assert checkpoints.find(root, "auto", ALONE) is None
     for name in ("step-00000100", "step-00000100-2", "step-00000090"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "complete.json").write_text(json.dumps({"name": name}))
+        (tmp_path / name / "complete.json").write_text(json.dumps({"name": name, "step": int(name[5:13])}))
     (tmp_path / "step-00000200").mkdir()
+    (tmp_path / "step-00000300").mkdir()
+    (tmp_path / "step-00000300/complete.json").write_text('{"step": 3')  # the run was killed while it wrote this
     found = checkpoints.find(root, "auto", ALONE)
     assert found is not None
-    assert found[1] == {"name": "step-00000100-2"}
-    assert checkpoints.find(root, "no", ALONE) is None
+    assert found[1]["name"] == "step-00000100-2"
     assert "not a complete" in message_of(lambda: checkpoints.find("", f"{root}/step-00000200", ALONE), SystemExit)
+    # From an older one a run would go on twice: the next time, from the newest.
+    older = f"{root}/step-00000090"
+    assert "later checkpoint" in message_of(lambda: checkpoints.find(root, older, ALONE), SystemExit)
+    assert checkpoints.find("", older, ALONE) is not None
     # What a killed save has left is not written to.
     assert checkpoints._new_directory(root, 200).endswith("/step-00000200-2")
 
@@ -235,8 +255,42 @@ def test_sentences_for_mistakes(texts: str, uninterrupted: Path, tmp_path: Path)
 
     assert "there is no file with text there" in message_of(lambda: read(f"{tmp_path}/*.txt"), SystemExit)
     assert "fewer than twice" in message_of(lambda: read(texts, held_out=900), SystemExit)
+    (tmp_path / "book[1].txt").write_bytes(b"x" * 500)
+    assert len(read(f"{tmp_path}/book[1].txt").train) == 400
+    assert "--data nosuch://x" in message_of(lambda: read("nosuch://x"), SystemExit)
     checkpoint = str(next(uninterrupted.glob("checkpoints/step-00000100")))
     arguments = options(texts, tmp_path, "--resume", checkpoint, "--seed", "7")
     assert "is of a run with seed = 0, and this one has 7" in run_alone(
         message_of, lambda: train.main(arguments), SystemExit
     )
+
+
+WRONG = {
+    "--out=": "must not be empty",
+    "--data=": "must not be empty",
+    "--lr=inf": "--lr must be",
+    "--lambd=nan": "--lambd must be",
+    "--t0=nan": "--t0 must be",
+    "--clip=-1": "--clip must be",
+    "--dropout=1": "--dropout must be",
+    "--seed=99999999999999999999": "--seed must be",
+    "--steps=0": "--steps must be",
+    "--width=7": "--width must be",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_arguments_exit_with_2_and_a_reason(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train.parse_args([wrong])
+    assert caught.value.code == 2
+    assert WRONG[wrong] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--out", "--checkpoint-dir"])
+def test_a_place_that_cannot_be_written_to_ends_all_ranks_at_the_start(texts: str, tmp_path: Path, option: str) -> None:
+    (tmp_path / "a file").write_text("")
+    with torchrun(2, options(texts, tmp_path / "run", option, f"{tmp_path}/a file/x")) as process:
+        output = finish(process, code=1)
+    assert output.count(f"{tmp_path}/a file/x: ") == 1, output
+    assert "bits per byte" not in output and 'world.py", line' not in output, output
