@@ -188,7 +188,7 @@ class Bucket:
         for position, (param, piece) in enumerate(zip(self.params, self.gradient_pieces, strict=True)):
             goes_on = param.grad is piece
             grad = piece.pending if goes_on else param.grad
-            usable = param.dtype == self.dtype and (grad is None or self.fits(position, grad))
+            usable = param.dtype == self.dtype and self.fits(position, param if grad is None else grad)
             if not (with_gradients and usable):  # the checks before a step will name what is not usable
                 grads.append(None)
                 continue

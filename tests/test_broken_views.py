@@ -129,12 +129,14 @@ def test_data_replaced_on_one_rank_only_is_an_error_or_harmless() -> None:
     run_ranks(2, ranks)
 
 
-def test_data_of_another_shape() -> None:
+@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize("on", [(0, 1), (0,)], ids=["every rank", "one rank"])
+def test_data_of_another_shape(on: tuple[int, ...], used: bool) -> None:
     def spoil(rank: int, pair: Pair) -> None:
-        pair.kept = pair.params[3].data  # type: ignore[attr-defined]
-        pair.params[3].data = torch.zeros(5)
         grads: list[Any] = list(random_gradients(PLAIN, 2, 77)[rank])
-        grads[3] = torch.ones(5)
+        if rank in on:
+            pair.params[3].data = torch.zeros(5)
+            grads[3] = torch.ones(5) if used else None
         backward(pair.params, grads)
 
     def ranks(rank: int) -> str:
