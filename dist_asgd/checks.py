@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -120,28 +121,25 @@ def check_state_dict(state_dict: object) -> None:
         )
 
 
-def built_for_another(alone: bool, groups: Groups, buckets: Sequence[Sequence[Bucket]]) -> RuntimeError | None:
+def built_for_another(alone: bool, groups: Groups, built: Sequence[Sequence[Tensor]]) -> RuntimeError | None:
     """The error where the world or the groups are not those that the optimizer was built for.
 
     Args:
         alone: it was built without a process group, before torch.distributed was initialized if it is now.
-        buckets: by group.
+        built: the parameters of each group as it was added.
     """
     if alone and dist.is_initialized() and dist.get_world_size() > 1:
         return RuntimeError(
             "torch.distributed was initialized after the optimizer was built, so it would train this rank alone. Build "
             "it after init_process_group(); for one rank by itself, pass process_group=dist.new_group([rank])"
         )
-    if len(groups) != len(buckets):
+    if len(groups) != len(built):
         return RuntimeError(
-            f"the optimizer has {len(groups)} param_groups and was built with {len(buckets)}: add groups by "
+            f"the optimizer has {len(groups)} param_groups and was built with {len(built)}: add groups by "
             "add_param_group(), and to take one away build another optimizer"
         )
-    for number, (group, of_group) in enumerate(zip(groups, buckets, strict=True)):
-        listed = set(map(id, group["params"]))
-        if len(listed) != sum(len(bucket.params) for bucket in of_group) or any(
-            not bucket.positions.keys() <= listed for bucket in of_group
-        ):
+    for number, (group, params) in enumerate(zip(groups, built, strict=True)):
+        if len(group["params"]) != len(params) or not all(map(operator.is_, group["params"], params)):
             return RuntimeError(
                 f"param_groups[{number}] does not list the parameters that it was built with: add parameters by "
                 "add_param_group(), freeze those that are not to be trained, or build another optimizer"

@@ -98,8 +98,8 @@ class ShardedASGD(torch.optim.Optimizer):
             "average_dtype": average_dtype,
         }
         self._buckets: list[list[Bucket]] = []  # by group
-        self._reducer = Reducer()
-        self._waits = ForwardWaits(module)
+        self._params: list[list[Tensor]] = []  # by group, as they were added
+        self._reducer, self._waits = Reducer(), ForwardWaits(module)
         self._alone, self._built, self._swapped = group is None, False, False
         self._settlement = Settlement(agreement, self._reducer, self._waits, self._reduces, find_unused_parameters)
         with agreement.together("ShardedASGD()"):
@@ -303,7 +303,7 @@ class ShardedASGD(torch.optim.Optimizer):
         return [bucket for buckets in self._buckets for bucket in buckets]
 
     def _misuse(self) -> RuntimeError | None:
-        return built_for_another(self._alone, self.param_groups, self._buckets)
+        return built_for_another(self._alone, self.param_groups, self._params)
 
     def _refuse_swapped(self, what: str) -> None:
         if self._swapped:
@@ -334,6 +334,7 @@ class ShardedASGD(torch.optim.Optimizer):
                 named, self._arguments["bucket_bytes"], rank, world_size, self._process_group, self._precision, reducing
             )
             self._buckets.append(buckets)
+            self._params.append(list(group["params"]))
             self._waits.attach(buckets)
             if self._reduces:
                 self._reducer.add(buckets)
