@@ -50,7 +50,7 @@ class Metrics:
 
 
 def make_folders(*urls: str) -> None:
-    """Make these directories, so that a typo ends a run at its start and not when there is something to lose."""
+    """Make the directories of a run, at its start: a typo ends it before there is something to lose."""
     for url in filter(None, urls):
         try:
             fs, path = url_to_fs(url)
@@ -96,7 +96,6 @@ def _draw(records: list[Record]) -> Any:
 
 def _write(out: str, name: str, content: bytes) -> str:
     fs, folder = url_to_fs(out)
-    fs.makedirs(folder, exist_ok=True)
     path = f"{folder}/{name}"
     if isinstance(fs, LocalFileSystem):  # a kill in the middle leaves the old file, as object stores do
         fs.pipe_file(f"{path}.part", content)
