@@ -20,7 +20,7 @@ _ERRORS: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": Val
 
 Facts = list[tuple[str, str]]  # (name, value)
 
-MAX_VALUES = 5  # of one exchange
+MAX_VALUES = 7  # of one exchange
 
 
 class DifferentOperations(RuntimeError):
@@ -42,6 +42,7 @@ class Agreement:
         _check_group(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world_size = 1 if group is None else dist.get_world_size(group)
+        self.ranks = [] if group is None else dist.get_process_group_ranks(group)  # in the numbers of all ranks
         self.group = group_of_its_own(group, "gloo")
 
     @contextlib.contextmanager
@@ -90,6 +91,31 @@ class Agreement:
         if self.group is not None:
             dist.all_gather_object(everyone, item, group=self.group)
         return everyone
+
+    def collect(self, item: Any, tensors: Sequence[torch.Tensor]) -> Iterator[tuple[Any, list[torch.Tensor]]]:
+        """On rank 0 what each rank brings, one rank after the other; on the others nothing, but they must iterate too.
+
+        Args:
+            item: anything that can be pickled.
+            tensors: 1-D, on the CPU.
+        """
+        if self.rank == 0:
+            yield item, list(tensors)
+        if self.group is None:
+            return
+        everyone: list[Any] = [None] * self.world_size
+        kinds = [(tensor.dtype, tensor.numel()) for tensor in tensors]
+        dist.gather_object((item, kinds), everyone if self.rank == 0 else None, group=self.group, group_dst=0)
+        for tensor in tensors if self.rank else []:
+            if tensor.numel():
+                dist.send(tensor.contiguous().view(torch.uint8), group=self.group, group_dst=0)
+        for rank in range(1, self.world_size) if self.rank == 0 else []:
+            other, kinds = everyone[rank]
+            received = [torch.empty(numel, dtype=dtype, device="cpu") for dtype, numel in kinds]
+            for tensor in received:
+                if tensor.numel():
+                    dist.recv(tensor.view(torch.uint8), group=self.group, group_src=rank)
+            yield other, received
 
     def require_equal(self, what: str, facts: Facts) -> None:
         """Raises ``ValueError`` on every rank unless all ranks bring the same ``facts`` in the same order."""
@@ -157,12 +183,18 @@ def group_of_its_own(group: dist.ProcessGroup | None, backend: str | None = None
     """
     if group is None or dist.get_world_size(group) == 1:
         return None
-    ranks = dist.get_process_group_ranks(group)
+    return subgroup_of_its_own(group, dist.get_process_group_ranks(group), backend)
+
+
+def subgroup_of_its_own(
+    group: dist.ProcessGroup, ranks: Sequence[int], backend: str | None = None
+) -> dist.ProcessGroup | None:
+    """The same of some of its ranks, in the numbers of all ranks. Collective among them."""
     # torch names a group that only its members make by counting the groups that they are in: those counts must agree. A
     # group of all ranks is made by all and needs no such luck.
     members_only = len(ranks) < dist.get_world_size()
     return dist.new_group(
-        ranks,
+        list(ranks),
         timeout=_timeout(group),
         backend=backend or dist.get_backend_config(group),
         use_local_synchronization=members_only,

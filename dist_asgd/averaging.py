@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from dist_asgd.replicated import Bucket
+from dist_asgd.buckets import Bucket
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import operator
@@ -11,12 +12,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FlatParameter
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from dist_asgd.agreement import Facts, fingerprint
-from dist_asgd.pieces import GradientPiece
-from dist_asgd.replicated import DROPPED, Bucket, describe
+from dist_asgd.buckets import Bucket
+from dist_asgd.pieces import Placement
+from dist_asgd.placed import is_placed, local_gradient, local_of
+from dist_asgd.replicas import family_of, mesh_ranks
 from dist_asgd.rule import Hyperparameters
 from dist_asgd.update import as_real
 
@@ -35,14 +39,15 @@ def check_arguments(
     bucket_bytes: object,
     master_weights: object,
     average_dtype: object,
+    shard_replicas: object,
     module: object,
     unknown: Mapping[str, object],
 ) -> None:
     """Raises ``ValueError`` or ``TypeError`` that names the argument, its value and what it may be."""
     if unknown:
         raise TypeError(f"ShardedASGD has no option {', '.join(map(repr, unknown))}")
-    if gradients not in ("local", "reduced"):
-        raise ValueError(f"gradients must be 'local' or 'reduced', got {gradients!r}")
+    if gradients not in ("local", "reduced", "sharded"):
+        raise ValueError(f"gradients must be 'local', 'reduced' or 'sharded', got {gradients!r}")
     if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int):
         raise TypeError(f"bucket_bytes must be an int, got {bucket_bytes!r}")
     if bucket_bytes <= 0:
@@ -51,7 +56,8 @@ def check_arguments(
         raise TypeError(f"average_dtype must be a floating-point torch.dtype or None, got {average_dtype!r}")
     if module is not None and not isinstance(module, torch.nn.Module):
         raise TypeError(f"module must be a torch.nn.Module or None, got {module!r}")
-    for name, value in (("find_unused_parameters", find_unused_parameters), ("master_weights", master_weights)):
+    flags = {"find_unused_parameters": find_unused_parameters, "master_weights": master_weights}
+    for name, value in {**flags, "shard_replicas": shard_replicas}.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
 
@@ -74,10 +80,20 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def check_parameter(name: str, param: Tensor) -> None:
-    """Raises ``ValueError`` for a parameter that cannot be optimized, saying why."""
-    if isinstance(param, DTensor):
-        raise ValueError(f"parameter {name!r} is a DTensor; ShardedASGD shards plain tensors so far")
+def check_parameters(groups: Groups, ranks: Sequence[int]) -> None:
+    """Raises ``ValueError`` for parameters of the last group that the ``ranks`` cannot optimize, saying why."""
+    number = len(groups) - 1
+    for name, param in zip(parameter_names(groups[-1], number), groups[-1]["params"], strict=True):
+        _check_parameter(name, param, ranks)
+    _check_memory(groups)
+
+
+def _check_parameter(name: str, param: Tensor, ranks: Sequence[int]) -> None:
+    if isinstance(param, FlatParameter):
+        raise ValueError(
+            f"parameter {name!r} is a FlatParameter, in which FSDP has joined several parameters: pass "
+            "use_orig_params=True to FSDP"
+        )
     if is_lazy(param):
         raise ValueError(f"parameter {name!r} has no shape yet: run a forward of its lazy module first")
     if param.is_meta:
@@ -86,14 +102,37 @@ def check_parameter(name: str, param: Tensor) -> None:
         raise ValueError(f"parameter {name!r} has layout {param.layout}; expected a dense tensor")
     if not (param.is_floating_point() or param.is_complex()) or param.element_size() == 1:
         raise ValueError(f"parameter {name!r} is {param.dtype}; expected floating-point (not fp8) or complex")
+    if isinstance(param, DTensor):
+        _check_dtensor(name, param, ranks)
 
 
-def check_memory(groups: Groups) -> None:
+def _check_dtensor(name: str, param: DTensor, ranks: Sequence[int]) -> None:
+    on_mesh = mesh_ranks(param.device_mesh)
+    if not set(on_mesh) <= set(ranks) or param.device_mesh.get_coordinate() is None:
+        raise ValueError(
+            f"parameter {name!r} is a DTensor on a mesh of ranks {on_mesh}, and the optimizer is for ranks "
+            f"{list(ranks)}: each of them must be in a mesh of some of them. Pass process_group=; for a mesh of one "
+            "dim that is mesh.get_group()"
+        )
+    if any(placement.is_partial() for placement in param.placements):
+        raise ValueError(
+            f"parameter {name!r} is a DTensor with {param.placements}, so no rank knows its values: redistribute it "
+            "to Replicate or Shard"
+        )
+    local, placement = local_of(param), Placement.of(param)
+    if placement.flatten(local).data_ptr() != local.data_ptr():
+        raise ValueError(
+            f"parameter {name!r} is a DTensor whose local tensor has gaps or repeats (shape {tuple(local.shape)}, "
+            f"strides {local.stride()}): make it contiguous()"
+        )
+
+
+def _check_memory(groups: Groups) -> None:
     """Raises ``ValueError`` where two parameters lie in the same memory: each gets its own here."""
     spans = sorted(
         (param.device.type, param.data_ptr(), param.data_ptr() + _dense_bytes(param), name)
         for number, group in enumerate(groups)
-        for name, param in zip(parameter_names(group, number), group["params"], strict=True)
+        for name, param in zip(parameter_names(group, number), map(local_of, group["params"]), strict=True)
         if param.numel()
     )
     for (device, _, stop, name), (other_device, start, _, other) in itertools.pairwise(spans):
@@ -147,33 +186,6 @@ def built_for_another(alone: bool, groups: Groups, built: Sequence[Sequence[Tens
     return None
 
 
-def check_gradients(bucket: Bucket) -> None:
-    """Raises ``RuntimeError`` for a gradient that the rule has no meaning for, naming its parameter."""
-    for position, (name, param) in enumerate(zip(bucket.names, bucket.params, strict=True)):
-        grad = param.grad
-        if isinstance(grad, GradientPiece):
-            if not (bucket.gradient_pieces and grad is bucket.gradient_pieces[position]):
-                raise RuntimeError(
-                    f"the gradient of parameter {name!r} was reduced by another ShardedASGD that has the parameter "
-                    "as well: use one of them, and drop gradients (zero_grad()) when you change over"
-                )
-            if grad.begun == DROPPED:
-                raise RuntimeError(
-                    f"the gradient of parameter {name!r} was dropped by zero_grad() and then put back: it only "
-                    "stood for the reduced gradient, which is gone. Run another backward after zero_grad()"
-                )
-            grad = grad.pending
-        if grad is None or bucket.fits(position, grad):
-            continue
-        if grad.layout is not torch.strided:
-            raise RuntimeError(f"parameter {name!r} has a sparse gradient; ASGD needs a dense one (sparse=False)")
-        shape = bucket.placements[position].shape
-        raise RuntimeError(
-            f"the gradient of parameter {name!r} is {describe(grad)}, the optimizer was built for a parameter of shape "
-            f"{shape} on {bucket.device}: they must have the same shape and device"
-        )
-
-
 def require_gradients(bucket: Bucket, present: Sequence[bool]) -> None:
     """Raises ``RuntimeError`` that names the parameters of ``bucket`` which need a gradient and have none."""
     missing = [
@@ -185,7 +197,32 @@ def require_gradients(bucket: Bucket, present: Sequence[bool]) -> None:
         raise RuntimeError(
             f"no gradient for parameter {some_of(missing)}. Where ranks may leave parameters unused, pass "
             "find_unused_parameters=True; freeze those that are never used (requires_grad=False). If the model's "
-            "parameters were replaced after the optimizer was built (load_state_dict(assign=True)), build it again"
+            "parameters were replaced after the optimizer was built (fully_shard, parallelize_module, "
+            "load_state_dict(assign=True)), build it again"
+        )
+
+
+def require_registered(buckets: Sequence[Bucket]) -> None:
+    """Raises ``RuntimeError`` where a parameter without a gradient has been replaced in its module by a sharded one."""
+    without = [
+        (name, param)
+        for bucket in buckets
+        for name, param in zip(bucket.names, bucket.params, strict=True)
+        if param.grad is None and param.requires_grad and local_of(param).numel()
+    ]
+    if not without or not dist.is_initialized():
+        return
+    # type(): an isinstance() would ask weak proxies, also of what is gone, for their class.
+    modules = [item for item in gc.get_objects() if issubclass(type(item), torch.nn.Module)]
+    held = {id(param): param for module in modules for param in module._parameters.values() if param is not None}
+    ours = {id(param) for bucket in buckets for param in bucket.params}
+    sharded = any(isinstance(param, (DTensor, FlatParameter)) for index, param in held.items() if index not in ours)
+    lost = [name for name, param in without if id(param) not in held]
+    if sharded and lost:
+        raise RuntimeError(
+            f"parameter {some_of(lost)} has no gradient and is in no module any more: the model was sharded after the "
+            "optimizer was built (fully_shard, parallelize_module, FSDP), which replaces parameters. Build the "
+            "optimizer after that"
         )
 
 
@@ -194,18 +231,22 @@ def some_of(names: Sequence[object]) -> str:
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def gradient_sample(buckets: Sequence[Bucket]) -> list[tuple[str, float, float]]:
-    """(name, weighted sum, 2-norm) of a few gradients that this rank has."""
+Sample = tuple[str, float, float, tuple[int, ...]]  # name, weighted sum and 2-norm of a gradient; who must have it
+
+
+def gradient_sample(buckets: Sequence[Bucket]) -> list[Sample]:
+    """A few of the gradients that nothing but the user makes equal, or different, on ranks."""
     found = [
-        (name, as_real(param.grad.flatten().resolve_conj()))
+        (name, as_real(local_gradient(param).flatten().resolve_conj()), bucket.mirrors)
         for bucket in buckets
+        if bucket.mirrors or bucket.uneven
         for name, param in zip(bucket.names, bucket.params, strict=True)
-        if param.grad is not None and param.numel()
+        if param.grad is not None and local_of(param).numel()
     ][:SAMPLED]
     if not found:
         return []
-    values = torch.stack([_sum_and_norm(grad.double()).cpu() for _, grad in found])
-    return [(name, total, norm) for (name, _), (total, norm) in zip(found, values.tolist(), strict=True)]
+    values = torch.stack([_sum_and_norm(grad.double()).cpu() for _, grad, _ in found]).tolist()
+    return [(name, total, norm, who) for (name, _, who), (total, norm) in zip(found, values, strict=True)]
 
 
 def _sum_and_norm(grad: Tensor) -> Tensor:
@@ -214,22 +255,40 @@ def _sum_and_norm(grad: Tensor) -> Tensor:
     return torch.stack([weights @ grad, grad.norm()])
 
 
-def require_same_gradients(everyone: Sequence[Sequence[tuple[str, float, float]]]) -> bool:
-    """Raises ``RuntimeError`` where the ``gradient_sample`` of a rank is another than rank 0's by more than rounding.
+def require_same_gradients(everyone: Sequence[Sequence[Sample]]) -> bool:
+    """Raises ``RuntimeError`` where one gradient differs on ranks by more than rounding, or slices do not.
 
-    Gradients of different data have sums that differ about as much as their norm. Returns whether there was anything to
-    compare: finite values.
+    Gradients of different data have sums that differ about as much as their norm. Returns whether all that was compared
+    was finite.
     """
+    _require_different_slices(everyone)
+    firsts = [{name: (total, norm) for name, total, norm, _ in sample} for sample in everyone]
     for rank, sample in enumerate(everyone):
-        for (name, total, norm), (_, first, first_norm) in zip(sample, everyone[0], strict=True):
+        for name, total, norm, who in [entry for entry in sample if entry[3]]:
+            first, first_norm = firsts[who[0]].get(name, (total, norm))
             if abs(total - first) > 0.01 * max(norm, first_norm):  # False where one is not finite
                 raise RuntimeError(
-                    f"the gradient of parameter {name!r} differs between ranks (norm {first_norm:.6g} on rank 0, "
-                    f"{norm:.6g} on rank {rank}), and gradients='reduced' says that they have been averaged: wrap the "
-                    "model in DistributedDataParallel and leave no_sync() for the last backward, or pass "
-                    "gradients='local'"
+                    f"the gradient of parameter {name!r} differs between ranks (norm {first_norm:.6g} on rank "
+                    f"{who[0]}, {norm:.6g} on rank {rank}), and it should have been averaged. A plain parameter with "
+                    "gradients='reduced': wrap the model in DistributedDataParallel and leave no_sync() for the last "
+                    "backward, or pass gradients='local'. A DTensor on a mesh of some of the ranks: fully_shard the "
+                    "model over the others, or, if it is another parameter there, build an optimizer for each mesh "
+                    "(process_group=mesh.get_group())"
                 )
-    return bool(everyone[0]) and all(math.isfinite(norm) for sample in everyone for _, _, norm in sample)
+    return all(math.isfinite(norm) for sample in everyone for _, _, norm, _ in sample)
+
+
+def _require_different_slices(everyone: Sequence[Sequence[Sample]]) -> None:
+    seen: dict[tuple[Sample, ...], int] = {}
+    for rank, sample in enumerate(everyone):
+        slices = tuple(entry for entry in sample if not entry[3])
+        first = seen.setdefault(slices, rank)
+        if first != rank and any(norm > 0 for _, _, norm, _ in slices):
+            raise RuntimeError(
+                f"rank {first} and rank {rank} have the same gradient of parameter {slices[0][0]!r}, which should be "
+                "another slice on each rank. With FSDP's NO_SHARD use DistributedDataParallel and gradients='reduced'; "
+                "with HYBRID_SHARD pass process_group= the ranks that hold different slices"
+            )
 
 
 def parameter_names(group: Mapping[str, Any], number: int) -> list[str]:
@@ -249,8 +308,19 @@ def argument_facts(arguments: Mapping[str, object], groups: Groups, first: int) 
     facts = [(name, repr(value)) for name, value in arguments.items()]
     for number, group in enumerate(groups[first:], start=first):
         facts += option_facts(Hyperparameters.of(group), number)
+        families = list(dict.fromkeys(family_of(param) for param in group["params"] if isinstance(param, DTensor)))
         for name, param in zip(parameter_names(group, number), group["params"], strict=True):
-            kind = f"{param.dtype} on {param.device.type} of shape {tuple(param.shape)} and strides {param.stride()}"
+            kind = f"{param.dtype} on {param.device.type}"
+            if isinstance(param, DTensor):
+                mesh, placements = family_of(param)
+                where = (
+                    f"a mesh {tuple(mesh.shape)} {mesh.mesh_dim_names} (number {families.index((mesh, placements))})"
+                )
+                kind += f" as a DTensor of shape {tuple(param.shape)} with {placements} on {where}"
+            elif is_placed(param, str(arguments["gradients"])):
+                kind += " as a slice"
+            else:
+                kind += f" of shape {tuple(param.shape)} and strides {param.stride()}"
             facts.append((f"parameter {name!r}", f"{kind}, {'trained' if param.requires_grad else 'frozen'}"))
     return facts
 

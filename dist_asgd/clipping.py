@@ -9,26 +9,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_asgd.buckets import Bucket
 from dist_asgd.collectives import all_gather
-from dist_asgd.replicated import Bucket
 from dist_asgd.update import compute_dtype
 
 
-def clip_reduced_(
+def clip_sharded_(
     buckets: Sequence[Bucket], max_norm: float, norm_type: float, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """Scales the reduced gradients of ``buckets`` as ``torch.nn.utils.clip_grad_norm_`` does whole ones. Collective.
+    """Scales the gradients of ``buckets`` as ``torch.nn.utils.clip_grad_norm_`` does whole ones. Collective.
 
     Returns their norm, 0-dim, in the widest dtype that the rule is computed in, at least fp32.
     """
-    grads = [grad for bucket in buckets for grad in bucket.gradient_tensors()]
+    owned = [grad for bucket in buckets for grad in bucket.owned_gradients()]
     device = next((bucket.device for bucket in buckets), torch.device("cpu"))
     dtypes = [compute_dtype(bucket.dtype).to_real() for bucket in buckets]
     dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
-    total = total_norm(grads, norm_type, device, group).to(dtype)
+    total = total_norm(owned, norm_type, device, group).to(dtype)
     scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-    for grad in grads:
-        grad.mul_(scale.to(grad.device))
+    for grads in _of_one_kind([grad for bucket in buckets for grad in bucket.gradient_tensors()]):
+        torch._foreach_mul_(grads, scale.to(grads[0].device))
     return total
 
 
@@ -37,11 +37,10 @@ def total_norm(
 ) -> Tensor:
     """The norm (0-dim, fp64, on ``device``) of all elements of the ``tensors`` of every rank together. Collective."""
     # In double throughout: where buckets and shards are cut then does not show in a norm that is rounded to fp32.
-    doubles = [torch.promote_types(tensor.dtype, torch.float64) for tensor in tensors]
-    norms = [
-        torch.linalg.vector_norm(tensor, norm_type, dtype=double).to(device)
-        for tensor, double in zip(tensors, doubles, strict=True)
-    ]
+    norms: list[Tensor] = []
+    for alike in _of_one_kind(tensors):
+        double = torch.promote_types(alike[0].dtype, torch.float64)
+        norms += [norm.to(device) for norm in torch._foreach_norm(alike, norm_type, dtype=double)]
     own = torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros((), device=device).double()
     if group is None:
         return own
@@ -49,3 +48,11 @@ def total_norm(
     everyone = own.new_empty(dist.get_world_size(group))
     all_gather(everyone, own.view(1), group=group)
     return torch.linalg.vector_norm(everyone, norm_type)
+
+
+def _of_one_kind(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Apart by device and dtype: the multi-tensor operators take one."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in filter(Tensor.numel, tensors):
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(kinds.values())

@@ -11,26 +11,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_asgd.agreement import Agreement, default_group, group_of_its_own
+from dist_asgd.agreement import Agreement, default_group
 from dist_asgd.averaging import averages_swapped_in
+from dist_asgd.buckets import Bucket
 from dist_asgd.checks import (
     argument_facts,
     built_for_another,
     check_arguments,
-    check_memory,
-    check_parameter,
+    check_parameters,
     check_state_dict,
     clip_arguments,
     drop_duplicates,
     parameter_names,
 )
-from dist_asgd.clipping import clip_reduced_
+from dist_asgd.clipping import clip_sharded_
+from dist_asgd.construction import Construction
+from dist_asgd.fsdp import WholeCopies
 from dist_asgd.overlap import ForwardWaits
 from dist_asgd.reducer import PATIENCE, Reducer
-from dist_asgd.replicated import Bucket, build_buckets
 from dist_asgd.rule import Hyperparameters
 from dist_asgd.settlement import Settlement
-from dist_asgd.shards import Precision
 from dist_asgd.state import TORCH_OPTIONS, StateView, full_state_dict, plan_load, sharded_state_dict
 
 
@@ -76,37 +76,33 @@ class ShardedASGD(torch.optim.Optimizer):
         weight_decay: float = 0,
         *,
         maximize: bool = False,
-        gradients: Literal["local", "reduced"] = "local",
+        gradients: Literal["local", "reduced", "sharded"] = "local",
         process_group: dist.ProcessGroup | None = None,
         find_unused_parameters: bool = False,
         bucket_bytes: int = 25 * 2**20,
         master_weights: bool = True,
         average_dtype: torch.dtype | None = None,
+        shard_replicas: bool = True,
         module: nn.Module | None = None,
         **unknown: NoReturn,  # refused in the body, where every rank hears of it
     ) -> None:
         group = default_group(process_group)
         agreement = self._agreement = Agreement(group)
-        self._process_group = group_of_its_own(group)
-        self._reduces = gradients == "local" and self._process_group is not None
-        self._precision = Precision(master_weights, average_dtype)
-        self._arguments: dict[str, Any] = {
-            "gradients": gradients,
-            "find_unused_parameters": find_unused_parameters,
-            "bucket_bytes": bucket_bytes,
-            "master_weights": master_weights,
-            "average_dtype": average_dtype,
-        }
+        arguments: dict[str, Any] = {"gradients": gradients, "find_unused_parameters": find_unused_parameters}
+        arguments |= {"bucket_bytes": bucket_bytes, "master_weights": master_weights}
+        arguments |= {"average_dtype": average_dtype, "shard_replicas": shard_replicas}
         self._buckets: list[list[Bucket]] = []  # by group
         self._params: list[list[Tensor]] = []  # by group, as they were added
-        self._reducer, self._waits = Reducer(), ForwardWaits(module)
+        self._reducer, self._waits, self._copies = Reducer(), ForwardWaits(module), WholeCopies(module)
         self._alone, self._built, self._swapped = group is None, False, False
-        self._settlement = Settlement(agreement, self._reducer, self._waits, self._reduces, find_unused_parameters)
+        self._settlement = Settlement(agreement, self._reducer, self._waits, find_unused_parameters)
+        self._arguments = arguments
+        self._construction = Construction(agreement, group, weakref.proxy(self._settlement), **arguments)
         with agreement.together("ShardedASGD()"):
-            check_arguments(**self._arguments, module=module, unknown=unknown)
+            check_arguments(**arguments, module=module, unknown=unknown)
             options = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
             super().__init__(params, {**options, "maximize": maximize, **TORCH_OPTIONS})
-            facts = argument_facts(self._arguments, self.param_groups, 0)
+            facts = argument_facts(arguments, self.param_groups, 0)
         agreement.require_equal("the arguments of the optimizer", facts)
         self._build(0)
         self._built = True
@@ -165,7 +161,7 @@ class ShardedASGD(torch.optim.Optimizer):
         self._reducer.close_pass()
         super().zero_grad(set_to_none)
         if set_to_none:
-            for bucket in self._all_buckets():
+            for bucket in self._reducer.buckets:
                 bucket.drop_gradient()
 
     @torch.no_grad()
@@ -187,12 +183,12 @@ class ShardedASGD(torch.optim.Optimizer):
         max_norm, norm_type, bad = clip_arguments(max_norm, norm_type)
         error = self._misuse() or bad
         operation = f"clip_grad_norm_({max_norm=}, {norm_type=})"  # which must be the same on every rank
-        if not self._reduces:
+        if all(bucket.whole_gradients for bucket in self._all_buckets()):
             self._settlement.align(operation, self._all_buckets(), error)
             params = [param for group in self.param_groups for param in group["params"] if param.numel()]
             return nn.utils.clip_grad_norm_(params, max_norm, norm_type)
         self._settlement.settle(operation, self.param_groups, self._all_buckets(), error)
-        return clip_reduced_(self._all_buckets(), max_norm, norm_type, self._process_group)
+        return clip_sharded_(self._all_buckets(), max_norm, norm_type, self._construction.group)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -216,14 +212,16 @@ class ShardedASGD(torch.optim.Optimizer):
         accumulates as in ``no_sync()``. Extra memory: 1/N of the parameters.
         """
         self._refuse_swapped("averaged_parameters()")
-        self.synchronize()
-        self._settlement.align("averaged_parameters()", self._all_buckets(), self._misuse())
+        self._complete()
+        error = self._misuse() or self._copies.unknown([param for params in self._params for param in params])
+        self._settlement.align("averaged_parameters()", self._all_buckets(), error)
         self._swapped = True
         try:
             # no_sync: the reductions of a backward on one rank only must not come between the all-gathers of all.
             with averages_swapped_in(self._all_buckets(), PATIENCE), self.no_sync():
                 yield
         finally:
+            self._copies.drop()
             self._swapped = False
 
     def start_averaging(self) -> None:
@@ -252,11 +250,11 @@ class ShardedASGD(torch.optim.Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        self.synchronize()
+        self._complete()
         if error := self._misuse():
             raise error
         for bucket in self._all_buckets():
-            bucket.check_views()
+            bucket.check_parameters()
         state_dict = sharded_state_dict(self.param_groups, self._buckets)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = _given(post_hook(self, state_dict), state_dict)
@@ -264,9 +262,11 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def full_state_dict(self) -> dict[str, Any]:
         """A plain ``torch.optim.ASGD`` state dict of whole CPU tensors on rank 0, ``{}`` on the others. Collective."""
-        self.synchronize()
+        self._complete()
         self._settlement.align("full_state_dict()", self._all_buckets(), self._misuse())
-        return full_state_dict(self.param_groups, self._buckets, self._agreement.rank)
+        if any(bucket.uneven for bucket in self._all_buckets()):
+            return self._copies.full_state_dict(self, self._agreement.rank)
+        return full_state_dict(self.param_groups, self._buckets, self._agreement)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads ``state_dict()``, ``full_state_dict()`` (every rank passes it) or ``torch.optim.ASGD``'s. Collective.
@@ -274,7 +274,7 @@ class ShardedASGD(torch.optim.Optimizer):
         Raises:
             ValueError: on every rank the same, where it does not fit; nothing has changed then.
         """
-        self.synchronize()
+        self._complete()
         self._settlement.align("load_state_dict()", self._all_buckets(), self._misuse())
         with self._agreement.together("load_state_dict()"):
             self._refuse_swapped("load_state_dict()")
@@ -305,6 +305,11 @@ class ShardedASGD(torch.optim.Optimizer):
     def _misuse(self) -> RuntimeError | None:
         return built_for_another(self._alone, self.param_groups, self._params)
 
+    def _complete(self) -> None:
+        """Before parameters are looked at or changed other than by a step."""
+        self.synchronize()
+        self._copies.drop()
+
     def _refuse_swapped(self, what: str) -> None:
         if self._swapped:
             raise RuntimeError(f"{what} is not possible inside averaged_parameters(): leave the with block first")
@@ -317,27 +322,21 @@ class ShardedASGD(torch.optim.Optimizer):
             group = self.param_groups[-1]
             drop_duplicates(group)
             Hyperparameters.of(group)
-            for name, param in zip(parameter_names(group, count), group["params"], strict=True):
-                check_parameter(name, param)
-            check_memory(self.param_groups)
+            check_parameters(self.param_groups, self._agreement.ranks)
         except Exception:
             del self.param_groups[count:]
             raise
 
     def _build(self, first: int) -> None:
         """Makes the buckets of the groups from ``first`` on."""
-        rank, world_size = self._agreement.rank, self._agreement.world_size
         for number, group in enumerate(self.param_groups[first:], start=first):
             named = dict(zip(group["params"], parameter_names(group, number), strict=True))
-            reducing = weakref.proxy(self._settlement) if self._reduces else None
-            buckets = build_buckets(
-                named, self._arguments["bucket_bytes"], rank, world_size, self._process_group, self._precision, reducing
-            )
+            buckets = self._construction.buckets(named)
             self._buckets.append(buckets)
             self._params.append(list(group["params"]))
             self._waits.attach(buckets)
-            if self._reduces:
-                self._reducer.add(buckets)
+            self._reducer.add(buckets)
+        self._settlement.start_again()
 
 
 def _given(result: Any, default: Any) -> Any:

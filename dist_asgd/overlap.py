@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from dist_asgd.buckets import Bucket
 from dist_asgd.reducer import remove_hooks
-from dist_asgd.replicated import Bucket
 
 CONTAINERS = (nn.ModuleList, nn.Sequential)
 
@@ -36,7 +36,7 @@ class ForwardWaits:
         if self.module is None:
             return
         owner = {id(param): bucket for bucket in buckets for param in bucket.params}
-        gathered = {bucket for bucket in buckets if bucket.collectives is not None}
+        gathered = {bucket for bucket in buckets if bucket.may_lag}
         units = set(_units(self.module))
         for submodule in self.module.modules():
             needed = {owner[id(param)] for param in _parameters(submodule, units) if id(param) in owner}
@@ -48,8 +48,10 @@ class ForwardWaits:
             self._hooks.append(self.module.register_state_dict_pre_hook(_Wait(gathered)))
         for prefix, submodule in self.module.named_modules():
             for name, param in submodule.named_parameters(recurse=False):
-                if id(param) in owner:
+                bucket = owner.get(id(param))
+                if bucket is not None and bucket.may_lag:
                     self._covered.add(id(param))
+                if bucket is not None and bucket.always_registered:
                     self._owned.append((submodule, name, f"{prefix}.{name}".lstrip("."), param))
 
     def check(self) -> None:
@@ -59,7 +61,8 @@ class ForwardWaits:
             if found is not param and isinstance(found, nn.Parameter):
                 raise RuntimeError(
                     f"parameter {name!r} of the module was replaced after the optimizer was built "
-                    "(load_state_dict(assign=True)?): the optimizer does not know the new one, build it again"
+                    "(fully_shard, parallelize_module, load_state_dict(assign=True)?): the optimizer does not know the "
+                    "new one, build it again"
                 )
 
     def covers(self, bucket: Bucket) -> bool:

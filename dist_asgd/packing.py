@@ -2,16 +2,94 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dist_asgd.layout import BucketLayout
+from dist_asgd.layout import PARAMETER_ALIGNMENT, BucketLayout, Piece
 from dist_asgd.pieces import Placement
+from dist_asgd.update import block_size
+
+# What has fewer elements is gathered before the update: one operator moves all of it, where reading each where it lies
+# would cost several operators a parameter.
+GATHER_BELOW = 32 * 1024
 
 # Zeros of fewer elements are kept: the gaps between parameters come in few sizes.
 KEPT_ZEROS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Neighbours in a shard that are updated together: small whole parameters, or one, which may be large or cut."""
+
+    pieces: tuple[Piece, ...]
+    positions: tuple[int, ...]  # of the pieces, as their ``gaps`` and ``sizes``
+    gaps: tuple[int, ...]  # elements between each and its predecessor
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece]) -> Batch:
+        ends = [pieces[0].shard_start, *(piece.shard_stop for piece in pieces)]
+        gaps = tuple(piece.shard_start - end for piece, end in zip(pieces, ends, strict=False))
+        sizes = tuple(piece.stop - piece.start for piece in pieces)
+        return cls(tuple(pieces), tuple(piece.position for piece in pieces), gaps, sizes)
+
+    @property
+    def gathered(self) -> bool:
+        """Whether it is moved together for the update; what is alone is read where it lies."""
+        return len(self.pieces) > 1
+
+    @property
+    def start(self) -> int:
+        """In the shard."""
+        return self.pieces[0].shard_start
+
+    @property
+    def stop(self) -> int:
+        return self.pieces[-1].shard_stop
+
+
+class Batches:
+    """The batches of the pieces of a shard, ``owned``, of a bucket on ``device``."""
+
+    def __init__(self, owned: Sequence[Piece], layout: BucketLayout, device: torch.device) -> None:
+        self._owned, self._layout, self._device = owned, layout, device
+        self._planned: tuple[tuple[int, int], list[Batch]] = ((0, 0), [])
+
+    def of(self, first: int, stop: int) -> list[Batch]:
+        """For the parameters ``[first, stop)``; from one step to the next, these mostly are the same."""
+        if self._planned[0] != (first, stop):
+            self._planned = ((first, stop), self._plan(first, stop))
+        return self._planned[1]
+
+    def _plan(self, first: int, stop: int) -> list[Batch]:
+        most = block_size(self._layout.shard_numel, self._device)
+        below = GATHER_BELOW if self._device.type == "cpu" else most  # a GPU minds operators more than copies
+        batches: list[Batch] = []
+        small: list[Piece] = []
+
+        def close() -> None:
+            if small:
+                batches.append(Batch.of(small))
+                small.clear()
+
+        for index in range(bisect.bisect_left(self._owned, first, key=lambda piece: piece.position), len(self._owned)):
+            piece = self._owned[index]
+            if piece.position >= stop:
+                break
+            numel = piece.stop - piece.start
+            if numel == self._layout.spans[piece.position].numel and numel < below:
+                small.append(piece)
+                if piece.shard_stop - small[0].shard_start >= most:
+                    close()
+            else:
+                close()
+                batches.append(Batch.of([piece]))
+        close()
+        return batches
 
 
 class Packer:
@@ -24,7 +102,10 @@ class Packer:
     def __init__(self, layout: BucketLayout, placements: Sequence[Placement], like: Tensor) -> None:
         self._spans, self._placements, self._like = layout.spans, placements, like
         self._row_major = [placement.is_row_major for placement in placements]
+        real = not like.is_complex()  # complex ones may be lazily conjugated
+        self._simple = [real and p.is_row_major and len(p.shape) > 0 for p in placements]
         self._zeros: dict[int, Tensor] = {}
+        self._ignored = [like.new_empty(gap) for gap in range(PARAMETER_ALIGNMENT)]
 
     def pack(self, positions: Sequence[int], grads: Sequence[Tensor | None], start: int, out: Tensor) -> None:
         """Writes the gradients of whole parameters to ``out`` (1-D), which is the bucket from ``start`` on.
@@ -44,10 +125,33 @@ class Packer:
             end = span.stop
         if start + len(out) > end:
             parts.append(self._padding(start + len(out) - end))
-        if all(part.ndim == 1 for part in parts):
-            torch.cat(parts, out=out)
-        else:
-            torch._chunk_cat(parts, 0, 1, out=out.view(1, -1))  # flattens each, as FSDP2 does
+        _flattened(parts, out)
+
+    def join(self, batch: Batch, tensors: Sequence[Tensor]) -> Tensor:
+        """What belongs to a batch, one of ``tensors`` for each of its parameters, as 1-D; a copy if it is gathered."""
+        if not batch.gathered:
+            piece = batch.pieces[0]
+            return self.flat(piece.position, tensors[0])[piece.start : piece.stop]
+        dtype, simple = self._like.dtype, self._simple
+        parts = [
+            tensor
+            if simple[position] and tensor.dtype is dtype and tensor.is_contiguous()
+            else self._movable(position, tensor)
+            for position, tensor in zip(batch.positions, tensors, strict=True)
+        ]
+        if any(batch.gaps):
+            pairs = zip(batch.gaps, parts, strict=True)
+            parts = [part for gap, own in pairs for part in ((self._padding(gap), own) if gap else (own,))]
+        return _flattened(parts, self._like.new_empty(batch.stop - batch.start))
+
+    def part(self, batch: Batch, flat: Tensor, targets: Sequence[Tensor]) -> None:
+        """The way back: fills the 1-D ``targets`` from what ``join`` made."""
+        sizes, out = batch.sizes, list(targets)
+        if any(batch.gaps):
+            pairs = zip(batch.gaps, targets, strict=True)
+            out = [part for gap, own in pairs for part in ((self._ignored[gap], own) if gap else (own,))]
+            sizes = tuple(size for pair in zip(batch.gaps, sizes, strict=True) for size in pair if size)
+        torch.split_with_sizes_copy(flat, sizes, out=out)
 
     def flat(self, position: int, grad: Tensor) -> Tensor:
         """One gradient in its parameter's memory order, 1-D; a view where it already has that order."""
@@ -66,3 +170,11 @@ class Packer:
             if numel < KEPT_ZEROS:
                 self._zeros[numel] = zeros
         return zeros
+
+
+def _flattened(parts: list[Tensor], out: Tensor) -> Tensor:
+    """``out``, 1-D, filled with the elements of the ``parts`` one after the other."""
+    if all(part.ndim == 1 for part in parts):
+        return torch.cat(parts, out=out)
+    torch._chunk_cat(parts, 0, 1, out=out.view(1, -1))  # flattens each, as FSDP2 does
+    return out

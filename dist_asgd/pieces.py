@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
 
 from dist_asgd.layout import Box, boxes
 
@@ -21,21 +23,28 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Placement:
-    """How a parameter lies in its bucket: its shape, and the strides it keeps there.
+    """How what a rank has of a parameter lies in its bucket: its shape, and the strides it keeps there.
 
-    A dense parameter keeps its memory order (channels_last, transposed), so that its gradient has the same order and is
-    moved without a permutation. ``order`` lists the dims from the slowest to the fastest varying one.
+    A dense tensor keeps its memory order (channels_last, transposed), so that its gradient has the same order and is
+    moved without a permutation. ``order`` lists the dims from the slowest to the fastest varying one. Of a DTensor it
+    is the local tensor, which is the block of the ``whole`` parameter at ``offsets``.
     """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     order: tuple[int, ...]
+    offsets: tuple[int, ...]
+    whole: tuple[int, ...]  # shape of the whole parameter
 
     @classmethod
     def of(cls, tensor: Tensor) -> Placement:
-        strides = torch.empty_like(tensor, device="meta").stride()  # those of a dense copy
-        order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim] if tensor.shape[dim] != 1 else -math.inf)
-        return cls(tuple(tensor.shape), tuple(strides), tuple(order))
+        """Of a parameter, or of a value that is placed as one."""
+        local, offsets = tensor, (0,) * tensor.ndim
+        if isinstance(tensor, DTensor):
+            local, offsets = local_tensor(tensor), tuple(tensor.__create_chunk_list__()[0].offsets)
+        strides = torch.empty_like(local, device="meta").stride()  # those of a dense copy
+        order = sorted(range(local.ndim), key=lambda dim: -strides[dim] if local.shape[dim] != 1 else -math.inf)
+        return cls(tuple(local.shape), tuple(strides), tuple(order), offsets, tuple(tensor.shape))
 
     @property
     def numel(self) -> int:
@@ -55,10 +64,39 @@ class Placement:
             return tensor
         return tensor.permute(self.order).reshape(-1)
 
+    def same_block(self, other: Placement) -> bool:
+        """Whether both are the same block of a parameter, or empty."""
+        same = self.shape == other.shape and self.offsets == other.offsets
+        return same or not (self.numel or other.numel)
+
+    def block_of(self, value: Tensor) -> Tensor:
+        """This rank's block, of ``shape``, of a ``value`` of the whole parameter, or of a DTensor that has it."""
+        if isinstance(value, DTensor):
+            return local_tensor(value)
+        for dim, (offset, size) in enumerate(zip(self.offsets, self.shape, strict=True)):
+            value = value.narrow(dim, min(offset, value.shape[dim]), size)  # empty ones may begin behind the end
+        return value
+
+    def new_whole(self, dtype: torch.dtype) -> Tensor:
+        """A whole tensor on the CPU, not filled; in the parameter's memory order where the rank has all of it."""
+        if self.shape == self.whole:
+            return torch.empty_strided(self.whole, self.strides, dtype=dtype, device="cpu")
+        return torch.empty(self.whole, dtype=dtype, device="cpu")
+
+    def fill(self, whole: Tensor, start: int, flat: Tensor) -> None:
+        """Writes ``flat``, the elements from ``start`` on of what the rank has, to where they belong in ``whole``."""
+        offset = 0
+        for box in self.boxes(start, start + len(flat)):
+            part = whole
+            for dim, (first, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+                part = part.narrow(dim, first, size)
+            part.copy_(self.box_view(flat[offset : offset + box.numel], box))
+            offset += box.numel
+
     def boxes(self, start: int, stop: int) -> list[Box]:
-        """The blocks of the parameter's shape that the flat range covers, in the order of their elements."""
+        """The blocks of the whole parameter that the flat range covers, in the order of their elements."""
         return [
-            Box(self._unpermute(box.offsets), self._unpermute(box.sizes))
+            Box(tuple(map(operator.add, self.offsets, self._unpermute(box.offsets))), self._unpermute(box.sizes))
             for box in boxes([self.shape[dim] for dim in self.order], start, stop)
         ]
 
@@ -74,6 +112,11 @@ class Placement:
         return tuple(result)
 
 
+def local_tensor(tensor: DTensor) -> Tensor:
+    """What this rank has of it. ``to_local()`` is the same, but of a parameter it makes a view, which takes longer."""
+    return tensor._local_tensor
+
+
 class StatePiece(Tensor):
     """A tensor of a parameter's shape of which this rank holds one flat piece.
 
@@ -81,9 +124,10 @@ class StatePiece(Tensor):
     it, with any number of ranks, as blocks of the whole tensor (it implements DCP's ``_Checkpointable`` protocol).
 
     Attributes:
-        local: 1-D, the elements ``[start, start + len(local))`` of the parameter in memory order; may be empty.
+        local: 1-D, the elements ``[start, start + len(local))``, in memory order, of what the rank has of the
+            parameter; may be empty.
         start: int, see ``local``.
-        placement: shape and memory order of the whole tensor.
+        placement: where in the whole tensor that is, and its memory order.
     """
 
     local: Tensor
@@ -93,7 +137,7 @@ class StatePiece(Tensor):
     @staticmethod
     def __new__(cls, local: Tensor, start: int, placement: Placement) -> StatePiece:
         piece = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, placement.shape, dtype=local.dtype, device=local.device
+            cls, placement.whole, dtype=local.dtype, device=local.device
         )
         piece.local, piece.start, piece.placement = local, start, placement
         return piece
@@ -112,8 +156,8 @@ class StatePiece(Tensor):
 
     def _blocks(self) -> Iterator[tuple[Box, Tensor]]:
         """Each box of the piece with a view of its elements, of the box's sizes."""
-        if not self.placement.numel:  # DCP expects a block of every tensor; ranks that offer the same write it once
-            yield Box((0,) * self.ndim, self.placement.shape), self.local.view(self.placement.shape)
+        if not self.numel():  # DCP expects a block of every tensor; ranks that offer the same write it once
+            yield Box((0,) * self.ndim, self.placement.whole), self.local.view(self.placement.whole)
             return
         offset = 0
         for box in self.placement.boxes(self.start, self.start + len(self.local)):

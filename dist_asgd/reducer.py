@@ -16,9 +16,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from dist_asgd.replicated import Bucket
+from dist_asgd.buckets import Bucket
+from dist_asgd.placed import place_gradient
+from dist_asgd.replicated import ReplicatedBucket
 
 # Reductions under way at once. Two keep the link busy; each holds its bucket's gradients and what it receives.
 MAX_IN_FLIGHT = 2
@@ -35,7 +38,7 @@ class Reducer:
     """
 
     def __init__(self) -> None:
-        self.buckets: list[Bucket] = []
+        self.buckets: list[ReplicatedBucket] = []
         self.enabled = True  # False inside no_sync()
         self.passes = 0  # begun so far
         self._dormant: list[bool] = []  # buckets that every rank has agreed to be frozen as a whole
@@ -44,20 +47,37 @@ class Reducer:
         self._next: int | None = None  # the bucket to go out next; None when no pass is open
         self._task = -1  # the backward that last brought a gradient
         self._at_end: list[weakref.ref[_AtEnd]] = []  # of the backwards that are running
-        self._in_flight: deque[Bucket] = deque()  # a bucket as often as it has reductions under way
+        self._in_flight: deque[ReplicatedBucket] = deque()  # a bucket as often as it has reductions under way
         self._patience = PATIENCE
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, remove_hooks, self._hooks)
 
     def add(self, buckets: Sequence[Bucket]) -> None:
-        """Takes on more buckets. Every rank adds the same."""
+        """Takes on more buckets: those that reduce, and the gradients of DTensors. Every rank adds the same."""
         self.close_pass()
+        self._watch([param for bucket in buckets for param in bucket.params if isinstance(param, DTensor)])
         for bucket in buckets:
+            if not (isinstance(bucket, ReplicatedBucket) and bucket.reduces):
+                continue
             index = len(self.buckets)
             self.buckets.append(bucket)
             self._dormant.append(_is_frozen(bucket))
             for position, param in enumerate(bucket.params):
                 self._hooks.append(_register(param, _hook(weakref.ref(self), index, position)))
+
+    def _watch(self, params: Sequence[DTensor]) -> None:
+        """Reduces gradients that come in another placement than their parameter's, as backward makes them.
+
+        Tensor parallelism makes partial ones of replicated weights.
+        """
+        own = weakref.ref(self)
+
+        def hook(param: Tensor) -> None:
+            reducer = own()
+            if reducer is not None and reducer.enabled and isinstance(param, DTensor):
+                place_gradient(param)
+
+        self._hooks += [_register(param, hook) for param in params]
 
     def close_pass(self, with_gradients: bool = True) -> None:
         """Starts what the open pass has not started yet, if one is open; with zeros unless ``with_gradients``."""
@@ -135,7 +155,7 @@ class Reducer:
             self._start(self.buckets[index], with_gradients)
 
     @torch.no_grad()  # hooks run with gradients on in a backward that makes a graph of its own (create_graph=True)
-    def _start(self, bucket: Bucket, with_gradients: bool = True) -> None:
+    def _start(self, bucket: ReplicatedBucket, with_gradients: bool = True) -> None:
         while self._in_flight:
             full = len(self._in_flight) >= MAX_IN_FLIGHT
             if not self._in_flight[0].reduces_within(self._patience if full else 0.0):
@@ -175,7 +195,7 @@ class _AtEnd:
             reducer.end_of_backward(self)
 
 
-def _is_frozen(bucket: Bucket) -> bool:
+def _is_frozen(bucket: ReplicatedBucket) -> bool:
     return not any(param.requires_grad for param in bucket.params)
 
 

@@ -8,8 +8,6 @@ rank, or somebody else has reduced them) ``p.grad`` stays what it is in torch an
 
 from __future__ import annotations
 
-import bisect
-import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -17,65 +15,83 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_asgd.buckets import Bucket, describe, require_dense, require_fitting
 from dist_asgd.collectives import Collectives, Reduction, completes_within
-from dist_asgd.layout import BucketLayout, Piece, plan_buckets
-from dist_asgd.packing import Packer
+from dist_asgd.layout import BucketLayout, Span, plan_buckets
+from dist_asgd.packing import Batches, Packer
 from dist_asgd.pieces import GradientPiece, Placement, Reducing
 from dist_asgd.rule import Hyperparameters
-from dist_asgd.shards import GradientSlice, Precision, Run, Shard
-from dist_asgd.update import as_real, block_size, compute_dtype
-
-# Gradients of fewer elements are gathered before the update: one operator moves all of them, where reading each where
-# it lies would cost several operators a parameter.
-GATHER_BELOW = 32 * 1024
+from dist_asgd.shards import Precision, Run, UpdateSlice
+from dist_asgd.update import as_real, compute_dtype
 
 # ``GradientPiece.begun`` of a gradient that was dropped, and of one that only this rank knows yet: after every pass.
 DROPPED, UNREDUCED = 2**62, 2**61
 
 
-class Bucket:
-    """One bucket of parameters with this rank's shard of it.
+class FlatParameters:
+    """``ShardParameters`` in one 1-D tensor, ``shard``."""
+
+    def __init__(self, shard: Tensor) -> None:
+        self.shard, self.dtype = shard, shard.dtype
+
+    def read(self, where: slice = slice(None)) -> Tensor:
+        return self.shard[where]
+
+    def write(self, where: slice, values: Tensor) -> None:
+        self.shard[where].copy_(values)
+
+    def wrap(self, position: int, local: Tensor) -> Tensor:
+        return local
+
+
+class ReplicatedBucket(Bucket):
+    """Parameters that every rank has whole. They become views of one buffer, so no collective copies anything.
 
     Args:
-        params: leaf tensors of one dtype and device, ``params[i]`` at ``layout.spans[i]``. They become views of the
-            bucket's buffer, so that no collective copies anything in or out.
-        names: of ``params``, for messages.
+        named: leaf tensors of one dtype and device.
         collectives: None with one rank.
         reducing: given where gradients are the rank's own and the bucket averages them; then parameters start as rank
             0's, as in DistributedDataParallel.
     """
 
+    always_registered = True
+
     def __init__(
         self,
-        params: Sequence[Tensor],
-        names: Sequence[str],
+        named: Mapping[Tensor, str],
         layout: BucketLayout,
         rank: int,
         collectives: Collectives | None,
         precision: Precision,
         reducing: Reducing | None,
     ) -> None:
-        self.params, self.names, self.layout = tuple(params), tuple(names), layout
-        self.collectives = collectives if layout.numel else None
-        self.group = None if collectives is None else collectives.group
-        self.reducing = reducing
-        self.positions = {id(param): position for position, param in enumerate(params)}
-        self.dtype, self.device = params[0].dtype, params[0].device
-        self.placements = tuple(Placement.of(param) for param in params)
-        self.buffer = torch.zeros(layout.numel, dtype=self.dtype, device=self.device)  # 1-D, the parameters
-        for position in range(len(params)):
-            self._attach(position)
-        self._addresses = [param.data_ptr() for param in self.params]
-        if reducing is not None and self.collectives is not None:
-            self.collectives.broadcast(as_real(self.buffer))
+        first = next(iter(named))
+        placements = [Placement.of(param) for param in named]
+        self.buffer = torch.zeros(layout.numel, dtype=first.dtype, device=first.device)  # 1-D, the parameters
+        for param, placement, span in zip(named, placements, layout.spans, strict=True):
+            self._attach(param, placement, span)
+        if reducing is not None and collectives is not None and layout.numel:
+            collectives.broadcast(as_real(self.buffer))
         start, stop = layout.shard(rank)
-        self.shard = Shard(self.buffer[start:stop], layout, self.placements, rank, precision)
+        super().__init__(
+            named, layout, placements, FlatParameters(self.buffer[start:stop]), rank, collectives, precision
+        )
+        self.group = None if collectives is None else collectives.group
+        self.reducing, self.reduces = reducing, reducing is not None
+        self.whole_gradients = not self.reduces
+        self.meets = self.may_lag = collectives is not None
+        if collectives is not None and not self.reduces:
+            self.mirrors = tuple(range(collectives.world_size))
+        self._addresses = [param.data_ptr() for param in self.params]
         self._owned = list(self.shard.pieces.values())
         self.grad: Tensor | None = None
-        self.gradient_pieces = [GradientPiece(self, i, param) for i, param in enumerate(params)] if reducing else []
+        self.gradient_pieces = (
+            [GradientPiece(self, i, param) for i, param in enumerate(self.params)] if reducing else []
+        )
         self._reductions: deque[tuple[int, Reduction]] = deque()  # under way, in order, each with its pass
         self._gather: dist.Work | None = None
         self._packer = Packer(layout, self.placements, self.buffer)
+        self._batches = Batches(self._owned, layout, self.device)
 
     # Parameters ------------------------------------------------------------------------------------------------------
 
@@ -83,56 +99,32 @@ class Bucket:
         """Whether the parameter still is a view of the bucket."""
         return self.params[position].data_ptr() == self._addresses[position]
 
-    def check_views(self) -> None:
-        """Takes up parameters whose ``.data`` was replaced; raises ``RuntimeError`` where they do not fit any more."""
+    def check_parameters(self) -> None:
         if [param.data_ptr() for param in self.params] == self._addresses:
             return
-        for position, param in enumerate(self.params):
-            if self.holds(position):
-                continue
-            found = describe(param)
-            expected = f"{self.dtype} on {self.device} of shape {self.placements[position].shape}"
-            if found != expected:
-                raise RuntimeError(
-                    f"parameter {self.names[position]!r} has become {found}; the optimizer was built for {expected}. "
-                    "Convert the model (model.to(...)) before building the optimizer, or build it again"
-                )
-            self._attach(position)
+        for position, (name, param) in enumerate(zip(self.names, self.params, strict=True)):
+            if not self.holds(position):
+                require_fitting(name, param, self.dtype, self.device, self.placements[position].shape)
+                self._attach(param, self.placements[position], self.layout.spans[position])
 
     def start_gather(self) -> None:
-        """Starts completing the parameters on every rank from the shards, which have changed. Collective."""
         # The views do not share the buffer's version counter; with it, autograd refuses a backward through old values.
         torch.autograd.graph.increment_version(self.params)
         if self.collectives is not None:
-            self._gather = self.collectives.start_gather(as_real(self.buffer), as_real(self.shard.param))
+            self._gather = self.collectives.start_gather(as_real(self.buffer), as_real(self.shard.parameters.read()))
 
     def wait(self, seconds: float | None = None) -> None:
-        """Waits until the parameters are complete, at most ``seconds``; a later call goes on where this one gave up."""
         if self._gather is None or not (seconds is None or completes_within(self._gather, seconds)):
             return
         self._gather.wait()
         self._gather = None
 
-    def assemble(self, flat: Tensor) -> Tensor | None:
-        """The whole bucket, 1-D, on rank 0's CPU (others: None) from a ``flat`` tensor of each shard. Collective."""
-        if self.collectives is None:
-            return flat.detach().clone().cpu()
-        rank = dist.get_rank(self.group)
-        parts = [torch.empty_like(flat) for _ in range(self.layout.world_size)] if rank == 0 else None
-        real = None if parts is None else [as_real(part) for part in parts]
-        dist.gather(as_real(flat), real, group=self.group, group_dst=0)
-        return None if parts is None else torch.cat(parts).cpu()
-
-    def _attach(self, position: int) -> None:
-        param, span = self.params[position], self.layout.spans[position]
-        view = self.placements[position].view(self.buffer[span.start : span.stop])
+    def _attach(self, param: Tensor, placement: Placement, span: Span) -> None:
+        view = placement.view(self.buffer[span.start : span.stop])
         view.copy_(param.detach())
         param.data = view
 
     # Gradients -------------------------------------------------------------------------------------------------------
-
-    def requires_grad(self) -> list[bool]:
-        return [param.requires_grad for param in self.params]
 
     def has_gradient(self) -> list[bool]:
         """For each parameter, whether this rank made a gradient since the last one was dropped."""
@@ -162,6 +154,32 @@ class Bucket:
         """Whether ``grad`` can be the gradient of the parameter: dense, of its shape and on its device."""
         same = grad.shape == self.placements[position].shape and grad.device == self.device
         return same and grad.layout is torch.strided
+
+    def check_gradients(self) -> None:
+        for position, (name, param) in enumerate(zip(self.names, self.params, strict=True)):
+            grad = param.grad
+            if isinstance(grad, GradientPiece):
+                self._check_piece(name, position, grad)
+                grad = grad.pending
+            if grad is None or self.fits(position, grad):
+                continue
+            require_dense(name, grad)
+            raise RuntimeError(
+                f"the gradient of parameter {name!r} is {describe(grad)}, the optimizer was built for a parameter of "
+                f"shape {self.placements[position].shape} on {self.device}: they must have the same shape and device"
+            )
+
+    def _check_piece(self, name: str, position: int, piece: GradientPiece) -> None:
+        if not (self.gradient_pieces and piece is self.gradient_pieces[position]):
+            raise RuntimeError(
+                f"the gradient of parameter {name!r} was reduced by another ShardedASGD that has the parameter "
+                "as well: use one of them, and drop gradients (zero_grad()) when you change over"
+            )
+        if piece.begun == DROPPED:
+            raise RuntimeError(
+                f"the gradient of parameter {name!r} was dropped by zero_grad() and then put back: it only "
+                "stood for the reduced gradient, which is gone. Run another backward after zero_grad()"
+            )
 
     def stand_in(self) -> None:
         """Puts stand-ins for gradients that only this rank knows: who looks at them (GradScaler) asks all ranks."""
@@ -253,7 +271,9 @@ class Bucket:
             self.grad[piece.shard_start : piece.shard_stop].zero_()
 
     def gradient_tensors(self) -> list[Tensor]:
-        """Every tensor that holds values of the gradients that are attached to their parameters, each value once."""
+        """Of the gradients that are attached to their parameters: the whole ones, or the rank's own parts of them."""
+        if not self.reduces:
+            return [param.grad for param in self.params if param.grad is not None]
         self.finish_reduce()
         pairs = list(zip(self.params, self.gradient_pieces, strict=True))
         pending = [piece.pending for param, piece in pairs if param.grad is piece]
@@ -267,56 +287,38 @@ class Bucket:
             reduced = [self.grad[piece.shard_start : piece.shard_stop] for piece in owned]
         return reduced + [grad for grad in pending if grad is not None]
 
+    def owned_gradients(self) -> list[Tensor]:
+        if self.reduces:
+            return self.gradient_tensors()
+        grads = [(piece, self.params[piece.position].grad) for piece in self._owned]
+        return [
+            self._packer.flat(piece.position, grad)[piece.start : piece.stop]
+            for piece, grad in grads
+            if grad is not None
+        ]
+
     # Update ----------------------------------------------------------------------------------------------------------
 
     def update(self, h: Hyperparameters, active: Sequence[bool] | None) -> None:
-        """One step of this rank's shard for the parameters that are ``active`` (None: all)."""
         self.wait()
-        self.finish_reduce()
-        self.shard.update(h, active, self._reduced_slices if self.reducing else self._plain_slices)
+        if self.reduces:
+            self.finish_reduce()
+        self.shard.update(h, active, self._reduced_slices if self.reduces else self._plain_slices)
 
-    def _reduced_slices(self, run: Run) -> Iterator[GradientSlice]:
+    def _reduced_slices(self, run: Run) -> Iterator[UpdateSlice]:
         where = self.shard.slice_of(run)
         if where.start < where.stop and self.grad is not None:
-            yield GradientSlice(where.start, self.grad[where])
+            yield UpdateSlice(where.start, self.shard.parameters.read(where), self.grad[where])
 
-    def _plain_slices(self, run: Run) -> Iterator[GradientSlice]:
+    def _plain_slices(self, run: Run) -> Iterator[UpdateSlice]:
         """Large gradients where they lie, and runs of small ones gathered, in pieces that stay in cache."""
-        small: list[Piece] = []
-        most = block_size(self.layout.shard_numel, self.device)
-        first = bisect.bisect_left(self._owned, run.first, key=lambda piece: piece.position)
-        for piece in itertools.islice(self._owned, first, None):
-            if piece.position >= run.stop:
-                break
-            grad = self.params[piece.position].grad
-            if grad is None:
-                continue
-            numel = piece.stop - piece.start
-            whole = numel == grad.numel()
-            if whole and numel < GATHER_BELOW:
-                small.append(piece)
-                if piece.shard_stop - small[0].shard_start >= most:
-                    yield self._gathered(small)
-                    small = []
-                continue
-            if small:
-                yield self._gathered(small)
-                small = []
-            flat = self._packer.flat(piece.position, grad)
-            yield GradientSlice(piece.shard_start, flat if whole else flat[piece.start : piece.stop])
-        if small:
-            yield self._gathered(small)
-
-    def _gathered(self, pieces: Sequence[Piece]) -> GradientSlice:
-        start, stop = pieces[0].shard_start, pieces[-1].shard_stop
-        out = self.buffer.new_empty(stop - start)
-        positions = [piece.position for piece in pieces]
-        grads = [self.params[position].grad for position in positions]
-        self._packer.pack(positions, grads, self.shard.start + start, out)
-        return GradientSlice(start, out)
+        for batch in self._batches.of(run.first, run.stop):
+            grads = [grad for position in batch.positions if (grad := self.params[position].grad) is not None]
+            param = self.shard.parameters.read(slice(batch.start, batch.stop))
+            yield UpdateSlice(batch.start, param, self._packer.join(batch, grads))
 
 
-def build_buckets(
+def build_replicated(
     named: Mapping[Tensor, str],
     bucket_bytes: int,
     rank: int,
@@ -324,7 +326,7 @@ def build_buckets(
     group: dist.ProcessGroup | None,
     precision: Precision,
     reducing: Reducing | None,
-) -> list[Bucket]:
+) -> list[ReplicatedBucket]:
     """Buckets for the parameters, with their names, of one group: apart by device and dtype. Collective."""
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for param in named:
@@ -335,10 +337,6 @@ def build_buckets(
         numels = [param.numel() for param in params]
         for layout in plan_buckets(numels, world_size=world_size, max_numel=bucket_bytes // dtype.itemsize):
             of_bucket = [params[span.index] for span in layout.spans]
-            names = [named[param] for param in of_bucket]
-            buckets.append(Bucket(of_bucket, names, layout, rank, collectives, precision, reducing))
+            names = {param: named[param] for param in of_bucket}
+            buckets.append(ReplicatedBucket(names, layout, rank, collectives, precision, reducing))
     return buckets
-
-
-def describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} on {tensor.device} of shape {tuple(tensor.shape)}"

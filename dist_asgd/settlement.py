@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dist_asgd.agreement import Agreement, DifferentOperations
+from dist_asgd.agreement import Agreement, DifferentOperations, fingerprint
+from dist_asgd.buckets import Bucket
 from dist_asgd.checks import (
     Groups,
-    check_gradients,
     gradient_sample,
     require_gradients,
+    require_registered,
     require_same_gradients,
     some_of,
     step_code,
@@ -20,11 +21,12 @@ from dist_asgd.checks import (
 )
 from dist_asgd.overlap import ForwardWaits
 from dist_asgd.reducer import Reducer
-from dist_asgd.replicated import Bucket
 from dist_asgd.rule import Hyperparameters
 
 # Steps in a row without a gradient, after which it is said: of all parameters; of one (models may use them in turns).
 NONE_USED, ONE_UNUSED = 3, 100
+
+STEP = "step()"  # the operation
 
 Flags = dict[Bucket, list[bool]]  # a fact about each parameter of each bucket
 
@@ -43,17 +45,16 @@ class Settlement:
     Args:
         reducer: of the buckets that reduce.
         waits: of the module, if one was given.
-        reduces: whether gradients are the ranks' own.
-        find_unused: whether a parameter may lack a gradient on some ranks, or all.
+        find_unused: whether a parameter whose gradients are reduced here may lack one on some ranks, or all.
     """
 
-    def __init__(
-        self, agreement: Agreement, reducer: Reducer, waits: ForwardWaits, reduces: bool, find_unused: bool
-    ) -> None:
+    def __init__(self, agreement: Agreement, reducer: Reducer, waits: ForwardWaits, find_unused: bool) -> None:
         self._agreement, self._reducer, self._waits = agreement, reducer, waits
-        self._reduces, self._find_unused = reduces, find_unused
+        self._find_unused = find_unused
+        self._started = False  # whether ranks have agreed on a step since parameters were added
+        self._unmet = 0  # fingerprint of the steps on which ranks have not talked
         self._without: Counter[str] = Counter()  # steps in a row that found no gradient, by name of the parameter
-        self._warned = self._warned_orphans = self._compared = False
+        self._warned = self._warned_orphans = False
 
     @property
     def passes(self) -> int:
@@ -72,6 +73,10 @@ class Settlement:
             error = error or caught
         self._meet(operation, [], error)
 
+    def start_again(self) -> None:
+        """Parameters were added: the next step is the first with them."""
+        self._started = False
+
     def warn_reduced_twice(self) -> None:
         if not self._warned:
             self._warned = True
@@ -89,24 +94,29 @@ class Settlement:
         Raises the same error on every rank where any rank found one or where ranks differ, also in ``operation``;
         gradients are then as they were, and no collective is left unmatched.
         """
-        for bucket in buckets:
-            bucket.wait()
-        self._reducer.close_pass()
+        reducing = self._reducer.buckets
         options: list[Hyperparameters] = []
         present: Flags = {}
         shared: dict[Bucket, list[int]] = {}
         code = 0
+        for bucket in buckets:
+            bucket.wait()
+        self._reducer.close_pass()
         try:
             if error is not None:
                 raise error
             options = [Hyperparameters.of(group) for group in groups]
             present = self._check(buckets)
             shared = {bucket: self._shared(bucket, present[bucket]) for bucket in buckets}
-            begun = [bucket.begun(self._reducer.passes) for bucket in buckets] if self._reduces else []
-            code = step_code(options, shared, begun)
+            code = step_code(options, shared, [bucket.begun(self._reducer.passes) for bucket in reducing])
         except Exception as caught:
             error = caught
-        unreduced = self._reduces and any(bucket.has_unreduced() for bucket in buckets)
+        if self._started and operation == STEP and not any(bucket.meets for bucket in buckets):
+            if error is not None:
+                raise error
+            self._unmet = fingerprint((self._unmet, code))
+            return Settled(options, present)
+        unreduced = any(bucket.has_unreduced() for bucket in reducing)
         high, minus_low, any_unreduced = self._meet(operation, [code, -code, unreduced], error)
         if high != -minus_low:
             self._agreement.require_equal("this step", step_facts(options, shared))
@@ -117,54 +127,64 @@ class Settlement:
             )
         if any_unreduced:
             self._reducer.reduce_now()
-        if not self._reduces:
-            self._compare_gradients(buckets)
         self._reducer.rest()
-        return Settled(options, self._union(present) if self._reduces and self._find_unused else present)
+        self._begin(buckets, present)
+        return Settled(options, self._union(present) if reducing and self._find_unused else present)
+
+    def _begin(self, buckets: Sequence[Bucket], present: Flags) -> None:
+        """Until there was a step with gradients: compares those that nothing but the user makes equal. Collective."""
+        if self._started:
+            return
+        some = any(map(any, present.values()))
+        samples, found = zip(*self._agreement.gather((gradient_sample(buckets), some)), strict=True)
+        self._started = require_same_gradients(samples) and any(found)
 
     def _check_parameters(self, buckets: Sequence[Bucket]) -> None:
         """Raises ``RuntimeError`` where the model or a parameter is not what the optimizer was built for any more."""
         self._waits.check()
         for bucket in buckets:
-            bucket.check_views()
+            bucket.check_parameters()
 
     def _meet(self, operation: str, values: Sequence[int], error: Exception | None) -> list[int]:
         """Exchanges ``values`` for their maximum, with every rank at the same pass; then raises any rank's ``error``.
 
         In this order: an error leaves no collective unmatched.
         """
-        mine = [self._reducer.passes, error is not None, *values]
+        mine = [self._reducer.passes, error is not None, self._unmet, -self._unmet, *values]
         try:
-            passes, failed, *result = self._agreement.maximum(operation, mine)
+            passes, failed, high, minus_low, *result = self._agreement.maximum(operation, mine)
         except DifferentOperations as different:  # each of them begins here
             self._reducer.catch_up(different.values[0])
             raise
         self._reducer.catch_up(passes)
         if failed:
             self._agreement.maximum(operation, error=error)
+        self._unmet = 0
+        if high != -minus_low:
+            raise RuntimeError(
+                f"before {operation}, ranks took different steps, as their options (lr, ...), or which parameters were "
+                "frozen or had gradients, were not the same on every rank: what they have computed does not belong "
+                "together. Load an earlier state"
+            )
         return result
-
-    def _compare_gradients(self, buckets: Sequence[Bucket]) -> None:
-        """On the first step that has gradients: what somebody else has reduced is the same on every rank."""
-        if self._compared or self._agreement.world_size == 1:
-            return
-        self._compared = require_same_gradients(self._agreement.gather(gradient_sample(buckets)))
 
     def _check(self, buckets: Sequence[Bucket]) -> Flags:
         """Checks what a user can have broken since the last step; tells which parameters have a gradient here."""
         self._check_parameters(buckets)
+        if not self._started:
+            require_registered(buckets)
         present = {}
         for bucket in buckets:
-            check_gradients(bucket)
+            bucket.check_gradients()
             present[bucket] = bucket.has_gradient()
-            if self._reduces and not self._find_unused and not all(present[bucket]):
+            if bucket.reduces and not self._find_unused and not all(present[bucket]):
                 require_gradients(bucket, present[bucket])
         return present
 
     def _shared(self, bucket: Bucket, present: Sequence[bool]) -> list[int]:
         """What must be the same on every rank about each parameter: an index of ``checks.PARAMETER_FACTS``."""
         trained = bucket.requires_grad()
-        if self._reduces and self._find_unused:
+        if bucket.uneven or (bucket.reduces and self._find_unused):
             return [int(train) for train in trained]
         return [train + 2 * has for train, has in zip(trained, present, strict=True)]
 

@@ -1,8 +1,8 @@
 """What a rank owns of a bucket: tensors and scalars, their update, and their way in and out of state dicts.
 
 [Note: the tensors of a shard] All are 1-D, of ``layout.shard_numel`` elements and indexed alike:
-- ``param``: the shard of the parameters themselves, a view of the bucket.
-- ``master``: for bf16 and fp16 parameters, the fp32 values of which ``param`` is the rounding; else None.
+- the shard of the parameters themselves, which ``ShardParameters`` reads and writes.
+- ``master``: for bf16 and fp16 parameters, the fp32 values of which they are the rounding; else None.
 - ``average``: ``ax``. None until a parameter of the bucket starts averaging: before that, ``ax`` *is* the parameter.
 
 ``step``, ``eta`` and ``mu`` belong to parameters. They are kept for runs of neighbours in which they are equal, which
@@ -15,10 +15,11 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dist_asgd.layout import BucketLayout, Piece
 from dist_asgd.pieces import Placement, StatePiece
@@ -51,31 +52,56 @@ class Run:
     scalars: Scalars
 
 
-class GradientSlice(NamedTuple):
+class UpdateSlice(NamedTuple):
+    """What one call updates: neighbours in the shard with equal scalars."""
+
     start: int  # in the shard
-    grad: Tensor  # 1-D, the gradient from ``start`` on
+    param: Tensor  # 1-D, the parameters from ``start`` on; updated in place
+    grad: Tensor  # 1-D, their gradients
+
+
+class ShardParameters(Protocol):
+    """The parameters of a shard, wherever they lie, indexed as the shard."""
+
+    dtype: torch.dtype
+
+    def read(self, where: slice = slice(None)) -> Tensor:
+        """1-D. It may be the parameters themselves: not to be written to."""
+
+    def write(self, where: slice, values: Tensor) -> None:
+        """``where`` begins and ends between parameters."""
+
+    def wrap(self, position: int, local: Tensor) -> Tensor:
+        """``local``, all that the parameter has on this rank, as a tensor that is placed as the parameter is."""
 
 
 class Shard:
     """One rank's shard of one bucket.
 
     Args:
-        param: 1-D, the rank's shard of the bucket; updated in place.
+        parameters: of the rank's shard.
         layout: of the bucket.
         placements: of the parameters, by position in ``layout.spans``.
         rank: whose shard it is.
     """
 
     def __init__(
-        self, param: Tensor, layout: BucketLayout, placements: Sequence[Placement], rank: int, precision: Precision
+        self,
+        parameters: ShardParameters,
+        layout: BucketLayout,
+        placements: Sequence[Placement],
+        rank: int,
+        precision: Precision,
     ) -> None:
-        self.param = param
+        self.parameters, self.dtype = parameters, parameters.dtype
         self.layout, self.placements = layout, tuple(placements)
         self.start, self.stop = layout.shard(rank)
         self.pieces: dict[int, Piece] = {piece.position: piece for piece in layout.pieces(rank)}
-        self.master = param.to(compute_dtype(param.dtype)) if precision.needs_master(param.dtype) else None
+        self.master: Tensor | None = None
+        if precision.needs_master(self.dtype):
+            self.master = parameters.read().to(compute_dtype(self.dtype))
         self.average: Tensor | None = None
-        self.average_dtype = precision.average(param.dtype)
+        self.average_dtype = precision.average(self.dtype)
         self._raw: Tensor | None = None  # the parameters themselves while their averages are swapped in
         self.runs = [Run(0, len(self.placements), Scalars(step=0, eta=0.0, mu=1.0))]
 
@@ -90,22 +116,22 @@ class Shard:
         self,
         h: Hyperparameters,
         active: Sequence[bool] | None,
-        gradients: Callable[[Run], Iterable[GradientSlice]],
+        slices: Callable[[Run], Iterable[UpdateSlice]],
     ) -> None:
-        """One step of the parameters that are ``active`` (None: all) with the ``gradients`` of each run."""
+        """One step of the parameters that are ``active`` (None: all), by the ``slices`` of each run."""
         runs = []
         for run, is_active in select_runs(self.runs, active):
-            runs.append(self._step(run, h, gradients) if is_active else run)
+            runs.append(self._step(run, h, slices(run)) if is_active else run)
         if active is None and all(run.scalars.mu == 1 for run in [*self.runs, *runs]):
             self.average = None  # every parameter has just become its own average
         self.runs = merge_runs(runs)
 
-    def _step(self, run: Run, h: Hyperparameters, gradients: Callable[[Run], Iterable[GradientSlice]]) -> Run:
+    def _step(self, run: Run, h: Hyperparameters, slices: Iterable[UpdateSlice]) -> Run:
         scalars = run.scalars if run.scalars.step else first_scalars(h)
-        for part in gradients(run):
+        for part in slices:
             where = slice(part.start, part.start + part.grad.numel())
             update_(
-                self.param[where],
+                part.param,
                 part.grad,
                 None if self.average is None else self.average[where],
                 None if self.master is None else self.master[where],
@@ -131,20 +157,20 @@ class Shard:
 
     def swap_in(self) -> None:
         """Overwrites the parameters that have an average of their own by it, rounded once."""
-        self._raw = self.param.clone()
+        self._raw = self.parameters.read().clone()
         for run in self.runs:
             if run.scalars.mu != 1 and self.average is not None:
-                self.param[self.slice_of(run)].copy_(self.average[self.slice_of(run)])
+                self.parameters.write(self.slice_of(run), self.average[self.slice_of(run)])
 
     def swap_out(self) -> None:
         """Makes the parameters exactly what they were before ``swap_in``."""
         if self._raw is not None:
-            self.param.copy_(self._raw)
+            self.parameters.write(slice(None), self._raw)
             self._raw = None
 
     def _iterate(self, where: slice = slice(None)) -> Tensor:
         """What training has made of the parameters; of masters, if any, a copy: looking changes nothing."""
-        param = (self.param if self._raw is None else self._raw)[where]
+        param = self.parameters.read(where) if self._raw is None else self._raw[where]
         return param if self.master is None else followed(self.master[where], param)
 
     # State dicts -----------------------------------------------------------------------------------------------------
@@ -186,7 +212,7 @@ class Shard:
     def _as_piece(self, local: Tensor, position: int) -> Tensor:
         piece = self.pieces.get(position)
         if self.layout.world_size == 1:
-            return self.placements[position].view(local)
+            return self.parameters.wrap(position, self.placements[position].view(local))
         return StatePiece(local, 0 if piece is None else piece.start, self.placements[position])
 
     def check_state(self, position: int, state: Mapping[str, Any]) -> None:
@@ -196,13 +222,13 @@ class Shard:
         if missing:
             raise ValueError(f"has no {', '.join(sorted(missing))}: it is not that of an ASGD optimizer")
         _check_scalars(state)
-        for name, dtype in (("ax", self.average_dtype), ("master", compute_dtype(self.param.dtype))):
+        for name, dtype in (("ax", self.average_dtype), ("master", compute_dtype(self.dtype))):
             value = state.get(name)
             if value is None and name == "master":
                 continue
-            if not isinstance(value, Tensor) or value.shape != placement.shape:
+            if not isinstance(value, Tensor) or value.shape != placement.whole:
                 found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"has {name} of shape {found}, the parameter is {placement.shape}")
+                raise ValueError(f"has {name} of shape {found}, the parameter is {placement.whole}")
             if value.layout is not torch.strided or value.is_meta:
                 raise ValueError(
                     f"has {name} of layout {value.layout} on {value.device}: it must be dense, with values"
@@ -210,6 +236,17 @@ class Shard:
             exact = value.is_floating_point() or value.is_complex()
             if not exact or torch.promote_types(value.dtype, dtype) != dtype:
                 raise ValueError(f"has {name} of {value.dtype}, the optimizer keeps it in {dtype}: convert it first")
+            if isinstance(value, DTensor) and not placement.same_block(Placement.of(value)):
+                raise ValueError(
+                    f"has {name} as a DTensor with {value.placements} on {value.device_mesh}, of which this rank has "
+                    "another block than of the parameter. torch.distributed.checkpoint moves state between placements"
+                )
+            if isinstance(value, StatePiece) and not placement.same_block(value.placement):
+                raise ValueError(
+                    f"has a piece of the block at {value.placement.offsets} of {name}, this rank has the one at "
+                    f"{placement.offsets}: it was saved under another placement, or by another rank. "
+                    "torch.distributed.checkpoint and full_state_dict() move state between ranks"
+                )
             if isinstance(value, StatePiece) and value.placement.order != placement.order:
                 raise ValueError(
                     f"has {name} in the memory order of dims {value.placement.order}, the parameter has "
@@ -237,7 +274,7 @@ class Shard:
                 average[where].copy_(self._own(state["ax"], position))
             if self.master is not None:
                 master = state.get("master")
-                self.master[where].copy_(self.param[where] if master is None else self._own(master, position))
+                self.master[where].copy_(self.parameters.read(where) if master is None else self._own(master, position))
         # One from before averaging costs no memory, unless it says something that the parameters do not.
         says_more = self.averages or not torch.equal(average, self._iterate().to(average.dtype))
         self.average = average if states and says_more else None
@@ -246,7 +283,8 @@ class Shard:
         piece = self.pieces[position]
         if isinstance(value, StatePiece):
             return value.local
-        return self.placements[position].flatten(value)[piece.start : piece.stop]
+        placement = self.placements[position]
+        return placement.flatten(placement.block_of(value))[piece.start : piece.stop]
 
 
 def select_runs(runs: Sequence[Run], active: Sequence[bool] | None) -> list[tuple[Run, bool]]:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_asgd.agreement import Facts
+from dist_asgd.agreement import Agreement, Facts
+from dist_asgd.buckets import Bucket
 from dist_asgd.checks import option_facts, some_of
-from dist_asgd.replicated import Bucket
+from dist_asgd.pieces import Placement
 from dist_asgd.rule import Hyperparameters, Scalars
 
 Groups = list[dict[str, Any]]  # optimizer.param_groups
@@ -62,24 +63,32 @@ def sharded_state_dict(groups: Groups, buckets: GroupBuckets) -> dict[str, Any]:
     return {"state": dict(sorted(state.items())), "param_groups": _exported_groups(groups, ids)}
 
 
-def full_state_dict(groups: Groups, buckets: GroupBuckets, rank: int) -> dict[str, Any]:
+def full_state_dict(groups: Groups, buckets: GroupBuckets, agreement: Agreement) -> dict[str, Any]:
     """torch's state dict with whole tensors on rank 0's CPU; ``{}`` on the others. Collective.
 
     As in torch, a parameter that has not taken a step has no state.
     """
     ids = _parameter_ids(groups)
-    state = {}
+    state: dict[int, dict[str, Any]] = {}
+    owned: list[tuple[int, int, int, int, int, Placement]] = []
+    flats: list[Tensor] = []
     for group, of_group in zip(groups, buckets, strict=True):
         for bucket in of_group:
-            flat = bucket.assemble(bucket.shard.tensors()["ax"])
-            if flat is None:
-                continue
+            flats.append(bucket.shard.tensors()["ax"].cpu())
             for position, scalars in enumerate(bucket.shard.scalars(Hyperparameters.of(group))):
-                span = bucket.layout.spans[position]
-                if scalars.step:
-                    average = bucket.placements[position].view(flat[span.start : span.stop]).clone()
-                    state[ids[id(bucket.params[position])]] = {**_scalar_tensors(scalars), "ax": average}
-    if rank != 0:
+                if not scalars.step:
+                    continue
+                index, placement = ids[id(bucket.params[position])], bucket.placements[position]
+                piece = bucket.shard.pieces.get(position)
+                if piece is not None:
+                    owned.append((index, len(flats) - 1, piece.shard_start, piece.start, piece.stop, placement))
+                if agreement.rank == 0:
+                    state[index] = {**_scalar_tensors(scalars), "ax": placement.new_whole(flats[-1].dtype)}
+    for pieces, tensors in agreement.collect(owned, flats):
+        for index, flat, shard_start, start, stop, placement in pieces:
+            end = shard_start + stop - start
+            placement.fill(state[index]["ax"], start, tensors[flat][shard_start:end])
+    if agreement.rank != 0:
         return {}
     return {"state": dict(sorted(state.items())), "param_groups": _exported_groups(groups, ids)}
 
@@ -98,6 +107,8 @@ class Load:
         for number, (group, options) in enumerate(zip(self.groups, self.options, strict=True)):
             facts += option_facts(Hyperparameters.of({**group, **options}), number)
         for bucket, states in self.states:
+            if bucket.uneven:  # ranks have state of what they have elements of
+                continue
             for position, name in enumerate(bucket.names):
                 state = states.get(position)
                 scalars = "none" if state is None else ", ".join(f"{key} {float(state[key])!r}" for key in SCALARS)

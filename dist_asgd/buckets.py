@@ -1,0 +1,109 @@
+"""What all buckets have in common, wherever their parameters and gradients lie."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dist_asgd.collectives import Collectives
+from dist_asgd.layout import BucketLayout
+from dist_asgd.pieces import Placement
+from dist_asgd.rule import Hyperparameters
+from dist_asgd.shards import Precision, Shard, ShardParameters
+
+
+class Bucket(ABC):
+    """Parameters of one group, dtype and device that are updated together, and this rank's shard of them.
+
+    Args:
+        named: the parameters with their names, for messages.
+        layout: ``layout.spans[i]`` is where the i-th of them lies, or would if all were moved into one buffer.
+        placements: of what this rank has of each.
+        parameters: of the shard.
+        rank: whose shard of ``layout`` this rank has.
+        collectives: between the ranks that have the same of each parameter, each of which owns a shard; None where no
+            other rank has it, or each rank is to have the whole state.
+    """
+
+    reduces = False  # whether gradients are the ranks' own, to be averaged here
+    meets = False  # whether ranks must agree before each step, so that none is left waiting
+    may_lag = False  # whether the parameters need not be complete when a step returns
+    always_registered = False  # whether modules hold the parameters all the time, never something in their place
+    whole_gradients = False  # whether ``p.grad`` is the whole gradient of a parameter, on every rank
+    uneven = False  # whether a parameter may have a gradient on some ranks only, since others have none of its elements
+    mirrors: tuple[int, ...] = ()  # the ranks that must have the same gradients, if nothing else makes sure of it
+
+    def __init__(
+        self,
+        named: Mapping[Tensor, str],
+        layout: BucketLayout,
+        placements: Sequence[Placement],
+        parameters: ShardParameters,
+        rank: int,
+        collectives: Collectives | None,
+        precision: Precision,
+    ) -> None:
+        self.params, self.names, self.layout = tuple(named), tuple(named.values()), layout
+        self.positions = {id(param): position for position, param in enumerate(self.params)}
+        self.placements = tuple(placements)
+        self.dtype, self.device = self.params[0].dtype, self.params[0].device
+        self.collectives = collectives if layout.numel else None
+        self.shard = Shard(parameters, layout, self.placements, rank, precision)
+
+    def requires_grad(self) -> list[bool]:
+        return [param.requires_grad for param in self.params]
+
+    @abstractmethod
+    def has_gradient(self) -> list[bool]:
+        """For each parameter, whether this rank has a gradient of it."""
+
+    @abstractmethod
+    def check_parameters(self) -> None:
+        """Takes up parameters whose memory was replaced; raises ``RuntimeError`` where they do not fit any more."""
+
+    @abstractmethod
+    def check_gradients(self) -> None:
+        """Raises ``RuntimeError`` for a gradient that the rule has no meaning for, naming its parameter."""
+
+    @abstractmethod
+    def gradient_tensors(self) -> list[Tensor]:
+        """Every tensor that holds values of the gradients on this rank, each value once."""
+
+    @abstractmethod
+    def owned_gradients(self) -> list[Tensor]:
+        """The same or parts of them, so that over all ranks each element of each parameter is there once."""
+
+    @abstractmethod
+    def update(self, h: Hyperparameters, active: Sequence[bool] | None) -> None:
+        """One step of this rank's shard for the parameters that are ``active`` (None: all)."""
+
+    @abstractmethod
+    def start_gather(self) -> None:
+        """Starts completing the parameters on every rank from the shards, which have changed. Collective."""
+
+    @abstractmethod
+    def wait(self, seconds: float | None = None) -> None:
+        """Waits until the parameters are complete, at most ``seconds``; a later call goes on where this one gave up."""
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} on {tensor.device} of shape {tuple(tensor.shape)}"
+
+
+def require_fitting(name: str, found: Tensor, dtype: torch.dtype, device: torch.device, shape: Sequence[int]) -> None:
+    """Raises ``RuntimeError`` where parameter ``name`` is not what the optimizer was built for any more."""
+    expected = f"{dtype} on {device} of shape {tuple(shape)}"
+    if describe(found) != expected:
+        raise RuntimeError(
+            f"parameter {name!r} has become {describe(found)}; the optimizer was built for {expected}. "
+            "Convert and shard the model (model.to(...), fully_shard(...)) before building the optimizer, or build it "
+            "again"
+        )
+
+
+def require_dense(name: str, grad: Tensor) -> None:
+    if grad.layout is not torch.strided:
+        raise RuntimeError(f"parameter {name!r} has a sparse gradient; ASGD needs a dense one (sparse=False)")

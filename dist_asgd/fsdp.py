@@ -1,0 +1,86 @@
+"""What FSDP has besides the parameters: whole copies for forward, which a change of the parameters must not outlive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    StateDictType,
+)
+from torch.distributed.fsdp._runtime_utils import _reshard
+from torch.optim import Optimizer
+
+from dist_asgd.pieces import DTensor
+
+_known_modules: Iterable[nn.Module] | None
+try:
+    from torch.distributed._composable_state import _module_state_mapping as _known_modules
+except ImportError:  # private; it only tells FSDP2 from tensor parallelism
+    _known_modules = None
+
+
+class WholeCopies:
+    """The copies that the modules of FSDP in ``module`` have gathered, for as long as those do not free them."""
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self._module = module
+
+    def drop(self) -> None:
+        """Frees them: the next forward gathers them again, from what the parameters are then."""
+        for module in [] if self._module is None else list(self._module.modules()):
+            if isinstance(module, FSDPModule):
+                module.reshard()
+            elif isinstance(module, FullyShardedDataParallel) and _is_sharded(module):
+                # FSDP1 has no public way, and leaves the parameters of the outermost module whole after a forward.
+                _reshard(module, module._handle, free_unsharded_flat_param=True)
+
+    def full_state_dict(self, optimizer: Optimizer, rank: int) -> dict[str, Any]:
+        """torch's state dict of the whole parameters on rank 0, ``{}`` on the others, of an optimizer of slices.
+
+        Collective. Raises ``RuntimeError`` where nothing knows what the slices are of.
+        """
+        module = self._module
+        if module is None or not any(isinstance(child, FullyShardedDataParallel) for child in module.modules()):
+            raise RuntimeError(
+                "slices do not know the parameters that they are parts of: pass module= (the model that FSDP has "
+                "wrapped) to ShardedASGD, or ask FSDP.optim_state_dict(model, optimizer)"
+            )
+        configs = FullStateDictConfig(), FullOptimStateDictConfig(offload_to_cpu=True, rank0_only=True)
+        with FullyShardedDataParallel.state_dict_type(module, StateDictType.FULL_STATE_DICT, *configs):
+            named = FullyShardedDataParallel.optim_state_dict(module, optimizer)
+        if rank != 0:
+            return {}
+        names = [name for group in named["param_groups"] for name in group["params"]]
+        ids = {name: index for index, name in enumerate(names)}
+        groups = [{**group, "params": [ids[name] for name in group["params"]]} for group in named["param_groups"]]
+        state = {ids[name]: entry for name, entry in named["state"].items() if entry["step"]}
+        return {"state": dict(sorted(state.items())), "param_groups": groups}
+
+    def unknown(self, params: Sequence[Tensor]) -> RuntimeError | None:
+        """The error where others than the modules in ``module`` may have copies of ``params``."""
+        ours = set(map(id, params))
+        known = set() if self._module is None else set(self._module.modules())
+        slices = any(getattr(param, "_fsdp_flattened", False) for param in params)
+        unknown = slices and not any(isinstance(module, FullyShardedDataParallel) for module in known)
+        if _known_modules is None:
+            unknown |= self._module is None and any(isinstance(param, DTensor) for param in params)
+        for module in _known_modules or ():
+            if isinstance(module, FSDPModule) and module not in known:
+                module.reshard()  # only then its parameters are those that the optimizer has
+                unknown |= any(id(param) in ours for param in module.parameters())
+        if not unknown:
+            return None
+        return RuntimeError(
+            "FSDP may have whole copies of parameters from the last forward, which have to be dropped when averages "
+            "are swapped in and out: pass module= (the model that FSDP has wrapped) to ShardedASGD"
+        )
+
+
+def _is_sharded(module: FullyShardedDataParallel) -> bool:
+    return module._handle is not None and module._handle.uses_sharded_strategy

@@ -1,0 +1,262 @@
+"""Parameters that somebody else has placed: DTensors (FSDP2, HSDP, TP) and slices (FSDP1). They stay where they lie.
+
+The update reads and writes the local tensors. Small ones are gathered into a buffer of cache size, updated there by few
+operators, and put back; so what is spent on each is a few microseconds, where operators on DTensors take some hundred.
+Gradients have been reduced by whoever placed the parameters.
+
+Where several ranks have the same block of a parameter (see replicas.py), each owns a shard of the bucket, updates the
+pieces of parameters in it, and one all-gather among them distributes the result.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+
+from dist_asgd.buckets import Bucket, describe, require_dense, require_fitting
+from dist_asgd.collectives import Collectives, completes_within
+from dist_asgd.layout import BucketLayout, Piece, plan_buckets
+from dist_asgd.packing import Batch, Batches, Packer
+from dist_asgd.pieces import Placement, local_tensor
+from dist_asgd.replicas import Replicas, family_of
+from dist_asgd.rule import Hyperparameters
+from dist_asgd.shards import Precision, Run, UpdateSlice
+from dist_asgd.update import as_real
+
+# All-gathers under way at once; each has a buffer of its bucket's size.
+MAX_IN_FLIGHT = 2
+
+
+class PlacedParameters:
+    """``ShardParameters`` that lie in the local tensors of ``params``, each on its own."""
+
+    def __init__(
+        self, params: Sequence[Tensor], layout: BucketLayout, placements: Sequence[Placement], rank: int
+    ) -> None:
+        self.params, self.placements = params, placements
+        self.layout, self.pieces = layout, layout.pieces(rank)
+        self.dtype, self.device = params[0].dtype, params[0].device
+        self.flats = [placement.flatten(local_of(p)) for p, placement in zip(params, placements, strict=True)]  # 1-D
+
+    def read(self, where: slice = slice(None)) -> Tensor:
+        start, stop, _ = where.indices(self.layout.shard_numel)
+        parts, end = [], start
+        for piece in self._within(start, stop):
+            if piece.shard_start > end:
+                parts.append(self._gap(piece.shard_start - end))
+            parts.append(self._own(piece))
+            end = piece.shard_stop
+        if stop > end:
+            parts.append(self._gap(stop - end))
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def write(self, where: slice, values: Tensor) -> None:
+        start, stop, _ = where.indices(self.layout.shard_numel)
+        for piece in self._within(start, stop):
+            self._own(piece).copy_(values[piece.shard_start - start : piece.shard_stop - start])
+
+    def wrap(self, position: int, local: Tensor) -> Tensor:
+        param = self.params[position]
+        if not isinstance(param, DTensor):
+            return local
+        # Without shape and stride it would assume that all ranks have as much, and ask them.
+        return DTensor.from_local(
+            local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+        )
+
+    def _within(self, start: int, stop: int) -> list[Piece]:
+        return [piece for piece in self.pieces if start <= piece.shard_start and piece.shard_stop <= stop]
+
+    def _own(self, piece: Piece) -> Tensor:
+        flat = self.flats[piece.position]
+        return flat if len(flat) == piece.stop - piece.start else flat[piece.start : piece.stop]
+
+    def _gap(self, numel: int) -> Tensor:
+        return torch.zeros(numel, dtype=self.dtype, device=self.device)
+
+
+class PlacedBucket(Bucket):
+    """Parameters that stay where they lie.
+
+    Args:
+        named: DTensors of one family (see replicas.py), or slices, of one dtype and device.
+        mirrors: see ``Bucket``.
+        in_flight: buckets whose all-gather is under way; the same list for all that are built together.
+    """
+
+    def __init__(
+        self,
+        named: Mapping[Tensor, str],
+        layout: BucketLayout,
+        rank: int,
+        collectives: Collectives | None,
+        precision: Precision,
+        mirrors: tuple[int, ...],
+        in_flight: deque[PlacedBucket],
+    ) -> None:
+        params = tuple(named)
+        placements = [Placement.of(param) for param in params]
+        self._parameters = PlacedParameters(params, layout, placements, rank)
+        super().__init__(named, layout, placements, self._parameters, rank, collectives, precision)
+        self.mirrors = mirrors
+        self.uneven = not isinstance(params[0], DTensor)
+        self._addresses = [flat.data_ptr() for flat in self._parameters.flats]
+        self._packer = Packer(layout, placements, self._parameters.flats[0])
+        self._batches = Batches(self._parameters.pieces, layout, self.device)
+        spans = [(position, span) for position, span in enumerate(layout.spans) if span.numel]
+        if self.collectives is not None:
+            self._whole = Batch.of([Piece(position, 0, span.numel, span.start) for position, span in spans])
+        self._received: Tensor | None = None  # the whole bucket, while the all-gather is under way
+        self._gather: dist.Work | None = None
+        self._in_flight = in_flight
+
+    def check_parameters(self) -> None:
+        if [local_of(param).data_ptr() for param in self.params] == self._addresses:
+            return
+        for position, (name, param) in enumerate(zip(self.names, self.params, strict=True)):
+            local, placement = local_of(param), self.placements[position]
+            if self.uneven and local.shape != placement.shape:
+                raise RuntimeError(
+                    f"parameter {name!r} has shape {tuple(local.shape)} now and was a slice of shape {placement.shape} "
+                    "when the optimizer was built. FSDP has put it together, as it does for a forward and inside "
+                    "summon_full_params(): leave that, run a backward, or pass module=, which puts it back"
+                )
+            require_fitting(name, local, self.dtype, self.device, placement.shape)
+            self._parameters.flats[position] = placement.flatten(local)
+            self._addresses[position] = local.data_ptr()
+
+    # Gradients -------------------------------------------------------------------------------------------------------
+
+    def has_gradient(self) -> list[bool]:
+        """For each parameter. Slices without elements, of which FSDP makes no gradient, take every step."""
+        return [param.grad is not None or (self.uneven and not param.numel()) for param in self.params]
+
+    def check_gradients(self) -> None:
+        """Also brings gradients to the placements of their parameters where they have others. Then it is collective."""
+        for name, param, placement in zip(self.names, self.params, self.placements, strict=True):
+            grad = param.grad
+            if grad is None:
+                continue
+            if isinstance(param, DTensor):
+                if not isinstance(grad, DTensor):
+                    raise RuntimeError(
+                        f"the gradient of parameter {name!r} is a plain {describe(grad)}, and the parameter is a "
+                        f"DTensor with {param.placements}: make it one (distribute_tensor() for the whole gradient, "
+                        "DTensor.from_local() for this rank's block)"
+                    )
+                place_gradient(param)
+                grad = local_gradient(param)
+            if grad.shape != placement.shape or grad.device != self.device or grad.layout is not torch.strided:
+                require_dense(name, grad)
+                raise RuntimeError(
+                    f"the gradient of parameter {name!r} is {describe(grad)} on this rank, the parameter has shape "
+                    f"{placement.shape} on {self.device}: they must have the same shape and device"
+                )
+
+    def gradient_tensors(self) -> list[Tensor]:
+        return [local_gradient(param) for param in self.params if param.grad is not None]
+
+    def owned_gradients(self) -> list[Tensor]:
+        grads = [(piece, self.params[piece.position]) for piece in self._parameters.pieces]
+        return [
+            self._packer.flat(piece.position, local_gradient(param))[piece.start : piece.stop]
+            for piece, param in grads
+            if param.grad is not None
+        ]
+
+    # Update ----------------------------------------------------------------------------------------------------------
+
+    def update(self, h: Hyperparameters, active: Sequence[bool] | None) -> None:
+        self.wait()
+        self.shard.update(h, active, self._slices)
+
+    def _slices(self, run: Run) -> Iterator[UpdateSlice]:
+        for batch in self._batches.of(run.first, run.stop):
+            flats = [self._parameters.flats[position] for position in batch.positions]
+            grads = [local_gradient(self.params[position]) for position in batch.positions]
+            param = self._packer.join(batch, flats)
+            yield UpdateSlice(batch.start, param, self._packer.join(batch, grads))
+            if batch.gathered:  # and updated, since the next one is asked for
+                self._packer.part(batch, param, flats)
+
+    @torch.no_grad()
+    def start_gather(self) -> None:
+        if self.collectives is None:
+            return
+        while len(self._in_flight) >= MAX_IN_FLIGHT:
+            self._in_flight[0].wait()
+        received = torch.empty(self.layout.numel, dtype=self.dtype, device=self.device)
+        own = received[self.shard.start : self.shard.stop]
+        own.copy_(self._parameters.read())
+        self._gather = self.collectives.start_gather(as_real(received), as_real(own))
+        self._received = received
+        self._in_flight.append(self)
+
+    @torch.no_grad()
+    def wait(self, seconds: float | None = None) -> None:
+        if self._gather is None or not (seconds is None or completes_within(self._gather, seconds)):
+            return
+        self._gather.wait()
+        if self._received is not None:
+            flats = [self._parameters.flats[position] for position in self._whole.positions]
+            self._packer.part(self._whole, self._received[self._whole.start : self._whole.stop], flats)
+        self._in_flight.remove(self)
+        self._gather = self._received = None
+
+
+def build_placed(
+    named: Mapping[Tensor, str], bucket_bytes: int, replicas: Replicas, rank: int, precision: Precision
+) -> list[PlacedBucket]:
+    """Buckets for the DTensors and slices, with their names, of one group. Collective."""
+    sharing = replicas.find({param: name for param, name in named.items() if isinstance(param, DTensor)})
+    kinds: dict[tuple[object, ...], list[Tensor]] = {}
+    for param in named:
+        family = family_of(param) if isinstance(param, DTensor) else None
+        kinds.setdefault((family, local_of(param).device, param.dtype), []).append(param)
+    buckets: list[PlacedBucket] = []
+    in_flight: deque[PlacedBucket] = deque()
+    for params in kinds.values():
+        own = sharing[family_of(params[0])] if isinstance(params[0], DTensor) else None
+        collectives = None if own is None else own.collectives(local_of(params[0]).device)
+        world_size = 1 if collectives is None else collectives.world_size
+        numels = [local_of(param).numel() for param in params]
+        layouts = plan_buckets(numels, world_size=world_size, max_numel=bucket_bytes // params[0].dtype.itemsize)
+        for layout in layouts:
+            of_bucket = {params[span.index]: named[params[span.index]] for span in layout.spans}
+            index = 0 if collectives is None or own is None else own.ranks.index(rank)
+            mirrors = () if own is None else own.mirrors
+            buckets.append(PlacedBucket(of_bucket, layout, index, collectives, precision, mirrors, in_flight))
+    return buckets
+
+
+def is_placed(param: Tensor, gradients: str) -> bool:
+    """Whether somebody else has placed it: a DTensor, a slice of FSDP1, which PyTorch marks, or what the user says."""
+    return isinstance(param, DTensor) or getattr(param, "_fsdp_flattened", False) or gradients == "sharded"
+
+
+def local_of(param: Tensor) -> Tensor:
+    """What this rank has of the parameter, without a history."""
+    return local_tensor(param) if isinstance(param, DTensor) else param.detach()
+
+
+def local_gradient(param: Tensor) -> Tensor:
+    """This rank's part of the gradient, which the parameter must have."""
+    grad = param.grad
+    if isinstance(grad, DTensor):
+        local = local_tensor(grad)
+        return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+    return grad  # type: ignore[return-value]
+
+
+def place_gradient(param: DTensor) -> None:
+    """Gives the gradient the placements of the parameter where it has others. Collective, then."""
+    grad = param.grad
+    if isinstance(grad, DTensor) and grad.placements != param.placements:
+        with torch.no_grad():
+            param.grad = grad.redistribute(param.device_mesh, param.placements)
