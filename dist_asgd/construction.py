@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_asgd.agreement import Agreement, group_of_its_own
 from dist_asgd.buckets import Bucket
-from dist_asgd.pieces import Reducing
+from dist_asgd.gradients import Reducing
 from dist_asgd.placed import build_placed, is_placed
 from dist_asgd.replicas import Replicas
 from dist_asgd.replicated import build_replicated
@@ -43,7 +43,7 @@ class Construction:
     ) -> None:
         self.group = group_of_its_own(group)
         self._agreement, self._gradients, self._bucket_bytes = agreement, gradients, bucket_bytes
-        self._reducing = reducing if gradients == "local" and self.group is not None else None
+        self._reducing = reducing
         self._precision = Precision(master_weights, average_dtype)
         self._replicas = Replicas(agreement, group, shard_replicas)
 
@@ -53,6 +53,17 @@ class Construction:
         plain = {param: name for param, name in named.items() if param not in placed}
         rank, world_size = self._agreement.rank, self._agreement.world_size
         replicated = build_replicated(
-            plain, self._bucket_bytes, rank, world_size, self.group, self._precision, self._reducing
+            plain,
+            self._bucket_bytes,
+            rank,
+            world_size,
+            self.group,
+            self._precision,
+            self._reducing if self._gradients == "local" and self.group is not None else None,
         )
-        return [*replicated, *build_placed(placed, self._bucket_bytes, self._replicas, rank, self._precision)]
+        return [
+            *replicated,
+            *build_placed(
+                placed, self._bucket_bytes, self._replicas, rank, self._precision, self.group, self._reducing
+            ),
+        ]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dist_asgd.buckets import Bucket
-from dist_asgd.reducer import remove_hooks
+from dist_asgd.hooks import remove_hooks
 
 CONTAINERS = (nn.ModuleList, nn.Sequential)
 

@@ -1,16 +1,14 @@
-"""Tensors that stand for a piece of a parameter: in state dicts, and as ``p.grad`` after a reduction."""
+"""How parameters lie in buckets, and the tensors that stand for a piece of one in state dicts."""
 
 from __future__ import annotations
 
 import math
 import operator
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
@@ -214,118 +212,6 @@ def _first_piece(args: Any) -> Any:
 
 def _chunk(box: Box) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.sizes))
-
-
-class Reducing(Protocol):
-    """What a ``GradientPiece`` asks of the optimizer whose gradient it is."""
-
-    @property
-    def passes(self) -> int: ...
-    def align(self, operation: str) -> None: ...
-    def warn_reduced_twice(self) -> None: ...
-
-
-class GradientOwner(Protocol):
-    """What a ``GradientPiece`` asks of the bucket that holds its elements."""
-
-    group: dist.ProcessGroup | None  # the same for every owner of an optimizer
-    reducing: Reducing | None
-
-    def gradient_tensors(self) -> list[Tensor]: ...
-    def zero_gradient(self, gradient: GradientPiece) -> None: ...
-
-
-class GradientPiece(Tensor):
-    """The ``p.grad`` of a parameter whose gradient was reduced: this rank's piece of it, which ``owner`` holds.
-
-    It has the parameter's shape and dtype and supports what happens to gradients between backward and step:
-    accumulation by another backward, zeroing, ``GradScaler.unscale_`` (all ranks call it; an inf on one rank's piece
-    is seen by all). Setting ``p.grad`` to None drops it. Everything else needs the whole gradient and raises.
-
-    Attributes:
-        position: of the parameter in its bucket.
-        contributed: whether this rank had a gradient, in any of the reductions that the piece has accumulated.
-        begun: the number of the first pass (see reducer.py) that it holds; later than all of them once it was dropped.
-        pending: a gradient of this rank, of the parameter's shape, that has not been reduced yet; or None.
-    """
-
-    _owner: weakref.ref[GradientOwner]
-    position: int
-    contributed: bool
-    begun: int
-    pending: Tensor | None
-
-    @staticmethod
-    def __new__(cls, owner: GradientOwner, position: int, param: Tensor) -> GradientPiece:
-        piece = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, param.shape, strides=param.stride(), dtype=param.dtype, device=param.device
-        )
-        piece.position = position
-        # Weakly: a gradient that outlives its optimizer should not keep the optimizer's memory.
-        piece._owner, piece.contributed, piece.begun, piece.pending = weakref.ref(owner), False, 0, None
-        return piece
-
-    @property
-    def owner(self) -> GradientOwner:
-        owner = self._owner()
-        if owner is None:
-            raise RuntimeError("this gradient belongs to an optimizer that is gone: set p.grad = None")
-        return owner
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"GradientPiece(shape={tuple(self.shape)}, dtype={self.dtype})"
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and func in (aten.add_.Tensor, aten.add.Tensor) and isinstance(args[0], GradientPiece):
-            piece, grad = args
-            if piece.pending is None:
-                piece.pending = grad.detach().clone()  # the engine may use it for other parameters as well
-            elif piece.pending.layout is torch.strided:  # else it is sparse: it stays, to be refused before the step
-                piece.pending = piece.pending + grad.detach()
-            return piece
-        if func in (aten.zero_.default, aten._foreach_zero_.default):
-            several = isinstance(args[0], (list, tuple))
-            for grad in args[0] if several else [args[0]]:
-                if isinstance(grad, GradientPiece):
-                    grad.owner.zero_gradient(grad)
-                else:
-                    grad.zero_()
-            return None if several else args[0]
-        if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
-            return unscale_(*args)
-        if func is aten.detach.default:
-            return args[0]
-        if in_backward and func is aten.copy_.default and isinstance(args[0], GradientPiece):
-            # DistributedDataParallel writes the mean that it has computed as well: the same that the piece holds.
-            if args[0].owner.reducing is not None:
-                args[0].owner.reducing.warn_reduced_twice()
-            return args[0]
-        raise RuntimeError(
-            f"{func} needs a whole gradient, and gradients='local' leaves each rank a piece of the reduced one. To "
-            "clip by norm, or to log the norm, use the optimizer's clip_grad_norm_(), which returns it (max_norm="
-            "math.inf changes nothing). Whatever else reads gradients needs them whole: inside no_sync(), or under "
-            "DistributedDataParallel with gradients='reduced'. Drop them (zero_grad()) before you convert the model"
-        )
-
-
-def unscale_(grads: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
-    """GradScaler's unscaling: multiplies by ``inv_scale``, sets ``found_inf`` to 1 if any rank has a non-finite value.
-
-    Collective where one of the gradients is a ``GradientPiece``.
-    """
-    owners = list(dict.fromkeys(grad.owner for grad in grads if isinstance(grad, GradientPiece)))
-    for reducing in {id(owner.reducing): owner.reducing for owner in owners}.values():
-        if reducing is not None:
-            reducing.align("GradScaler.unscale_()")
-    local = [grad for grad in grads if not isinstance(grad, GradientPiece)]
-    for owner in owners:
-        local += owner.gradient_tensors()
-    if local:
-        torch._amp_foreach_non_finite_check_and_unscale_(local, found_inf, inv_scale)
-    if owners:
-        dist.all_reduce(found_inf, dist.ReduceOp.MAX, group=owners[0].group)
 
 
 # So that torch.load(weights_only=True), its default, takes state dicts that torch.save has written.

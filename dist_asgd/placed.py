@@ -10,8 +10,9 @@ pieces of parameters in it, and one all-gather among them distributes the result
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from dist_asgd.buckets import Bucket, describe, require_dense, require_fitting
 from dist_asgd.collectives import Collectives, completes_within
+from dist_asgd.gradients import PlacedGradient, Reducing
+from dist_asgd.hooks import register_hook, remove_hooks
 from dist_asgd.layout import BucketLayout, Piece, plan_buckets
 from dist_asgd.packing import Batch, Batches, Packer
 from dist_asgd.pieces import Placement, local_tensor
@@ -52,9 +55,9 @@ class PlacedParameters:
                 parts.append(self._gap(piece.shard_start - end))
             parts.append(self._own(piece))
             end = piece.shard_stop
-        if stop > end:
+        if stop > end or not parts:
             parts.append(self._gap(stop - end))
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def write(self, where: slice, values: Tensor) -> None:
         start, stop, _ = where.indices(self.layout.shard_numel)
@@ -88,6 +91,7 @@ class PlacedBucket(Bucket):
         named: DTensors of one family (see replicas.py), or slices, of one dtype and device.
         mirrors: see ``Bucket``.
         in_flight: buckets whose all-gather is under way; the same list for all that are built together.
+        group: the ranks of the optimizer, for GradScaler.
     """
 
     def __init__(
@@ -99,6 +103,8 @@ class PlacedBucket(Bucket):
         precision: Precision,
         mirrors: tuple[int, ...],
         in_flight: deque[PlacedBucket],
+        group: dist.ProcessGroup | None,
+        reducing: Reducing,
     ) -> None:
         params = tuple(named)
         placements = [Placement.of(param) for param in params]
@@ -115,6 +121,9 @@ class PlacedBucket(Bucket):
         self._received: Tensor | None = None  # the whole bucket, while the all-gather is under way
         self._gather: dist.Work | None = None
         self._in_flight = in_flight
+        self.group, self.reducing = group, reducing
+        hooks = [] if self.uneven else [register_hook(param, _hook(weakref.ref(self))) for param in params]
+        weakref.finalize(self, remove_hooks, hooks)
 
     def check_parameters(self) -> None:
         if [local_of(param).data_ptr() for param in self.params] == self._addresses:
@@ -158,6 +167,13 @@ class PlacedBucket(Bucket):
                     f"the gradient of parameter {name!r} is {describe(grad)} on this rank, the parameter has shape "
                     f"{placement.shape} on {self.device}: they must have the same shape and device"
                 )
+
+    def arrive(self, param: DTensor) -> None:
+        """A hook: the parameter has its gradient. A partial one, of a norm in tensor parallelism, say, is reduced."""
+        if self.reducing.enabled:
+            place_gradient(param)
+        if isinstance(param.grad, DTensor):
+            PlacedGradient.mark(param.grad, self)
 
     def gradient_tensors(self) -> list[Tensor]:
         return [local_gradient(param) for param in self.params if param.grad is not None]
@@ -211,7 +227,13 @@ class PlacedBucket(Bucket):
 
 
 def build_placed(
-    named: Mapping[Tensor, str], bucket_bytes: int, replicas: Replicas, rank: int, precision: Precision
+    named: Mapping[Tensor, str],
+    bucket_bytes: int,
+    replicas: Replicas,
+    rank: int,
+    precision: Precision,
+    group: dist.ProcessGroup | None,
+    reducing: Reducing,
 ) -> list[PlacedBucket]:
     """Buckets for the DTensors and slices, with their names, of one group. Collective."""
     sharing = replicas.find({param: name for param, name in named.items() if isinstance(param, DTensor)})
@@ -231,7 +253,9 @@ def build_placed(
             of_bucket = {params[span.index]: named[params[span.index]] for span in layout.spans}
             index = 0 if collectives is None or own is None else own.ranks.index(rank)
             mirrors = () if own is None else own.mirrors
-            buckets.append(PlacedBucket(of_bucket, layout, index, collectives, precision, mirrors, in_flight))
+            buckets.append(
+                PlacedBucket(of_bucket, layout, index, collectives, precision, mirrors, in_flight, group, reducing)
+            )
     return buckets
 
 
@@ -260,3 +284,12 @@ def place_gradient(param: DTensor) -> None:
     if isinstance(grad, DTensor) and grad.placements != param.placements:
         with torch.no_grad():
             param.grad = grad.redistribute(param.device_mesh, param.placements)
+
+
+def _hook(bucket: weakref.ref[PlacedBucket]) -> Callable[[Tensor], None]:
+    def hook(param: Tensor) -> None:
+        alive = bucket()
+        if alive is not None and isinstance(param, DTensor):
+            alive.arrive(param)
+
+    return hook

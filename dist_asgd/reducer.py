@@ -16,11 +16,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from dist_asgd.buckets import Bucket
-from dist_asgd.placed import place_gradient
+from dist_asgd.hooks import register_hook, remove_hooks
 from dist_asgd.replicated import ReplicatedBucket
 
 # Reductions under way at once. Two keep the link busy; each holds its bucket's gradients and what it receives.
@@ -53,9 +52,8 @@ class Reducer:
         weakref.finalize(self, remove_hooks, self._hooks)
 
     def add(self, buckets: Sequence[Bucket]) -> None:
-        """Takes on more buckets: those that reduce, and the gradients of DTensors. Every rank adds the same."""
+        """Takes on more buckets, of which it keeps those that reduce. Every rank adds the same."""
         self.close_pass()
-        self._watch([param for bucket in buckets for param in bucket.params if isinstance(param, DTensor)])
         for bucket in buckets:
             if not (isinstance(bucket, ReplicatedBucket) and bucket.reduces):
                 continue
@@ -63,21 +61,7 @@ class Reducer:
             self.buckets.append(bucket)
             self._dormant.append(_is_frozen(bucket))
             for position, param in enumerate(bucket.params):
-                self._hooks.append(_register(param, _hook(weakref.ref(self), index, position)))
-
-    def _watch(self, params: Sequence[DTensor]) -> None:
-        """Reduces gradients that come in another placement than their parameter's, as backward makes them.
-
-        Tensor parallelism makes partial ones of replicated weights.
-        """
-        own = weakref.ref(self)
-
-        def hook(param: Tensor) -> None:
-            reducer = own()
-            if reducer is not None and reducer.enabled and isinstance(param, DTensor):
-                place_gradient(param)
-
-        self._hooks += [_register(param, hook) for param in params]
+                self._hooks.append(register_hook(param, _hook(weakref.ref(self), index, position)))
 
     def close_pass(self, with_gradients: bool = True) -> None:
         """Starts what the open pass has not started yet, if one is open; with zeros unless ``with_gradients``."""
@@ -206,17 +190,3 @@ def _hook(reducer: weakref.ref[Reducer], index: int, position: int) -> Callable[
             alive.arrive(index, position)
 
     return hook
-
-
-def _register(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """Also on a frozen parameter, which may be unfrozen later; torch refuses hooks where no gradient is needed."""
-    frozen = not param.requires_grad
-    param.requires_grad_(True)
-    handle = param.register_post_accumulate_grad_hook(hook)
-    param.requires_grad_(not frozen)
-    return handle
-
-
-def remove_hooks(hooks: Sequence[RemovableHandle]) -> None:
-    for hook in hooks:
-        hook.remove()

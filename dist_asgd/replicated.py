@@ -17,9 +17,10 @@ from torch import Tensor
 
 from dist_asgd.buckets import Bucket, describe, require_dense, require_fitting
 from dist_asgd.collectives import Collectives, Reduction, completes_within
+from dist_asgd.gradients import GradientPiece, Reducing
 from dist_asgd.layout import BucketLayout, Span, plan_buckets
 from dist_asgd.packing import Batches, Packer
-from dist_asgd.pieces import GradientPiece, Placement, Reducing
+from dist_asgd.pieces import Placement
 from dist_asgd.rule import Hyperparameters
 from dist_asgd.shards import Precision, Run, UpdateSlice
 from dist_asgd.update import as_real, compute_dtype

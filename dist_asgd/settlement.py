@@ -60,6 +60,11 @@ class Settlement:
     def passes(self) -> int:
         return self._reducer.passes
 
+    @property
+    def enabled(self) -> bool:
+        """False inside ``no_sync()``."""
+        return self._reducer.enabled
+
     def align(self, operation: str, buckets: Sequence[Bucket] = (), error: Exception | None = None) -> None:
         """Comes before the collectives of any ``operation`` but a step. Collective.
 

@@ -16,6 +16,8 @@ ORDER = [
     "update",
     "layout",
     "pieces",
+    "gradients",
+    "hooks",
     "packing",
     "shards",
     "agreement",
