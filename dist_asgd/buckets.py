@@ -4,15 +4,36 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dist_asgd.collectives import Collectives
+from dist_asgd.gradients import Reducing
 from dist_asgd.layout import BucketLayout
 from dist_asgd.pieces import Placement
 from dist_asgd.rule import Hyperparameters
 from dist_asgd.shards import Precision, Shard, ShardParameters
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all buckets of an optimizer are built with.
+
+    Attributes:
+        rank, world_size: this rank among those of the optimizer.
+        group: those ranks; None for one.
+        reducing: what gradients ask of the optimizer.
+    """
+
+    rank: int
+    world_size: int
+    group: dist.ProcessGroup | None
+    precision: Precision
+    bucket_bytes: int
+    reducing: Reducing
 
 
 class Bucket(ABC):

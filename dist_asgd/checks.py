@@ -336,7 +336,8 @@ def step_facts(options: Options, shared: Mapping[Bucket, Sequence[int]]) -> Fact
 def step_code(options: Options, shared: Mapping[Bucket, Sequence[int]], begun: Sequence[Sequence[int]]) -> int:
     """A fingerprint of the same and of the passes in which gradients were ``begun``, cheap enough for every step."""
     values = [[float(getattr(h, name)) for name in h.__slots__] for h in options]
-    return fingerprint((values, [bytes(own) for own in shared.values()], begun))
+    # Together: the buckets of DTensors may end elsewhere on ranks that have fewer rows.
+    return fingerprint((values, b"".join(map(bytes, shared.values())), begun))
 
 
 def option_facts(h: Hyperparameters, number: int) -> Facts:

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_asgd.agreement import Agreement, default_group
+from dist_asgd.agreement import Agreement, default_group, group_of_its_own
 from dist_asgd.averaging import averages_swapped_in
-from dist_asgd.buckets import Bucket
+from dist_asgd.buckets import Bucket, Setting
 from dist_asgd.checks import (
     argument_facts,
     built_for_another,
@@ -25,12 +25,14 @@ from dist_asgd.checks import (
     parameter_names,
 )
 from dist_asgd.clipping import clip_sharded_
-from dist_asgd.construction import Construction
-from dist_asgd.fsdp import WholeCopies
+from dist_asgd.construction import build_buckets
 from dist_asgd.overlap import ForwardWaits
+from dist_asgd.parallel import ParallelModules
 from dist_asgd.reducer import PATIENCE, Reducer
+from dist_asgd.replicas import Replicas
 from dist_asgd.rule import Hyperparameters
 from dist_asgd.settlement import Settlement
+from dist_asgd.shards import Precision
 from dist_asgd.state import TORCH_OPTIONS, StateView, full_state_dict, plan_load, sharded_state_dict
 
 
@@ -93,11 +95,14 @@ class ShardedASGD(torch.optim.Optimizer):
         arguments |= {"average_dtype": average_dtype, "shard_replicas": shard_replicas}
         self._buckets: list[list[Bucket]] = []  # by group
         self._params: list[list[Tensor]] = []  # by group, as they were added
-        self._reducer, self._waits, self._copies = Reducer(), ForwardWaits(module), WholeCopies(module)
+        self._reducer, self._waits, self._modules = Reducer(), ForwardWaits(module), ParallelModules(module)
         self._alone, self._built, self._swapped = group is None, False, False
         self._settlement = Settlement(agreement, self._reducer, self._waits, find_unused_parameters)
         self._arguments = arguments
-        self._construction = Construction(agreement, group, weakref.proxy(self._settlement), **arguments)
+        self._replicas = Replicas(agreement, group, shard_replicas)
+        own_group, precision = group_of_its_own(group), Precision(master_weights, average_dtype)
+        reducing = weakref.proxy(self._settlement)
+        self._setting = Setting(agreement.rank, agreement.world_size, own_group, precision, bucket_bytes, reducing)
         with agreement.together("ShardedASGD()"):
             check_arguments(**arguments, module=module, unknown=unknown)
             options = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
@@ -188,19 +193,17 @@ class ShardedASGD(torch.optim.Optimizer):
             params = [param for group in self.param_groups for param in group["params"] if param.numel()]
             return nn.utils.clip_grad_norm_(params, max_norm, norm_type)
         self._settlement.settle(operation, self.param_groups, self._all_buckets(), error)
-        return clip_sharded_(self._all_buckets(), max_norm, norm_type, self._construction.group)
+        return clip_sharded_(self._all_buckets(), max_norm, norm_type, self._setting.group)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, backward accumulates in ``p.grad`` on this rank and sends nothing.
+        """Inside, backward accumulates on this rank and sends nothing. Of FSDP and DDP so with ``module=`` only.
 
-        The first backward after it, or ``step()``, reduces all that was accumulated.
+        The first backward after it, or ``step()``, reduces all that was accumulated. FSDP and DDP do it in a backward
+        only: leave at least the last one of a step outside.
         """
-        before = self._reducer.suspend()
-        try:
+        with self._modules.no_sync(), self._reducer.suspended():
             yield
-        finally:
-            self._reducer.resume(before)
 
     @contextlib.contextmanager
     def averaged_parameters(self) -> Iterator[None]:
@@ -213,15 +216,15 @@ class ShardedASGD(torch.optim.Optimizer):
         """
         self._refuse_swapped("averaged_parameters()")
         self._complete()
-        error = self._misuse() or self._copies.unknown([param for params in self._params for param in params])
+        error = self._misuse() or self._modules.unknown_copies([param for params in self._params for param in params])
         self._settlement.align("averaged_parameters()", self._all_buckets(), error)
         self._swapped = True
         try:
             # no_sync: the reductions of a backward on one rank only must not come between the all-gathers of all.
-            with averages_swapped_in(self._all_buckets(), PATIENCE), self.no_sync():
+            with averages_swapped_in(self._all_buckets(), PATIENCE), self._reducer.suspended():
                 yield
         finally:
-            self._copies.drop()
+            self._modules.drop_copies()
             self._swapped = False
 
     def start_averaging(self) -> None:
@@ -265,7 +268,7 @@ class ShardedASGD(torch.optim.Optimizer):
         self._complete()
         self._settlement.align("full_state_dict()", self._all_buckets(), self._misuse())
         if any(bucket.uneven for bucket in self._all_buckets()):
-            return self._copies.full_state_dict(self, self._agreement.rank)
+            return self._modules.full_state_dict(self, self._agreement.rank)
         return full_state_dict(self.param_groups, self._buckets, self._agreement)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -308,7 +311,7 @@ class ShardedASGD(torch.optim.Optimizer):
     def _complete(self) -> None:
         """Before parameters are looked at or changed other than by a step."""
         self.synchronize()
-        self._copies.drop()
+        self._modules.drop_copies()
 
     def _refuse_swapped(self, what: str) -> None:
         if self._swapped:
@@ -331,7 +334,7 @@ class ShardedASGD(torch.optim.Optimizer):
         """Makes the buckets of the groups from ``first`` on."""
         for number, group in enumerate(self.param_groups[first:], start=first):
             named = dict(zip(group["params"], parameter_names(group, number), strict=True))
-            buckets = self._construction.buckets(named)
+            buckets = build_buckets(named, self._arguments["gradients"], self._setting, self._replicas)
             self._buckets.append(buckets)
             self._params.append(list(group["params"]))
             self._waits.attach(buckets)

@@ -20,16 +20,16 @@ from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
-from dist_asgd.buckets import Bucket, describe, require_dense, require_fitting
-from dist_asgd.collectives import Collectives, completes_within
-from dist_asgd.gradients import PlacedGradient, Reducing
+from dist_asgd.buckets import Bucket, Setting, describe, require_dense, require_fitting
+from dist_asgd.collectives import completes_within
+from dist_asgd.gradients import PlacedGradient
 from dist_asgd.hooks import register_hook, remove_hooks
 from dist_asgd.layout import BucketLayout, Piece, plan_buckets
 from dist_asgd.packing import Batch, Batches, Packer
 from dist_asgd.pieces import Placement, local_tensor
-from dist_asgd.replicas import Replicas, family_of
+from dist_asgd.replicas import Family, Replicas, Sharing, family_of
 from dist_asgd.rule import Hyperparameters
-from dist_asgd.shards import Precision, Run, UpdateSlice
+from dist_asgd.shards import Run, UpdateSlice
 from dist_asgd.update import as_real
 
 # All-gathers under way at once; each has a buffer of its bucket's size.
@@ -89,29 +89,27 @@ class PlacedBucket(Bucket):
 
     Args:
         named: DTensors of one family (see replicas.py), or slices, of one dtype and device.
-        mirrors: see ``Bucket``.
+        sharing: the ranks that have the same of each of them; None for slices.
         in_flight: buckets whose all-gather is under way; the same list for all that are built together.
-        group: the ranks of the optimizer, for GradScaler.
     """
 
     def __init__(
         self,
         named: Mapping[Tensor, str],
         layout: BucketLayout,
-        rank: int,
-        collectives: Collectives | None,
-        precision: Precision,
-        mirrors: tuple[int, ...],
+        setting: Setting,
+        sharing: Sharing | None,
         in_flight: deque[PlacedBucket],
-        group: dist.ProcessGroup | None,
-        reducing: Reducing,
     ) -> None:
         params = tuple(named)
         placements = [Placement.of(param) for param in params]
+        collectives = None if sharing is None else sharing.collectives(params[0].device)
+        rank = 0 if collectives is None or sharing is None else sharing.ranks.index(setting.rank)
         self._parameters = PlacedParameters(params, layout, placements, rank)
-        super().__init__(named, layout, placements, self._parameters, rank, collectives, precision)
-        self.mirrors = mirrors
-        self.uneven = not isinstance(params[0], DTensor)
+        super().__init__(named, layout, placements, self._parameters, rank, collectives, setting.precision)
+        self.group, self.reducing = setting.group, setting.reducing
+        self.mirrors = () if sharing is None else sharing.mirrors
+        self.uneven = sharing is None
         self._addresses = [flat.data_ptr() for flat in self._parameters.flats]
         self._packer = Packer(layout, placements, self._parameters.flats[0])
         self._batches = Batches(self._parameters.pieces, layout, self.device)
@@ -121,7 +119,6 @@ class PlacedBucket(Bucket):
         self._received: Tensor | None = None  # the whole bucket, while the all-gather is under way
         self._gather: dist.Work | None = None
         self._in_flight = in_flight
-        self.group, self.reducing = group, reducing
         hooks = [] if self.uneven else [register_hook(param, _hook(weakref.ref(self))) for param in params]
         weakref.finalize(self, remove_hooks, hooks)
 
@@ -226,36 +223,23 @@ class PlacedBucket(Bucket):
         self._gather = self._received = None
 
 
-def build_placed(
-    named: Mapping[Tensor, str],
-    bucket_bytes: int,
-    replicas: Replicas,
-    rank: int,
-    precision: Precision,
-    group: dist.ProcessGroup | None,
-    reducing: Reducing,
-) -> list[PlacedBucket]:
+def build_placed(named: Mapping[Tensor, str], setting: Setting, replicas: Replicas) -> list[PlacedBucket]:
     """Buckets for the DTensors and slices, with their names, of one group. Collective."""
     sharing = replicas.find({param: name for param, name in named.items() if isinstance(param, DTensor)})
-    kinds: dict[tuple[object, ...], list[Tensor]] = {}
+    kinds: dict[tuple[Family | None, torch.device, torch.dtype], list[Tensor]] = {}
     for param in named:
         family = family_of(param) if isinstance(param, DTensor) else None
-        kinds.setdefault((family, local_of(param).device, param.dtype), []).append(param)
+        kinds.setdefault((family, param.device, param.dtype), []).append(param)
     buckets: list[PlacedBucket] = []
     in_flight: deque[PlacedBucket] = deque()
-    for params in kinds.values():
-        own = sharing[family_of(params[0])] if isinstance(params[0], DTensor) else None
-        collectives = None if own is None else own.collectives(local_of(params[0]).device)
+    for (family, device, dtype), params in kinds.items():
+        own = None if family is None else sharing[family]
+        collectives = None if own is None else own.collectives(device)
         world_size = 1 if collectives is None else collectives.world_size
         numels = [local_of(param).numel() for param in params]
-        layouts = plan_buckets(numels, world_size=world_size, max_numel=bucket_bytes // params[0].dtype.itemsize)
-        for layout in layouts:
+        for layout in plan_buckets(numels, world_size=world_size, max_numel=setting.bucket_bytes // dtype.itemsize):
             of_bucket = {params[span.index]: named[params[span.index]] for span in layout.spans}
-            index = 0 if collectives is None or own is None else own.ranks.index(rank)
-            mirrors = () if own is None else own.mirrors
-            buckets.append(
-                PlacedBucket(of_bucket, layout, index, collectives, precision, mirrors, in_flight, group, reducing)
-            )
+            buckets.append(PlacedBucket(of_bucket, layout, setting, own, in_flight))
     return buckets
 
 

@@ -10,9 +10,10 @@ which that differs would add up gradients of different backwards.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -86,18 +87,19 @@ class Reducer:
             self._start(bucket)
         self.catch_up(self.passes)
 
-    def suspend(self) -> bool:
-        """Gradients stay on this rank until ``resume``, which takes what this returns."""
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside, gradients stay on this rank, and ``p.grad`` is what this rank made."""
         self.close_pass()
         before, self.enabled = self.enabled, False
         for bucket in self.buckets if before else []:
-            bucket.stand_down()  # inside, p.grad is what this rank made
-        return before
-
-    def resume(self, enabled: bool) -> None:
-        self.enabled = enabled
-        for bucket in self.buckets if enabled else []:
-            bucket.stand_in()
+            bucket.stand_down()
+        try:
+            yield
+        finally:
+            self.enabled = before
+            for bucket in self.buckets if before else []:
+                bucket.stand_in()
 
     def rest(self) -> None:
         """After the ranks have agreed on what is frozen: buckets that are frozen as a whole sit out the next passes."""

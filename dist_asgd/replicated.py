@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_asgd.buckets import Bucket, describe, require_dense, require_fitting
+from dist_asgd.buckets import Bucket, Setting, describe, require_dense, require_fitting
 from dist_asgd.collectives import Collectives, Reduction, completes_within
-from dist_asgd.gradients import GradientPiece, Reducing
+from dist_asgd.gradients import GradientPiece
 from dist_asgd.layout import BucketLayout, Span, plan_buckets
 from dist_asgd.packing import Batches, Packer
 from dist_asgd.pieces import Placement
 from dist_asgd.rule import Hyperparameters
-from dist_asgd.shards import Precision, Run, UpdateSlice
+from dist_asgd.shards import Run, UpdateSlice
 from dist_asgd.update import as_real, compute_dtype
 
 # ``GradientPiece.begun`` of a gradient that was dropped, and of one that only this rank knows yet: after every pass.
@@ -51,8 +51,8 @@ class ReplicatedBucket(Bucket):
     Args:
         named: leaf tensors of one dtype and device.
         collectives: None with one rank.
-        reducing: given where gradients are the rank's own and the bucket averages them; then parameters start as rank
-            0's, as in DistributedDataParallel.
+        reduces: whether gradients are the rank's own, and the bucket averages them; then parameters start as rank 0's,
+            as in DistributedDataParallel.
     """
 
     always_registered = True
@@ -61,24 +61,22 @@ class ReplicatedBucket(Bucket):
         self,
         named: Mapping[Tensor, str],
         layout: BucketLayout,
-        rank: int,
+        setting: Setting,
         collectives: Collectives | None,
-        precision: Precision,
-        reducing: Reducing | None,
+        reduces: bool,
     ) -> None:
         first = next(iter(named))
         placements = [Placement.of(param) for param in named]
         self.buffer = torch.zeros(layout.numel, dtype=first.dtype, device=first.device)  # 1-D, the parameters
         for param, placement, span in zip(named, placements, layout.spans, strict=True):
             self._attach(param, placement, span)
-        if reducing is not None and collectives is not None and layout.numel:
+        if reduces and collectives is not None and layout.numel:
             collectives.broadcast(as_real(self.buffer))
-        start, stop = layout.shard(rank)
-        super().__init__(
-            named, layout, placements, FlatParameters(self.buffer[start:stop]), rank, collectives, precision
-        )
-        self.group = None if collectives is None else collectives.group
-        self.reducing, self.reduces = reducing, reducing is not None
+        start, stop = layout.shard(setting.rank)
+        parameters = FlatParameters(self.buffer[start:stop])
+        super().__init__(named, layout, placements, parameters, setting.rank, collectives, setting.precision)
+        self.group, self.reduces = setting.group, reduces
+        self.reducing = setting.reducing if reduces else None
         self.whole_gradients = not self.reduces
         self.meets = self.may_lag = collectives is not None
         if collectives is not None and not self.reduces:
@@ -86,9 +84,7 @@ class ReplicatedBucket(Bucket):
         self._addresses = [param.data_ptr() for param in self.params]
         self._owned = list(self.shard.pieces.values())
         self.grad: Tensor | None = None
-        self.gradient_pieces = (
-            [GradientPiece(self, i, param) for i, param in enumerate(self.params)] if reducing else []
-        )
+        self.gradient_pieces = [GradientPiece(self, i, param) for i, param in enumerate(self.params)] if reduces else []
         self._reductions: deque[tuple[int, Reduction]] = deque()  # under way, in order, each with its pass
         self._gather: dist.Work | None = None
         self._packer = Packer(layout, self.placements, self.buffer)
@@ -319,25 +315,19 @@ class ReplicatedBucket(Bucket):
             yield UpdateSlice(batch.start, param, self._packer.join(batch, grads))
 
 
-def build_replicated(
-    named: Mapping[Tensor, str],
-    bucket_bytes: int,
-    rank: int,
-    world_size: int,
-    group: dist.ProcessGroup | None,
-    precision: Precision,
-    reducing: Reducing | None,
-) -> list[ReplicatedBucket]:
+def build_replicated(named: Mapping[Tensor, str], setting: Setting, reduces: bool) -> list[ReplicatedBucket]:
     """Buckets for the parameters, with their names, of one group: apart by device and dtype. Collective."""
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for param in named:
         kinds.setdefault((param.device, param.dtype), []).append(param)
     buckets = []
     for (device, dtype), params in kinds.items():
-        collectives = None if group is None else Collectives(group, device.type)
+        collectives = None if setting.group is None else Collectives(setting.group, device.type)
         numels = [param.numel() for param in params]
-        for layout in plan_buckets(numels, world_size=world_size, max_numel=bucket_bytes // dtype.itemsize):
+        for layout in plan_buckets(
+            numels, world_size=setting.world_size, max_numel=setting.bucket_bytes // dtype.itemsize
+        ):
             of_bucket = [params[span.index] for span in layout.spans]
             names = {param: named[param] for param in of_bucket}
-            buckets.append(ReplicatedBucket(names, layout, rank, collectives, precision, reducing))
+            buckets.append(ReplicatedBucket(names, layout, setting, collectives, reduces))
     return buckets

@@ -29,7 +29,7 @@ ORDER = [
     "reducer",
     "construction",
     "averaging",
-    "fsdp",
+    "parallel",
     "clipping",
     "overlap",
     "checks",

@@ -1,8 +1,9 @@
-"""What FSDP has besides the parameters: whole copies for forward, which a change of the parameters must not outlive."""
+"""What FSDP and DistributedDataParallel have besides parameters: whole copies for forward, and a ``no_sync`` each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import (
     StateDictType,
 )
 from torch.distributed.fsdp._runtime_utils import _reshard
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dist_asgd.pieces import DTensor
@@ -25,20 +27,33 @@ except ImportError:  # private; it only tells FSDP2 from tensor parallelism
     _known_modules = None
 
 
-class WholeCopies:
-    """The copies that the modules of FSDP in ``module`` have gathered, for as long as those do not free them."""
+class ParallelModules:
+    """The modules of FSDP and DistributedDataParallel in ``module``."""
 
     def __init__(self, module: nn.Module | None) -> None:
         self._module = module
 
-    def drop(self) -> None:
-        """Frees them: the next forward gathers them again, from what the parameters are then."""
+    def drop_copies(self) -> None:
+        """Frees FSDP's whole copies: the next forward gathers them again, from what the parameters are then."""
         for module in [] if self._module is None else list(self._module.modules()):
             if isinstance(module, FSDPModule):
                 module.reshard()
             elif isinstance(module, FullyShardedDataParallel) and _is_sharded(module):
                 # FSDP1 has no public way, and leaves the parameters of the outermost module whole after a forward.
                 _reshard(module, module._handle, free_unsharded_flat_param=True)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, backward leaves the gradients on this rank, as far as modules know how."""
+        with contextlib.ExitStack() as stack:
+            # FSDP1 and DistributedDataParallel see to what is below them.
+            if isinstance(self._module, (FullyShardedDataParallel, DistributedDataParallel)):
+                stack.enter_context(self._module.no_sync())
+            for module in [] if self._module is None else self._module.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_requires_gradient_sync(False, recurse=False)
+                    stack.callback(module.set_requires_gradient_sync, True, recurse=False)
+            yield
 
     def full_state_dict(self, optimizer: Optimizer, rank: int) -> dict[str, Any]:
         """torch's state dict of the whole parameters on rank 0, ``{}`` on the others, of an optimizer of slices.
@@ -62,7 +77,7 @@ class WholeCopies:
         state = {ids[name]: entry for name, entry in named["state"].items() if entry["step"]}
         return {"state": dict(sorted(state.items())), "param_groups": groups}
 
-    def unknown(self, params: Sequence[Tensor]) -> RuntimeError | None:
+    def unknown_copies(self, params: Sequence[Tensor]) -> RuntimeError | None:
         """The error where others than the modules in ``module`` may have copies of ``params``."""
         ours = set(map(id, params))
         known = set() if self._module is None else set(self._module.modules())
