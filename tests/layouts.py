@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_asgd import ShardedASGD
@@ -67,14 +67,14 @@ def mesh_of(layout: str) -> DeviceMesh:
 def tensor_parallel(model: nn.Module, mesh: DeviceMesh, sequence: bool = False) -> None:
     """Cuts the hidden dims of the blocks; with `sequence` the norms work on parts of the batch (partial gradients)."""
     for block in model.blocks:
-        plan: dict[str, Any] = {"up": ColwiseParallel(), "down": RowwiseParallel()}
         if sequence:
-            plan = {
-                "norm": SequenceParallel(sequence_dim=0),
-                "up": ColwiseParallel(input_layouts=Shard(0)),
-                "down": RowwiseParallel(output_layouts=Replicate()),
-            }
-        parallelize_module(block, mesh, plan)
+            distribute_module(block.norm, mesh, input_fn=_cut_batch)
+        inputs = Shard(0) if sequence else Replicate()
+        parallelize_module(block, mesh, {"up": ColwiseParallel(input_layouts=inputs), "down": RowwiseParallel()})
+
+
+def _cut_batch(_: nn.Module, inputs: tuple[Tensor], mesh: DeviceMesh) -> DTensor:
+    return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False).redistribute(mesh, [Shard(0)])
 
 
 def place(layout: str, model: nn.Module, **fsdp: Any) -> nn.Module:

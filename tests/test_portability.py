@@ -1,4 +1,4 @@
-"""State saved under any layout goes on under any other, by stock PyTorch: the bits of the run that was never stopped."""
+"""State saved under any layout goes on under any other, by stock PyTorch, with the bits of a run without a stop."""
 
 from pathlib import Path
 from typing import Any
