@@ -7,13 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    FSDPModule,
-    FullOptimStateDictConfig,
-    FullStateDictConfig,
-    FullyShardedDataParallel,
-    StateDictType,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -39,7 +34,7 @@ class ParallelModules:
             if isinstance(module, FSDPModule):
                 module.reshard()
             elif isinstance(module, FullyShardedDataParallel) and _is_sharded(module):
-                # FSDP1 has no public way, and leaves the parameters of the outermost module whole after a forward.
+                # FSDP1 has no public way, and keeps the copies of the outermost module after a forward.
                 _reshard(module, module._handle, free_unsharded_flat_param=True)
 
     @contextlib.contextmanager
@@ -64,11 +59,10 @@ class ParallelModules:
         if module is None or not any(isinstance(child, FullyShardedDataParallel) for child in module.modules()):
             raise RuntimeError(
                 "slices do not know the parameters that they are parts of: pass module= (the model that FSDP has "
-                "wrapped) to ShardedASGD, or ask FSDP.optim_state_dict(model, optimizer)"
+                "wrapped) to ShardedASGD, or ask get_optimizer_state_dict(model, optimizer)"
             )
-        configs = FullStateDictConfig(), FullOptimStateDictConfig(offload_to_cpu=True, rank0_only=True)
-        with FullyShardedDataParallel.state_dict_type(module, StateDictType.FULL_STATE_DICT, *configs):
-            named = FullyShardedDataParallel.optim_state_dict(module, optimizer)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        named: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=options)
         if rank != 0:
             return {}
         names = [name for group in named["param_groups"] for name in group["params"]]

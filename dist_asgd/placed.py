@@ -130,8 +130,8 @@ class PlacedBucket(Bucket):
             if self.uneven and local.shape != placement.shape:
                 raise RuntimeError(
                     f"parameter {name!r} has shape {tuple(local.shape)} now and was a slice of shape {placement.shape} "
-                    "when the optimizer was built. FSDP has put it together, as it does for a forward and inside "
-                    "summon_full_params(): leave that, run a backward, or pass module=, which puts it back"
+                    "when the optimizer was built. FSDP has put it together, as for a forward or by "
+                    "summon_full_params(): leave that first"
                 )
             require_fitting(name, local, self.dtype, self.device, placement.shape)
             self._parameters.flats[position] = placement.flatten(local)
