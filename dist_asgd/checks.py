@@ -80,8 +80,9 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def check_parameters(groups: Groups, ranks: Sequence[int]) -> None:
-    """Raises ``ValueError`` for parameters of the last group that the ``ranks`` cannot optimize, saying why."""
+def check_last_group(groups: Groups, ranks: Sequence[int]) -> None:
+    """Raises ``ValueError`` or ``TypeError`` for options, and for parameters that the ``ranks`` cannot optimize."""
+    Hyperparameters.of(groups[-1])
     number = len(groups) - 1
     for name, param in zip(parameter_names(groups[-1], number), groups[-1]["params"], strict=True):
         _check_parameter(name, param, ranks)

@@ -18,7 +18,7 @@ from dist_asgd.checks import (
     argument_facts,
     built_for_another,
     check_arguments,
-    check_parameters,
+    check_last_group,
     check_state_dict,
     clip_arguments,
     drop_duplicates,
@@ -30,7 +30,6 @@ from dist_asgd.overlap import ForwardWaits
 from dist_asgd.parallel import ParallelModules
 from dist_asgd.reducer import PATIENCE, Reducer
 from dist_asgd.replicas import Replicas
-from dist_asgd.rule import Hyperparameters
 from dist_asgd.settlement import Settlement
 from dist_asgd.shards import Precision
 from dist_asgd.state import TORCH_OPTIONS, StateView, full_state_dict, plan_load, sharded_state_dict
@@ -39,20 +38,24 @@ from dist_asgd.state import TORCH_OPTIONS, StateView, full_state_dict, plan_load
 class ShardedASGD(torch.optim.Optimizer):
     """Averaged SGD with the state sharded over ranks: what ``torch.optim.ASGD`` is, on 1 rank or 1,000.
 
-    Every rank holds all parameters, updates its 1/N of them, and all-gathers the result. In fp32 and fp64, parameters,
-    ``ax``, ``eta``, ``mu`` and ``step`` are equal to those of ``torch.optim.ASGD(foreach=False)`` bit for bit, given
-    the same reduced gradients. The constructor, ``step``, ``add_param_group``, ``clip_grad_norm_``,
-    ``load_state_dict``, ``full_state_dict`` and ``averaged_parameters`` are collective: every rank must call them.
+    Of plain parameters every rank holds all, updates its 1/N, and all-gathers the result. DTensors (FSDP2, HSDP,
+    tensor parallelism) and FSDP1's slices are recognised by themselves and stay where they are; ranks that have the
+    same of one share its state and update. In fp32 and fp64, parameters, ``ax``, ``eta``, ``mu`` and ``step`` are equal
+    to those of ``torch.optim.ASGD(foreach=False)`` bit for bit, given the same reduced gradients. The constructor,
+    ``step``, ``add_param_group``, ``clip_grad_norm_``, ``load_state_dict``, ``full_state_dict`` and
+    ``averaged_parameters`` are collective: every rank must call them.
 
     Args:
-        params: tensors, (name, tensor) pairs, or groups (dicts) of either. They become views of flat buckets, so build
-            the optimizer after ``model.to(...)``. ``model.named_parameters()`` gives errors and checkpoints names.
+        params: tensors, (name, tensor) pairs, or groups (dicts) of either. Plain ones become views of flat buckets, so
+            build the optimizer after ``model.to(...)``, ``fully_shard(...)`` and the like. ``model.named_parameters()``
+            gives errors and checkpoints names.
         lr, lambd, alpha, t0, weight_decay, maximize: as in ``torch.optim.ASGD``; groups may have their own.
             Averaging starts ``t0`` steps into training. Numbers >= 0; ``t0=math.inf`` never averages.
-        gradients: ``"local"``: each rank has gradients of its own; they are averaged by a reduce-scatter that runs
-            during backward, and a bucket's whole gradients are freed as it goes (ZeRO-2). Parameters start as rank 0's.
-            ``"reduced"``: DistributedDataParallel has averaged them; only state and update are sharded (ZeRO-1). They
-            must be the same on every rank, as the first step checks: a rank reads those of its own shard only.
+        gradients: of plain parameters. ``"local"``: each rank has gradients of its own; they are averaged by a
+            reduce-scatter that runs during backward, and a bucket's whole gradients are freed as it goes (ZeRO-2).
+            Parameters start as rank 0's. ``"reduced"``: DistributedDataParallel has averaged them; only state and
+            update are sharded (ZeRO-1). They must be the same on every rank, as the first step checks: a rank reads
+            those of its own shard only. ``"sharded"``: parameters and gradients are this rank's own slices.
         process_group: the ranks to shard over; None for the default group, or one process without torch.distributed.
         find_unused_parameters: with ``"local"``, a parameter may lack a gradient on some ranks (it counts as zeros) or
             on all (it is skipped, as in torch). Costs one small all-reduce a step. Without it that is an error.
@@ -60,9 +63,10 @@ class ShardedASGD(torch.optim.Optimizer):
         master_weights: keep fp32 masters of bf16 and fp16 parameters. Without, the update is still computed in fp32 and
             rounded once.
         average_dtype: dtype of ``ax``; None for fp32 or the parameter's dtype, whichever is wider.
-        module: the model. Given, ``step()`` returns while the all-gather is under way, and modules wait before their
-            forward: the members of ``ModuleList``s and ``Sequential``s for their own parameters, other modules for all
-            below them but those. Call ``synchronize()`` before parameters are read in any other way.
+        shard_replicas: share the state of a DTensor among the ranks that have the same of it; False: each keeps all.
+        module: the model. Given, ``step()`` returns while the all-gather of plain parameters is under way, and modules
+            wait before their forward, the members of ``ModuleList``s and ``Sequential``s for their own parameters. Call
+            ``synchronize()`` before they are read in any other way. ``averaged_parameters()`` needs it under FSDP.
 
     Raises:
         ValueError, TypeError: bad arguments, or arguments that differ between ranks; the same error on every rank.
@@ -135,6 +139,8 @@ class ShardedASGD(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: waits for each bucket's gradients, updates this rank's shard, starts its all-gather. Collective.
 
+        Without plain parameters, ranks exchange nothing but what is updated, from the second step on.
+
         Args:
             closure: re-evaluates the model and returns the loss, which is returned.
 
@@ -197,10 +203,9 @@ class ShardedASGD(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, backward accumulates on this rank and sends nothing. Of FSDP and DDP so with ``module=`` only.
+        """Inside, backward accumulates on this rank and sends nothing; FSDP and DDP only if ``module`` was given.
 
-        The first backward after it, or ``step()``, reduces all that was accumulated. FSDP and DDP do it in a backward
-        only: leave at least the last one of a step outside.
+        The first backward after it, or ``step()``, reduces all that was accumulated; for FSDP and DDP only a backward.
         """
         with self._modules.no_sync(), self._reducer.suspended():
             yield
@@ -228,10 +233,10 @@ class ShardedASGD(torch.optim.Optimizer):
             self._swapped = False
 
     def start_averaging(self) -> None:
-        """Starts the average now: sets ``t0`` of every group to the steps taken so far.
+        """Starts the average now: sets ``t0`` of every group to the steps taken so far. Every rank must do so.
 
         As in torch with that ``t0``, the second step from now is the first that the average holds. An average that was
-        under way starts afresh. Every rank must call it at the same step.
+        under way starts afresh.
         """
         for group, buckets in zip(self.param_groups, self._buckets, strict=True):
             steps = [run.scalars.step for bucket in buckets for run in bucket.shard.runs]
@@ -322,10 +327,8 @@ class ShardedASGD(torch.optim.Optimizer):
         count = len(self.param_groups)
         try:
             super().add_param_group(param_group)
-            group = self.param_groups[-1]
-            drop_duplicates(group)
-            Hyperparameters.of(group)
-            check_parameters(self.param_groups, self._agreement.ranks)
+            drop_duplicates(self.param_groups[-1])
+            check_last_group(self.param_groups, self._agreement.ranks)
         except Exception:
             del self.param_groups[count:]
             raise

@@ -12,7 +12,7 @@ from dist_asgd import ShardedASGD
 from ranks import run_ranks
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-TRAIN, RESUME = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TRAIN, SHARD, RESUME = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]])
@@ -24,6 +24,20 @@ def test_the_first_screen(launcher, tmp_path):
     found = re.findall(r"error of the last iterate ([\d.]+), of the average ([\d.]+)", done.stdout)
     assert len(found) == (2 if launcher else 1)
     assert all(float(averaged) < float(raw) for raw, averaged in found)
+
+
+def test_sharding_on_two_replicas_of_one_shard():
+    def ranks(rank):
+        model = torch.nn.Module()
+        model.layers = torch.nn.ModuleList([torch.nn.Linear(7, 5), torch.nn.Linear(5, 1)])
+        names = {"model": model, "ShardedASGD": ShardedASGD}
+        exec(SHARD.replace('"cuda", (2, 4)', '"cpu", (2, 1)'), names)
+        for layer in model.layers:
+            layer(torch.ones(3, layer.in_features)).sum().backward()
+        names["opt"].step()
+        return [p.placements[0].is_replicate() for p in model.parameters()]
+
+    assert all(run_ranks(2, ranks)[0])
 
 
 @pytest.mark.filterwarnings("ignore:.*:FutureWarning")
