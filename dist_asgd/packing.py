@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dist_asgd.layout import PARAMETER_ALIGNMENT, BucketLayout, Piece
 from dist_asgd.pieces import Placement
-from dist_asgd.update import block_size
 
 # What has fewer elements is gathered before the update: one operator moves all of it, where reading each where it lies
-# would cost several operators a parameter.
+# would cost several operators a parameter. About as many elements, for each thread, are gathered together: buffers of
+# 128 KiB in fp32 stay in a core's cache, and in the heap (malloc maps larger ones anew, page by page, each time).
 GATHER_BELOW = 32 * 1024
 
 # Zeros of fewer elements are kept: the gaps between parameters come in few sizes.
@@ -66,8 +66,9 @@ class Batches:
         return self._planned[1]
 
     def _plan(self, first: int, stop: int) -> list[Batch]:
-        most = block_size(self._layout.shard_numel, self._device)
-        below = GATHER_BELOW if self._device.type == "cpu" else most  # a GPU minds operators more than copies
+        most, below = GATHER_BELOW * torch.get_num_threads(), GATHER_BELOW
+        if self._device.type != "cpu":  # a GPU minds operators more than copies
+            most = below = self._layout.shard_numel
         batches: list[Batch] = []
         small: list[Piece] = []
 
@@ -102,8 +103,8 @@ class Packer:
     def __init__(self, layout: BucketLayout, placements: Sequence[Placement], like: Tensor) -> None:
         self._spans, self._placements, self._like = layout.spans, placements, like
         self._row_major = [placement.is_row_major for placement in placements]
-        real = not like.is_complex()  # complex ones may be lazily conjugated
-        self._simple = [real and p.is_row_major and len(p.shape) > 0 for p in placements]
+        # Those of which contiguous gradients are moved as they are. Complex ones may be lazily conjugated.
+        self._all_simple = not like.is_complex() and all(p.is_row_major and p.shape for p in placements)
         self._zeros: dict[int, Tensor] = {}
         self._ignored = [like.new_empty(gap) for gap in range(PARAMETER_ALIGNMENT)]
 
@@ -127,18 +128,18 @@ class Packer:
             parts.append(self._padding(start + len(out) - end))
         _flattened(parts, out)
 
-    def join(self, batch: Batch, tensors: Sequence[Tensor]) -> Tensor:
-        """What belongs to a batch, one of ``tensors`` for each of its parameters, as 1-D; a copy if it is gathered."""
+    def join(self, batch: Batch, tensors: list[Tensor], ready: bool = False) -> Tensor:
+        """What belongs to a batch, one of ``tensors`` for each of its parameters, as 1-D; a copy if it is gathered.
+
+        Args:
+            ready: they are 1-D, contiguous and of the bucket's dtype.
+        """
         if not batch.gathered:
             piece = batch.pieces[0]
             return self.flat(piece.position, tensors[0])[piece.start : piece.stop]
-        dtype, simple = self._like.dtype, self._simple
-        parts = [
-            tensor
-            if simple[position] and tensor.dtype is dtype and tensor.is_contiguous()
-            else self._movable(position, tensor)
-            for position, tensor in zip(batch.positions, tensors, strict=True)
-        ]
+        parts = tensors
+        if not (ready or (self._all_simple and self._are_ready(tensors))):
+            parts = list(map(self._movable, batch.positions, tensors))
         if any(batch.gaps):
             pairs = zip(batch.gaps, parts, strict=True)
             parts = [part for gap, own in pairs for part in ((self._padding(gap), own) if gap else (own,))]
@@ -156,6 +157,10 @@ class Packer:
     def flat(self, position: int, grad: Tensor) -> Tensor:
         """One gradient in its parameter's memory order, 1-D; a view where it already has that order."""
         return self._placements[position].flatten(grad.resolve_conj())
+
+    def _are_ready(self, tensors: list[Tensor]) -> bool:
+        same = [tensor.dtype for tensor in tensors].count(self._like.dtype) == len(tensors)
+        return same and all(map(Tensor.is_contiguous, tensors))
 
     def _movable(self, position: int, grad: Tensor) -> Tensor:
         """The gradient in a form that the operators of ``pack`` flatten into the parameter's memory order."""

@@ -13,6 +13,9 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,9 +31,9 @@ from dist_asgd.layout import BucketLayout, Piece, plan_buckets
 from dist_asgd.packing import Batch, Batches, Packer
 from dist_asgd.pieces import Placement, local_tensor
 from dist_asgd.replicas import Family, Replicas, Sharing, family_of
-from dist_asgd.rule import Hyperparameters
-from dist_asgd.shards import Run, UpdateSlice
-from dist_asgd.update import as_real
+from dist_asgd.rule import Hyperparameters, Scalars
+from dist_asgd.shards import FlatSlice, Run, UpdateSlice
+from dist_asgd.update import as_real, compute_dtype, update_many_
 
 # All-gathers under way at once; each has a buffer of its bucket's size.
 MAX_IN_FLIGHT = 2
@@ -45,7 +48,8 @@ class PlacedParameters:
         self.params, self.placements = params, placements
         self.layout, self.pieces = layout, layout.pieces(rank)
         self.dtype, self.device = params[0].dtype, params[0].device
-        self.flats = [placement.flatten(local_of(p)) for p, placement in zip(params, placements, strict=True)]  # 1-D
+        self.local = [local_of(param) for param in params]
+        self.flats = [placement.flatten(own) for own, placement in zip(self.local, placements, strict=True)]  # 1-D
 
     def read(self, where: slice = slice(None)) -> Tensor:
         start, stop, _ = where.indices(self.layout.shard_numel)
@@ -84,6 +88,20 @@ class PlacedParameters:
         return torch.zeros(numel, dtype=self.dtype, device=self.device)
 
 
+@dataclass(frozen=True, slots=True)
+class ListSlice:
+    """An ``UpdateSlice`` of small parameters that stay where they are."""
+
+    start: int
+    stop: int
+    params: list[Tensor]
+    grads: list[Tensor]
+    joined: Callable[[], Tensor]  # the parameters as 1-D, in a copy
+
+    def update_(self, average: Tensor | None, master: Tensor | None, h: Hyperparameters, scalars: Scalars) -> None:
+        update_many_(self.params, self.grads, average, self.joined, h, scalars)
+
+
 class PlacedBucket(Bucket):
     """Parameters that stay where they lie.
 
@@ -110,7 +128,11 @@ class PlacedBucket(Bucket):
         self.group, self.reducing = setting.group, setting.reducing
         self.mirrors = () if sharing is None else sharing.mirrors
         self.uneven = sharing is None
+        self._family = family_of(params[0]) if isinstance(params[0], DTensor) else None
+        self._shapes = [placement.shape for placement in placements]
         self._addresses = [flat.data_ptr() for flat in self._parameters.flats]
+        # Multi-tensor operators compute in the dtype of the parameters, which masters and low precision do not.
+        self._by_lists = compute_dtype(self.dtype) == self.dtype and not self.dtype.is_complex
         self._packer = Packer(layout, placements, self._parameters.flats[0])
         self._batches = Batches(self._parameters.pieces, layout, self.device)
         spans = [(position, span) for position, span in enumerate(layout.spans) if span.numel]
@@ -123,10 +145,11 @@ class PlacedBucket(Bucket):
         weakref.finalize(self, remove_hooks, hooks)
 
     def check_parameters(self) -> None:
-        if [local_of(param).data_ptr() for param in self.params] == self._addresses:
+        found: list[Tensor] = list(map(local_of if self.uneven else local_tensor, self.params))  # type: ignore[arg-type]
+        if list(map(Tensor.data_ptr, found)) == self._addresses:
             return
-        for position, (name, param) in enumerate(zip(self.names, self.params, strict=True)):
-            local, placement = local_of(param), self.placements[position]
+        for position, (name, local) in enumerate(zip(self.names, found, strict=True)):
+            placement = self.placements[position]
             if self.uneven and local.shape != placement.shape:
                 raise RuntimeError(
                     f"parameter {name!r} has shape {tuple(local.shape)} now and was a slice of shape {placement.shape} "
@@ -134,6 +157,7 @@ class PlacedBucket(Bucket):
                     "summon_full_params(): leave that first"
                 )
             require_fitting(name, local, self.dtype, self.device, placement.shape)
+            self._parameters.local[position] = local
             self._parameters.flats[position] = placement.flatten(local)
             self._addresses[position] = local.data_ptr()
 
@@ -145,6 +169,28 @@ class PlacedBucket(Bucket):
 
     def check_gradients(self) -> None:
         """Also brings gradients to the placements of their parameters where they have others. Then it is collective."""
+        if not self._are_as_expected([param.grad for param in self.params]):
+            self._check_each_gradient()
+
+    def _are_as_expected(self, grads: list[Any]) -> bool:
+        """Whether all gradients are there, DTensors like their parameters. Asked of all at once, as every step asks."""
+        if self._family is None:
+            return False
+        try:
+            local = list(map(local_tensor, grads))
+            places = [(grad.device_mesh, grad.placements) for grad in grads]
+        except AttributeError:  # None, or a plain tensor
+            return False
+        count = len(grads)
+        return (
+            places.count(self._family) == count
+            and list(map(type, local)).count(Tensor) == count
+            and [tensor.shape for tensor in local] == self._shapes
+            and [tensor.device for tensor in local].count(self.device) == count
+            and [tensor.layout for tensor in local].count(torch.strided) == count
+        )
+
+    def _check_each_gradient(self) -> None:
         for name, param, placement in zip(self.names, self.params, self.placements, strict=True):
             grad = param.grad
             if grad is None:
@@ -192,9 +238,15 @@ class PlacedBucket(Bucket):
     def _slices(self, run: Run) -> Iterator[UpdateSlice]:
         for batch in self._batches.of(run.first, run.stop):
             flats = [self._parameters.flats[position] for position in batch.positions]
-            grads = [local_gradient(self.params[position]) for position in batch.positions]
-            param = self._packer.join(batch, flats)
-            yield UpdateSlice(batch.start, param, self._packer.join(batch, grads))
+            grads: list[Any] = [self.params[position].grad for position in batch.positions]  # checked before the step
+            if not self.uneven:
+                grads = list(map(local_tensor, grads))
+            if batch.gathered and self._by_lists and [grad.dtype for grad in grads].count(self.dtype) == len(grads):
+                params = [self._parameters.local[position] for position in batch.positions]
+                yield ListSlice(batch.start, batch.stop, params, grads, partial(self._packer.join, batch, flats, True))
+                continue
+            param = self._packer.join(batch, flats, ready=True)
+            yield FlatSlice(batch.start, param, self._packer.join(batch, grads))
             if batch.gathered:  # and updated, since the next one is asked for
                 self._packer.part(batch, param, flats)
 
@@ -258,7 +310,9 @@ def local_gradient(param: Tensor) -> Tensor:
     grad = param.grad
     if isinstance(grad, DTensor):
         local = local_tensor(grad)
-        return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+        if isinstance(local, AsyncCollectiveTensor):
+            local = grad._local_tensor = local.wait()
+        return local
     return grad  # type: ignore[return-value]
 
 

@@ -22,7 +22,7 @@ from dist_asgd.layout import BucketLayout, Span, plan_buckets
 from dist_asgd.packing import Batches, Packer
 from dist_asgd.pieces import Placement
 from dist_asgd.rule import Hyperparameters
-from dist_asgd.shards import Run, UpdateSlice
+from dist_asgd.shards import FlatSlice, Run, UpdateSlice
 from dist_asgd.update import as_real, compute_dtype
 
 # ``GradientPiece.begun`` of a gradient that was dropped, and of one that only this rank knows yet: after every pass.
@@ -305,14 +305,14 @@ class ReplicatedBucket(Bucket):
     def _reduced_slices(self, run: Run) -> Iterator[UpdateSlice]:
         where = self.shard.slice_of(run)
         if where.start < where.stop and self.grad is not None:
-            yield UpdateSlice(where.start, self.shard.parameters.read(where), self.grad[where])
+            yield FlatSlice(where.start, self.shard.parameters.read(where), self.grad[where])
 
     def _plain_slices(self, run: Run) -> Iterator[UpdateSlice]:
         """Large gradients where they lie, and runs of small ones gathered, in pieces that stay in cache."""
         for batch in self._batches.of(run.first, run.stop):
             grads = [grad for position in batch.positions if (grad := self.params[position].grad) is not None]
             param = self.shard.parameters.read(slice(batch.start, batch.stop))
-            yield UpdateSlice(batch.start, param, self._packer.join(batch, grads))
+            yield FlatSlice(batch.start, param, self._packer.join(batch, grads))
 
 
 def build_replicated(named: Mapping[Tensor, str], setting: Setting, reduces: bool) -> list[ReplicatedBucket]:

@@ -107,6 +107,20 @@ def asgd_step_(
         average_step_(average, param, scalars.mu)
 
 
+def asgd_steps_(params: list[Tensor], grads: list[Tensor], h: Hyperparameters, scalars: Scalars) -> None:
+    """The same on several parameters by multi-tensor operators, but for the averages. All of one real dtype."""
+    if h.maximize:
+        grads = list(torch._foreach_neg(grads))
+    if h.weight_decay != 0:
+        grads = list(torch._foreach_add(grads, params, alpha=h.weight_decay))
+    shrink = 1 - h.lambd * scalars.eta
+    if shrink != 1:
+        # On a CPU a number becomes a tensor anew for each parameter. This one is no wider to torch than a number.
+        on_cpu = params[0].device.type == "cpu"
+        torch._foreach_mul_(params, torch.tensor(shrink, dtype=torch.float64) if on_cpu else shrink)
+    torch._foreach_add_(params, grads, alpha=-scalars.eta)
+
+
 def average_step_(average: Tensor, iterate: Tensor, mu: float) -> None:
     """``average`` moves towards ``iterate`` by the fraction ``mu``, computed in the wider dtype of the two."""
     if mu == 1:

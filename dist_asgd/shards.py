@@ -15,7 +15,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -52,12 +52,34 @@ class Run:
     scalars: Scalars
 
 
-class UpdateSlice(NamedTuple):
+class UpdateSlice(Protocol):
     """What one call updates: neighbours in the shard with equal scalars."""
 
-    start: int  # in the shard
-    param: Tensor  # 1-D, the parameters from ``start`` on; updated in place
-    grad: Tensor  # 1-D, their gradients
+    @property
+    def start(self) -> int:
+        """In the shard."""
+
+    @property
+    def stop(self) -> int: ...
+
+    def update_(self, average: Tensor | None, master: Tensor | None, h: Hyperparameters, scalars: Scalars) -> None:
+        """One step; ``average`` and ``master`` are those of ``[start, stop)``, 1-D."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlatSlice:
+    """An ``UpdateSlice`` whose parameters and gradients lie in one 1-D tensor each."""
+
+    start: int
+    param: Tensor  # updated in place
+    grad: Tensor
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.grad.numel()
+
+    def update_(self, average: Tensor | None, master: Tensor | None, h: Hyperparameters, scalars: Scalars) -> None:
+        update_(self.param, self.grad, average, master, h, scalars)
 
 
 class ShardParameters(Protocol):
@@ -129,15 +151,9 @@ class Shard:
     def _step(self, run: Run, h: Hyperparameters, slices: Iterable[UpdateSlice]) -> Run:
         scalars = run.scalars if run.scalars.step else first_scalars(h)
         for part in slices:
-            where = slice(part.start, part.start + part.grad.numel())
-            update_(
-                part.param,
-                part.grad,
-                None if self.average is None else self.average[where],
-                None if self.master is None else self.master[where],
-                h,
-                scalars,
-            )
+            where = slice(part.start, part.stop)
+            average = None if self.average is None else self.average[where]
+            part.update_(average, None if self.master is None else self.master[where], h, scalars)
         following = next_scalars(h, scalars.step + 1)
         if following.mu != 1 and self.average is None:
             # Now, not in the next step: what is written to the parameters in between is no part of the average.

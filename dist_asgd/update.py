@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from dist_asgd.rule import Hyperparameters, Scalars, asgd_step_
+from dist_asgd.rule import Hyperparameters, Scalars, asgd_step_, asgd_steps_, average_step_
 
 # CPU operators are walked in blocks of about this many elements for each thread: parameter, gradient, average and
 # temporaries of a block (512 KiB each in fp32) stay in a core's cache between the operators, which is twice as fast as
@@ -54,6 +56,20 @@ def update_(
     masters = [None] * len(params) if master is None else master.split(size)
     for blocks in zip(params, grad.split(size), averages, masters, strict=True):
         _update_block_(*blocks, dtype, h, scalars)
+
+
+def update_many_(
+    params: list[Tensor],  # any shapes, one real dtype of at least fp32 precision; updated in place
+    grads: list[Tensor],  # same shapes and dtype; only read
+    average: Tensor | None,  # 1-D, as joined() makes it of the parameters; updated in place
+    joined: Callable[[], Tensor],
+    h: Hyperparameters,
+    scalars: Scalars,
+) -> None:
+    """One step of several parameters that share ``scalars``; each stays where it is."""
+    asgd_steps_(params, grads, h, scalars)
+    if average is not None:
+        average_step_(average, joined(), scalars.mu)
 
 
 def followed(master: Tensor, param: Tensor, out: Tensor | None = None) -> Tensor:
