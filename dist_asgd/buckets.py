@@ -79,7 +79,7 @@ class Bucket(ABC):
 
     @abstractmethod
     def has_gradient(self) -> list[bool]:
-        """For each parameter, whether this rank has a gradient of it."""
+        """For each parameter, whether this rank has a gradient of it. Comes after ``check_gradients``."""
 
     @abstractmethod
     def check_parameters(self) -> None:

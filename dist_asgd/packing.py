@@ -13,9 +13,12 @@ from dist_asgd.layout import PARAMETER_ALIGNMENT, BucketLayout, Piece
 from dist_asgd.pieces import Placement
 
 # What has fewer elements is gathered before the update: one operator moves all of it, where reading each where it lies
-# would cost several operators a parameter. About as many elements, for each thread, are gathered together: buffers of
-# 128 KiB in fp32 stay in a core's cache, and in the heap (malloc maps larger ones anew, page by page, each time).
+# would cost several operators a parameter.
 GATHER_BELOW = 32 * 1024
+
+# So many elements are gathered together, for each thread: the buffers stay in a core's cache, and in the heap (malloc
+# maps larger ones anew, page by page, each time).
+GATHER_TOGETHER = 64 * 1024
 
 # Zeros of fewer elements are kept: the gaps between parameters come in few sizes.
 KEPT_ZEROS = 64
@@ -66,7 +69,7 @@ class Batches:
         return self._planned[1]
 
     def _plan(self, first: int, stop: int) -> list[Batch]:
-        most, below = GATHER_BELOW * torch.get_num_threads(), GATHER_BELOW
+        most, below = GATHER_TOGETHER * torch.get_num_threads(), GATHER_BELOW
         if self._device.type != "cpu":  # a GPU minds operators more than copies
             most = below = self._layout.shard_numel
         batches: list[Batch] = []
@@ -137,6 +140,8 @@ class Packer:
         if not batch.gathered:
             piece = batch.pieces[0]
             return self.flat(piece.position, tensors[0])[piece.start : piece.stop]
+        if ready and not any(batch.gaps):
+            return torch.cat(tensors)
         parts = tensors
         if not (ready or (self._all_simple and self._are_ready(tensors))):
             parts = list(map(self._movable, batch.positions, tensors))

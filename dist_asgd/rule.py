@@ -107,8 +107,14 @@ def asgd_step_(
         average_step_(average, param, scalars.mu)
 
 
-def asgd_steps_(params: list[Tensor], grads: list[Tensor], h: Hyperparameters, scalars: Scalars) -> None:
-    """The same on several parameters by multi-tensor operators, but for the averages. All of one real dtype."""
+def asgd_steps_(
+    params: list[Tensor],  # any shapes, of one real dtype; updated in place
+    flats: list[Tensor],  # the same as 1-D, which takes less time where shapes do not matter
+    grads: list[Tensor],  # same shapes and dtype; only read
+    h: Hyperparameters,
+    scalars: Scalars,
+) -> None:
+    """The same on several parameters by multi-tensor operators, but for the averages."""
     if h.maximize:
         grads = list(torch._foreach_neg(grads))
     if h.weight_decay != 0:
@@ -117,17 +123,22 @@ def asgd_steps_(params: list[Tensor], grads: list[Tensor], h: Hyperparameters, s
     if shrink != 1:
         # On a CPU a number becomes a tensor anew for each parameter. This one is no wider to torch than a number.
         on_cpu = params[0].device.type == "cpu"
-        torch._foreach_mul_(params, torch.tensor(shrink, dtype=torch.float64) if on_cpu else shrink)
+        torch._foreach_mul_(flats, torch.scalar_tensor(shrink, dtype=torch.float64) if on_cpu else shrink)
     torch._foreach_add_(params, grads, alpha=-scalars.eta)
 
 
-def average_step_(average: Tensor, iterate: Tensor, mu: float) -> None:
-    """``average`` moves towards ``iterate`` by the fraction ``mu``, computed in the wider dtype of the two."""
+def average_step_(average: Tensor, iterate: Tensor, mu: float, spent: bool = False) -> None:
+    """``average`` moves towards ``iterate`` by the fraction ``mu``, computed in the wider dtype of the two.
+
+    Args:
+        spent: ``iterate`` is not needed any more and may be overwritten.
+    """
     if mu == 1:
         average.copy_(iterate)
         return
     if average.dtype == iterate.dtype:
-        average.add_(iterate.sub(average).mul_(mu))
+        difference = iterate.sub_(average) if spent else iterate.sub(average)
+        average.add_(difference.mul_(mu))
         return
     wide = average.to(torch.promote_types(average.dtype, iterate.dtype))
     wide.add_(iterate.to(wide.dtype).sub(wide).mul_(mu))

@@ -60,6 +60,7 @@ def update_(
 
 def update_many_(
     params: list[Tensor],  # any shapes, one real dtype of at least fp32 precision; updated in place
+    flats: list[Tensor],  # the same as 1-D
     grads: list[Tensor],  # same shapes and dtype; only read
     average: Tensor | None,  # 1-D, as joined() makes it of the parameters; updated in place
     joined: Callable[[], Tensor],
@@ -67,9 +68,9 @@ def update_many_(
     scalars: Scalars,
 ) -> None:
     """One step of several parameters that share ``scalars``; each stays where it is."""
-    asgd_steps_(params, grads, h, scalars)
+    asgd_steps_(params, flats, grads, h, scalars)
     if average is not None:
-        average_step_(average, joined(), scalars.mu)
+        average_step_(average, joined(), scalars.mu, spent=True)
 
 
 def followed(master: Tensor, param: Tensor, out: Tensor | None = None) -> Tensor:
