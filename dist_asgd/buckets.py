@@ -51,6 +51,7 @@ class Bucket(ABC):
 
     reduces = False  # whether gradients are the ranks' own, to be averaged here
     meets = False  # whether ranks must agree before each step, so that none is left waiting
+    always_gathers = False  # whether a step has the all-gather also where no parameter of the bucket takes the step
     may_lag = False  # whether the parameters need not be complete when a step returns
     always_registered = False  # whether modules hold the parameters all the time, never something in their place
     whole_gradients = False  # whether ``p.grad`` is the whole gradient of a parameter, on every rank
@@ -88,6 +89,13 @@ class Bucket(ABC):
     @abstractmethod
     def check_gradients(self) -> None:
         """Raises ``RuntimeError`` for a gradient that the rule has no meaning for, naming its parameter."""
+
+    def has_misplaced(self) -> list[bool]:
+        """For each parameter, whether ``place_gradients`` has to do something about its gradient."""
+        return [False] * len(self.params)
+
+    def place_gradients(self) -> None:  # noqa: B027  # most have nothing to do
+        """After ranks have agreed: brings gradients to where their parameters are. Collective."""
 
     @abstractmethod
     def gradient_tensors(self) -> list[Tensor]:

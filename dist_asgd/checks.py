@@ -18,18 +18,16 @@ from torch.nn.parameter import is_lazy
 
 from dist_asgd.agreement import Facts, fingerprint
 from dist_asgd.buckets import Bucket
+from dist_asgd.local import is_placed, local_of
 from dist_asgd.pieces import Placement
-from dist_asgd.placed import is_placed, local_gradient, local_of
 from dist_asgd.replicas import family_of, mesh_ranks
 from dist_asgd.rule import Hyperparameters
-from dist_asgd.update import as_real
 
 Groups = Sequence[Mapping[str, Any]]  # optimizer.param_groups
 Options = Sequence[Hyperparameters]  # of each group
 
-PARAMETER_FACTS = ("frozen", "trained", "frozen, with a gradient", "trained, with a gradient")
-
-SAMPLED = 8  # gradients that ranks compare
+_KINDS = ("frozen", "trained", "frozen, with a gradient", "trained, with a gradient")
+PARAMETER_FACTS = (*_KINDS, *(f"{kind} in another placement" for kind in _KINDS))
 
 
 def check_arguments(
@@ -208,8 +206,9 @@ def require_registered(buckets: Sequence[Bucket]) -> None:
     without = [
         (name, param)
         for bucket in buckets
+        if bucket.always_registered
         for name, param in zip(bucket.names, bucket.params, strict=True)
-        if param.grad is None and param.requires_grad and local_of(param).numel()
+        if param.grad is None and param.requires_grad
     ]
     if not without or not dist.is_initialized():
         return
@@ -217,9 +216,11 @@ def require_registered(buckets: Sequence[Bucket]) -> None:
     modules = [item for item in gc.get_objects() if issubclass(type(item), torch.nn.Module)]
     held = {id(param): param for module in modules for param in module._parameters.values() if param is not None}
     ours = {id(param) for bucket in buckets for param in bucket.params}
-    sharded = any(isinstance(param, (DTensor, FlatParameter)) for index, param in held.items() if index not in ours)
-    lost = [name for name, param in without if id(param) not in held]
-    if sharded and lost:
+    others = [param for index, param in held.items() if index not in ours]
+    shapes = {param.shape for param in others if isinstance(param, DTensor)}
+    joined = any(isinstance(param, FlatParameter) for param in others)
+    lost = [name for name, param in without if id(param) not in held and (joined or param.shape in shapes)]
+    if lost:
         raise RuntimeError(
             f"parameter {some_of(lost)} has no gradient and is in no module any more: the model was sharded after the "
             "optimizer was built (fully_shard, parallelize_module, FSDP), which replaces parameters. Build the "
@@ -230,66 +231,6 @@ def require_registered(buckets: Sequence[Bucket]) -> None:
 def some_of(names: Sequence[object]) -> str:
     """The first few names, for a message."""
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-Sample = tuple[str, float, float, tuple[int, ...]]  # name, weighted sum and 2-norm of a gradient; who must have it
-
-
-def gradient_sample(buckets: Sequence[Bucket]) -> list[Sample]:
-    """A few of the gradients that nothing but the user makes equal, or different, on ranks."""
-    found = [
-        (name, as_real(local_gradient(param).flatten().resolve_conj()), bucket.mirrors)
-        for bucket in buckets
-        if bucket.mirrors or bucket.uneven
-        for name, param in zip(bucket.names, bucket.params, strict=True)
-        if param.grad is not None and local_of(param).numel()
-    ][:SAMPLED]
-    if not found:
-        return []
-    values = torch.stack([_sum_and_norm(grad.double()).cpu() for _, grad, _ in found]).tolist()
-    return [(name, total, norm, who) for (name, _, who), (total, norm) in zip(found, values, strict=True)]
-
-
-def _sum_and_norm(grad: Tensor) -> Tensor:
-    """The plain sum says nothing about a softmax, whose gradients add up to zero; so no two elements weigh the same."""
-    weights = torch.linspace(0.5, 1.5, len(grad), dtype=grad.dtype, device=grad.device)
-    return torch.stack([weights @ grad, grad.norm()])
-
-
-def require_same_gradients(everyone: Sequence[Sequence[Sample]]) -> bool:
-    """Raises ``RuntimeError`` where one gradient differs on ranks by more than rounding, or slices do not.
-
-    Gradients of different data have sums that differ about as much as their norm. Returns whether all that was compared
-    was finite.
-    """
-    _require_different_slices(everyone)
-    firsts = [{name: (total, norm) for name, total, norm, _ in sample} for sample in everyone]
-    for rank, sample in enumerate(everyone):
-        for name, total, norm, who in [entry for entry in sample if entry[3]]:
-            first, first_norm = firsts[who[0]].get(name, (total, norm))
-            if abs(total - first) > 0.01 * max(norm, first_norm):  # False where one is not finite
-                raise RuntimeError(
-                    f"the gradient of parameter {name!r} differs between ranks (norm {first_norm:.6g} on rank "
-                    f"{who[0]}, {norm:.6g} on rank {rank}), and it should have been averaged. A plain parameter with "
-                    "gradients='reduced': wrap the model in DistributedDataParallel and leave no_sync() for the last "
-                    "backward, or pass gradients='local'. A DTensor on a mesh of some of the ranks: fully_shard the "
-                    "model over the others, or, if it is another parameter there, build an optimizer for each mesh "
-                    "(process_group=mesh.get_group())"
-                )
-    return all(math.isfinite(norm) for sample in everyone for _, _, norm, _ in sample)
-
-
-def _require_different_slices(everyone: Sequence[Sequence[Sample]]) -> None:
-    seen: dict[tuple[Sample, ...], int] = {}
-    for rank, sample in enumerate(everyone):
-        slices = tuple(entry for entry in sample if not entry[3])
-        first = seen.setdefault(slices, rank)
-        if first != rank and any(norm > 0 for _, _, norm, _ in slices):
-            raise RuntimeError(
-                f"rank {first} and rank {rank} have the same gradient of parameter {slices[0][0]!r}, which should be "
-                "another slice on each rank. With FSDP's NO_SHARD use DistributedDataParallel and gradients='reduced'; "
-                "with HYBRID_SHARD pass process_group= the ranks that hold different slices"
-            )
 
 
 def parameter_names(group: Mapping[str, Any], number: int) -> list[str]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from dist_asgd.buckets import Bucket, Setting
-from dist_asgd.placed import build_placed, is_placed
+from dist_asgd.local import is_placed
+from dist_asgd.placed import build_placed
 from dist_asgd.replicas import Replicas
 from dist_asgd.replicated import build_replicated
 

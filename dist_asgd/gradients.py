@@ -150,6 +150,9 @@ class PlacedGradient(DTensor):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().__reduce_ex__(protocol)  # a plain DTensor
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         copy = self.detach().clone()
         memo[id(self)] = copy

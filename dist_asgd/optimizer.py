@@ -100,9 +100,8 @@ class ShardedASGD(torch.optim.Optimizer):
         self._buckets: list[list[Bucket]] = []  # by group
         self._params: list[list[Tensor]] = []  # by group, as they were added
         self._reducer, self._waits, self._modules = Reducer(), ForwardWaits(module), ParallelModules(module)
-        self._alone, self._built, self._swapped = group is None, False, False
+        self._alone, self._arguments, self._built, self._swapped = group is None, arguments, False, False
         self._settlement = Settlement(agreement, self._reducer, self._waits, find_unused_parameters)
-        self._arguments = arguments
         self._replicas = Replicas(agreement, group, shard_replicas)
         own_group, precision = group_of_its_own(group), Precision(master_weights, average_dtype)
         reducing = weakref.proxy(self._settlement)
@@ -161,6 +160,7 @@ class ShardedASGD(torch.optim.Optimizer):
                 flags = settled.active[bucket]
                 if any(flags):
                     bucket.update(h, None if all(flags) else flags)
+                if any(flags) or bucket.always_gathers:
                     bucket.start_gather()
         for bucket in self._all_buckets():
             if not self._waits.covers(bucket):
@@ -214,7 +214,7 @@ class ShardedASGD(torch.optim.Optimizer):
     def averaged_parameters(self) -> Iterator[None]:
         """Inside, parameters hold their averages; after it, exactly what they held before. Collective.
 
-        If the block raises on one rank only, that rank waits 5 s for the others to leave theirs, then lets the error
+        If the block raises on one rank only, that rank waits some seconds for the others to leave theirs, then lets it
         out; its parameters are complete when they have (``synchronize()`` waits for that). Parameters that have no
         average yet keep their own values. Inside, ``step()`` and ``load_state_dict()`` are refused, and backward
         accumulates as in ``no_sync()``. Extra memory: 1/N of the parameters.

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 from dist_asgd.buckets import Bucket, Setting, describe, require_dense, require_fitting
@@ -29,6 +28,7 @@ from dist_asgd.collectives import completes_within
 from dist_asgd.gradients import PlacedGradient
 from dist_asgd.hooks import register_hook, remove_hooks
 from dist_asgd.layout import BucketLayout, Piece, plan_buckets
+from dist_asgd.local import PlacedParameters, gradient_is_placed, local_gradient, local_of, place_gradient
 from dist_asgd.packing import Batch, Batches, Packer
 from dist_asgd.pieces import Placement, local_tensor
 from dist_asgd.replicas import Family, Replicas, Sharing, family_of
@@ -39,54 +39,8 @@ from dist_asgd.update import as_real, compute_dtype, update_many_
 # All-gathers under way at once; each has a buffer of its bucket's size.
 MAX_IN_FLIGHT = 2
 
-
-class PlacedParameters:
-    """``ShardParameters`` that lie in the local tensors of ``params``, each on its own."""
-
-    def __init__(
-        self, params: Sequence[Tensor], layout: BucketLayout, placements: Sequence[Placement], rank: int
-    ) -> None:
-        self.params, self.placements = params, placements
-        self.layout, self.pieces = layout, layout.pieces(rank)
-        self.dtype, self.device = params[0].dtype, params[0].device
-        self.local = [local_of(param) for param in params]
-        self.flats = [placement.flatten(own) for own, placement in zip(self.local, placements, strict=True)]  # 1-D
-
-    def read(self, where: slice = slice(None)) -> Tensor:
-        start, stop, _ = where.indices(self.layout.shard_numel)
-        parts, end = [], start
-        for piece in self._within(start, stop):
-            if piece.shard_start > end:
-                parts.append(self._gap(piece.shard_start - end))
-            parts.append(self._own(piece))
-            end = piece.shard_stop
-        if stop > end or not parts:
-            parts.append(self._gap(stop - end))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def write(self, where: slice, values: Tensor) -> None:
-        start, stop, _ = where.indices(self.layout.shard_numel)
-        for piece in self._within(start, stop):
-            self._own(piece).copy_(values[piece.shard_start - start : piece.shard_stop - start])
-
-    def wrap(self, position: int, local: Tensor) -> Tensor:
-        param = self.params[position]
-        if not isinstance(param, DTensor):
-            return local
-        # Without shape and stride it would assume that all ranks have as much, and ask them.
-        return DTensor.from_local(
-            local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
-        )
-
-    def _within(self, start: int, stop: int) -> list[Piece]:
-        return [piece for piece in self.pieces if start <= piece.shard_start and piece.shard_stop <= stop]
-
-    def _own(self, piece: Piece) -> Tensor:
-        flat = self.flats[piece.position]
-        return flat if len(flat) == piece.stop - piece.start else flat[piece.start : piece.stop]
-
-    def _gap(self, numel: int) -> Tensor:
-        return torch.zeros(numel, dtype=self.dtype, device=self.device)
+# Seconds to wait for a place among them. Where another rank does not come, waiting longer helps nobody.
+PATIENCE = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +84,8 @@ class PlacedBucket(Bucket):
         self.group, self.reducing = setting.group, setting.reducing
         self.mirrors = () if sharing is None else sharing.mirrors
         self.uneven = sharing is None
+        # Where replicas do not share, the first of them speaks for all.
+        self._counts = sharing is None or collectives is not None or sharing.ranks[0] == setting.rank
         self._family = family_of(params[0]) if isinstance(params[0], DTensor) else None
         self._all_present = False  # what the last check of gradients found
         self._shapes = [placement.shape for placement in placements]
@@ -141,6 +97,7 @@ class PlacedBucket(Bucket):
         spans = [(position, span) for position, span in enumerate(layout.spans) if span.numel]
         if self.collectives is not None:
             self._whole = Batch.of([Piece(position, 0, span.numel, span.start) for position, span in spans])
+        self.always_gathers = self.collectives is not None
         self._received: Tensor | None = None  # the whole bucket, while the all-gather is under way
         self._gather: dist.Work | None = None
         self._in_flight = in_flight
@@ -155,7 +112,7 @@ class PlacedBucket(Bucket):
             return
         for position, (name, local) in enumerate(zip(self.names, found, strict=True)):
             placement = self.placements[position]
-            if self.uneven and local.shape != placement.shape:
+            if self.uneven and local.shape != placement.shape and local.numel() >= placement.numel:
                 raise RuntimeError(
                     f"parameter {name!r} has shape {tuple(local.shape)} now and was a slice of shape {placement.shape} "
                     "when the optimizer was built. FSDP has put it together, as for a forward or by "
@@ -175,7 +132,6 @@ class PlacedBucket(Bucket):
         return [param.grad is not None or (self.uneven and not param.numel()) for param in self.params]
 
     def check_gradients(self) -> None:
-        """Also brings gradients to the placements of their parameters where they have others. Then it is collective."""
         self._all_present = self._are_as_expected([param.grad for param in self.params])
         if not self._all_present:
             self._check_each_gradient()
@@ -210,7 +166,13 @@ class PlacedBucket(Bucket):
                         f"DTensor with {param.placements}: make it one (distribute_tensor() for the whole gradient, "
                         "DTensor.from_local() for this rank's block)"
                     )
-                place_gradient(param)
+                if not gradient_is_placed(param):
+                    if grad.device_mesh != param.device_mesh:
+                        raise RuntimeError(
+                            f"the gradient of parameter {name!r} is on {grad.device_mesh}, the parameter on "
+                            f"{param.device_mesh}"
+                        )
+                    continue
                 grad = local_gradient(param)
             if grad.shape != placement.shape or grad.device != self.device or grad.layout is not torch.strided:
                 require_dense(name, grad)
@@ -218,6 +180,15 @@ class PlacedBucket(Bucket):
                     f"the gradient of parameter {name!r} is {describe(grad)} on this rank, the parameter has shape "
                     f"{placement.shape} on {self.device}: they must have the same shape and device"
                 )
+
+    def has_misplaced(self) -> list[bool]:
+        """For each parameter, whether its gradient has another placement: a partial one that was not reduced yet."""
+        return [not (self._all_present or self.uneven or gradient_is_placed(param)) for param in self.params]
+
+    def place_gradients(self) -> None:
+        """Brings those to the placements of their parameters. Collective where there are any."""
+        for param in [] if self._all_present or self.uneven else self.params:
+            place_gradient(param)
 
     def arrive(self, param: DTensor) -> None:
         """A hook: the parameter has its gradient. A partial one, of a norm in tensor parallelism, say, is reduced."""
@@ -230,6 +201,8 @@ class PlacedBucket(Bucket):
         return [local_gradient(param) for param in self.params if param.grad is not None]
 
     def owned_gradients(self) -> list[Tensor]:
+        if not self._counts:
+            return []
         grads = [(piece, self.params[piece.position]) for piece in self._parameters.pieces]
         return [
             self._packer.flat(piece.position, local_gradient(param))[piece.start : piece.stop]
@@ -242,6 +215,9 @@ class PlacedBucket(Bucket):
     def update(self, h: Hyperparameters, active: Sequence[bool] | None) -> None:
         self.wait()
         self.shard.update(h, active, self._slices)
+        # What is written to a local tensor does not show in the DTensor's version, by which autograd refuses a backward
+        # through old values.
+        torch.autograd.graph.increment_version(self.params)
 
     def _slices(self, run: Run) -> Iterator[UpdateSlice]:
         for batch in self._batches.of(run.first, run.stop):
@@ -263,8 +239,8 @@ class PlacedBucket(Bucket):
     def start_gather(self) -> None:
         if self.collectives is None:
             return
-        while len(self._in_flight) >= MAX_IN_FLIGHT:
-            self._in_flight[0].wait()
+        if len(self._in_flight) == MAX_IN_FLIGHT:  # more, once another rank has let this one wait in vain
+            self._in_flight[0].wait(PATIENCE)
         received = torch.empty(self.layout.numel, dtype=self.dtype, device=self.device)
         own = received[self.shard.start : self.shard.stop]
         own.copy_(self._parameters.read())
@@ -302,35 +278,6 @@ def build_placed(named: Mapping[Tensor, str], setting: Setting, replicas: Replic
             of_bucket = {params[span.index]: named[params[span.index]] for span in layout.spans}
             buckets.append(PlacedBucket(of_bucket, layout, setting, own, in_flight))
     return buckets
-
-
-def is_placed(param: Tensor, gradients: str) -> bool:
-    """Whether somebody else has placed it: a DTensor, a slice of FSDP1, which PyTorch marks, or what the user says."""
-    return isinstance(param, DTensor) or getattr(param, "_fsdp_flattened", False) or gradients == "sharded"
-
-
-def local_of(param: Tensor) -> Tensor:
-    """What this rank has of the parameter, without a history."""
-    return local_tensor(param) if isinstance(param, DTensor) else param.detach()
-
-
-def local_gradient(param: Tensor) -> Tensor:
-    """This rank's part of the gradient, which the parameter must have."""
-    grad = param.grad
-    if isinstance(grad, DTensor):
-        local = local_tensor(grad)
-        if isinstance(local, AsyncCollectiveTensor):
-            local = grad._local_tensor = local.wait()
-        return local
-    return grad  # type: ignore[return-value]
-
-
-def place_gradient(param: DTensor) -> None:
-    """Gives the gradient the placements of the parameter where it has others. Collective, then."""
-    grad = param.grad
-    if isinstance(grad, DTensor) and grad.placements != param.placements:
-        with torch.no_grad():
-            param.grad = grad.redistribute(param.device_mesh, param.placements)
 
 
 def _hook(bucket: weakref.ref[PlacedBucket]) -> Callable[[Tensor], None]:

@@ -11,20 +11,22 @@ from dist_asgd.agreement import Agreement, DifferentOperations, fingerprint
 from dist_asgd.buckets import Bucket
 from dist_asgd.checks import (
     Groups,
-    gradient_sample,
     require_gradients,
     require_registered,
-    require_same_gradients,
     some_of,
     step_code,
     step_facts,
 )
+from dist_asgd.comparison import gradient_sample, require_same_gradients
 from dist_asgd.overlap import ForwardWaits
 from dist_asgd.reducer import Reducer
 from dist_asgd.rule import Hyperparameters
 
 # Steps in a row without a gradient, after which it is said: of all parameters; of one (models may use them in turns).
 NONE_USED, ONE_UNUSED = 3, 100
+
+# Steps in which gradients are compared, as long as some of them say nothing, being zero.
+MAX_COMPARISONS = 100
 
 STEP = "step()"  # the operation
 
@@ -51,6 +53,7 @@ class Settlement:
     def __init__(self, agreement: Agreement, reducer: Reducer, waits: ForwardWaits, find_unused: bool) -> None:
         self._agreement, self._reducer, self._waits = agreement, reducer, waits
         self._find_unused = find_unused
+        self._comparisons = 0
         self._started = False  # whether ranks have agreed on a step since parameters were added
         self._unmet = 0  # fingerprint of the steps on which ranks have not talked
         self._without: Counter[str] = Counter()  # steps in a row that found no gradient, by name of the parameter
@@ -80,7 +83,7 @@ class Settlement:
 
     def start_again(self) -> None:
         """Parameters were added: the next step is the first with them."""
-        self._started = False
+        self._started, self._comparisons = False, 0
 
     def warn_reduced_twice(self) -> None:
         if not self._warned:
@@ -120,6 +123,8 @@ class Settlement:
             if error is not None:
                 raise error
             self._unmet = fingerprint((self._unmet, code))
+            for bucket in buckets:
+                bucket.place_gradients()
             return Settled(options, present)
         unreduced = any(bucket.has_unreduced() for bucket in reducing)
         high, minus_low, any_unreduced = self._meet(operation, [code, -code, unreduced], error)
@@ -133,6 +138,8 @@ class Settlement:
         if any_unreduced:
             self._reducer.reduce_now()
         self._reducer.rest()
+        for bucket in buckets:
+            bucket.place_gradients()
         self._begin(buckets, present)
         return Settled(options, self._union(present) if reducing and self._find_unused else present)
 
@@ -142,7 +149,9 @@ class Settlement:
             return
         some = any(map(any, present.values()))
         samples, found = zip(*self._agreement.gather((gradient_sample(buckets), some)), strict=True)
-        self._started = require_same_gradients(samples) and any(found)
+        self._comparisons += 1
+        told_apart = require_same_gradients(samples) or self._comparisons >= MAX_COMPARISONS
+        self._started = told_apart and any(found)
 
     def _check_parameters(self, buckets: Sequence[Bucket]) -> None:
         """Raises ``RuntimeError`` where the model or a parameter is not what the optimizer was built for any more."""
@@ -191,20 +200,24 @@ class Settlement:
         trained = bucket.requires_grad()
         if bucket.uneven or (bucket.reduces and self._find_unused):
             return [int(train) for train in trained]
-        return [train + 2 * has for train, has in zip(trained, present, strict=True)]
+        facts = zip(trained, present, bucket.has_misplaced(), strict=True)
+        return [train + 2 * has + 4 * misplaced for train, has, misplaced in facts]
 
     def _union(self, flags: Flags) -> Flags:
-        union = iter(self._agreement.union([flag for own in flags.values() for flag in own]))
-        return {bucket: [next(union) for _ in own] for bucket, own in flags.items()}
+        reducing = {bucket: own for bucket, own in flags.items() if bucket.reduces}
+        union = iter(self._agreement.union([flag for own in reducing.values() for flag in own]))
+        return flags | {bucket: [next(union) for _ in own] for bucket, own in reducing.items()}
 
     def warn_if_orphaned(self, settled: Settled) -> None:
         """What the model uses no more gets no gradient; torch's optimizers say nothing. A given module is checked."""
-        if self._warned_orphans or self._waits.module is not None or all(map(all, settled.active.values())):
+        if self._warned_orphans or all(map(all, settled.active.values())):
             self._without.clear()
             return
+        checked = self._waits.module is not None
         without = [
             name
             for bucket, flags in settled.active.items()
+            if not (checked and bucket.always_registered)
             for name, param, has in zip(bucket.names, bucket.params, flags, strict=True)
             if param.requires_grad and not has
         ]
@@ -217,6 +230,7 @@ class Settlement:
             warnings.warn(
                 f"{limit} steps in a row found no gradient for parameter {some_of(orphans)}. If the model's "
                 "parameters were replaced after the optimizer was built (load_state_dict(assign=True)), build it "
-                "again, or pass module=, which notices. Freeze those that are never used (requires_grad=False)",
+                "again, or pass module=, which notices with plain parameters. Run the last backward of a step outside "
+                "of no_sync(). Freeze those that are never used (requires_grad=False)",
                 stacklevel=4,
             )
