@@ -223,6 +223,47 @@ def test_accumulation_and_no_sync() -> None:
     run_ranks(2, ranks)
 
 
+def test_ignored_modules_and_frozen_slices_beside_others() -> None:
+    """What FSDP leaves alone is reduced here; empty slices have no say in which parameters take the step."""
+
+    def ranks(rank: int) -> None:
+        plain = Model()
+        plain.inside.requires_grad_(False)
+        options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+        model = FullyShardedDataParallel(plain, ignored_modules=[plain.outside], **options)
+        optimizer = ShardedASGD(model.named_parameters(), find_unused_parameters=True, module=model, **OPTIONS)
+        twin = Model()
+        twin.inside.requires_grad_(False)
+        oracle = torch.optim.ASGD([p for p in twin.parameters() if p.requires_grad], foreach=False, **OPTIONS)
+        for step in range(8):
+            backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+            x, y = batch(step)
+            (twin(x) - y).square().mean().backward()
+            oracle.step()
+            oracle.zero_grad()
+        optimizer.synchronize()
+        with FullyShardedDataParallel.summon_full_params(model):
+            for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+                assert torch.allclose(param, other, atol=1e-6)
+
+    run_ranks(2, ranks)
+
+
+def test_slices_of_the_user_that_happen_to_be_equal() -> None:
+    def ranks(rank: int) -> float:
+        param = nn.Parameter(torch.ones(4))
+        optimizer = ShardedASGD([param], gradients="sharded", lr=0.5, lambd=0)
+        param.grad = torch.ones(4)
+        norm = optimizer.clip_grad_norm_(1e9).item()
+        optimizer.step()
+        assert torch.equal(param, torch.full((4,), 0.5))
+        return norm
+
+    assert run_ranks(2, ranks) == [pytest.approx(8**0.5)] * 2
+
+
 # What users get wrong
 
 

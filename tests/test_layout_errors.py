@@ -145,6 +145,59 @@ def test_parameters_of_two_meshes_that_start_equal_and_get_other_gradients() -> 
     one_message(run_ranks(4, ranks), "experts.weight", "differs between ranks", "process_group=mesh.get_group()")
 
 
+def test_an_expert_among_shared_parameters_whose_first_gradient_is_zero() -> None:
+    """Nothing can be told from the first step, and the shared ones are replicas."""
+
+    def ranks(rank: int) -> str:
+        params = {f"shared{i}": on_two_meshes(rank, i) for i in range(12)} | {"expert": on_two_meshes(rank, 0)}
+        optimizer = ShardedASGD(params.items(), lr=0.1)
+
+        def step(size: float) -> None:
+            for name, param in params.items():
+                grad = torch.full((3, 3), size * (1 + rank // 2) if name == "expert" else 1.0)
+                param.grad = DTensor.from_local(grad, param.device_mesh, param.placements, run_check=False)
+            optimizer.step()
+
+        step(0.0)
+        step(0.0)
+        return quick_message(lambda: step(1.0))
+
+    one_message(run_ranks(4, ranks), "'expert'", "differs between ranks")
+
+
+def test_a_bad_gradient_on_one_rank_beside_partial_ones() -> None:
+    """Ranks agree before they reduce what is partial."""
+
+    def ranks(rank: int) -> str:
+        mesh = init_device_mesh("cpu", (2,))
+        params = [nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate()])) for _ in range(3)]
+        optimizer = ShardedASGD([(f"norm{i}", p) for i, p in enumerate(params)], lr=1.0, lambd=0)
+        for param in params:
+            param.grad = DTensor.from_local(torch.ones(4), mesh, [Partial()], run_check=False)
+        if rank == 0:
+            params[1].grad = torch.ones(4)
+        text = quick_message(optimizer.step)
+        params[1].grad = DTensor.from_local(torch.ones(4), mesh, [Partial()], run_check=False)
+        optimizer.step()
+        assert all(torch.equal(p.to_local(), torch.full((4,), -1.0)) for p in params)
+        return text
+
+    one_message(run_ranks(2, ranks), "rank 0", "norm1", "plain")
+
+
+def test_a_parameter_of_no_module_without_a_gradient_is_skipped_as_in_torch() -> None:
+    def ranks(rank: int) -> None:
+        elsewhere = fully_shard(Model())
+        free, used = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(5))
+        optimizer = ShardedASGD([free, used], lr=0.1, gradients="reduced")
+        used.grad = torch.ones(5)
+        optimizer.step()
+        assert torch.equal(free, torch.ones(3)) and not torch.equal(used, torch.ones(5))
+        del elsewhere
+
+    run_ranks(2, ranks)
+
+
 def test_an_optimizer_for_each_of_two_meshes() -> None:
     def ranks(rank: int) -> None:
         param = on_two_meshes(rank, rank // 2)

@@ -1,6 +1,8 @@
 """What a training loop does besides stepping means the same under every layout."""
 
 import contextlib
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,10 +198,10 @@ class Reductions(Sent):
 
 
 @each_layout
-@pytest.mark.parametrize("norm_type", [2.0, float("inf"), 1.0])
-def test_clipping(layout: str, world_size: int, norm_type: float) -> None:
+@pytest.mark.parametrize(("norm_type", "share"), [(2.0, True), (float("inf"), True), (1.0, True), (2.0, False)])
+def test_clipping(layout: str, world_size: int, norm_type: float, share: bool) -> None:
     def ranks(rank: int) -> float:
-        model, optimizer = build(layout, **OPTIONS)
+        model, optimizer = build(layout, shard_replicas=share, **OPTIONS)
         oracle_model = Model()
         give_gradients(named_parameters(model), 1)
         give_gradients(dict(oracle_model.named_parameters()), 1)
@@ -246,6 +248,37 @@ def overflow(model: nn.Module) -> None:
     """An inf in the gradient of the elements that this rank has."""
     grads = [p.grad.to_local() for p in model.parameters() if isinstance(p.grad, DTensor)]
     max(grads, key=Tensor.numel).view(-1)[0] = float("inf")
+
+
+def test_gradients_of_dtensors_are_copied_and_saved_as_such(tmp_path: Path) -> None:
+    """After backward they are of a class of ours, which nobody else should notice."""
+
+    def ranks(rank: int) -> None:
+        model, _ = build("fsdp", **OPTIONS)
+        backward(model, "fsdp", 0)
+        backward(model, "fsdp", 1)
+        grad = model.inside.weight.grad
+        torch.save(grad, tmp_path / f"{rank}.pt")
+        loaded = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        for copied in (copy.deepcopy(grad), loaded, grad.clone(), grad + 0):
+            assert type(copied) is DTensor and same_bits(copied.to_local(), grad.to_local())
+        total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        assert total.full_tensor() > 0
+
+    run_ranks(2, ranks)
+
+
+def test_a_backward_through_values_before_the_step_is_refused() -> None:
+    def ranks(rank: int) -> str:
+        model = place("tp", Model())
+        params = [p for p in model.parameters() if isinstance(p, DTensor)]
+        optimizer = ShardedASGD(params, **OPTIONS)
+        loss = (model(batch(0)[0])).square().mean()
+        loss.backward(retain_graph=True)
+        optimizer.step()
+        return quick_message(loss.backward)
+
+    assert all("modified by an inplace operation" in text for text in run_ranks(2, ranks))
 
 
 def test_plain_parameters_and_dtensors_in_one_optimizer() -> None:
