@@ -6,6 +6,7 @@ resumed, on as many ranks as before or on another number, reads exactly what it 
 
 import contextlib
 import hashlib
+import math
 import os
 import random
 import sysconfig
@@ -112,8 +113,11 @@ def sequences(text: Tensor, indices: range, *, seed: int, step: int, length: int
 
 
 def held_out_batches(text: Tensor, rank: int, world_size: int, *, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of the held-out text, as inputs and targets of up to 64 sequences that do not overlap."""
+    """This rank's share of the held-out text, as inputs and targets of up to 64 sequences that do not overlap.
+
+    Every rank has as many batches as the others: under FSDP, they wait for each other in each forward.
+    """
     rows = text.unfold(0, length + 1, length)  # (R, length + 1): the last byte of a row is the first of the next
     share = rank_share(len(rows), rank, world_size)
-    for some in rows[share.start : share.stop].split(64):
+    for some in rows[share.start : share.stop].tensor_split(math.ceil(len(rows) / world_size / 64)):
         yield some[:, :-1].long(), some[:, 1:].long()

@@ -1,6 +1,7 @@
 """Two small byte-level language models: a GPT, and an LSTM in the manner of AWD-LSTM.
 
-Both map bytes to the logits of the byte that follows each.
+Both map bytes to the logits of the byte that follows each, one row for each: F.cross_entropy takes rows, and FSDP2
+warns of a model that returns a view, which nn.Linear does where there are more than two dims.
 In comments on shapes: B sequences, T positions, D width, H heads, V = 256 bytes.
 """
 
@@ -16,12 +17,13 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.head_width = width // heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)  # head by head, so that ranks can have whole heads
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
+        # Under tensor parallelism, H is the number of heads that this rank has.
+        q, k, v = self.qkv(x).unflatten(-1, (-1, 3, self.head_width)).permute(3, 0, 2, 1, 4)  # each (B, H, T, D/H)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D/H)
         return self.out(y.transpose(1, 2).flatten(-2))
 
@@ -55,9 +57,34 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T) bytes -> (B, T, V) logits
+    def forward(self, x: Tensor) -> Tensor:  # (B, T) bytes -> (B·T, V) logits
         where = torch.arange(x.shape[1], device=x.device)  # (T,)
-        return self.head(self.norm(self.blocks(self.byte(x) + self.position(where))))
+        y = self.norm(self.blocks(self.byte(x) + self.position(where)))  # (B, T, D)
+        return self.head(y.flatten(0, 1))
+
+
+class LockedDropout(nn.Module):
+    """Dropout with one mask for all positions of a sequence."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, y: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        return y * F.dropout(torch.ones_like(y[:, :1]), self.dropout, self.training)  # (B, 1, D)
+
+
+class DroppedLSTM(nn.Module):
+    """One layer of an LSTM, with dropout on its hidden-to-hidden weights."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+
+    def forward(self, y: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        weight = F.dropout(self.lstm.weight_hh_l0, self.dropout, self.training)  # (4D, D)
+        return torch.func.functional_call(self.lstm, {"weight_hh_l0": weight}, (y,))[0]
 
 
 class LSTM(nn.Module):
@@ -69,24 +96,18 @@ class LSTM(nn.Module):
 
     def __init__(self, width: int, layers: int, dropout: float) -> None:
         super().__init__()
-        self.dropout = dropout
         self.byte = nn.Embedding(VOCABULARY, width)
-        self.layers = nn.ModuleList(nn.LSTM(width, width, batch_first=True) for _ in range(layers))
+        self.dropout = LockedDropout(dropout)
+        self.blocks = nn.Sequential(
+            *(nn.Sequential(DroppedLSTM(width, dropout), LockedDropout(dropout)) for _ in range(layers))
+        )
         self.head = nn.Linear(width, VOCABULARY)
         self.head.weight = self.byte.weight
         nn.init.uniform_(self.byte.weight, -0.1, 0.1)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T) bytes -> (B, T, V) logits
-        y = self.locked_dropout(self.byte(x))  # (B, T, D)
-        for lstm in self.layers:
-            dropped = F.dropout(lstm.weight_hh_l0, self.dropout, self.training)  # (4D, D)
-            y, _ = torch.func.functional_call(lstm, {"weight_hh_l0": dropped}, (y,))
-            y = self.locked_dropout(y)
-        return self.head(y)
-
-    def locked_dropout(self, y: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        mask = F.dropout(torch.ones_like(y[:, :1]), self.dropout, self.training)  # (B, 1, D)
-        return y * mask
+    def forward(self, x: Tensor) -> Tensor:  # (B, T) bytes -> (B·T, V) logits
+        y = self.blocks(self.dropout(self.byte(x)))  # (B, T, D)
+        return self.head(y.flatten(0, 1))
 
 
 def build_model(kind: str, *, width: int, layers: int, heads: int, context: int, dropout: float) -> nn.Module:

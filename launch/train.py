@@ -5,10 +5,12 @@
     torchrun --nproc-per-node 3 launch/train.py --out runs/a --checkpoint-dir runs/a/checkpoints    # goes on from there
 
 There is no DistributedDataParallel: the optimizer averages the gradients over the ranks while backward runs, each rank
-updates its share of the parameters, and the shares are gathered again. The learning rate is high and stays high, so the
-weights wander round a minimum. From step `--t0` on their average is kept, which is nearer to it than they are.
+updates its share of the parameters, and the shares are gathered again. `--parallel` has other ways, to the same result.
+The learning rate is high and stays high, so the weights wander round a minimum. From step `--t0` on their average is
+kept, which is nearer to it than they are.
 
-Beside this file: data.py (the text), model.py, world.py (the ranks), checkpoints.py, report.py (metrics and plot).
+Beside this file: data.py (the text), model.py, world.py (the ranks), parallel.py (what each has of the model),
+checkpoints.py, report.py (metrics and plot).
 """
 
 import argparse
@@ -25,12 +27,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 
 import checkpoints
 import data
 from dist_asgd import ShardedASGD
 from model import build_model
+from parallel import MODES, Layout, layout_of
 from report import Metrics, make_folders
 from world import StopSignal, World, join_world
 
@@ -55,7 +59,7 @@ class Args:
     model: str = option("gpt", "the model", choices=["gpt", "lstm"])
     width: int = option(96, "width of its layers")
     layers: int = option(2, "number of its layers")
-    heads: int = option(3, "attention heads of the gpt")
+    heads: int = option(4, "attention heads of the gpt")
     dropout: float = option(0.0, "dropout of the lstm")
     data: Sequence[str] = option((), "URLs, globs or paths of text; without, Python's standard library", nargs="+")
     max_bytes: int = option(4_000_000, "read no more text than this")
@@ -72,6 +76,7 @@ class Args:
     out: str = option("runs/train", "directory or URL for metrics.jsonl and loss.png")
     checkpoint_dir: str = option("", "directory or URL for checkpoints; without, none are made")
     checkpoint_every: int = option(400, "save every so many steps; also at the end and at a signal")
+    parallel: str = option("zero", "how the ranks share the model; see parallel.py", choices=MODES)
     resume: str = option(
         "auto", "'auto': go on from the newest in --checkpoint-dir, if any; or the URL of a checkpoint"
     )
@@ -101,6 +106,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
         parser.error("--held-out-bytes must be more than --length")
     if args.model == "gpt" and args.width % args.heads:
         parser.error("--width must be a multiple of --heads")
+    if args.model == "lstm" and "tp" in args.parallel:
+        parser.error(f"--model lstm cannot be cut for --parallel {args.parallel}: take another")
     return args
 
 
@@ -111,7 +118,8 @@ class Run:
     args: Args
     world: World
     text: data.Text
-    model: nn.Module
+    layout: Layout
+    model: nn.Module  # to be called; in what it is wrapped and where its parameters lie depends on the layout
     optimizer: ShardedASGD
 
     def identity(self) -> dict[str, Any]:
@@ -122,7 +130,8 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """What is saved, under the names of the parameters. Of the average, each rank has its own share."""
-        return {"model": self.model.state_dict(), "optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
 
 
 @dataclass(slots=True)
@@ -137,8 +146,10 @@ class Progress:
 
 def build_run(args: Args, world: World) -> Run:
     """Read the text, and build the model and its optimizer."""
-    if args.batch < world.size:
-        raise SystemExit(f"--batch {args.batch} leaves some of the {world.size} ranks without a sequence: raise it.")
+    layout = layout_of(args.parallel, world, args.heads)
+    for name, rows in {"batch": args.batch, "held-out-bytes": (args.held_out_bytes - 1) // args.length}.items():
+        if rows < layout.data_size:
+            raise SystemExit(f"--{name} makes {rows} sequences; {layout.data_size} ranks want one each: raise it.")
     text = data.read_text(args.data, max_bytes=args.max_bytes, held_out_bytes=args.held_out_bytes)
     if text.digest != world.from_rank_zero(lambda: text.digest):
         raise SystemExit(f"Rank {world.rank} has other text than rank 0: they must see the same files.")
@@ -151,27 +162,28 @@ def build_run(args: Args, world: World) -> Run:
         context=args.length,
         dropout=args.dropout,
     ).to(world.device)
-    optimizer = ShardedASGD(model.named_parameters(), lr=args.lr, lambd=args.lambd, t0=args.t0, gradients="local")
-    return Run(args, world, text, model, optimizer)
+    called, options = layout.spread(model)
+    optimizer = ShardedASGD(model.named_parameters(), lr=args.lr, lambd=args.lambd, t0=args.t0, **options)
+    return Run(args, world, text, layout, called, optimizer)
 
 
 def next_byte_loss(run: Run, x: Tensor, y: Tensor, reduction: str) -> Tensor:
     """Cross-entropy, in nats, of the bytes y (B, T) that follow the bytes x (B, T)."""
     x, y = x.to(run.world.device), y.to(run.world.device)
-    return F.cross_entropy(run.model(x).flatten(0, 1), y.flatten(), reduction=reduction)
+    return F.cross_entropy(run.model(x), y.flatten(), reduction=reduction)
 
 
 def train_step(run: Run, step: int) -> Tensor:
     """One step on this rank's share of the global batch; returns the sum of the share's losses, 0-d fp64."""
-    args, world = run.args, run.world
-    share = data.rank_share(args.batch, world.rank, world.size)
+    args, layout = run.args, run.layout
+    share = data.rank_share(args.batch, layout.data_rank, layout.data_size)
     x, y = data.sequences(run.text.train, share, seed=args.seed, step=step, length=args.length)  # (b, T) each
-    # Dropout is drawn anew for each step and rank, so that a resumed run draws what it would have drawn without a stop.
-    torch.manual_seed(random.Random(f"{args.seed} {step} rank {world.rank}").getrandbits(60))
+    # Dropout is drawn anew for each step and share: a resumed run draws what it would have drawn without a stop.
+    torch.manual_seed(random.Random(f"{args.seed} {step} rank {layout.data_rank}").getrandbits(60))
     loss = next_byte_loss(run, x, y, "mean")
-    # The optimizer takes the mean over ranks. Where the batch does not divide by them, shares differ in size (16 over 3
+    # Gradients become the mean over shares. Where the batch does not divide by them, they differ in size (16 over 3
     # ranks: 5, 5, 6). So that each sequence counts alike, a rank's loss is weighted by its part of the batch.
-    (loss * (world.size * len(share) / args.batch)).backward()
+    (loss * (layout.data_size * len(share) / args.batch)).backward()
     run.optimizer.clip_grad_norm_(args.clip)
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -181,15 +193,15 @@ def train_step(run: Run, step: int) -> Tensor:
 @torch.no_grad()
 def bits_per_byte(run: Run) -> float:
     """Held-out loss of the weights as they are. Each rank reads its share of the held-out text."""
-    world = run.world
-    nats = torch.zeros((), dtype=torch.float64, device=world.device)
+    layout = run.layout
+    nats = torch.zeros((), dtype=torch.float64, device=run.world.device)
     count = 0
     run.model.eval()
-    for x, y in data.held_out_batches(run.text.held_out, world.rank, world.size, length=run.args.length):
+    for x, y in data.held_out_batches(run.text.held_out, layout.data_rank, layout.data_size, length=run.args.length):
         nats += next_byte_loss(run, x, y, "sum")
         count += y.numel()
     run.model.train()
-    total, bytes_read = world.sum(nats.item(), count)
+    total, bytes_read = layout.sum(nats.item(), count)
     return total / bytes_read / math.log(2)
 
 
@@ -199,7 +211,8 @@ def optimizer_bytes(run: Run) -> int:
     for state in run.optimizer.state_dict()["state"].values():
         for name, value in state.items():
             if name != "ax" or state["mu"] != 1:  # mu is 1 until averaging starts: till then ax is the parameter itself
-                total += getattr(value, "local", value).nbytes  # this rank's piece; with one rank, the whole
+                local = value.to_local() if isinstance(value, DTensor) else getattr(value, "local", value)
+                total += local.nbytes  # this rank's block, or piece of it; with one rank, the whole
     return int(run.world.max(total)[0])
 
 
@@ -214,7 +227,7 @@ def evaluate(run: Run, progress: Progress) -> dict[str, Any]:
     with run.optimizer.averaged_parameters():
         averaged = bits_per_byte(run)
     say(run.world, f"step {progress.step:6}: held-out bits per byte {raw:.4f}, averaged {averaged:.4f}")
-    train_loss = run.world.sum(float(progress.losses))[0] / progress.seen / math.log(2)
+    train_loss = run.layout.sum(float(progress.losses))[0] / progress.seen / math.log(2)
     progress.losses, progress.seen = 0.0, 0
     progress.best = averaged if progress.best is None else min(averaged, progress.best)
     return {
@@ -270,7 +283,7 @@ def save(run: Run, progress: Progress) -> None:
     """Save a checkpoint, if there is a place for it."""
     if run.args.checkpoint_dir:
         started = time.monotonic()
-        facts = {**dataclasses.asdict(progress), "losses": run.world.sum(float(progress.losses))[0]}
+        facts = {**dataclasses.asdict(progress), "losses": run.layout.sum(float(progress.losses))[0]}
         facts |= {"world_size": run.world.size, "identity": run.identity()}
         url = checkpoints.save(run.args.checkpoint_dir, progress.step, run.state(), facts, run.world)
         say(run.world, f"Saved step {progress.step} in {time.monotonic() - started:.1f} s: {url}")
@@ -306,7 +319,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = build_run(args, world)
     size = sum(p.numel() for p in run.model.parameters())
     say(world, f"{args.model} of {size:,} parameters, {len(run.text.train):,} bytes of text to train on")
-    say(world, f"{world.size} × {world.device.type}, {args.batch} sequences of {args.length} bytes a step in all")
+    ranks = f"{world.size} × {world.device.type}, --parallel {args.parallel}"
+    say(world, f"{ranks}, {args.batch} sequences of {args.length} bytes a step in all")
     train(run, stop)
     world.close()
 

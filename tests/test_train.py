@@ -14,14 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
 
-from ranks import message_of, run_alone
+from ranks import message_of, run_alone, run_ranks
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 sys.path.insert(0, str(LAUNCH))  # where its files find each other
 
 import checkpoints  # noqa: E402
 import data  # noqa: E402
+import parallel  # noqa: E402
 import report  # noqa: E402
 import train  # noqa: E402
 from world import World  # noqa: E402
@@ -42,7 +45,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def options(texts: str, run: Path, *more: str) -> list[str]:
-    small = "--width 16 --layers 1 --heads 1 --length 16 --batch 8 --held-out-bytes 2000 --eval-every 20 --lr 0.5"
+    small = "--width 16 --layers 1 --heads 4 --length 16 --batch 8 --held-out-bytes 2000 --eval-every 20 --lr 0.5"
     saves = f"--out {run} --checkpoint-dir {run}/checkpoints --checkpoint-every 100 --steps {STEPS} --t0 {T0}"
     return [*small.split(), *saves.split(), "--data", texts, *more]
 
@@ -145,6 +148,90 @@ def test_stops_resumes_and_finishes(texts: str, uninterrupted: Path, tmp_path: P
     assert len(report.table(report.read_metrics(str(tmp_path))).splitlines()) == 3
 
 
+@pytest.mark.parametrize(("ranks", "model"), [(2, "gpt"), (4, "gpt"), (2, "lstm")], ids=lambda value: str(value))
+def test_every_layout_trains_alike_and_reads_the_checkpoints_of_the_others(
+    texts: str, tmp_path: Path, ranks: int, model: str
+) -> None:
+    """Neither the batch nor the held-out text divides by the ranks."""
+    modes = [mode for mode in parallel.MODES if model == "gpt" or "tp" not in mode]
+    more = ["--model", model, "--dropout", "0.3", "--batch", "7", "--held-out-bytes", "2070", "--t0", "10"]
+    records, urls = run_ranks(ranks, train_and_copy, options(texts, tmp_path, *more), modes, timeout=PATIENCE)[0]
+    for mode, record in records.items():
+        for key in ("raw", "averaged", "train", "torch_asgd_bytes"):
+            assert record[key] == pytest.approx(records["zero"][key], rel=1e-5), (mode, key)
+        assert record["optimizer_bytes"] < 1.1 * record["torch_asgd_bytes"] / ranks, mode
+    assert records["zero"]["raw"] != pytest.approx(records["zero"]["averaged"], rel=1e-3)
+    first, *others = [json.loads(Path(url, "complete.json").read_text()) for url in urls]
+    assert first["losses"] > 0 and all(other == first for other in others)
+    first, *others = run_alone(contents, options(texts, tmp_path, *more), urls)
+    for url, other in zip(urls[1:], others, strict=True):
+        assert all(map(torch.equal, first, other)), url
+
+
+def train_and_copy(rank: int, arguments: Sequence[str], modes: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """A record of each mode after 20 steps; zero's checkpoint, its copy by the next mode, a copy of that, and so on."""
+    world = World(rank, dist.get_world_size(), torch.device("cpu"), dist.new_group(backend="gloo"))
+    records: dict[str, Any] = {}
+    for mode in modes:
+        run = train.build_run(train.parse_args([*arguments, "--parallel", mode]), world)
+        progress = train.Progress()
+        for step in range(1, 21):
+            progress.losses += train.train_step(run, step)
+            progress.seen += run.args.batch
+            progress.step = step
+        if mode == "zero":
+            train.save(run, progress)
+        records[mode] = train.evaluate(run, progress)
+    urls = [f"{run.args.checkpoint_dir}/step-00000020"]
+    for mode in (*modes[1:], "zero"):
+        place = ["--checkpoint-dir", f"{run.args.checkpoint_dir}/copy-{len(urls)}", "--resume", urls[-1]]
+        copy = train.build_run(train.parse_args([*arguments, "--parallel", mode, *place]), world)
+        train.save(copy, train.resume(copy))
+        urls.append(f"{copy.args.checkpoint_dir}/step-00000020")
+    return records, urls
+
+
+def contents(arguments: Sequence[str], urls: Sequence[str]) -> list[list[torch.Tensor]]:
+    """All the tensors of each checkpoint."""
+    found = []
+    for url in urls:
+        state = train.build_run(train.parse_args(arguments), ALONE).state()
+        checkpoints.load(url, state, ALONE)
+        found.append([leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)])
+    return found
+
+
+def test_a_run_goes_on_under_other_layouts(texts: str, uninterrupted: Path, tmp_path: Path) -> None:
+    expected = curves(uninterrupted)
+    stages = [("fsdp", 3), ("ddp", 2), ("hsdp", 2), ("tp", 2), ("fsdp+tp", 2)]
+    for number, (mode, ranks) in enumerate(stages, start=1):
+        stop = STEPS - 20 * (len(stages) - number)
+        with torchrun(ranks, options(texts, tmp_path, "--parallel", mode, "--steps", str(stop))) as process:
+            output = finish(process)
+        assert f"{ranks} × cpu, --parallel {mode}" in output
+        assert number == 1 or f"Going on from step {stop - 20}, saved by {stages[number - 2][1]} ranks" in output
+    assert len(curves(tmp_path)) == len(expected)
+    for mine, other in zip(curves(tmp_path), expected, strict=True):
+        assert mine == pytest.approx(other, abs=3e-4)
+
+
+def test_layouts_that_cannot_be(texts: str, tmp_path: Path) -> None:
+    def refusal(mode: str, ranks: int, *more: str) -> str:
+        control: Any = None if ranks == 1 else object()  # not used
+        args = train.parse_args(options(texts, tmp_path, "--parallel", mode, *more))
+        return message_of(lambda: train.build_run(args, World(0, ranks, ALONE.device, control)), SystemExit)
+
+    for mode in set(parallel.MODES) - {"zero"}:
+        assert f"--parallel {mode} needs ranks: start it with torchrun" in refusal(mode, 1)
+    assert "--parallel hsdp needs an even number of ranks, and here are 3" in refusal("hsdp", 3)
+    assert "--parallel fsdp+tp needs an even number of ranks, and here are 5" in refusal("fsdp+tp", 5)
+    assert "--parallel tp deals out heads to 8 ranks: make --heads 4 a multiple" in refusal("tp", 8)
+    assert "--parallel fsdp+tp deals out heads to 2 ranks: make --heads 1" in refusal("fsdp+tp", 4, "--heads", "1")
+    assert "--batch makes 8 sequences; 9 ranks want one each" in refusal("fsdp", 9)
+    few = ("--batch", "9", "--held-out-bytes", "130")
+    assert "--held-out-bytes makes 8 sequences; 9 ranks want one each" in refusal("zero", 9, *few)
+
+
 def test_averaging_helps(texts: str, tmp_path: Path) -> None:
     alone(options(texts, tmp_path, "--steps", "400", "--t0", "300", "--lr", "3"))
     last = curves(tmp_path)[-1]
@@ -228,14 +315,12 @@ def test_the_data_of_a_step_does_not_depend_on_the_number_of_ranks() -> None:
 
 
 def test_every_held_out_byte_is_predicted_once() -> None:
-    text = torch.arange(1000).to(torch.uint8)
-    for world_size in (1, 2, 3):
-        targets = [
-            y.flatten()
-            for rank in range(world_size)
-            for _, y in data.held_out_batches(text, rank, world_size, length=10)
-        ]
-        assert torch.equal(torch.cat(targets), text[1:991].long())
+    text = torch.arange(3900).to(torch.uint8)  # 389 rows, of which two ranks or three have 3 batches, or 2 and a bit
+    for world_size in (1, 2, 3, 389):
+        batches = [list(data.held_out_batches(text, rank, world_size, length=10)) for rank in range(world_size)]
+        assert torch.equal(torch.cat([y.flatten() for of_rank in batches for _, y in of_rank]), text[1:3891].long())
+        assert len(set(map(len, batches))) == 1  # ranks wait for each other in forward
+        assert all(1 <= len(y) <= 64 for of_rank in batches for _, y in of_rank)
 
 
 def test_text_is_read_in_a_fixed_order(tmp_path: Path) -> None:
@@ -276,13 +361,15 @@ WRONG = {
     "--seed=99999999999999999999": "--seed must be",
     "--steps=0": "--steps must be",
     "--width=7": "--width must be",
+    "--parallel=dp": "invalid choice: 'dp'",
+    "--parallel=fsdp+tp --model=lstm": "--model lstm cannot be cut",
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_arguments_exit_with_2_and_a_reason(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        train.parse_args([wrong])
+        train.parse_args(wrong.split())
     assert caught.value.code == 2
     assert WRONG[wrong] in capsys.readouterr().err
 
