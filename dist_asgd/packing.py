@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -109,7 +110,6 @@ class Packer:
         # Those of which contiguous gradients are moved as they are. Complex ones may be lazily conjugated.
         self._all_simple = not like.is_complex() and all(p.is_row_major and p.shape for p in placements)
         self._zeros: dict[int, Tensor] = {}
-        self._ignored = [like.new_empty(gap) for gap in range(PARAMETER_ALIGNMENT)]
 
     def pack(self, positions: Sequence[int], grads: Sequence[Tensor | None], start: int, out: Tensor) -> None:
         """Writes the gradients of whole parameters to ``out`` (1-D), which is the bucket from ``start`` on.
@@ -172,6 +172,11 @@ class Packer:
         as_it_is = self._row_major[position] and grad.ndim and grad.is_contiguous() and not grad.is_conj()
         movable = grad if as_it_is else self.flat(position, grad)
         return movable if movable.dtype == self._like.dtype else movable.to(self._like.dtype)
+
+    @functools.cached_property
+    def _ignored(self) -> list[Tensor]:
+        """By size, where ``part`` puts what lies between parameters."""
+        return [self._like.new_empty(gap) for gap in range(PARAMETER_ALIGNMENT)]
 
     def _padding(self, numel: int) -> Tensor:
         zeros = self._zeros.get(numel)
