@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dist_asgd import ShardedASGD
 from layouts import (
     EVERYWHERE,
+    WORLD_SIZES,
     Model,
     batch,
     build,
@@ -55,8 +56,13 @@ def check_bits(model: torch.nn.Module, optimizer: ShardedASGD, expected: tuple[M
         assert full == {}
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "maximize": True, "alpha": 0.5}], ids=["", "all flags"])
-@pytest.mark.parametrize(("layout", "world_size"), EVERYWHERE)
+FLAGS: dict[str, Any] = {"weight_decay": 0.1, "maximize": True, "alpha": 0.5}
+LARGEST = [(layout, sizes[-1]) for layout, sizes in WORLD_SIZES.items()]
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "options"), [*((*case, {}) for case in EVERYWHERE), *((*case, FLAGS) for case in LARGEST)]
+)
 def test_bits_are_those_of_torch_given_the_same_gradients(
     layout: str, world_size: int, options: dict[str, Any]
 ) -> None:
