@@ -69,8 +69,9 @@ def save(rank: int, folder: str, layout: str, world_size: int, steps: int, optio
 
 def load(rank: int, folder: str, layout: str, sources: list[tuple[str, int]], options: dict[str, Any]) -> None:
     at_save, at_end = reference(SAVED), reference(LAST)
+    model, optimizer = build(layout, seed=99, **OPTIONS)
     for source in sources:
-        model, optimizer = build(layout, seed=99, **OPTIONS)
+        train(model, optimizer, range(50, 52))  # so that there is something else to be loaded over
         state = state_of(model, optimizer, **options)
         dcp.load(state, checkpoint_id=saved_as(folder, *source))
         wanted = StateDictOptions(**options)
