@@ -1,8 +1,8 @@
 """Parameters that somebody else has placed: DTensors (FSDP2, HSDP, TP) and slices (FSDP1). They stay where they lie.
 
 The update reads and writes the local tensors, many small ones by one multi-tensor operator; those in low precision are
-gathered for it and put back. So what is spent on each is a few microseconds, where torch.optim.ASGD, by operators on
-DTensors, spends seventy. Gradients have been reduced by whoever placed the parameters.
+gathered for it and put back. So what is spent on each is some ten microseconds, where torch.optim.ASGD, by operators on
+DTensors, spends eighty. Gradients have been reduced by whoever placed the parameters.
 
 Where several ranks have the same block of a parameter (see replicas.py), each owns a shard of the bucket, updates the
 pieces of parameters in it, and one all-gather among them distributes the result.
