@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_asgd.buckets import Bucket
 from dist_asgd.collectives import all_gather
-from dist_asgd.update import compute_dtype
+from dist_asgd.rule import compute_dtype
 
 
 def clip_sharded_(

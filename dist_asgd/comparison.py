@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_asgd.buckets import Bucket
 from dist_asgd.local import local_gradient, local_of
-from dist_asgd.update import as_real
+from dist_asgd.parts import as_real
 
 SAMPLED = 8  # gradients of a bucket
 

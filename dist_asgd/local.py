@@ -31,16 +31,20 @@ class PlacedParameters:
         for piece in self._within(start, stop):
             if piece.shard_start > end:
                 parts.append(self._gap(piece.shard_start - end))
-            parts.append(self._own(piece))
+            parts.append(self.own(piece))
             end = piece.shard_stop
         if stop > end or not parts:
             parts.append(self._gap(stop - end))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
+    def own(self, piece: Piece) -> Tensor:
+        flat = self.flats[piece.position]
+        return flat if len(flat) == piece.stop - piece.start else flat[piece.start : piece.stop]
+
     def write(self, where: slice, values: Tensor) -> None:
         start, stop, _ = where.indices(self.layout.shard_numel)
         for piece in self._within(start, stop):
-            self._own(piece).copy_(values[piece.shard_start - start : piece.shard_stop - start])
+            self.own(piece).copy_(values[piece.shard_start - start : piece.shard_stop - start])
 
     def wrap(self, position: int, local: Tensor) -> Tensor:
         param = self.params[position]
@@ -55,10 +59,6 @@ class PlacedParameters:
 
     def _within(self, start: int, stop: int) -> list[Piece]:
         return [piece for piece in self.pieces if start <= piece.shard_start and piece.shard_stop <= stop]
-
-    def _own(self, piece: Piece) -> Tensor:
-        flat = self.flats[piece.position]
-        return flat if len(flat) == piece.stop - piece.start else flat[piece.start : piece.stop]
 
     def _gap(self, numel: int) -> Tensor:
         return torch.zeros(numel, dtype=self.dtype, device=self.device)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dist_asgd.layout import PARAMETER_ALIGNMENT, BucketLayout, Piece
+from dist_asgd.parts import Parts, as_real
 from dist_asgd.pieces import Placement
+from dist_asgd.rule import compute_dtype
 
 # What has fewer elements is gathered before the update: one operator moves all of it, where reading each where it lies
 # would cost several operators a parameter.
@@ -27,19 +29,25 @@ KEPT_ZEROS = 64
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Neighbours in a shard that are updated together: small whole parameters, or one, which may be large or cut."""
+    """Neighbours in a shard that are updated together.
+
+    Where there are no ``parts``: small whole parameters, or one, which may be large or cut.
+    """
 
     pieces: tuple[Piece, ...]
     positions: tuple[int, ...]  # of the pieces, as their ``gaps`` and ``sizes``
     gaps: tuple[int, ...]  # elements between each and its predecessor
     sizes: tuple[int, ...]
+    parts: Parts | None = None  # the pieces of the parameters, if they are updated in one pass wherever they lie
 
     @classmethod
-    def of(cls, pieces: Sequence[Piece]) -> Batch:
+    def of(cls, pieces: Sequence[Piece], own: Callable[[Piece], Tensor] | None = None) -> Batch:
         ends = [pieces[0].shard_start, *(piece.shard_stop for piece in pieces)]
         gaps = tuple(piece.shard_start - end for piece, end in zip(pieces, ends, strict=False))
         sizes = tuple(piece.stop - piece.start for piece in pieces)
-        return cls(tuple(pieces), tuple(piece.position for piece in pieces), gaps, sizes)
+        starts = [piece.shard_start - ends[0] for piece in pieces]
+        parts = None if own is None else Parts.of(list(map(own, pieces)), starts)
+        return cls(tuple(pieces), tuple(piece.position for piece in pieces), gaps, sizes, parts)
 
     @property
     def gathered(self) -> bool:
@@ -57,11 +65,26 @@ class Batch:
 
 
 class Batches:
-    """The batches of the pieces of a shard, ``owned``, of a bucket on ``device``."""
+    """The batches of the pieces of a shard, ``owned``, of a bucket on ``device``.
 
-    def __init__(self, owned: Sequence[Piece], layout: BucketLayout, device: torch.device) -> None:
-        self._owned, self._layout, self._device = owned, layout, device
+    Args:
+        own: gives a piece's part of the parameters, 1-D and contiguous, where they are updated in one pass wherever
+            they lie; None: by PyTorch's operators.
+    """
+
+    def __init__(
+        self,
+        owned: Sequence[Piece],
+        layout: BucketLayout,
+        device: torch.device,
+        own: Callable[[Piece], Tensor] | None,
+    ) -> None:
+        self._owned, self._layout, self._device, self._own = owned, layout, device, own
         self._planned: tuple[tuple[int, int], list[Batch]] = ((0, 0), [])
+
+    def forget(self) -> None:
+        """Parameters lie elsewhere now."""
+        self._planned = ((0, 0), [])
 
     def of(self, first: int, stop: int) -> list[Batch]:
         """For the parameters ``[first, stop)``; from one step to the next, these mostly are the same."""
@@ -70,6 +93,9 @@ class Batches:
         return self._planned[1]
 
     def _plan(self, first: int, stop: int) -> list[Batch]:
+        if self._own is not None:
+            pieces = [piece for piece in self._owned if first <= piece.position < stop]
+            return [Batch.of(pieces, self._own)] if pieces else []
         most, below = GATHER_TOGETHER * torch.get_num_threads(), GATHER_BELOW
         if self._device.type != "cpu":  # a GPU minds operators more than copies
             most = below = self._layout.shard_numel
@@ -131,6 +157,18 @@ class Packer:
             parts.append(self._padding(start + len(out) - end))
         _flattened(parts, out)
 
+    def readable(self, batch: Batch, grads: Sequence[Tensor]) -> list[Tensor]:
+        """What belongs to a batch: contiguous, in memory order, real, and of one dtype, the bucket's or wider."""
+        result, dtype = list(grads), self._like.dtype.to_real()
+        if self._all_simple and self._are_ready(result):
+            for index in {0, len(result) - 1}:  # no other can be cut
+                result[index] = self._readable(batch.pieces[index], result[index])
+            return result
+        result = list(map(self._readable, batch.pieces, grads))
+        if any(grad.dtype != dtype for grad in result):
+            result = [grad.to(compute_dtype(dtype)) for grad in result]
+        return result
+
     def join(self, batch: Batch, tensors: list[Tensor], ready: bool = False) -> Tensor:
         """What belongs to a batch, one of ``tensors`` for each of its parameters, as 1-D; a copy if it is gathered.
 
@@ -161,11 +199,21 @@ class Packer:
 
     def flat(self, position: int, grad: Tensor) -> Tensor:
         """One gradient in its parameter's memory order, 1-D; a view where it already has that order."""
-        return self._placements[position].flatten(grad.resolve_conj())
+        return self._placements[position].flatten(grad.resolve_conj().resolve_neg())
+
+    def _readable(self, piece: Piece, grad: Tensor) -> Tensor:
+        if type(grad) is not Tensor:  # it may have no memory of its own, as one of an asynchronous collective
+            grad = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device).copy_(grad)
+        return as_real(self.flat(piece.position, grad)[piece.start : piece.stop])
 
     def _are_ready(self, tensors: list[Tensor]) -> bool:
-        same = [tensor.dtype for tensor in tensors].count(self._like.dtype) == len(tensors)
-        return same and all(map(Tensor.is_contiguous, tensors))
+        count = len(tensors)
+        return (
+            [tensor.dtype for tensor in tensors].count(self._like.dtype) == count
+            and list(map(type, tensors)).count(Tensor) == count
+            and all(map(Tensor.is_contiguous, tensors))
+            and not any(map(Tensor.is_neg, tensors))
+        )
 
     def _movable(self, position: int, grad: Tensor) -> Tensor:
         """The gradient in a form that the operators of ``pack`` flatten into the parameter's memory order."""

@@ -1,8 +1,8 @@
 """Parameters that somebody else has placed: DTensors (FSDP2, HSDP, TP) and slices (FSDP1). They stay where they lie.
 
-The update reads and writes the local tensors, many small ones by one multi-tensor operator; those in low precision are
-gathered for it and put back. So what is spent on each is some ten microseconds, where torch.optim.ASGD, by operators on
-DTensors, spends eighty. Gradients have been reduced by whoever placed the parameters.
+The update reads and writes the local tensors, all in one pass; without one, small ones are gathered for it and put
+back. So what is spent on each is a microsecond or two, where torch.optim.ASGD, by operators on DTensors, spends eighty.
+Gradients have been reduced by whoever placed the parameters.
 
 Where several ranks have the same block of a parameter (see replicas.py), each owns a shard of the bucket, updates the
 pieces of parameters in it, and one all-gather among them distributes the result.
@@ -14,8 +14,6 @@ import operator
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,32 +28,18 @@ from dist_asgd.hooks import register_hook, remove_hooks
 from dist_asgd.layout import BucketLayout, Piece, plan_buckets
 from dist_asgd.local import PlacedParameters, gradient_is_placed, local_gradient, local_of, place_gradient
 from dist_asgd.packing import Batch, Batches, Packer
+from dist_asgd.parts import as_real
 from dist_asgd.pieces import Placement, local_tensor
 from dist_asgd.replicas import Family, Replicas, Sharing, family_of
-from dist_asgd.rule import Hyperparameters, Scalars
-from dist_asgd.shards import FlatSlice, Run, UpdateSlice
-from dist_asgd.update import as_real, compute_dtype, update_many_
+from dist_asgd.rule import Hyperparameters
+from dist_asgd.shards import Run
+from dist_asgd.update import FlatSlice, PartsSlice, UpdateSlice
 
 # All-gathers under way at once; each has a buffer of its bucket's size.
 MAX_IN_FLIGHT = 2
 
 # Seconds to wait for a place among them. Where another rank does not come, waiting longer helps nobody.
 PATIENCE = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class ListSlice:
-    """An ``UpdateSlice`` of small parameters that stay where they are."""
-
-    start: int
-    stop: int
-    params: list[Tensor]
-    flats: list[Tensor]  # the same as 1-D
-    grads: list[Tensor]
-    joined: Callable[[], Tensor]  # the parameters as 1-D, in a copy
-
-    def update_(self, average: Tensor | None, master: Tensor | None, h: Hyperparameters, scalars: Scalars) -> None:
-        update_many_(self.params, self.flats, self.grads, average, self.joined, h, scalars)
 
 
 class PlacedBucket(Bucket):
@@ -90,10 +74,10 @@ class PlacedBucket(Bucket):
         self._all_present = False  # what the last check of gradients found
         self._shapes = [placement.shape for placement in placements]
         self._addresses = [flat.data_ptr() for flat in self._parameters.flats]
-        # Multi-tensor operators compute in the dtype of the parameters, which masters and low precision do not.
-        self._by_lists = compute_dtype(self.dtype) == self.dtype and not self.dtype.is_complex
         self._packer = Packer(layout, placements, self._parameters.flats[0])
-        self._batches = Batches(self._parameters.pieces, layout, self.device)
+        fuses = self.shard.fuses and all(type(flat) is Tensor for flat in self._parameters.flats)
+        own = self._parameters.own if fuses else None
+        self._batches = Batches(self._parameters.pieces, layout, self.device, own)
         spans = [(position, span) for position, span in enumerate(layout.spans) if span.numel]
         if self.collectives is not None:
             self._whole = Batch.of([Piece(position, 0, span.numel, span.start) for position, span in spans])
@@ -122,6 +106,7 @@ class PlacedBucket(Bucket):
             self._parameters.local[position] = local
             self._parameters.flats[position] = placement.flatten(local)
             self._addresses[position] = local.data_ptr()
+            self._batches.forget()
 
     # Gradients -------------------------------------------------------------------------------------------------------
 
@@ -221,15 +206,13 @@ class PlacedBucket(Bucket):
 
     def _slices(self, run: Run) -> Iterator[UpdateSlice]:
         for batch in self._batches.of(run.first, run.stop):
-            flats = [self._parameters.flats[position] for position in batch.positions]
             grads: list[Any] = [self.params[position].grad for position in batch.positions]  # checked before the step
             if not self.uneven:
                 grads = list(map(local_tensor, grads))
-            if batch.gathered and self._by_lists and [grad.dtype for grad in grads].count(self.dtype) == len(grads):
-                params = [self._parameters.local[position] for position in batch.positions]
-                joined = partial(self._packer.join, batch, flats, ready=True)
-                yield ListSlice(batch.start, batch.stop, params, flats, grads, joined)
+            if batch.parts is not None:
+                yield PartsSlice(batch.start, batch.stop, batch.parts, self._packer.readable(batch, grads))
                 continue
+            flats = [self._parameters.flats[position] for position in batch.positions]
             param = self._packer.join(batch, flats, ready=True)
             yield FlatSlice(batch.start, param, self._packer.join(batch, grads))
             if batch.gathered:  # and updated, since the next one is asked for

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from dist_asgd.agreement import Agreement, subgroup_of_its_own
 from dist_asgd.collectives import Collectives
+from dist_asgd.parts import as_real
 from dist_asgd.pieces import local_tensor
-from dist_asgd.update import as_real
 
 Coordinates = tuple[int, ...]
 Family = tuple[DeviceMesh, tuple[Any, ...]]  # what DTensors of one mesh and one tuple of placements have in common

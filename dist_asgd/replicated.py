@@ -18,12 +18,13 @@ from torch import Tensor
 from dist_asgd.buckets import Bucket, Setting, describe, require_dense, require_fitting
 from dist_asgd.collectives import Collectives, Reduction, completes_within
 from dist_asgd.gradients import GradientPiece
-from dist_asgd.layout import BucketLayout, Span, plan_buckets
+from dist_asgd.layout import BucketLayout, Piece, Span, plan_buckets
 from dist_asgd.packing import Batches, Packer
+from dist_asgd.parts import as_real
 from dist_asgd.pieces import Placement
-from dist_asgd.rule import Hyperparameters
-from dist_asgd.shards import FlatSlice, Run, UpdateSlice
-from dist_asgd.update import as_real, compute_dtype
+from dist_asgd.rule import Hyperparameters, compute_dtype
+from dist_asgd.shards import Run
+from dist_asgd.update import FlatSlice, PartsSlice, UpdateSlice
 
 # ``GradientPiece.begun`` of a gradient that was dropped, and of one that only this rank knows yet: after every pass.
 DROPPED, UNREDUCED = 2**62, 2**61
@@ -33,10 +34,13 @@ class FlatParameters:
     """``ShardParameters`` in one 1-D tensor, ``shard``."""
 
     def __init__(self, shard: Tensor) -> None:
-        self.shard, self.dtype = shard, shard.dtype
+        self.shard, self.dtype, self.device = shard, shard.dtype, shard.device
 
     def read(self, where: slice = slice(None)) -> Tensor:
         return self.shard[where]
+
+    def own(self, piece: Piece) -> Tensor:
+        return self.shard[piece.shard_start : piece.shard_stop]
 
     def write(self, where: slice, values: Tensor) -> None:
         self.shard[where].copy_(values)
@@ -88,7 +92,7 @@ class ReplicatedBucket(Bucket):
         self._reductions: deque[tuple[int, Reduction]] = deque()  # under way, in order, each with its pass
         self._gather: dist.Work | None = None
         self._packer = Packer(layout, self.placements, self.buffer)
-        self._batches = Batches(self._owned, layout, self.device)
+        self._batches = Batches(self._owned, layout, self.device, parameters.own if self.shard.fuses else None)
 
     # Parameters ------------------------------------------------------------------------------------------------------
 
@@ -308,9 +312,12 @@ class ReplicatedBucket(Bucket):
             yield FlatSlice(where.start, self.shard.parameters.read(where), self.grad[where])
 
     def _plain_slices(self, run: Run) -> Iterator[UpdateSlice]:
-        """Large gradients where they lie, and runs of small ones gathered, in pieces that stay in cache."""
+        """All where they lie, or large ones so and runs of small ones gathered, in pieces that stay in cache."""
         for batch in self._batches.of(run.first, run.stop):
             grads = [grad for position in batch.positions if (grad := self.params[position].grad) is not None]
+            if batch.parts is not None:
+                yield PartsSlice(batch.start, batch.stop, batch.parts, self._packer.readable(batch, grads))
+                continue
             param = self.shard.parameters.read(slice(batch.start, batch.stop))
             yield FlatSlice(batch.start, param, self._packer.join(batch, grads))
 

@@ -107,38 +107,39 @@ def asgd_step_(
         average_step_(average, param, scalars.mu)
 
 
-def asgd_steps_(
-    params: list[Tensor],  # any shapes, of one real dtype; updated in place
-    flats: list[Tensor],  # the same as 1-D, which takes less time where shapes do not matter
-    grads: list[Tensor],  # same shapes and dtype; only read
+def low_precision_step_(
+    param: Tensor,  # any shape and real dtype; updated in place
+    grad: Tensor,  # same shape, any real dtype; only read
+    average: Tensor | None,
+    master: Tensor | None,  # same shape, in compute_dtype; updated in place. None for no master
     h: Hyperparameters,
     scalars: Scalars,
 ) -> None:
-    """The same on several parameters by multi-tensor operators, but for the averages."""
-    if h.maximize:
-        grads = list(torch._foreach_neg(grads))
-    if h.weight_decay != 0:
-        grads = list(torch._foreach_add(grads, params, alpha=h.weight_decay))
-    shrink = 1 - h.lambd * scalars.eta
-    if shrink != 1:
-        # On a CPU a number becomes a tensor anew for each parameter. This one is no wider to torch than a number.
-        on_cpu = params[0].device.type == "cpu"
-        torch._foreach_mul_(flats, torch.scalar_tensor(shrink, dtype=torch.float64) if on_cpu else shrink)
-    torch._foreach_add_(params, grads, alpha=-scalars.eta)
+    """The same in ``compute_dtype``: on the ``master``, of which ``param`` then is the rounding, or rounded once.
 
-
-def average_step_(average: Tensor, iterate: Tensor, mu: float, spent: bool = False) -> None:
-    """``average`` moves towards ``iterate`` by the fraction ``mu``, computed in the wider dtype of the two.
-
-    Args:
-        spent: ``iterate`` is not needed any more and may be overwritten.
+    A master whose rounding no longer is the parameter (somebody wrote the parameter) first takes the parameter's value.
     """
+    dtype = compute_dtype(param.dtype)
+    work = param.to(dtype) if master is None else followed(master, param, out=master)
+    asgd_step_(work, grad.to(dtype), average, h, scalars)
+    if work is not param:
+        param.copy_(work)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the rule is computed: the parameter's, but at least fp32 precision."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def followed(master: Tensor, param: Tensor, out: Tensor | None = None) -> Tensor:
+    """``master``, but ``param`` where that no longer is its rounding."""
+    return torch.where(master.to(param.dtype) == param, master, param.to(master.dtype), out=out)
+
+
+def average_step_(average: Tensor, iterate: Tensor, mu: float) -> None:
+    """``average`` moves towards ``iterate`` by the fraction ``mu``, computed in the wider dtype of the two."""
     if mu == 1:
         average.copy_(iterate)
-        return
-    if average.dtype == iterate.dtype:
-        difference = iterate.sub_(average) if spent else iterate.sub(average)
-        average.add_(difference.mul_(mu))
         return
     wide = average.to(torch.promote_types(average.dtype, iterate.dtype))
     wide.add_(iterate.to(wide.dtype).sub(wide).mul_(mu))

@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 
 from dist_asgd.layout import BucketLayout, Piece
 from dist_asgd.pieces import Placement, StatePiece
-from dist_asgd.rule import Hyperparameters, Scalars, first_scalars, next_scalars
-from dist_asgd.update import compute_dtype, followed, update_
+from dist_asgd.rule import Hyperparameters, Scalars, compute_dtype, first_scalars, followed, next_scalars
+from dist_asgd.update import UpdateSlice, can_fuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,43 +52,17 @@ class Run:
     scalars: Scalars
 
 
-class UpdateSlice(Protocol):
-    """What one call updates: neighbours in the shard with equal scalars."""
-
-    @property
-    def start(self) -> int:
-        """In the shard."""
-
-    @property
-    def stop(self) -> int: ...
-
-    def update_(self, average: Tensor | None, master: Tensor | None, h: Hyperparameters, scalars: Scalars) -> None:
-        """One step; ``average`` and ``master`` are those of ``[start, stop)``, 1-D."""
-
-
-@dataclass(frozen=True, slots=True)
-class FlatSlice:
-    """An ``UpdateSlice`` whose parameters and gradients lie in one 1-D tensor each."""
-
-    start: int
-    param: Tensor  # updated in place
-    grad: Tensor
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.grad.numel()
-
-    def update_(self, average: Tensor | None, master: Tensor | None, h: Hyperparameters, scalars: Scalars) -> None:
-        update_(self.param, self.grad, average, master, h, scalars)
-
-
 class ShardParameters(Protocol):
     """The parameters of a shard, wherever they lie, indexed as the shard."""
 
     dtype: torch.dtype
+    device: torch.device
 
     def read(self, where: slice = slice(None)) -> Tensor:
         """1-D. It may be the parameters themselves: not to be written to."""
+
+    def own(self, piece: Piece) -> Tensor:
+        """A part of it, 1-D and contiguous: the parameters themselves."""
 
     def write(self, where: slice, values: Tensor) -> None:
         """``where`` begins and ends between parameters."""
@@ -124,6 +98,8 @@ class Shard:
             self.master = parameters.read().to(compute_dtype(self.dtype))
         self.average: Tensor | None = None
         self.average_dtype = precision.average(self.dtype)
+        # Whether its parameters are updated in one pass, wherever they lie.
+        self.fuses = can_fuse(parameters.device, self.dtype, self.average_dtype, self.master is not None)
         self._raw: Tensor | None = None  # the parameters themselves while their averages are swapped in
         self.runs = [Run(0, len(self.placements), Scalars(step=0, eta=0.0, mu=1.0))]
 

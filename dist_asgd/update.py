@@ -1,13 +1,21 @@
-"""Applies the rule to flat slices, in the form that suits the device and the dtypes."""
+"""One step of a slice of a shard, in the form that suits the device and the dtypes.
+
+One pass over memory where there is one (native.py for CPUs); else PyTorch's operators, which on a CPU walk blocks that
+stay in cache. Both have the same bits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dist_asgd.rule import Hyperparameters, Scalars, asgd_step_, asgd_steps_, average_step_
+from dist_asgd.native import native_update
+from dist_asgd.parts import Parts, as_real
+from dist_asgd.rule import Hyperparameters, Scalars, compute_dtype, low_precision_step_
 
 # CPU operators are walked in blocks of about this many elements for each thread: parameter, gradient, average and
 # temporaries of a block (512 KiB each in fp32) stay in a core's cache between the operators, which is twice as fast as
@@ -16,17 +24,83 @@ from dist_asgd.rule import Hyperparameters, Scalars, asgd_step_, asgd_steps_, av
 BLOCK_PER_THREAD = 128 * 1024
 
 
-def block_size(numel: int, device: torch.device) -> int:
-    """Elements of each of the even blocks, a multiple of 32, in which ``numel`` elements are walked."""
-    if device.type != "cpu":
-        return max(numel, 1)
-    count = max(1, round(numel / (BLOCK_PER_THREAD * torch.get_num_threads())))
-    return max(32, -(-numel // (32 * count)) * 32)
+class FusedUpdate(Protocol):
+    """One step of several parts, which share ``scalars``, in one pass."""
+
+    def __call__(
+        self,
+        parts: Parts,  # updated in place
+        grads: Sequence[Tensor],  # of each part: contiguous, as many elements
+        average: Tensor | None,  # 1-D, in compute_dtype, indexed by parts.starts; updated in place
+        master: Tensor | None,  # the same
+        h: Hyperparameters,
+        scalars: Scalars,
+    ) -> None: ...
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the rule is computed: the parameter's, but at least fp32 precision."""
-    return torch.promote_types(dtype, torch.float32)
+def fused_update(
+    device: torch.device, param: torch.dtype, grad: torch.dtype, average: torch.dtype | None, has_master: bool
+) -> FusedUpdate | None:
+    """For these dtypes, of real numbers; None where there is none. ``average`` None: no average."""
+    dtype = compute_dtype(param)
+    if device.type != "cpu" or average not in (None, dtype) or grad not in (param, dtype):
+        return None
+    return native_update(param, grad, has_master)
+
+
+def can_fuse(device: torch.device, param: torch.dtype, average: torch.dtype, has_master: bool) -> bool:
+    """Whether parameters of a dtype, which may be complex, are updated in one pass wherever they lie."""
+    return fused_update(device, param.to_real(), param.to_real(), average.to_real(), has_master) is not None
+
+
+class UpdateSlice(Protocol):
+    """What one call updates: neighbours in the shard with equal scalars."""
+
+    @property
+    def start(self) -> int:
+        """In the shard."""
+
+    @property
+    def stop(self) -> int: ...
+
+    def update_(self, average: Tensor | None, master: Tensor | None, h: Hyperparameters, scalars: Scalars) -> None:
+        """One step; ``average`` and ``master`` are those of ``[start, stop)``, 1-D, and are updated as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartsSlice:
+    """An ``UpdateSlice`` of parts that stay where they lie. ``can_fuse`` must hold for them."""
+
+    start: int
+    stop: int
+    parts: Parts
+    grads: Sequence[Tensor]  # of each part: contiguous, as many elements, of one dtype: the parts' or compute_dtype
+
+    def update_(self, average: Tensor | None, master: Tensor | None, h: Hyperparameters, scalars: Scalars) -> None:
+        average = None if average is None else as_real(average)
+        master = None if master is None else as_real(master)
+        param, grad = self.parts.tensors[0], self.grads[0]
+        average_dtype = None if average is None else average.dtype
+        fused = fused_update(param.device, param.dtype, grad.dtype, average_dtype, master is not None)
+        if fused is None:
+            raise RuntimeError(f"no update in one pass of {param.dtype} on {param.device}, and none else was prepared")
+        fused(self.parts, self.grads, average, master, h, scalars)
+
+
+@dataclass(frozen=True, slots=True)
+class FlatSlice:
+    """An ``UpdateSlice`` whose parameters and gradients lie in one 1-D tensor each."""
+
+    start: int
+    param: Tensor  # any floating or complex dtype; updated in place
+    grad: Tensor  # only read
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.grad.numel()
+
+    def update_(self, average: Tensor | None, master: Tensor | None, h: Hyperparameters, scalars: Scalars) -> None:
+        update_(self.param, self.grad, average, master, h, scalars)
 
 
 def update_(
@@ -37,62 +111,36 @@ def update_(
     h: Hyperparameters,
     scalars: Scalars,
 ) -> None:
-    """One step of one slice whose elements share ``scalars``.
-
-    With a ``master``, the rule runs on it and ``param`` becomes its rounding; a master whose rounding no longer is the
-    parameter (somebody wrote the parameter) first takes the parameter's value. A low-precision parameter without a
-    master is updated in fp32 and rounded once.
-    """
+    """One step of one slice whose elements share ``scalars``; masters and low precision as in low_precision_step_."""
     param, grad = as_real(param), as_real(grad)
     average = None if average is None else as_real(average)
     master = None if master is None else as_real(master)
-    dtype = compute_dtype(param.dtype)
+    average_dtype = None if average is None else average.dtype
+    fused = fused_update(param.device, param.dtype, grad.dtype, average_dtype, master is not None)
+    if fused is not None and grad.is_contiguous():
+        fused(Parts.of([param]), [grad], average, master, h, scalars)
+    else:
+        update_blocks_(param, grad, average, master, h, scalars)
+
+
+def update_blocks_(
+    param: Tensor, grad: Tensor, average: Tensor | None, master: Tensor | None, h: Hyperparameters, scalars: Scalars
+) -> None:
+    """The same by PyTorch's operators, of real numbers."""
     size = block_size(param.numel(), param.device)
     if param.numel() <= size:
-        _update_block_(param, grad, average, master, dtype, h, scalars)
+        low_precision_step_(param, grad, average, master, h, scalars)
         return
     params = param.split(size)  # all at once: a slice costs as much as a small operator
     averages = [None] * len(params) if average is None else average.split(size)
     masters = [None] * len(params) if master is None else master.split(size)
     for blocks in zip(params, grad.split(size), averages, masters, strict=True):
-        _update_block_(*blocks, dtype, h, scalars)
+        low_precision_step_(*blocks, h, scalars)
 
 
-def update_many_(
-    params: list[Tensor],  # any shapes, one real dtype of at least fp32 precision; updated in place
-    flats: list[Tensor],  # the same as 1-D
-    grads: list[Tensor],  # same shapes and dtype; only read
-    average: Tensor | None,  # 1-D, as joined() makes it of the parameters; updated in place
-    joined: Callable[[], Tensor],
-    h: Hyperparameters,
-    scalars: Scalars,
-) -> None:
-    """One step of several parameters that share ``scalars``; each stays where it is."""
-    asgd_steps_(params, flats, grads, h, scalars)
-    if average is not None:
-        average_step_(average, joined(), scalars.mu, spent=True)
-
-
-def followed(master: Tensor, param: Tensor, out: Tensor | None = None) -> Tensor:
-    """``master``, but ``param`` where that no longer is its rounding."""
-    return torch.where(master.to(param.dtype) == param, master, param.to(master.dtype), out=out)
-
-
-def _update_block_(
-    param: Tensor,
-    grad: Tensor,
-    average: Tensor | None,
-    master: Tensor | None,
-    dtype: torch.dtype,
-    h: Hyperparameters,
-    scalars: Scalars,
-) -> None:
-    work = param.to(dtype) if master is None else followed(master, param, out=master)
-    asgd_step_(work, grad.to(dtype), average, h, scalars)
-    if work is not param:
-        param.copy_(work)
-
-
-def as_real(flat: Tensor) -> Tensor:
-    """Complex numbers are pairs of reals to the rule, as in torch.optim."""
-    return torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
+def block_size(numel: int, device: torch.device) -> int:
+    """Elements of each of the even blocks, a multiple of 32, in which ``numel`` elements are walked."""
+    if device.type != "cpu":
+        return max(numel, 1)
+    count = max(1, round(numel / (BLOCK_PER_THREAD * torch.get_num_threads())))
+    return max(32, -(-numel // (32 * count)) * 32)

@@ -12,6 +12,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import only modules that stand before it.
 ORDER = [
     "rule",
+    "parts",
+    "native",
     "kernels",
     "update",
     "layout",

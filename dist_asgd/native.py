@@ -1,0 +1,154 @@
+"""The rule in one pass over memory on a CPU: native.c, compiled when it is first needed, for the dtypes at hand.
+
+Walking blocks by PyTorch's operators moves everything several times, if through caches; one pass over main memory is
+what a step costs at least. Small parameters lie all over memory: the pass takes a list of their addresses, so that each
+costs some nanoseconds and not several operators.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import logging
+import shutil
+import subprocess
+import tempfile
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist_asgd.parts import Parts
+from dist_asgd.rule import Hyperparameters, Scalars, compute_dtype, low_precision_step_
+
+SOURCE = Path(__file__).with_name("native.c")
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
+DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+# Below so many elements a thread, starting threads takes longer than they save.
+GRAIN = 32 * 1024
+
+FALLBACK = "updates on the CPU go by PyTorch's operators, which takes about twice as long"
+
+# Elements on which each combination of options is compared with PyTorch's operators: some blocks of theirs and a rest.
+CHECKED = 211
+
+logger = logging.getLogger(__name__)
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_double) for name in ("shrink", "eta", "mu", "weight_decay")] + [
+        (name, ctypes.c_int64) for name in ("maximize", "averages")
+    ]
+
+
+class NativeUpdate:
+    """One step of several parts, which share ``scalars``, in one pass. See ``FusedUpdate`` in update.py.
+
+    Args:
+        function: ``update`` of native.c.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(
+        self,
+        parts: Parts,
+        grads: Sequence[Tensor],
+        average: Tensor | None,
+        master: Tensor | None,
+        h: Hyperparameters,
+        scalars: Scalars,
+    ) -> None:
+        shrink = 1 - h.lambd * scalars.eta
+        step = _Step(shrink, scalars.eta, scalars.mu, h.weight_decay, h.maximize, average is not None)
+        tables = (parts.addresses, array("q", map(Tensor.data_ptr, grads)), parts.starts, parts.numels)
+        threads = min(torch.get_num_threads(), max(1, parts.numel // GRAIN))
+        self._function(
+            *(table.buffer_info()[0] for table in tables),
+            len(grads),
+            None if average is None else average.data_ptr(),
+            None if master is None else master.data_ptr(),
+            ctypes.byref(step),
+            threads,
+        )
+
+
+@functools.cache
+def native_update(param: torch.dtype, grad: torch.dtype, has_master: bool) -> NativeUpdate | None:
+    """For these dtypes; None where there is no compiler, or what it makes has other bits than PyTorch's operators."""
+    if param not in DTYPES or grad not in (param, compute_dtype(param)):
+        return None
+    library = _compiled(param, grad, has_master)
+    if library is None:
+        return None
+    function = library.update
+    address, count = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [address, address, address, address, count, address, address, address, count]
+    function.restype = None
+    update = NativeUpdate(function)
+    if not _has_the_bits(update, param, grad, has_master):
+        logger.warning(
+            "the compiled update of %s differs from PyTorch's operators on this CPU (%s); %s",
+            param,
+            torch.backends.cpu.get_cpu_capability(),
+            FALLBACK,
+        )
+        return None
+    return update
+
+
+def _compiled(param: torch.dtype, grad: torch.dtype, has_master: bool) -> ctypes.CDLL | None:
+    """Compiled anew in each process, which takes 0.2 s: a file that others can write must not be loaded."""
+    compiler = _compiler()
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="dist_asgd-") as folder:
+        library = f"{folder}/native.so"
+        types = [f"-DPARAM={DTYPES[param]}", f"-DGRAD={DTYPES[grad]}", f"-DMASTER={int(has_master)}"]
+        for extra in (["-fopenmp"], []):  # Apple's compiler has no OpenMP
+            command = [compiler, *FLAGS, *extra, *types, str(SOURCE), "-o", library, "-lm"]
+            try:
+                result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+                error = result.stderr
+                if result.returncode == 0:
+                    return ctypes.CDLL(library)
+            except (OSError, subprocess.TimeoutExpired) as caught:
+                error = str(caught)
+        logger.warning(
+            "%s failed; updates on CPU use PyTorch's operators and take about twice as long: %s", compiler, error
+        )
+    return None
+
+
+@functools.cache
+def _compiler() -> str | None:
+    found = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if found is None:
+        logger.warning("no C compiler found (%s); %s", ", ".join(COMPILERS), FALLBACK)
+    return found
+
+
+def _has_the_bits(update: NativeUpdate, param: torch.dtype, grad: torch.dtype, has_master: bool) -> bool:
+    """Whether it does what PyTorch's operators do, as far as all combinations of options on some values can tell."""
+    generator, dtype = torch.Generator().manual_seed(0), compute_dtype(param)
+    combinations = itertools.product((False, True), (0.0, 0.1), (False, True), (1.0, 0.3))
+    for maximize, weight_decay, averages, mu in combinations:
+        h = Hyperparameters(lr=0.1, lambd=0.1, alpha=0.75, t0=0.0, weight_decay=weight_decay, maximize=maximize)
+        scalars = Scalars(step=3, eta=0.07, mu=mu)
+        first, second, average, other = torch.randn(4, CHECKED, dtype=torch.float64, generator=generator).to(dtype)
+        p, g = first.to(param), second.to(grad)
+        # Half of the masters are those of the parameters, half out of date.
+        master = torch.where(other > 0, p.to(dtype), other)
+        own, expected = ([tensor.clone() for tensor in (p, average, master)] for _ in range(2))
+        update(Parts.of(own[:1]), [g], own[1] if averages else None, own[2] if has_master else None, h, scalars)
+        p, average, master = expected
+        low_precision_step_(p, g, average if averages else None, master if has_master else None, h, scalars)
+        if not all(map(torch.equal, own, expected)):
+            return False
+    return True
