@@ -32,12 +32,11 @@ DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", to
 # Below so many elements a thread, starting threads takes longer than they save.
 GRAIN = 32 * 1024
 
-FALLBACK = "updates on the CPU go by PyTorch's operators, which takes about twice as long"
-
 # Elements on which each combination of options is compared with PyTorch's operators: some blocks of theirs and a rest.
 CHECKED = 211
 
 logger = logging.getLogger(__name__)
+_said: set[str] = set()
 
 
 class _Step(ctypes.Structure):
@@ -84,54 +83,43 @@ def native_update(param: torch.dtype, grad: torch.dtype, has_master: bool) -> Na
     """For these dtypes; None where there is no compiler, or what it makes has other bits than PyTorch's operators."""
     if param not in DTYPES or grad not in (param, compute_dtype(param)):
         return None
-    library = _compiled(param, grad, has_master)
-    if library is None:
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        _say_once(f"no C compiler found ({', '.join(COMPILERS)})")
         return None
-    function = library.update
+    types = [f"-DPARAM={DTYPES[param]}", f"-DGRAD={DTYPES[grad]}", f"-DMASTER={int(has_master)}"]
+    try:
+        function = _compiled(compiler, types).update
+    except (OSError, subprocess.SubprocessError) as error:
+        _say_once(f"{compiler} failed", getattr(error, "stderr", None) or str(error))
+        return None
     address, count = ctypes.c_void_p, ctypes.c_int64
     function.argtypes = [address, address, address, address, count, address, address, address, count]
     function.restype = None
     update = NativeUpdate(function)
     if not _has_the_bits(update, param, grad, has_master):
-        logger.warning(
-            "the compiled update of %s differs from PyTorch's operators on this CPU (%s); %s",
-            param,
-            torch.backends.cpu.get_cpu_capability(),
-            FALLBACK,
-        )
+        _say_once(f"the compiled update of {param} differs from PyTorch's operators on this CPU")
         return None
     return update
 
 
-def _compiled(param: torch.dtype, grad: torch.dtype, has_master: bool) -> ctypes.CDLL | None:
-    """Compiled anew in each process, which takes 0.2 s: a file that others can write must not be loaded."""
-    compiler = _compiler()
-    if compiler is None:
-        return None
+def _compiled(compiler: str, types: Sequence[str]) -> ctypes.CDLL:
+    """Anew in each process, which takes 0.2 s: a library that others could have written must not be loaded."""
     with tempfile.TemporaryDirectory(prefix="dist_asgd-") as folder:
         library = f"{folder}/native.so"
-        types = [f"-DPARAM={DTYPES[param]}", f"-DGRAD={DTYPES[grad]}", f"-DMASTER={int(has_master)}"]
-        for extra in (["-fopenmp"], []):  # Apple's compiler has no OpenMP
-            command = [compiler, *FLAGS, *extra, *types, str(SOURCE), "-o", library, "-lm"]
-            try:
-                result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-                error = result.stderr
-                if result.returncode == 0:
-                    return ctypes.CDLL(library)
-            except (OSError, subprocess.TimeoutExpired) as caught:
-                error = str(caught)
+        command = [compiler, *FLAGS, *types, str(SOURCE), "-o", library, "-lm"]
+        run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=60)
+        if run([*command, "-fopenmp"]).returncode != 0:  # Apple's compiler has none: then by one thread
+            run(command, check=True)
+        return ctypes.CDLL(library)
+
+
+def _say_once(what: str, why: str = "") -> None:
+    if what not in _said:
+        _said.add(what)
         logger.warning(
-            "%s failed; updates on CPU use PyTorch's operators and take about twice as long: %s", compiler, error
+            "%s; updates on the CPU go by PyTorch's operators, which takes about twice as long. %s", what, why
         )
-    return None
-
-
-@functools.cache
-def _compiler() -> str | None:
-    found = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if found is None:
-        logger.warning("no C compiler found (%s); %s", ", ".join(COMPILERS), FALLBACK)
-    return found
 
 
 def _has_the_bits(update: NativeUpdate, param: torch.dtype, grad: torch.dtype, has_master: bool) -> bool:

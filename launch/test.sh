@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Linters, types, tests. Arguments go to pytest:  launch/test.sh -k layout -x
+# Without arguments tests run in three processes: ranks mostly wait for one another, so one keeps two cores half busy.
 set -euo pipefail
 
 # shellcheck source=launch/setup.sh
@@ -54,5 +55,6 @@ say "ruff format --check"
 "$PY" -m ruff format --check .
 say "mypy dist_asgd"
 "$PY" -m mypy dist_asgd
+(($#)) || set -- -n 3 --dist worksteal
 say "pytest $*"
 exec "$PY" -m pytest "$@"

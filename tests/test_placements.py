@@ -92,17 +92,24 @@ def check(
 
 
 @pytest.mark.parametrize(
-    ("world_size", "seed", "share", "bucket_bytes"),
+    ("world_size", "seed", "share", "bucket_bytes", "in_one_pass"),
     [
-        (1, 0, True, 200),
-        (2, 0, True, 200),
-        (3, 1, True, 1 << 20),
-        (4, 0, True, 200),
-        (4, 1, True, 1 << 20),
-        (4, 5, False, 200),
+        (1, 0, True, 200, True),
+        (2, 0, True, 200, True),
+        (2, 1, True, 1 << 20, False),
+        (3, 1, True, 1 << 20, True),
+        (4, 0, True, 200, True),
+        (4, 0, True, 200, False),
+        (4, 1, True, 1 << 20, True),
+        (4, 5, False, 200, True),
     ],
 )
-def test_any_placement(world_size: int, seed: int, share: bool, bucket_bytes: int) -> None:
+def test_any_placement(
+    world_size: int, seed: int, share: bool, bucket_bytes: int, in_one_pass: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not in_one_pass:
+        monkeypatch.setattr("dist_asgd.update.native_update", lambda *dtypes: None)
+
     def ranks(rank: int) -> None:
         params = zoo(seed)
         values = {name: whole(param) for name, param in params.items()}
