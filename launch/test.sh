@@ -35,6 +35,18 @@ netns_skipped() {
     fi
 }
 
+# The update on a CPU is compiled where it runs; without a compiler it is slower, and its tests are skipped.
+check_compiler() {
+    if [[ "$(id -u)" == 0 ]] && ! command -v cc >/dev/null && command -v apt-get >/dev/null; then
+        say "installing gcc"
+        export DEBIAN_FRONTEND=noninteractive
+        { apt-get update -qq && apt-get install -y -qq gcc libc6-dev; } >/dev/null </dev/null || true
+    fi
+    if ! command -v cc >/dev/null; then
+        say "NO C COMPILER (cc): tests of the compiled update will be skipped"
+    fi
+}
+
 check_gpu() {
     local gpu
     gpu="$("$PY" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")')"
@@ -47,6 +59,7 @@ check_gpu() {
 
 setup_environment test,lint
 check_netns
+check_compiler
 check_gpu
 
 say "ruff check"
