@@ -79,16 +79,15 @@ class Bucket(ABC):
         return [param.requires_grad for param in self.params]
 
     @abstractmethod
-    def has_gradient(self) -> list[bool]:
-        """For each parameter, whether this rank has a gradient of it. Comes after ``check_gradients``."""
-
-    @abstractmethod
     def check_parameters(self) -> None:
         """Takes up parameters whose memory was replaced; raises ``RuntimeError`` where they do not fit any more."""
 
     @abstractmethod
-    def check_gradients(self) -> None:
-        """Raises ``RuntimeError`` for a gradient that the rule has no meaning for, naming its parameter."""
+    def check_gradients(self) -> list[bool]:
+        """For each parameter, whether this rank has a gradient of it.
+
+        Raises ``RuntimeError`` for a gradient that the rule has no meaning for, naming its parameter.
+        """
 
     def has_misplaced(self) -> list[bool]:
         """For each parameter, whether ``place_gradients`` has to do something about its gradient."""

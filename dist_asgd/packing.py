@@ -133,8 +133,9 @@ class Packer:
     def __init__(self, layout: BucketLayout, placements: Sequence[Placement], like: Tensor) -> None:
         self._spans, self._placements, self._like = layout.spans, placements, like
         self._row_major = [placement.is_row_major for placement in placements]
-        # Those of which contiguous gradients are moved as they are. Complex ones may be lazily conjugated.
-        self._all_simple = not like.is_complex() and all(p.is_row_major and p.shape for p in placements)
+        # Complex gradients may be lazily conjugated.
+        self._all_simple = not like.is_complex() and all(self._row_major)
+        self._no_scalars = all(placement.shape for placement in placements)
         self._zeros: dict[int, Tensor] = {}
 
     def pack(self, positions: Sequence[int], grads: Sequence[Tensor | None], start: int, out: Tensor) -> None:
@@ -157,10 +158,14 @@ class Packer:
             parts.append(self._padding(start + len(out) - end))
         _flattened(parts, out)
 
-    def readable(self, batch: Batch, grads: Sequence[Tensor]) -> list[Tensor]:
-        """What belongs to a batch: contiguous, in memory order, real, and of one dtype, the bucket's or wider."""
+    def readable(self, batch: Batch, grads: Sequence[Tensor], ready: bool = False) -> list[Tensor]:
+        """What belongs to a batch: contiguous, in memory order, real, and of one dtype, the bucket's or wider.
+
+        Args:
+            ready: ``are_ready`` has found so.
+        """
         result, dtype = list(grads), self._like.dtype.to_real()
-        if self._all_simple and self._are_ready(result):
+        if ready or self.are_ready(result):
             for index in {0, len(result) - 1}:  # no other can be cut
                 result[index] = self._readable(batch.pieces[index], result[index])
             return result
@@ -181,7 +186,7 @@ class Packer:
         if ready and not any(batch.gaps):
             return torch.cat(tensors)
         parts = tensors
-        if not (ready or (self._all_simple and self._are_ready(tensors))):
+        if not (ready or (self._no_scalars and self.are_ready(tensors))):
             parts = list(map(self._movable, batch.positions, tensors))
         if any(batch.gaps):
             pairs = zip(batch.gaps, parts, strict=True)
@@ -206,11 +211,14 @@ class Packer:
             grad = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device).copy_(grad)
         return as_real(self.flat(piece.position, grad)[piece.start : piece.stop])
 
-    def _are_ready(self, tensors: list[Tensor]) -> bool:
-        count = len(tensors)
+    def are_ready(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether their memory is what they show, in the memory order of their parameters; of all or some of those."""
+        count, device = len(tensors), self._like.get_device()
         return (
-            [tensor.dtype for tensor in tensors].count(self._like.dtype) == count
+            self._all_simple
             and list(map(type, tensors)).count(Tensor) == count
+            and [tensor.dtype for tensor in tensors].count(self._like.dtype) == count
+            and list(map(Tensor.get_device, tensors)).count(device) == count
             and all(map(Tensor.is_contiguous, tensors))
             and not any(map(Tensor.is_neg, tensors))
         )

@@ -110,16 +110,13 @@ class PlacedBucket(Bucket):
 
     # Gradients -------------------------------------------------------------------------------------------------------
 
-    def has_gradient(self) -> list[bool]:
-        """For each parameter. Slices without elements, of which FSDP makes no gradient, take every step."""
+    def check_gradients(self) -> list[bool]:
+        self._all_present = self._are_as_expected([param.grad for param in self.params])
         if self._all_present:
             return [True] * len(self.params)
+        self._check_each_gradient()
+        # Slices without elements, of which FSDP makes no gradient, take every step.
         return [param.grad is not None or (self.uneven and not param.numel()) for param in self.params]
-
-    def check_gradients(self) -> None:
-        self._all_present = self._are_as_expected([param.grad for param in self.params])
-        if not self._all_present:
-            self._check_each_gradient()
 
     def _are_as_expected(self, grads: list[Any]) -> bool:
         """Whether all gradients are there, DTensors like their parameters. Asked of all at once, as every step asks."""
@@ -136,7 +133,7 @@ class PlacedBucket(Bucket):
             places.count(self._family[1]) == count
             and meshes.count(self._family[0]) == count
             and list(map(type, local)).count(Tensor) == count
-            and [tensor.shape for tensor in local] == self._shapes
+            and all(map(operator.eq, map(operator.attrgetter("shape"), local), self._shapes))
         )
 
     def _check_each_gradient(self) -> None:

@@ -8,8 +8,10 @@ rank, or somebody else has reduced them) ``p.grad`` stays what it is in torch an
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,6 +88,8 @@ class ReplicatedBucket(Bucket):
         if collectives is not None and not self.reduces:
             self.mirrors = tuple(range(collectives.world_size))
         self._addresses = [param.data_ptr() for param in self.params]
+        self._shapes = [placement.shape for placement in placements]
+        self._all_plain = False  # what the last check of gradients found
         self._owned = list(self.shard.pieces.values())
         self.grad: Tensor | None = None
         self.gradient_pieces = [GradientPiece(self, i, param) for i, param in enumerate(self.params)] if reduces else []
@@ -127,9 +131,13 @@ class ReplicatedBucket(Bucket):
 
     # Gradients -------------------------------------------------------------------------------------------------------
 
-    def has_gradient(self) -> list[bool]:
-        """For each parameter, whether this rank made a gradient since the last one was dropped."""
-        grads = [param.grad for param in self.params]
+    def check_gradients(self) -> list[bool]:
+        grads: list[Any] = [param.grad for param in self.params]
+        self._all_plain = self.whole_gradients and self._are_plain(grads)
+        if self._all_plain:
+            return [True] * len(grads)
+        self._check_each_gradient()
+        # A stand-in is none if this rank made no gradient since the last one was dropped.
         return [
             grad.contributed or grad.pending is not None if isinstance(grad, GradientPiece) else grad is not None
             for grad in grads
@@ -156,7 +164,16 @@ class ReplicatedBucket(Bucket):
         same = grad.shape == self.placements[position].shape and grad.device == self.device
         return same and grad.layout is torch.strided
 
-    def check_gradients(self) -> None:
+    def _are_plain(self, grads: Sequence[Tensor]) -> bool:
+        """Whether all are there, and can be read from their addresses. Asked of all at once, as every step asks."""
+        try:
+            # One after the other: thousands of shapes held at once would start Python's garbage collector.
+            shapes = map(operator.attrgetter("shape"), grads)
+            return all(map(operator.eq, shapes, self._shapes)) and self._packer.are_ready(grads)
+        except (AttributeError, RuntimeError):  # None; sparse
+            return False
+
+    def _check_each_gradient(self) -> None:
         for position, (name, param) in enumerate(zip(self.names, self.params, strict=True)):
             grad = param.grad
             if isinstance(grad, GradientPiece):
@@ -316,7 +333,8 @@ class ReplicatedBucket(Bucket):
         for batch in self._batches.of(run.first, run.stop):
             grads = [grad for position in batch.positions if (grad := self.params[position].grad) is not None]
             if batch.parts is not None:
-                yield PartsSlice(batch.start, batch.stop, batch.parts, self._packer.readable(batch, grads))
+                grads = self._packer.readable(batch, grads, self._all_plain)
+                yield PartsSlice(batch.start, batch.stop, batch.parts, grads)
                 continue
             param = self.shard.parameters.read(slice(batch.start, batch.stop))
             yield FlatSlice(batch.start, param, self._packer.join(batch, grads))

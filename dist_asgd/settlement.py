@@ -115,8 +115,9 @@ class Settlement:
                 raise error
             options = [Hyperparameters.of(group) for group in groups]
             present = self._check(buckets)
-            shared = {bucket: self._shared(bucket, present[bucket]) for bucket in buckets}
-            code = step_code(options, shared, [bucket.begun(self._reducer.passes) for bucket in reducing])
+            if self._agreement.world_size > 1:
+                shared = {bucket: self._shared(bucket, present[bucket]) for bucket in buckets}
+                code = step_code(options, shared, [bucket.begun(self._reducer.passes) for bucket in reducing])
         except Exception as caught:
             error = caught
         if self._started and operation == STEP and not any(bucket.meets for bucket in buckets):
@@ -189,8 +190,7 @@ class Settlement:
             require_registered(buckets)
         present = {}
         for bucket in buckets:
-            bucket.check_gradients()
-            present[bucket] = bucket.has_gradient()
+            present[bucket] = bucket.check_gradients()
             if bucket.reduces and not self._find_unused and not all(present[bucket]):
                 require_gradients(bucket, present[bucket])
         return present
