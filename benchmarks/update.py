@@ -1,9 +1,11 @@
-"""Time of one step in one process, ours beside torch.optim.ASGD, for few large and for many small parameters.
+"""Time of one step in one process, ours beside torch.optim.ASGD's forms, for few large and for many small parameters.
 
     python -m benchmarks.update --sizes 1x100e6 300x1e5 10000x64
 
-A size is the number of parameters x the elements of each. Gradients lie in ``p.grad``, averaging is on. The contestants
-take turns, step by step, so that a disturbance of the machine meets all of them; the figure is the median.
+A size is the number of parameters x the elements of each. Gradients lie in ``p.grad``. The contestants take turns, step
+by step, so that a disturbance of the machine meets all of them; the figure is the median. The floor is torch's fused
+SGD: with momentum its one pass moves as many bytes as a step that averages, without as many as a step before ``t0``.
+"compiled" is the for-loop under torch.compile; it is left out where compiling so many parameters would take minutes.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +25,33 @@ from dist_asgd import ShardedASGD
 
 COLUMNS = {
     "size": "parameters x elements",
+    "phase": "phase",
     "ours": "ours, ms",
-    "for_loop": "ASGD(foreach=False), ms",
-    "foreach": "ASGD(foreach=True), ms",
-    "floor": "SGD(momentum, fused), ms",
+    "for_loop": "ASGD for-loop, ms",
+    "foreach": "foreach, ms",
+    "compiled": "compiled, ms",
+    "floor": "fused SGD, ms",
     "for_loop_over_ours": "for-loop/ours",
     "foreach_over_ours": "foreach/ours",
+    "compiled_over_ours": "compiled/ours",
     "ours_over_floor": "ours/SGD",
 }
 WARMUP = 3  # steps; averaging starts with the second
+MOST_COMPILED = 300  # parameters
 
 
 def main() -> None:
     options = _arguments()
     torch.set_num_threads(options.threads)
-    rows = [_row(count, numel, options.steps) for count, numel in options.sizes]
-    print(f"\nfp32, averaging on, {options.threads} threads, one process, median of {options.steps} steps\n")
+    rows = [_row(*size, phase, options.steps) for size in options.sizes for phase in ("averaging", "before t0")]
+    print(f"\nfp32, {options.threads} threads, one process, median of {options.steps} steps\n")
     print_table(rows, COLUMNS)
     write_json_lines(options.json, rows)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.update", description=__doc__.splitlines()[0])
-    sizes = [(1, 10**8), (300, 10**5), (10_000, 64)]
+    sizes = [(1, 10**6), (1, 10**7), (1, 10**8), (300, 10**5), (1000, 1000), (10_000, 64)]
     parser.add_argument("--sizes", type=_size, nargs="+", default=sizes, metavar="COUNTxELEMENTS")
     parser.add_argument("--steps", type=int, default=15, help="timed ones of each contestant")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -57,26 +64,33 @@ def _size(text: str) -> tuple[int, int]:
     return int(float(count)), int(float(numel))
 
 
-def _row(count: int, numel: int, steps: int) -> dict[str, Any]:
+def _row(count: int, numel: int, phase: str, steps: int) -> dict[str, Any]:
+    averaging = phase == "averaging"
+    options: dict[str, Any] = {"lr": 1e-3, "t0": 0 if averaging else 1e9}
     contestants = {
-        "ours": ShardedASGD(_parameters(count, numel), lr=1e-3, t0=0),
-        "for_loop": ASGD(_parameters(count, numel), lr=1e-3, t0=0, foreach=False),
-        "foreach": ASGD(_parameters(count, numel), lr=1e-3, t0=0, foreach=True),
-        # It moves as many bytes an element, in one pass: what memory allows.
-        "floor": SGD(_parameters(count, numel), lr=1e-3, momentum=0.9, fused=True),
+        "ours": _step(ShardedASGD(_parameters(count, numel), **options)),
+        "for_loop": _step(ASGD(_parameters(count, numel), foreach=False, **options)),
+        "foreach": _step(ASGD(_parameters(count, numel), foreach=True, **options)),
+        "floor": _step(SGD(_parameters(count, numel), lr=1e-3, momentum=0.9 if averaging else 0, fused=True)),
     }
+    if count <= MOST_COMPILED:
+        peer = ASGD(_parameters(count, numel), foreach=False, **options)
+        contestants["compiled"] = torch.compile(_step(peer))
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for step in range(-WARMUP, steps):
-        for name, optimizer in contestants.items():
-            taken = _timed(optimizer)
+        for name, take_step in contestants.items():
+            taken = _timed(take_step)
             if step >= 0:
                 seconds[name].append(taken)
     times = {name: 1e3 * statistics.median(taken) for name, taken in seconds.items()}
+    peers = [name for name in times if name not in ("ours", "floor")]
     return {
         "size": f"{count:,} x {numel:,}",
+        "phase": phase,
+        "compiled": None,
+        "compiled_over_ours": None,
         **{name: round(taken, 2) for name, taken in times.items()},
-        "for_loop_over_ours": round(times["for_loop"] / times["ours"], 1),
-        "foreach_over_ours": round(times["foreach"] / times["ours"], 1),
+        **{f"{name}_over_ours": round(times[name] / times["ours"], 1) for name in peers},
         "ours_over_floor": round(times["ours"] / times["floor"], 2),
         "seconds": seconds,
     }
@@ -90,9 +104,16 @@ def _parameters(count: int, numel: int) -> list[torch.nn.Parameter]:
     return params
 
 
-def _timed(optimizer: Optimizer) -> float:
+def _step(optimizer: Optimizer) -> Callable[[], None]:
+    def take_step() -> None:
+        optimizer.step()
+
+    return take_step
+
+
+def _timed(take_step: Callable[[], None]) -> float:
     start = time.perf_counter()
-    optimizer.step()
+    take_step()
     return time.perf_counter() - start
 
 

@@ -51,7 +51,7 @@ def _each(to_do: list[Bucket], change: Callable[[Bucket], None]) -> None:
     while to_do:
         to_do[0].wait()  # an all-gather that is under way would overwrite the change
         change(to_do[0])
-        to_do[0].start_gather()
+        to_do[0].start_gather(exact=True)
         del to_do[0]
 
 

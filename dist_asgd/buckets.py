@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,11 @@ class Bucket(ABC):
         self.placements = tuple(placements)
         self.dtype, self.device = self.params[0].dtype, self.params[0].device
         self.collectives = collectives if layout.numel else None
-        self.shard = Shard(parameters, layout, self.placements, rank, precision)
+        self.wire = precision.wire(self.dtype)
+        # The same wherever shards are cut; another for another bucket, or another block of the parameters.
+        seed = zlib.crc32(repr((self.names[0], self.placements[0].offsets)).encode())
+        rounding = precision.rounding(self.dtype, self.collectives is not None, seed)
+        self.shard = Shard(parameters, layout, self.placements, rank, precision, rounding)
 
     def requires_grad(self) -> list[bool]:
         return [param.requires_grad for param in self.params]
@@ -109,8 +114,12 @@ class Bucket(ABC):
         """One step of this rank's shard for the parameters that are ``active`` (None: all)."""
 
     @abstractmethod
-    def start_gather(self) -> None:
-        """Starts completing the parameters on every rank from the shards, which have changed. Collective."""
+    def start_gather(self, exact: bool = False) -> None:
+        """Starts completing the parameters on every rank from the shards, which have changed. Collective.
+
+        Args:
+            exact: in the parameters' own dtype, whatever they are rounded to in a step.
+        """
 
     @abstractmethod
     def wait(self, seconds: float | None = None) -> None:

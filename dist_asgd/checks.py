@@ -37,6 +37,8 @@ def check_arguments(
     bucket_bytes: object,
     master_weights: object,
     average_dtype: object,
+    wire_dtype: object,
+    stochastic_rounding: object,
     shard_replicas: object,
     module: object,
     unknown: Mapping[str, object],
@@ -50,14 +52,25 @@ def check_arguments(
         raise TypeError(f"bucket_bytes must be an int, got {bucket_bytes!r}")
     if bucket_bytes <= 0:
         raise ValueError(f"bucket_bytes must be > 0, got {bucket_bytes}")
-    if average_dtype is not None and not (isinstance(average_dtype, torch.dtype) and average_dtype.is_floating_point):
-        raise TypeError(f"average_dtype must be a floating-point torch.dtype or None, got {average_dtype!r}")
+    for name, dtype in (("average_dtype", average_dtype), ("wire_dtype", wire_dtype)):
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"{name} must be a floating-point torch.dtype or None, got {dtype!r}")
+    if isinstance(wire_dtype, torch.dtype) and wire_dtype.itemsize == 1:
+        raise TypeError(f"wire_dtype must be torch.bfloat16, float16, float32 or float64, got {wire_dtype}")
+    if isinstance(wire_dtype, torch.dtype) and wire_dtype.itemsize < 4 and not master_weights:
+        raise ValueError(f"wire_dtype={wire_dtype} rounds parameters, which takes masters: pass master_weights=True")
     if module is not None and not isinstance(module, torch.nn.Module):
         raise TypeError(f"module must be a torch.nn.Module or None, got {module!r}")
     flags = {"find_unused_parameters": find_unused_parameters, "master_weights": master_weights}
-    for name, value in {**flags, "shard_replicas": shard_replicas}.items():
+    flags |= {"shard_replicas": shard_replicas, "stochastic_rounding": stochastic_rounding}
+    for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
+    if stochastic_rounding and master_weights:
+        raise ValueError(
+            "stochastic_rounding is for bf16 parameters without masters: pass master_weights=False. With masters, "
+            "rounding loses nothing"
+        )
 
 
 def clip_arguments(max_norm: Any, norm_type: Any) -> tuple[float, float, Exception | None]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,10 +15,13 @@ from torch import Tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+# Bytes that two ranks exchange by one all-to-all of gloo.
+EXCHANGED = 2 * 2**20
+
 POLL = 0.0002  # seconds
 
 
-def completes_within(work: dist.Work, seconds: float) -> bool:
+def completes_within(work: Transfer, seconds: float) -> bool:
     """Whether ``work`` is complete, on its device too, at the latest after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not work.is_completed():
@@ -26,13 +31,35 @@ def completes_within(work: dist.Work, seconds: float) -> bool:
     return True
 
 
+class Transfer(Protocol):
+    """A collective under way."""
+
+    def is_completed(self) -> bool: ...
+
+    def wait(self) -> object: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Several collectives under way, as one."""
+
+    works: Sequence[dist.Work]
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self.works)
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
 @dataclass(frozen=True, slots=True)
 class Reduction:
     """A reduce-scatter under way. Keeps the buffers of the wire alive until ``finish``."""
 
-    work: dist.Work
-    source: Tensor  # 1-D, world_size shards: this rank's gradients
-    received: Tensor  # gloo: 1-D, this rank's shard from each rank. nccl: 1-D, the sum of this rank's shard
+    work: Transfer
+    source: Tensor  # this rank's gradients
+    parts: Sequence[Tensor]  # of the result, 1-D: this rank's shard from each rank, in order; or their sum alone
     world_size: int
     dtype: torch.dtype  # of the result
 
@@ -43,9 +70,8 @@ class Reduction:
         bucket layout nor on timing.
         """
         self.work.wait()
-        parts = self.received.view(-1, len(self.source) // self.world_size)
-        total = parts[0].to(self.dtype, copy=True)
-        for part in parts[1:]:
+        total = self.parts[0].to(self.dtype, copy=True)
+        for part in self.parts[1:]:
             total.add_(part)
         return total.div_(self.world_size)
 
@@ -67,14 +93,36 @@ class Collectives:
 
     def start_reduce(self, source: Tensor, dtype: torch.dtype) -> Reduction:
         """Starts the mean of ``source`` (1-D, world_size shards, real) over the ranks; each rank gets its shard."""
+        numel = len(source) // self.world_size
         if self._backend() == "gloo":
-            # gloo's reduce-scatter is an all-reduce inside, which sends twice the bytes of this exchange of shards.
-            received = torch.empty_like(source)
-            work = dist.all_to_all_single(received, source, group=self.group, async_op=True)
-        else:
-            received = source.new_empty(len(source) // self.world_size)
-            work = _reduce_scatter(received, source, group=self.group, async_op=True)
-        return Reduction(work, source, received, self.world_size, dtype)
+            parts, work = self._exchange(source.split(numel) if numel else [source] * self.world_size)
+            return Reduction(work, source, parts, self.world_size, dtype)
+        total = source.new_empty(numel)
+        work = _reduce_scatter(total, source, group=self.group, async_op=True)
+        return Reduction(work, source, [total], self.world_size, dtype)
+
+    def _exchange(self, shards: Sequence[Tensor]) -> tuple[list[Tensor], Together]:
+        """Gives each rank its one of ``shards``, and takes mine from each, in rank order.
+
+        gloo's reduce-scatter is an all-reduce inside, which sends twice the bytes. Its all-to-all begins with the
+        sends, so two ranks first send one after the other: a link is busy in both directions only while several are
+        under way. Therefore many small ones, each with one partner to send to and one to receive from.
+        """
+        rank, size = dist.get_rank(self.group), self.world_size
+        parts = [shards[rank] if other == rank else torch.empty_like(shards[rank]) for other in range(size)]
+        most = max(1, EXCHANGED // shards[rank].element_size())
+        works = []
+        for distance in range(1, size):
+            to, origin = (rank + distance) % size, (rank - distance) % size
+            for given, taken in zip(shards[to].split(most), parts[origin].split(most), strict=True):
+                works.append(self._start_pairwise(given, to, taken, origin))
+        return parts, Together(works)
+
+    def _start_pairwise(self, given: Tensor, to: int, taken: Tensor, origin: int) -> dist.Work:
+        sent, received = (
+            [len(given) * (other == partner) for other in range(self.world_size)] for partner in (to, origin)
+        )
+        return dist.all_to_all_single(taken, given, received, sent, group=self.group, async_op=True)
 
     def start_gather(self, buffer: Tensor, shard: Tensor) -> dist.Work:
         """Starts filling ``buffer`` (1-D) with the ``shard`` of every rank; ``shard`` is this rank's part of it."""

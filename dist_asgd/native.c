@@ -1,7 +1,8 @@
 // One step of the rule (see rule.py) in one pass over memory, with the bits of PyTorch's operators.
 //
-// native.py compiles this for one combination of dtypes: PARAM and GRAD are one of F32, F64, BF16, F16, and MASTER is 1
-// where there are masters. It computes in double where PARAM is F64, else in float; averages and masters have that type.
+// native.py compiles this for one combination of dtypes: PARAM, GRAD and ROUNDED are one of F32, F64, BF16, F16. ROUNDED
+// is what parameters are rounded to: PARAM, or narrower. MASTER is 1 where there are masters, STOCHASTIC where rounding
+// goes by chance. It computes in double where PARAM is F64, else in float; averages and masters have that type.
 // -ffp-contract=off is needed: of all products only the two by FMA are fused with a sum, as torch.add(alpha=) does.
 
 #include <math.h>
@@ -41,10 +42,24 @@ static inline bfloat to_bfloat(float value) {  // to the nearest, ties to even
     return (bfloat){(uint16_t)(bits >> 16)};
 }
 
+static inline uint32_t scramble(uint32_t number) {  // the finalizer of MurmurHash3 (Appleby, 2011, public domain)
+    number = (number ^ number >> 16) * 0x85ebca6b;
+    number = (number ^ number >> 13) * 0xc2b2ae35;
+    return number ^ number >> 16;
+}
+
+static inline bfloat to_bfloat_by_chance(float value, uint32_t seed, uint32_t number) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint32_t noise = scramble((number * 0x9e3779b1) ^ seed) & 0xffff;
+    bits = value - value == 0 ? bits + noise : value != value ? 0x7fc00000 : bits;  // infinite ones stay
+    return (bfloat){(uint16_t)(bits >> 16)};
+}
+
 #if PARAM == BF16
 typedef bfloat param_t;
 #define PARAM_TO_REAL from_bfloat
-#define PARAM_OF_REAL to_bfloat
+#define ROUND to_bfloat
 #else
 #if PARAM == F16
 typedef _Float16 param_t;
@@ -52,7 +67,15 @@ typedef _Float16 param_t;
 typedef real param_t;
 #endif
 #define PARAM_TO_REAL (real)
-#define PARAM_OF_REAL (param_t)
+#if ROUNDED == BF16
+#define ROUND(value) from_bfloat(to_bfloat(value))
+#elif ROUNDED == F16
+#define ROUND(value) (param_t)(_Float16)(value)
+#elif ROUNDED == F32
+#define ROUND(value) (param_t)(float)(value)
+#else
+#define ROUND (param_t)
+#endif
 #endif
 
 #if GRAD == BF16
@@ -71,7 +94,7 @@ typedef float grad_t;
 
 typedef struct {
     double shrink, eta, mu, weight_decay;
-    int64_t maximize, averages;
+    int64_t maximize, averages, seed, first;
 } Step;  // as native.py packs it
 
 // What the average does. A constant in each call of step(), as weight decay, so that loops have no branches.
@@ -79,14 +102,14 @@ enum { NO_AVERAGE, BECOMES, MOVES };
 
 static inline __attribute__((always_inline)) void step(
     param_t *restrict param, const grad_t *restrict grad, real *restrict average, real *restrict master, int64_t numel,
-    const Step *s, const int averaging, const int decays) {
+    uint32_t first, const Step *s, const int averaging, const int decays) {
     const real shrink = (real)s->shrink, eta = (real)-s->eta, mu = (real)s->mu, decay = (real)s->weight_decay;
     const real sign = s->maximize ? -1 : 1;
     for (int64_t i = 0; i < numel; i++) {
         real p = PARAM_TO_REAL(param[i]);
 #if MASTER
         // Where somebody has written the parameter, its master is out of date.
-        p = PARAM_TO_REAL(PARAM_OF_REAL(master[i])) == p ? master[i] : p;
+        p = PARAM_TO_REAL(ROUND(master[i])) == p ? master[i] : p;
 #endif
         real g = sign * GRAD_TO_REAL(grad[i]);
         if (decays) g = FMA(p, decay, g);
@@ -97,14 +120,18 @@ static inline __attribute__((always_inline)) void step(
 #if MASTER
         master[i] = p;
 #endif
-        param[i] = PARAM_OF_REAL(p);
+#if STOCHASTIC
+        param[i] = to_bfloat_by_chance(p, (uint32_t)s->seed, first + (uint32_t)i);
+#else
+        param[i] = ROUND(p);
+#endif
     }
 }
 
 static void update_part(
-    param_t *param, const grad_t *grad, real *average, real *master, int64_t numel, const Step *s) {
+    param_t *param, const grad_t *grad, real *average, real *master, int64_t numel, uint32_t first, const Step *s) {
     const int averaging = !s->averages ? NO_AVERAGE : (real)s->mu == 1 ? BECOMES : MOVES;
-#define CASE(averages, decays) step(param, grad, average, master, numel, s, averages, decays)
+#define CASE(averages, decays) step(param, grad, average, master, numel, first, s, averages, decays)
     if (s->weight_decay != 0) {
         if (averaging == NO_AVERAGE) CASE(NO_AVERAGE, 1);
         else if (averaging == BECOMES) CASE(BECOMES, 1);
@@ -133,7 +160,8 @@ static void update_range(const Work *w, int64_t first, int64_t stop) {
         int64_t where = w->starts[k] + from;
         update_part(
             (param_t *)(intptr_t)w->params[k] + from, (const grad_t *)(intptr_t)w->grads[k] + from,
-            w->average ? w->average + where : 0, w->master ? w->master + where : 0, to - from, w->step);
+            w->average ? w->average + where : 0, w->master ? w->master + where : 0, to - from,
+            (uint32_t)(w->step->first + where), w->step);
     }
 }
 

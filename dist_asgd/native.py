@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dist_asgd.parts import Parts
-from dist_asgd.rule import Hyperparameters, Scalars, compute_dtype, low_precision_step_
+from dist_asgd.rule import Hyperparameters, Rounding, Scalars, compute_dtype, low_precision_step_
 
 SOURCE = Path(__file__).with_name("native.c")
 COMPILERS = ("cc", "gcc", "clang")
@@ -41,7 +41,7 @@ _said: set[str] = set()
 
 class _Step(ctypes.Structure):
     _fields_ = [(name, ctypes.c_double) for name in ("shrink", "eta", "mu", "weight_decay")] + [
-        (name, ctypes.c_int64) for name in ("maximize", "averages")
+        (name, ctypes.c_int64) for name in ("maximize", "averages", "seed", "first")
     ]
 
 
@@ -63,9 +63,11 @@ class NativeUpdate:
         master: Tensor | None,
         h: Hyperparameters,
         scalars: Scalars,
+        rounding: Rounding,
     ) -> None:
         shrink = 1 - h.lambd * scalars.eta
-        step = _Step(shrink, scalars.eta, scalars.mu, h.weight_decay, h.maximize, average is not None)
+        flags = (h.maximize, average is not None, rounding.seed or 0, rounding.first)
+        step = _Step(shrink, scalars.eta, scalars.mu, h.weight_decay, *flags)
         tables = (parts.addresses, array("q", map(Tensor.data_ptr, grads)), parts.starts, parts.numels)
         threads = min(torch.get_num_threads(), max(1, parts.numel // GRAIN))
         self._function(
@@ -79,15 +81,23 @@ class NativeUpdate:
 
 
 @functools.cache
-def native_update(param: torch.dtype, grad: torch.dtype, has_master: bool) -> NativeUpdate | None:
-    """For these dtypes; None where there is no compiler, or what it makes has other bits than PyTorch's operators."""
-    if param not in DTYPES or grad not in (param, compute_dtype(param)):
+def native_update(
+    param: torch.dtype, grad: torch.dtype, has_master: bool, rounded: torch.dtype, stochastic: bool
+) -> NativeUpdate | None:
+    """For these dtypes; None where there is no compiler, or what it makes has other bits than PyTorch's operators.
+
+    Args:
+        rounded: as ``Rounding.dtype``.
+        stochastic: ``Rounding.seed`` is not None.
+    """
+    if param not in DTYPES or grad not in (param, compute_dtype(param)) or rounded not in DTYPES:
         return None
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         _say_once(f"no C compiler found ({', '.join(COMPILERS)})")
         return None
     types = [f"-DPARAM={DTYPES[param]}", f"-DGRAD={DTYPES[grad]}", f"-DMASTER={int(has_master)}"]
+    types += [f"-DROUNDED={DTYPES[rounded]}", f"-DSTOCHASTIC={int(stochastic)}"]
     try:
         function = _compiled(compiler, types).update
     except (OSError, subprocess.SubprocessError) as error:
@@ -97,7 +107,7 @@ def native_update(param: torch.dtype, grad: torch.dtype, has_master: bool) -> Na
     function.argtypes = [address, address, address, address, count, address, address, address, count]
     function.restype = None
     update = NativeUpdate(function)
-    if not _has_the_bits(update, param, grad, has_master):
+    if not _has_the_bits(update, param, grad, has_master, Rounding(rounded, 1234 if stochastic else None, 5)):
         _say_once(f"the compiled update of {param} differs from PyTorch's operators on this CPU")
         return None
     return update
@@ -122,7 +132,9 @@ def _say_once(what: str, why: str = "") -> None:
         )
 
 
-def _has_the_bits(update: NativeUpdate, param: torch.dtype, grad: torch.dtype, has_master: bool) -> bool:
+def _has_the_bits(
+    update: NativeUpdate, param: torch.dtype, grad: torch.dtype, has_master: bool, rounding: Rounding
+) -> bool:
     """Whether it does what PyTorch's operators do, as far as all combinations of options on some values can tell."""
     generator, dtype = torch.Generator().manual_seed(0), compute_dtype(param)
     combinations = itertools.product((False, True), (0.0, 0.1), (False, True), (1.0, 0.3))
@@ -132,11 +144,13 @@ def _has_the_bits(update: NativeUpdate, param: torch.dtype, grad: torch.dtype, h
         first, second, average, other = torch.randn(4, CHECKED, dtype=torch.float64, generator=generator).to(dtype)
         p, g = first.to(param), second.to(grad)
         # Half of the masters are those of the parameters, half out of date.
+        p = torch.where(second > 0, p, p.to(rounding.dtype).to(param))  # some have been rounded
         master = torch.where(other > 0, p.to(dtype), other)
         own, expected = ([tensor.clone() for tensor in (p, average, master)] for _ in range(2))
-        update(Parts.of(own[:1]), [g], own[1] if averages else None, own[2] if has_master else None, h, scalars)
+        options = (h, scalars, rounding)
+        update(Parts.of(own[:1]), [g], own[1] if averages else None, own[2] if has_master else None, *options)
         p, average, master = expected
-        low_precision_step_(p, g, average if averages else None, master if has_master else None, h, scalars)
+        low_precision_step_(p, g, average if averages else None, master if has_master else None, *options)
         if not all(map(torch.equal, own, expected)):
             return False
     return True

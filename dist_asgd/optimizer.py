@@ -32,7 +32,7 @@ from dist_asgd.reducer import PATIENCE, Reducer
 from dist_asgd.replicas import Replicas
 from dist_asgd.settlement import Settlement
 from dist_asgd.shards import Precision
-from dist_asgd.state import TORCH_OPTIONS, StateView, full_state_dict, plan_load, sharded_state_dict
+from dist_asgd.state import TORCH_OPTIONS, StateView, full_state_dict, passed_through, plan_load, sharded_state_dict
 
 
 class ShardedASGD(torch.optim.Optimizer):
@@ -63,6 +63,10 @@ class ShardedASGD(torch.optim.Optimizer):
         master_weights: keep fp32 masters of bf16 and fp16 parameters. Without, the update is still computed in fp32 and
             rounded once.
         average_dtype: dtype of ``ax``; None for fp32 or the parameter's dtype, whichever is wider.
+        wire_dtype: in which gradients of plain parameters are sent, and parameters if it is narrower than theirs:
+            ``torch.bfloat16`` halves the bytes. Sums are fp32; parameters become roundings of fp32 masters.
+        stochastic_rounding: round bf16 parameters without masters up or down by chance, so that steps much smaller than
+            their last bit still add up.
         shard_replicas: share the state of a DTensor among the ranks that have the same of it; False: each keeps all.
         module: the model. Given, ``step()`` returns while the all-gather of plain parameters is under way, and modules
             wait before their forward, the members of ``ModuleList``s and ``Sequential``s for their own parameters. Call
@@ -88,24 +92,26 @@ class ShardedASGD(torch.optim.Optimizer):
         bucket_bytes: int = 25 * 2**20,
         master_weights: bool = True,
         average_dtype: torch.dtype | None = None,
+        wire_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
         shard_replicas: bool = True,
         module: nn.Module | None = None,
         **unknown: NoReturn,  # refused in the body, where every rank hears of it
     ) -> None:
-        group = default_group(process_group)
-        agreement = self._agreement = Agreement(group)
+        agreement = self._agreement = Agreement(group := default_group(process_group))
         arguments: dict[str, Any] = {"gradients": gradients, "find_unused_parameters": find_unused_parameters}
-        arguments |= {"bucket_bytes": bucket_bytes, "master_weights": master_weights}
-        arguments |= {"average_dtype": average_dtype, "shard_replicas": shard_replicas}
+        arguments |= {"bucket_bytes": bucket_bytes, "master_weights": master_weights, "shard_replicas": shard_replicas}
+        dtypes = {"average_dtype": average_dtype, "wire_dtype": wire_dtype}
+        arguments |= {**dtypes, "stochastic_rounding": stochastic_rounding}
         self._buckets: list[list[Bucket]] = []  # by group
         self._params: list[list[Tensor]] = []  # by group, as they were added
         self._reducer, self._waits, self._modules = Reducer(), ForwardWaits(module), ParallelModules(module)
         self._alone, self._arguments, self._built, self._swapped = group is None, arguments, False, False
         self._settlement = Settlement(agreement, self._reducer, self._waits, find_unused_parameters)
         self._replicas = Replicas(agreement, group, shard_replicas)
-        own_group, precision = group_of_its_own(group), Precision(master_weights, average_dtype)
-        reducing = weakref.proxy(self._settlement)
-        self._setting = Setting(agreement.rank, agreement.world_size, own_group, precision, bucket_bytes, reducing)
+        ranks = (agreement.rank, agreement.world_size, group_of_its_own(group))
+        precision = Precision(master_weights, average_dtype, wire_dtype, stochastic_rounding)
+        self._setting = Setting(*ranks, precision, bucket_bytes, weakref.proxy(self._settlement))
         with agreement.together("ShardedASGD()"):
             check_arguments(**arguments, module=module, unknown=unknown)
             options = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
@@ -155,13 +161,14 @@ class ShardedASGD(torch.optim.Optimizer):
                 loss = closure()
         settled = self._settlement.settle("step()", self.param_groups, self._all_buckets(), self._misuse())
         self._settlement.warn_if_orphaned(settled)
-        for h, buckets in zip(settled.options, self._buckets, strict=True):
-            for bucket in buckets:
-                flags = settled.active[bucket]
-                if any(flags):
-                    bucket.update(h, None if all(flags) else flags)
-                if any(flags) or bucket.always_gathers:
-                    bucket.start_gather()
+        options = [h for h, buckets in zip(settled.options, self._buckets, strict=True) for _ in buckets]
+        # From the last: its parameters are those that the next forward asks for first.
+        for h, bucket in reversed(list(zip(options, self._all_buckets(), strict=True))):
+            flags = settled.active[bucket]
+            if any(flags):
+                bucket.update(h, None if all(flags) else flags)
+            if any(flags) or bucket.always_gathers:
+                bucket.start_gather()
         for bucket in self._all_buckets():
             if not self._waits.covers(bucket):
                 bucket.wait()
@@ -264,9 +271,7 @@ class ShardedASGD(torch.optim.Optimizer):
         for bucket in self._all_buckets():
             bucket.check_parameters()
         state_dict = sharded_state_dict(self.param_groups, self._buckets)
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = _given(post_hook(self, state_dict), state_dict)
-        return state_dict
+        return passed_through(self._optimizer_state_dict_post_hooks, self, state_dict)
 
     def full_state_dict(self) -> dict[str, Any]:
         """A plain ``torch.optim.ASGD`` state dict of whole CPU tensors on rank 0, ``{}`` on the others. Collective."""
@@ -294,10 +299,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def _before_load(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         check_state_dict(state_dict)
-        loaded = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            loaded = _given(pre_hook(self, loaded), loaded)
-        return loaded
+        return passed_through(self._optimizer_load_state_dict_pre_hooks, self, dict(state_dict))
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -343,8 +345,3 @@ class ShardedASGD(torch.optim.Optimizer):
             self._waits.attach(buckets)
             self._reducer.add(buckets)
         self._settlement.start_again()
-
-
-def _given(result: Any, default: Any) -> Any:
-    """What a hook returned, if anything."""
-    return default if result is None else result

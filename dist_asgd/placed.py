@@ -25,12 +25,12 @@ from dist_asgd.buckets import Bucket, Setting, describe, require_dense, require_
 from dist_asgd.collectives import completes_within
 from dist_asgd.gradients import PlacedGradient
 from dist_asgd.hooks import register_hook, remove_hooks
-from dist_asgd.layout import BucketLayout, Piece, plan_buckets
+from dist_asgd.layout import BucketLayout, Piece
 from dist_asgd.local import PlacedParameters, gradient_is_placed, local_gradient, local_of, place_gradient
 from dist_asgd.packing import Batch, Batches, Packer
 from dist_asgd.parts import as_real
 from dist_asgd.pieces import Placement, local_tensor
-from dist_asgd.replicas import Family, Replicas, Sharing, family_of
+from dist_asgd.replicas import Sharing, family_of
 from dist_asgd.rule import Hyperparameters
 from dist_asgd.shards import Run
 from dist_asgd.update import FlatSlice, PartsSlice, UpdateSlice
@@ -216,12 +216,12 @@ class PlacedBucket(Bucket):
                 self._packer.part(batch, param, flats)
 
     @torch.no_grad()
-    def start_gather(self) -> None:
+    def start_gather(self, exact: bool = False) -> None:
         if self.collectives is None:
             return
         if len(self._in_flight) == MAX_IN_FLIGHT:  # more, once another rank has let this one wait in vain
             self._in_flight[0].wait(PATIENCE)
-        received = torch.empty(self.layout.numel, dtype=self.dtype, device=self.device)
+        received = torch.empty(self.layout.numel, dtype=self.dtype if exact else self.wire, device=self.device)
         own = received[self.shard.start : self.shard.stop]
         own.copy_(self._parameters.read())
         self._gather = self.collectives.start_gather(as_real(received), as_real(own))
@@ -235,29 +235,10 @@ class PlacedBucket(Bucket):
         self._gather.wait()
         if self._received is not None:
             flats = [self._parameters.flats[position] for position in self._whole.positions]
-            self._packer.part(self._whole, self._received[self._whole.start : self._whole.stop], flats)
+            values = self._received[self._whole.start : self._whole.stop].to(self.dtype)
+            self._packer.part(self._whole, values, flats)
         self._in_flight.remove(self)
         self._gather = self._received = None
-
-
-def build_placed(named: Mapping[Tensor, str], setting: Setting, replicas: Replicas) -> list[PlacedBucket]:
-    """Buckets for the DTensors and slices, with their names, of one group. Collective."""
-    sharing = replicas.find({param: name for param, name in named.items() if isinstance(param, DTensor)})
-    kinds: dict[tuple[Family | None, torch.device, torch.dtype], list[Tensor]] = {}
-    for param in named:
-        family = family_of(param) if isinstance(param, DTensor) else None
-        kinds.setdefault((family, param.device, param.dtype), []).append(param)
-    buckets: list[PlacedBucket] = []
-    in_flight: deque[PlacedBucket] = deque()
-    for (family, device, dtype), params in kinds.items():
-        own = None if family is None else sharing[family]
-        collectives = None if own is None else own.collectives(device)
-        world_size = 1 if collectives is None else collectives.world_size
-        numels = [local_of(param).numel() for param in params]
-        for layout in plan_buckets(numels, world_size=world_size, max_numel=setting.bucket_bytes // dtype.itemsize):
-            of_bucket = {params[span.index]: named[params[span.index]] for span in layout.spans}
-            buckets.append(PlacedBucket(of_bucket, layout, setting, own, in_flight))
-    return buckets
 
 
 def _hook(bucket: weakref.ref[PlacedBucket]) -> Callable[[Tensor], None]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from dist_asgd.buckets import Bucket, Setting, describe, require_dense, require_fitting
 from dist_asgd.collectives import Collectives, Reduction, completes_within
 from dist_asgd.gradients import GradientPiece
-from dist_asgd.layout import BucketLayout, Piece, Span, plan_buckets
+from dist_asgd.layout import BucketLayout, Piece, Span
 from dist_asgd.packing import Batches, Packer
 from dist_asgd.parts import as_real
 from dist_asgd.pieces import Placement
@@ -88,6 +88,7 @@ class ReplicatedBucket(Bucket):
         if collectives is not None and not self.reduces:
             self.mirrors = tuple(range(collectives.world_size))
         self._addresses = [param.data_ptr() for param in self.params]
+        self._gradient_wire = setting.precision.gradient_wire(self.dtype)
         self._shapes = [placement.shape for placement in placements]
         self._all_plain = False  # what the last check of gradients found
         self._owned = list(self.shard.pieces.values())
@@ -95,6 +96,7 @@ class ReplicatedBucket(Bucket):
         self.gradient_pieces = [GradientPiece(self, i, param) for i, param in enumerate(self.params)] if reduces else []
         self._reductions: deque[tuple[int, Reduction]] = deque()  # under way, in order, each with its pass
         self._gather: dist.Work | None = None
+        self._received: Tensor | None = None  # by it, where parameters travel in another dtype
         self._packer = Packer(layout, self.placements, self.buffer)
         self._batches = Batches(self._owned, layout, self.device, parameters.own if self.shard.fuses else None)
 
@@ -112,17 +114,25 @@ class ReplicatedBucket(Bucket):
                 require_fitting(name, param, self.dtype, self.device, self.placements[position].shape)
                 self._attach(param, self.placements[position], self.layout.spans[position])
 
-    def start_gather(self) -> None:
+    def start_gather(self, exact: bool = False) -> None:
         # The views do not share the buffer's version counter; with it, autograd refuses a backward through old values.
         torch.autograd.graph.increment_version(self.params)
-        if self.collectives is not None:
-            self._gather = self.collectives.start_gather(as_real(self.buffer), as_real(self.shard.parameters.read()))
+        if self.collectives is None:
+            return
+        own, whole = self.shard.parameters.read(), self.buffer
+        if self.wire != self.dtype and not exact:
+            whole = self._received = torch.empty_like(self.buffer, dtype=self.wire)
+            own = whole[self.shard.start : self.shard.stop].copy_(own)
+        self._gather = self.collectives.start_gather(as_real(whole), as_real(own))
 
     def wait(self, seconds: float | None = None) -> None:
         if self._gather is None or not (seconds is None or completes_within(self._gather, seconds)):
             return
         self._gather.wait()
-        self._gather = None
+        if self._received is not None:
+            with torch.no_grad():
+                self.buffer.copy_(self._received)
+        self._gather = self._received = None
 
     def _attach(self, param: Tensor, placement: Placement, span: Span) -> None:
         view = placement.view(self.buffer[span.start : span.stop])
@@ -236,10 +246,10 @@ class ReplicatedBucket(Bucket):
             if grad is not None or param.requires_grad:
                 param.grad = piece
         if self.collectives is not None:
-            source = self.buffer.new_empty(self.layout.numel)
+            source = torch.empty_like(self.buffer, dtype=self._gradient_wire)
             self._packer.pack(range(len(grads)), grads, 0, source)
-            real = as_real(source)
-            self._reductions.append((number, self.collectives.start_reduce(real, compute_dtype(real.dtype))))
+            dtype = compute_dtype(self.dtype.to_real())
+            self._reductions.append((number, self.collectives.start_reduce(as_real(source), dtype)))
 
     def reduces_within(self, seconds: float) -> bool:
         """Whether the oldest reduction under way is complete, at the latest after ``seconds``."""
@@ -338,21 +348,3 @@ class ReplicatedBucket(Bucket):
                 continue
             param = self.shard.parameters.read(slice(batch.start, batch.stop))
             yield FlatSlice(batch.start, param, self._packer.join(batch, grads))
-
-
-def build_replicated(named: Mapping[Tensor, str], setting: Setting, reduces: bool) -> list[ReplicatedBucket]:
-    """Buckets for the parameters, with their names, of one group: apart by device and dtype. Collective."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for param in named:
-        kinds.setdefault((param.device, param.dtype), []).append(param)
-    buckets = []
-    for (device, dtype), params in kinds.items():
-        collectives = None if setting.group is None else Collectives(setting.group, device.type)
-        numels = [param.numel() for param in params]
-        for layout in plan_buckets(
-            numels, world_size=setting.world_size, max_numel=setting.bucket_bytes // dtype.itemsize
-        ):
-            of_bucket = [params[span.index] for span in layout.spans]
-            names = {param: named[param] for param in of_bucket}
-            buckets.append(ReplicatedBucket(names, layout, setting, collectives, reduces))
-    return buckets

@@ -107,23 +107,68 @@ def asgd_step_(
         average_step_(average, param, scalars.mu)
 
 
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How parameters are made of what was computed.
+
+    Attributes:
+        dtype: real: the parameters' own, or a narrower one in which they travel, where there are masters.
+        seed: None to round to the nearest; else to the value above or below by chance, so that the mean of many
+            roundings is right (stochastic rounding). Of bf16 parameters without masters.
+        first: number of the first element: equal numbers and seeds make equal choices, on whatever device.
+    """
+
+    dtype: torch.dtype
+    seed: int | None = None
+    first: int = 0
+
+    def at(self, first: int, step: int) -> Rounding:
+        """For the elements from ``first`` on, in one step."""
+        return self if self.seed is None else Rounding(self.dtype, scramble(self.seed + step), first)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """``values``, in compute_dtype, as they can be in ``dtype``."""
+        return values.to(self.dtype) if self.seed is None else stochastically(values, self.seed, self.first)
+
+
 def low_precision_step_(
-    param: Tensor,  # any shape and real dtype; updated in place
-    grad: Tensor,  # same shape, any real dtype; only read
+    param: Tensor,  # 1-D, of any real dtype; updated in place
+    grad: Tensor,  # same length, any real dtype; only read
     average: Tensor | None,
-    master: Tensor | None,  # same shape, in compute_dtype; updated in place. None for no master
+    master: Tensor | None,  # same length, in compute_dtype; updated in place. None for no master
     h: Hyperparameters,
     scalars: Scalars,
+    rounding: Rounding,
 ) -> None:
     """The same in ``compute_dtype``: on the ``master``, of which ``param`` then is the rounding, or rounded once.
 
     A master whose rounding no longer is the parameter (somebody wrote the parameter) first takes the parameter's value.
     """
     dtype = compute_dtype(param.dtype)
-    work = param.to(dtype) if master is None else followed(master, param, out=master)
+    work = param.to(dtype) if master is None else followed(master, param, rounding.dtype, out=master)
     asgd_step_(work, grad.to(dtype), average, h, scalars)
     if work is not param:
-        param.copy_(work)
+        param.copy_(rounding(work))
+
+
+def scramble(number: int) -> int:
+    """32 bits that look random: the finalizer of MurmurHash3 (Appleby, 2011, public domain), as in native.c."""
+    number &= 0xFFFFFFFF
+    number = ((number ^ number >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
+    number = ((number ^ number >> 13) * 0xC2B2AE35) & 0xFFFFFFFF
+    return number ^ number >> 16
+
+
+def stochastically(values: Tensor, seed: int, first: int) -> Tensor:
+    """fp32 ``values``, 1-D, as bf16: up with the probability of the fraction that is cut off."""
+    number = torch.arange(first, first + len(values), device=values.device)
+    # The low 32 bits of a product are right whatever becomes of the others.
+    number = (number * 0x9E3779B1 ^ seed) & 0xFFFFFFFF
+    number = ((number ^ number >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
+    number = ((number ^ number >> 13) * 0xC2B2AE35) & 0xFFFFFFFF
+    noise = (number ^ number >> 16) & 0xFFFF
+    cut = ((values.view(torch.int32) + noise.to(torch.int32)) & ~0xFFFF).view(torch.float32)
+    return torch.where(values.isfinite(), cut, values).to(torch.bfloat16)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -131,9 +176,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def followed(master: Tensor, param: Tensor, out: Tensor | None = None) -> Tensor:
-    """``master``, but ``param`` where that no longer is its rounding."""
-    return torch.where(master.to(param.dtype) == param, master, param.to(master.dtype), out=out)
+def followed(master: Tensor, param: Tensor, rounding: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """``master``, but ``param`` where that no longer is its ``rounding``."""
+    return torch.where(master.to(rounding) == param, master, param.to(master.dtype), out=out)
 
 
 def average_step_(average: Tensor, iterate: Tensor, mu: float) -> None:

@@ -23,19 +23,35 @@ from torch.distributed.tensor import DTensor
 
 from dist_asgd.layout import BucketLayout, Piece
 from dist_asgd.pieces import Placement, StatePiece
-from dist_asgd.rule import Hyperparameters, Scalars, compute_dtype, first_scalars, followed, next_scalars
+from dist_asgd.rule import Hyperparameters, Rounding, Scalars, compute_dtype, first_scalars, followed, next_scalars
 from dist_asgd.update import UpdateSlice, can_fuse
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Which state low-precision parameters get. ``average_dtype`` None: fp32 or the parameter's, whichever is wider."""
+    """What is kept and sent in which dtype; the options of the optimizer."""
 
     master_weights: bool
-    average_dtype: torch.dtype | None
+    average_dtype: torch.dtype | None  # None: fp32 or the parameter's, whichever is wider
+    wire_dtype: torch.dtype | None
+    stochastic_rounding: bool
 
-    def needs_master(self, dtype: torch.dtype) -> bool:
-        return self.master_weights and compute_dtype(dtype) != dtype
+    def needs_master(self, dtype: torch.dtype, rounded: torch.dtype) -> bool:
+        return self.master_weights and compute_dtype(dtype.to_real()) != rounded
+
+    def gradient_wire(self, dtype: torch.dtype) -> torch.dtype:
+        """In which gradients of parameters of ``dtype`` travel."""
+        return dtype if self.wire_dtype is None or dtype.is_complex else self.wire_dtype
+
+    def wire(self, dtype: torch.dtype) -> torch.dtype:
+        """In which the parameters travel."""
+        wire = self.gradient_wire(dtype)
+        return wire if wire.itemsize < dtype.itemsize else dtype
+
+    def rounding(self, dtype: torch.dtype, travels: bool, seed: int) -> Rounding:
+        """Of parameters of ``dtype`` that are sent to other ranks, or are not."""
+        by_chance = self.stochastic_rounding and dtype == torch.bfloat16
+        return Rounding((self.wire(dtype) if travels else dtype).to_real(), seed if by_chance else None)
 
     def average(self, dtype: torch.dtype) -> torch.dtype:
         if self.average_dtype is None:
@@ -79,6 +95,7 @@ class Shard:
         layout: of the bucket.
         placements: of the parameters, by position in ``layout.spans``.
         rank: whose shard it is.
+        rounding: of the parameters, the first in ``layout`` being number 0.
     """
 
     def __init__(
@@ -88,18 +105,19 @@ class Shard:
         placements: Sequence[Placement],
         rank: int,
         precision: Precision,
+        rounding: Rounding,
     ) -> None:
-        self.parameters, self.dtype = parameters, parameters.dtype
+        self.parameters, self.dtype, self.rounding = parameters, parameters.dtype, rounding
         self.layout, self.placements = layout, tuple(placements)
         self.start, self.stop = layout.shard(rank)
         self.pieces: dict[int, Piece] = {piece.position: piece for piece in layout.pieces(rank)}
         self.master: Tensor | None = None
-        if precision.needs_master(self.dtype):
-            self.master = parameters.read().to(compute_dtype(self.dtype))
+        if precision.needs_master(self.dtype, rounding.dtype):
+            self.master = parameters.read().to(compute_dtype(self.dtype), copy=True)
         self.average: Tensor | None = None
         self.average_dtype = precision.average(self.dtype)
         # Whether its parameters are updated in one pass, wherever they lie.
-        self.fuses = can_fuse(parameters.device, self.dtype, self.average_dtype, self.master is not None)
+        self.fuses = can_fuse(parameters.device, self.dtype, self.average_dtype, self.master is not None, rounding)
         self._raw: Tensor | None = None  # the parameters themselves while their averages are swapped in
         self.runs = [Run(0, len(self.placements), Scalars(step=0, eta=0.0, mu=1.0))]
 
@@ -129,7 +147,8 @@ class Shard:
         for part in slices:
             where = slice(part.start, part.stop)
             average = None if self.average is None else self.average[where]
-            part.update_(average, None if self.master is None else self.master[where], h, scalars)
+            rounding = self.rounding.at(self.start + part.start, scalars.step)
+            part.update_(average, None if self.master is None else self.master[where], h, scalars, rounding)
         following = next_scalars(h, scalars.step + 1)
         if following.mu != 1 and self.average is None:
             # Now, not in the next step: what is written to the parameters in between is no part of the average.
@@ -163,7 +182,7 @@ class Shard:
     def _iterate(self, where: slice = slice(None)) -> Tensor:
         """What training has made of the parameters; of masters, if any, a copy: looking changes nothing."""
         param = self.parameters.read(where) if self._raw is None else self._raw[where]
-        return param if self.master is None else followed(self.master[where], param)
+        return param if self.master is None else followed(self.master[where], param, self.rounding.dtype)
 
     # State dicts -----------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,3 +209,11 @@ def _loaded_options(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[
     options = copy.deepcopy({key: value for key, value in saved.items() if key not in kept})
     Hyperparameters.of({**group, **options})  # raises where they are out of range
     return options
+
+
+def passed_through(hooks: Mapping[int, Callable[..., Any]], optimizer: Any, state_dict: Any) -> Any:
+    """The state dict after torch's hooks, each of which changes it or returns another."""
+    for hook in hooks.values():
+        returned = hook(optimizer, state_dict)
+        state_dict = state_dict if returned is None else returned
+    return state_dict

@@ -7,7 +7,7 @@ stay in cache. Both have the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_asgd.native import native_update
 from dist_asgd.parts import Parts, as_real
-from dist_asgd.rule import Hyperparameters, Scalars, compute_dtype, low_precision_step_
+from dist_asgd.rule import Hyperparameters, Rounding, Scalars, compute_dtype, low_precision_step_
 
 # CPU operators are walked in blocks of about this many elements for each thread: parameter, gradient, average and
 # temporaries of a block (512 KiB each in fp32) stay in a core's cache between the operators, which is twice as fast as
@@ -35,22 +35,30 @@ class FusedUpdate(Protocol):
         master: Tensor | None,  # the same
         h: Hyperparameters,
         scalars: Scalars,
+        rounding: Rounding,  # of the element whose place in parts.starts is 0
     ) -> None: ...
 
 
 def fused_update(
-    device: torch.device, param: torch.dtype, grad: torch.dtype, average: torch.dtype | None, has_master: bool
+    device: torch.device,
+    param: torch.dtype,
+    grad: torch.dtype,
+    average: torch.dtype | None,
+    has_master: bool,
+    rounding: Rounding,
 ) -> FusedUpdate | None:
     """For these dtypes, of real numbers; None where there is none. ``average`` None: no average."""
     dtype = compute_dtype(param)
     if device.type != "cpu" or average not in (None, dtype) or grad not in (param, dtype):
         return None
-    return native_update(param, grad, has_master)
+    return native_update(param, grad, has_master, rounding.dtype, rounding.seed is not None)
 
 
-def can_fuse(device: torch.device, param: torch.dtype, average: torch.dtype, has_master: bool) -> bool:
+def can_fuse(
+    device: torch.device, param: torch.dtype, average: torch.dtype, has_master: bool, rounding: Rounding
+) -> bool:
     """Whether parameters of a dtype, which may be complex, are updated in one pass wherever they lie."""
-    return fused_update(device, param.to_real(), param.to_real(), average.to_real(), has_master) is not None
+    return fused_update(device, param.to_real(), param.to_real(), average.to_real(), has_master, rounding) is not None
 
 
 class UpdateSlice(Protocol):
@@ -63,8 +71,18 @@ class UpdateSlice(Protocol):
     @property
     def stop(self) -> int: ...
 
-    def update_(self, average: Tensor | None, master: Tensor | None, h: Hyperparameters, scalars: Scalars) -> None:
-        """One step; ``average`` and ``master`` are those of ``[start, stop)``, 1-D, and are updated as well."""
+    def update_(
+        self,
+        average: Tensor | None,
+        master: Tensor | None,
+        h: Hyperparameters,
+        scalars: Scalars,
+        rounding: Rounding,
+    ) -> None:
+        """One step; ``average`` and ``master`` are those of ``[start, stop)``, 1-D, and are updated as well.
+
+        ``rounding`` is that of the element at ``start``.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +94,22 @@ class PartsSlice:
     parts: Parts
     grads: Sequence[Tensor]  # of each part: contiguous, as many elements, of one dtype: the parts' or compute_dtype
 
-    def update_(self, average: Tensor | None, master: Tensor | None, h: Hyperparameters, scalars: Scalars) -> None:
+    def update_(
+        self,
+        average: Tensor | None,
+        master: Tensor | None,
+        h: Hyperparameters,
+        scalars: Scalars,
+        rounding: Rounding,
+    ) -> None:
         average = None if average is None else as_real(average)
         master = None if master is None else as_real(master)
         param, grad = self.parts.tensors[0], self.grads[0]
         average_dtype = None if average is None else average.dtype
-        fused = fused_update(param.device, param.dtype, grad.dtype, average_dtype, master is not None)
+        fused = fused_update(param.device, param.dtype, grad.dtype, average_dtype, master is not None, rounding)
         if fused is None:
             raise RuntimeError(f"no update in one pass of {param.dtype} on {param.device}, and none else was prepared")
-        fused(self.parts, self.grads, average, master, h, scalars)
+        fused(self.parts, self.grads, average, master, h, scalars, rounding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +124,15 @@ class FlatSlice:
     def stop(self) -> int:
         return self.start + self.grad.numel()
 
-    def update_(self, average: Tensor | None, master: Tensor | None, h: Hyperparameters, scalars: Scalars) -> None:
-        update_(self.param, self.grad, average, master, h, scalars)
+    def update_(
+        self,
+        average: Tensor | None,
+        master: Tensor | None,
+        h: Hyperparameters,
+        scalars: Scalars,
+        rounding: Rounding,
+    ) -> None:
+        update_(self.param, self.grad, average, master, h, scalars, rounding)
 
 
 def update_(
@@ -110,32 +142,40 @@ def update_(
     master: Tensor | None,  # 1-D, same length, in compute_dtype; updated in place. None for no master
     h: Hyperparameters,
     scalars: Scalars,
+    rounding: Rounding,
 ) -> None:
     """One step of one slice whose elements share ``scalars``; masters and low precision as in low_precision_step_."""
     param, grad = as_real(param), as_real(grad)
     average = None if average is None else as_real(average)
     master = None if master is None else as_real(master)
     average_dtype = None if average is None else average.dtype
-    fused = fused_update(param.device, param.dtype, grad.dtype, average_dtype, master is not None)
+    fused = fused_update(param.device, param.dtype, grad.dtype, average_dtype, master is not None, rounding)
     if fused is not None and grad.is_contiguous():
-        fused(Parts.of([param]), [grad], average, master, h, scalars)
+        fused(Parts.of([param]), [grad], average, master, h, scalars, rounding)
     else:
-        update_blocks_(param, grad, average, master, h, scalars)
+        update_blocks_(param, grad, average, master, h, scalars, rounding)
 
 
 def update_blocks_(
-    param: Tensor, grad: Tensor, average: Tensor | None, master: Tensor | None, h: Hyperparameters, scalars: Scalars
+    param: Tensor,
+    grad: Tensor,
+    average: Tensor | None,
+    master: Tensor | None,
+    h: Hyperparameters,
+    scalars: Scalars,
+    rounding: Rounding,
 ) -> None:
     """The same by PyTorch's operators, of real numbers."""
     size = block_size(param.numel(), param.device)
     if param.numel() <= size:
-        low_precision_step_(param, grad, average, master, h, scalars)
+        low_precision_step_(param, grad, average, master, h, scalars, rounding)
         return
     params = param.split(size)  # all at once: a slice costs as much as a small operator
     averages = [None] * len(params) if average is None else average.split(size)
     masters = [None] * len(params) if master is None else master.split(size)
-    for blocks in zip(params, grad.split(size), averages, masters, strict=True):
-        low_precision_step_(*blocks, h, scalars)
+    for number, blocks in enumerate(zip(params, grad.split(size), averages, masters, strict=True)):
+        own = replace(rounding, first=rounding.first + number * size)
+        low_precision_step_(*blocks, h, scalars, own)
 
 
 def block_size(numel: int, device: torch.device) -> int:

@@ -15,8 +15,8 @@ from dist_asgd.native import native_update  # noqa: E402
 
 # Compiled once, here: forked ranks have it, and need not compile it each for itself.
 for dtype in (torch.float32, torch.float64):
-    native_update(dtype, dtype, False)
+    native_update(dtype, dtype, False, dtype, False)
 for dtype in (torch.bfloat16, torch.float16):
     for gradient in (dtype, torch.float32):
-        native_update(dtype, gradient, True)
-        native_update(dtype, gradient, False)
+        native_update(dtype, gradient, True, dtype, False)
+        native_update(dtype, gradient, False, dtype, False)

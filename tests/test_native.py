@@ -1,11 +1,13 @@
 """The update in one pass over memory: its bits, and what happens where it cannot be had."""
 
 import itertools
+import shutil
 import stat
 import subprocess
 import sys
 import textwrap
 from array import array
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,17 +16,22 @@ import torch
 from dist_asgd import ShardedASGD
 from dist_asgd.native import native_update
 from dist_asgd.parts import Parts
-from dist_asgd.rule import Hyperparameters, Scalars, compute_dtype, low_precision_step_
+from dist_asgd.rule import Hyperparameters, Rounding, Scalars, compute_dtype, low_precision_step_
 from oracle import MIXED, PLAIN, Pair, make_parameters, random_gradients
 from ranks import run_alone, run_ranks
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CASES = [
-    (param, grad, has_master)
+    (param, grad, has_master, Rounding(param))
     for param in DTYPES
     for grad in dict.fromkeys((param, compute_dtype(param)))
     for has_master in ((False, True) if compute_dtype(param) != param else (False,))
 ]
+# Parameters that travel in a narrower dtype, and those that are rounded by chance.
+CASES += [(torch.float32, torch.float32, True, Rounding(wire)) for wire in (torch.bfloat16, torch.float16)]
+CASES += [(torch.float64, torch.float64, True, Rounding(wire)) for wire in (torch.bfloat16, torch.float32)]
+BY_CHANCE = Rounding(torch.bfloat16, 77, 2**32 - 50)
+CASES += [(torch.bfloat16, grad, False, BY_CHANCE) for grad in (torch.bfloat16, torch.float32)]
 # One lies across the middle of all, where the work of two threads meets; some are empty or no multiple of a vector.
 SIZES = [1, 0, 33, 64, 40_001, 7, 31, 0, 4096, 30_000]
 
@@ -36,11 +43,11 @@ def scattered(dtype: torch.dtype, generator: torch.Generator) -> list[torch.Tens
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("param", "grad", "has_master"), CASES)
+@pytest.mark.parametrize(("param", "grad", "has_master", "rounding"), CASES, ids=str)
 def test_one_pass_has_the_bits_of_the_operators(
-    param: torch.dtype, grad: torch.dtype, has_master: bool, threads: int
+    param: torch.dtype, grad: torch.dtype, has_master: bool, rounding: Rounding, threads: int
 ) -> None:
-    update = native_update(param, grad, has_master)
+    update = native_update(param, grad, has_master, rounding.dtype, rounding.seed is not None)
     if update is None:
         pytest.skip("NO C COMPILER HERE, or one that makes other bits: the update in one pass was not tested")
 
@@ -53,6 +60,8 @@ def test_one_pass_has_the_bits_of_the_operators(
             h = Hyperparameters(lr=0.1, lambd=lambd, alpha=0.75, t0=0.0, weight_decay=decay, maximize=maximize)
             scalars = Scalars(step=3, eta=0.07, mu=mu)
             params, grads = scattered(param, generator), scattered(grad, generator)
+            for p in params[::3]:  # what the last step has left
+                p.copy_(p.to(rounding.dtype))
             average, other = torch.randn(2, starts[-1], generator=generator).to(wide)
             master = other.clone()
             for p, start in zip(params, starts, strict=False):  # some follow their parameters, some are out of date
@@ -62,9 +71,10 @@ def test_one_pass_has_the_bits_of_the_operators(
             for p, g, start in zip(expected_params, grads, starts, strict=False):
                 where = slice(start, start + len(p))
                 own = expected_average[where] if averages else None
-                low_precision_step_(p, g, own, expected_master[where] if has_master else None, h, scalars)
+                master_of = expected_master[where] if has_master else None
+                low_precision_step_(p, g, own, master_of, h, scalars, replace(rounding, first=rounding.first + start))
             parts = Parts.of(params, starts[:-1])
-            update(parts, grads, average if averages else None, master if has_master else None, h, scalars)
+            update(parts, grads, average if averages else None, master if has_master else None, h, scalars, rounding)
             for got, wanted in zip(params, expected_params, strict=True):
                 assert torch.equal(got, wanted), h
             assert torch.equal(average, expected_average) and torch.equal(master, expected_master), h
@@ -73,8 +83,8 @@ def test_one_pass_has_the_bits_of_the_operators(
 
 
 def test_without_a_fitting_dtype_there_is_none() -> None:
-    assert native_update(torch.float32, torch.float16, False) is None
-    assert native_update(torch.complex64, torch.complex64, False) is None
+    assert native_update(torch.float32, torch.float16, False, torch.float32, False) is None
+    assert native_update(torch.complex64, torch.complex64, False, torch.complex64, False) is None
 
 
 def test_addresses_are_those_of_the_elements() -> None:
@@ -119,7 +129,7 @@ PROGRAM = textwrap.dedent("""
 def test_without_a_compiler_that_does_it_operators_do_and_it_is_said_once(
     tmp_path: Path, compiler: str | None, said: str
 ) -> None:
-    if compiler is not None and "gcc" in compiler and native_update(torch.float32, torch.float32, False) is None:
+    if compiler is not None and "gcc" in compiler and shutil.which("gcc") is None:
         pytest.skip("NO C COMPILER HERE")
     if compiler is not None:
         (tmp_path / "cc").write_text(f"#!/bin/sh\n{compiler}\n")

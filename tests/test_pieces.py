@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from dist_asgd.layout import UNIT, plan_buckets
 from dist_asgd.packing import Packer
 from dist_asgd.pieces import Placement, StatePiece
-from dist_asgd.rule import Hyperparameters, Scalars, asgd_step_
+from dist_asgd.rule import Hyperparameters, Rounding, Scalars, asgd_step_
 from dist_asgd.update import BLOCK_PER_THREAD, block_size, update_blocks_
 
 BLOCK = BLOCK_PER_THREAD * torch.get_num_threads()
@@ -122,7 +122,7 @@ def test_walking_in_blocks_leaves_the_bits_alone(numel):
     grad, *pair = torch.randn(3, numel)
     expected = [tensor.clone() for tensor in pair]
     asgd_step_(expected[0], grad, expected[1], h, scalars)
-    update_blocks_(pair[0], grad, pair[1], None, h, scalars)
+    update_blocks_(pair[0], grad, pair[1], None, h, scalars, Rounding(torch.float32))
     assert torch.equal(pair[0], expected[0]) and torch.equal(pair[1], expected[1])
 
 
