@@ -57,7 +57,7 @@ class Bucket(ABC):
     always_registered = False  # whether modules hold the parameters all the time, never something in their place
     whole_gradients = False  # whether ``p.grad`` is the whole gradient of a parameter, on every rank
     uneven = False  # whether a parameter may have a gradient on some ranks only, since others have none of its elements
-    mirrors: tuple[int, ...] = ()  # the ranks that must have the same gradients, if nothing else makes sure of it
+    mirrors: Sequence[int] = ()  # the ranks that must have the same gradients, if nothing else makes sure of it
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FlatParameter
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
@@ -95,12 +96,18 @@ def check_last_group(groups: Groups, ranks: Sequence[int]) -> None:
     """Raises ``ValueError`` or ``TypeError`` for options, and for parameters that the ``ranks`` cannot optimize."""
     Hyperparameters.of(groups[-1])
     number = len(groups) - 1
+    reaches: dict[DeviceMesh, bool] = {}  # whether its ranks are some of ours; asked once, as it looks at each of them
     for name, param in zip(parameter_names(groups[-1], number), groups[-1]["params"], strict=True):
-        _check_parameter(name, param, ranks)
+        _check_parameter(name, param)
+        if isinstance(param, DTensor):
+            mesh = param.device_mesh
+            if mesh not in reaches:
+                reaches[mesh] = set(mesh_ranks(mesh)) <= set(ranks) and mesh.get_coordinate() is not None
+            _check_dtensor(name, param, ranks, reaches[mesh])
     _check_memory(groups)
 
 
-def _check_parameter(name: str, param: Tensor, ranks: Sequence[int]) -> None:
+def _check_parameter(name: str, param: Tensor) -> None:
     if isinstance(param, FlatParameter):
         raise ValueError(
             f"parameter {name!r} is a FlatParameter, in which FSDP has joined several parameters: pass "
@@ -114,17 +121,14 @@ def _check_parameter(name: str, param: Tensor, ranks: Sequence[int]) -> None:
         raise ValueError(f"parameter {name!r} has layout {param.layout}; expected a dense tensor")
     if not (param.is_floating_point() or param.is_complex()) or param.element_size() == 1:
         raise ValueError(f"parameter {name!r} is {param.dtype}; expected floating-point (not fp8) or complex")
-    if isinstance(param, DTensor):
-        _check_dtensor(name, param, ranks)
 
 
-def _check_dtensor(name: str, param: DTensor, ranks: Sequence[int]) -> None:
-    on_mesh = mesh_ranks(param.device_mesh)
-    if not set(on_mesh) <= set(ranks) or param.device_mesh.get_coordinate() is None:
+def _check_dtensor(name: str, param: DTensor, ranks: Sequence[int], reachable: bool) -> None:
+    if not reachable:
         raise ValueError(
-            f"parameter {name!r} is a DTensor on a mesh of ranks {on_mesh}, and the optimizer is for ranks "
-            f"{list(ranks)}: each of them must be in a mesh of some of them. Pass process_group=; for a mesh of one "
-            "dim that is mesh.get_group()"
+            f"parameter {name!r} is a DTensor on a mesh of ranks {mesh_ranks(param.device_mesh)}, and the optimizer "
+            f"is for ranks {list(ranks)}: each of them must be in a mesh of some of them. Pass process_group=; for a "
+            "mesh of one dim that is mesh.get_group()"
         )
     if any(placement.is_partial() for placement in param.placements):
         raise ValueError(

@@ -15,7 +15,8 @@ from dist_asgd.parts import as_real
 
 SAMPLED = 8  # gradients of a bucket
 
-Sample = tuple[str, float, float, tuple[int, ...]]  # name, weighted sum and 2-norm of a gradient; who must have it
+# Name, weighted sum and 2-norm of a gradient; the first of the ranks that must have it, None if nobody else must.
+Sample = tuple[str, float, float, int | None]
 
 
 def gradient_sample(buckets: Sequence[Bucket]) -> list[Sample]:
@@ -24,7 +25,7 @@ def gradient_sample(buckets: Sequence[Bucket]) -> list[Sample]:
     A few of plain parameters, and of FSDP1's slices with their parameters. All of DTensors on several meshes: each of
     those may be another parameter.
     """
-    found: list[tuple[str, Tensor, tuple[int, ...]]] = []
+    found: list[tuple[str, Tensor, int | None]] = []
     for bucket in buckets:
         own = [
             (name, param)
@@ -33,15 +34,15 @@ def gradient_sample(buckets: Sequence[Bucket]) -> list[Sample]:
         ]
         if bucket.mirrors:
             few = own if isinstance(bucket.params[0], DTensor) else own[:SAMPLED]
-            found += [(name, local_gradient(param), bucket.mirrors) for name, param in few]
+            found += [(name, local_gradient(param), bucket.mirrors[0]) for name, param in few]
         for name, param in own[:SAMPLED] if bucket.uneven else []:
             if getattr(param, "_fsdp_flattened", False):
-                found += [(name, local_gradient(param), ()), (name, param.detach(), ())]
+                found += [(name, local_gradient(param), None), (name, param.detach(), None)]
     if not found:
         return []
     flats = [as_real(tensor.flatten().resolve_conj()).double() for _, tensor, _ in found]
     values = torch.stack([_sum_and_norm(flat).cpu() for flat in flats]).tolist()
-    return [(name, total, norm, who) for (name, _, who), (total, norm) in zip(found, values, strict=True)]
+    return [(name, total, norm, owner) for (name, _, owner), (total, norm) in zip(found, values, strict=True)]
 
 
 def _sum_and_norm(grad: Tensor) -> Tensor:
@@ -59,24 +60,26 @@ def require_same_gradients(everyone: Sequence[Sequence[Sample]]) -> bool:
     _require_different_slices(everyone)
     firsts = [{name: (total, norm) for name, total, norm, _ in sample} for sample in everyone]
     for rank, sample in enumerate(everyone):
-        for name, total, norm, who in [entry for entry in sample if entry[3]]:
-            first, first_norm = firsts[who[0]].get(name, (total, norm))
+        for name, total, norm, owner in sample:
+            if owner is None:
+                continue
+            first, first_norm = firsts[owner].get(name, (total, norm))
             if abs(total - first) > 0.01 * max(norm, first_norm):  # False where one is not finite
                 raise RuntimeError(
                     f"the gradient of parameter {name!r} differs between ranks (norm {first_norm:.6g} on rank "
-                    f"{who[0]}, {norm:.6g} on rank {rank}), and it should have been averaged. A plain parameter with "
+                    f"{owner}, {norm:.6g} on rank {rank}), and it should have been averaged. A plain parameter with "
                     "gradients='reduced': wrap the model in DistributedDataParallel and leave no_sync() for the last "
                     "backward, or pass gradients='local'. A DTensor on a mesh of some of the ranks: fully_shard the "
                     "model over the others, or, if it is another parameter there, build an optimizer for each mesh "
                     "(process_group=mesh.get_group())"
                 )
-    return all(0 < norm < math.inf for sample in everyone for _, _, norm, who in sample if who)
+    return all(0 < norm < math.inf for sample in everyone for _, _, norm, owner in sample if owner is not None)
 
 
 def _require_different_slices(everyone: Sequence[Sequence[Sample]]) -> None:
     seen: dict[tuple[Sample, ...], int] = {}
     for rank, sample in enumerate(everyone):
-        slices = tuple(entry for entry in sample if not entry[3])
+        slices = tuple(entry for entry in sample if entry[3] is None)
         first = seen.setdefault(slices, rank)
         if first != rank and any(norm > 0 for _, _, norm, _ in slices):
             raise RuntimeError(

@@ -206,6 +206,41 @@ class StatePiece(Tensor):
         )
 
 
+class ScalarCopy(Tensor):
+    """A 0-dim tensor of a sharded ``state_dict()`` that another rank writes to checkpoints, and this one only reads.
+
+    ``step``, ``eta`` and ``mu`` are the same on every rank. As plain tensors each of N ranks would offer all of them to
+    the planner of ``torch.distributed.checkpoint``, which gathers N times 3 for each parameter on one rank, to drop all
+    but one. In every other respect it is a plain tensor, and so are copies of it.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what is computed with it is plain
+
+    @staticmethod
+    def __new__(cls, value: Tensor) -> ScalarCopy:
+        return Tensor._make_subclass(cls, value)
+
+    def plain(self) -> Tensor:
+        return torch.Tensor.as_subclass(self, Tensor)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ScalarCopy:
+        copy = ScalarCopy(self.plain().clone())
+        memo[id(self)] = copy
+        return copy
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        return []
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [_chunk(Box((), ()))]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return self.plain()
+
+
 def _first_piece(args: Any) -> Any:
     return next((arg for arg in args if isinstance(arg, StatePiece)), args)
 

@@ -9,7 +9,7 @@ nothing but its values can tell.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from dist_asgd.agreement import Agreement, subgroup_of_its_own
+from dist_asgd.agreement import Agreement, fingerprint, subgroup_of_its_own
 from dist_asgd.collectives import Collectives
 from dist_asgd.parts import as_real
 from dist_asgd.pieces import local_tensor
@@ -72,7 +72,11 @@ class Replicas:
             ranks = tuple(rank for rank, coordinates in enumerate(everyone) if coordinates[index] == own)
             implied = not set(map(self._global_rank, ranks)) <= set(mesh_ranks(family[0]))
             sharing[family] = Sharing(ranks, ranks if implied else (), self)
-        self._require_same_values(named, sharing)
+        values = self._mirrored_values(named, sharing)
+        # One number of each rank and family. What it is made of grows with the parameters: only to name a difference.
+        codes = self._agreement.gather([fingerprint(values[family]) for family in families])
+        if _differ(everyone, codes):
+            self._require_same_values(values, sharing)
         return sharing
 
     def group(self, ranks: tuple[int, ...], device: torch.device) -> dist.ProcessGroup | None:
@@ -87,25 +91,39 @@ class Replicas:
         return self._groups[key]
 
     def _global_rank(self, rank: int) -> int:
-        return rank if self._group is None else dist.get_global_rank(self._group, rank)
+        return self._agreement.ranks[rank] if self._agreement.ranks else rank
 
-    def _require_same_values(self, named: Mapping[DTensor, str], sharing: Mapping[Family, Sharing]) -> None:
-        values: dict[str, tuple[tuple[int, ...], list[int], str]] = {}
+    def _mirrored_values(
+        self, named: Mapping[DTensor, str], sharing: Mapping[Family, Sharing]
+    ) -> dict[Family, list[tuple[str, str]]]:
+        """By family, the names and digests of the parameters that other ranks must have and no mesh makes sure of."""
+        values: dict[Family, list[tuple[str, str]]] = {family: [] for family in sharing}
         for param, name in named.items():
-            mirrors = sharing[family_of(param)].mirrors
-            if mirrors and local_tensor(param).numel():
-                values[name] = (mirrors, mesh_ranks(param.device_mesh), str(_digest(local_tensor(param))))
-        everyone = self._agreement.gather(values)
-        for rank, found in enumerate(everyone):
-            for name, (mirrors, ranks, digest) in found.items():
-                _, first_ranks, first = everyone[mirrors[0]][name]
-                if digest != first:
-                    raise ValueError(
-                        f"parameter {name!r} is on the mesh of ranks {first_ranks} on rank {mirrors[0]} and on that of "
-                        f"ranks {ranks} on rank {rank}, with other values: either these are different parameters of "
-                        "one name, then build an optimizer for each mesh (process_group=mesh.get_group()), or copies "
-                        "that came apart: start them equal, or put the parameter on a mesh of all ranks"
-                    )
+            family = family_of(param)
+            if sharing[family].mirrors and local_tensor(param).numel():
+                values[family].append((name, str(_digest(local_tensor(param)))))
+        return values
+
+    def _require_same_values(
+        self, values: Mapping[Family, list[tuple[str, str]]], sharing: Mapping[Family, Sharing]
+    ) -> None:
+        found = [
+            (sharing[family].mirrors[:1], mesh_ranks(family[0]), dict(of_family))
+            for family, of_family in values.items()
+        ]
+        everyone = self._agreement.gather(found)
+        for rank, families in enumerate(everyone):
+            for index, (first, ranks, digests) in enumerate(families):
+                for name, digest in digests.items():
+                    _, first_ranks, others = everyone[first[0]][index]
+                    if digest != others.get(name):
+                        raise ValueError(
+                            f"parameter {name!r} is on the mesh of ranks {first_ranks} on rank {first[0]} and on that "
+                            f"of ranks {ranks} on rank {rank}, with other values: either these are different "
+                            "parameters of one name, then build an optimizer for each mesh "
+                            "(process_group=mesh.get_group()), or copies that came apart: start them equal, or put the "
+                            "parameter on a mesh of all ranks"
+                        )
 
 
 class Sharing:
@@ -122,6 +140,16 @@ class Sharing:
         """Between the ranks that share; None where this one has nobody to share with. Collective."""
         group = self._replicas.group(self.ranks, device)
         return None if group is None else Collectives(group, device.type)
+
+
+def _differ(coordinates: Sequence[Sequence[Coordinates]], codes: Sequence[Sequence[int]]) -> bool:
+    """Whether ranks of the same coordinates have another code of a family. Both by rank, then by family."""
+    first: dict[tuple[int, Coordinates], int] = {}
+    return any(
+        first.setdefault((index, own), code) != code
+        for of_rank, of_codes in zip(coordinates, codes, strict=True)
+        for index, (own, code) in enumerate(zip(of_rank, of_codes, strict=True))
+    )
 
 
 def _digest(tensor: Tensor) -> list[float]:

@@ -86,7 +86,7 @@ class ReplicatedBucket(Bucket):
         self.whole_gradients = not self.reduces
         self.meets = self.may_lag = collectives is not None
         if collectives is not None and not self.reduces:
-            self.mirrors = tuple(range(collectives.world_size))
+            self.mirrors = range(collectives.world_size)
         self._addresses = [param.data_ptr() for param in self.params]
         self._gradient_wire = setting.precision.gradient_wire(self.dtype)
         self._shapes = [placement.shape for placement in placements]

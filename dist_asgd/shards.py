@@ -211,6 +211,12 @@ class Shard:
             state["master"] = self._iterate()
         return state
 
+    def writes_scalars(self, position: int) -> bool:
+        """Whether this rank writes a parameter's scalars to checkpoints: who has its first element does."""
+        placement, piece = self.placements[position], self.pieces.get(position)
+        has_first = piece is not None and piece.start == 0 and not any(placement.offsets)
+        return has_first or not math.prod(placement.whole)
+
     def piece_of(self, flat: Tensor, position: int) -> Tensor:
         """The part of ``flat`` (1-D, a tensor of the shard) that belongs to one parameter; whole with one rank."""
         return self._as_piece(flat[self._where(position)], position)

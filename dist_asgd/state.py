@@ -13,7 +13,7 @@ from torch import Tensor
 from dist_asgd.agreement import Agreement, Facts
 from dist_asgd.buckets import Bucket
 from dist_asgd.checks import option_facts, some_of
-from dist_asgd.pieces import Placement
+from dist_asgd.pieces import Placement, ScalarCopy
 from dist_asgd.rule import Hyperparameters, Scalars
 
 Groups = list[dict[str, Any]]  # optimizer.param_groups
@@ -161,11 +161,14 @@ def plan_load(groups: Groups, buckets: GroupBuckets, state_dict: Mapping[str, An
 
 
 def _bucket_state(bucket: Bucket, group: Mapping[str, Any]) -> list[dict[str, Any]]:
-    tensors = bucket.shard.tensors()
-    return [
-        {**_scalar_tensors(scalars), **{key: bucket.shard.piece_of(flat, p) for key, flat in tensors.items()}}
-        for p, scalars in enumerate(bucket.shard.scalars(Hyperparameters.of(group)))
-    ]
+    shard, state = bucket.shard, []
+    tensors = shard.tensors()
+    for position, scalars in enumerate(shard.scalars(Hyperparameters.of(group))):
+        entry = _scalar_tensors(scalars)
+        if not shard.writes_scalars(position):
+            entry = {key: ScalarCopy(value) for key, value in entry.items()}
+        state.append(entry | {key: shard.piece_of(flat, position) for key, flat in tensors.items()})
+    return state
 
 
 def _scalar_tensors(scalars: Scalars) -> dict[str, Tensor]:
