@@ -8,7 +8,8 @@ the parameters, is not in it, what the function makes and keeps is.
 
 *Optimizers* (``real``): one rank of N on PyTorch's fake process group, of which every collective returns at once. So
 these figures hold all that a rank computes and none of what it waits for: no network, and no connections (the
-optimizer's group for agreements is gloo's on a real machine and a fake one here). What it gathers is N times its own.
+optimizer's group for agreements is gloo's on a real machine and a fake one here). What it gathers is N times its own,
+but for the others' coordinates in the mesh.
 - plain parameters, averaging off: ours (``gradients="local"``) beside ZeroRedundancyOptimizer, of which only the
   construction is comparable: it has no sharded state dict. Ours moves the parameters into buckets meanwhile.
 - parameters as FSDP2 places them, Shard(0) over all ranks: ours beside torch.optim.ASGD after a step. The DTensors are
@@ -21,8 +22,8 @@ over a single element that is repeated, and their plan. The chunks of all ranks 
 
 *Coordinator* (``global``): torch's create_global_plan for the plans of all ranks, and its metadata. Plans of plain
 parameters are those of pure layout (tests/test_scale.py: the same as optimizers make), those of FSDP2's come from one
-optimizer after the other. In this process plans share what they would bring along one by one; so time is all of
-torch's work, and memory only that beyond the plans.
+optimizer after the other. In this process plans share the keys that each would bring along; so time is all of torch's
+work, and memory only that beyond the plans.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import argparse
 import contextlib
 import gc
 import math
+import multiprocessing
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -143,7 +145,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--layout", nargs="+", default=[*sizes, *large], metavar="COUNTxSHAPE", help="layout")
     parser.add_argument("--buckets", type=int, nargs="+", default=[25, 400], metavar="MIB", help="layout")
     parser.add_argument("--most", type=float, default=2**30, metavar="BYTES", help="fsdp: of parameters, on one rank")
-    both = ["64:1000x4096x24", "256:1000x4096x24"]
+    both = ["8:1000x4096x24", "64:1000x4096x24"]
     parser.add_argument("--both", nargs="*", default=both, metavar="RANKS:COUNTxSHAPE", help="global, with the peer")
     ours = ["4096:1000x4096x24", "512:10000x64x64", "4096:10000x64x64"]
     parser.add_argument("--ours", nargs="*", default=ours, metavar="RANKS:COUNTxSHAPE", help="global, ours alone")
@@ -230,13 +232,18 @@ def _real_row(layout: str, ranks: int, size: str, share: float) -> Row:
 def fake_ranks(world_size: int, rank: int) -> Iterator[None]:
     """Inside, this process is one rank of many, of which the others do not exist."""
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    new_group = dist.new_group
+    new_group, gather = dist.new_group, dist.all_gather_object
 
     def fake_group(*args: Any, **kwargs: Any) -> Any:
-        return new_group(*args, **(kwargs | {"backend": "fake"}))
+        return new_group(*args, **(kwargs | {"backend": "fake"}))  # gloo, for agreements, would look for the others
+
+    def fake_gather(everyone: list[Any], item: Any, group: Any = None) -> None:
+        gather(everyone, item, group=group)  # the others bring what this rank does,
+        if item == [(rank,)]:  # but for their coordinates in the mesh of all
+            everyone[:] = [[(other,)] for other in range(world_size)]
 
     try:
-        with mock.patch.object(dist, "new_group", fake_group):  # gloo, for agreements, would look for the others
+        with mock.patch.multiple(dist, new_group=fake_group, all_gather_object=fake_gather):
             yield
     finally:
         dist.destroy_process_group()
@@ -274,7 +281,7 @@ def measure_optimizer(name: str, shapes: Sequence[Shape]) -> Row:
         return row | dict.fromkeys(("plan", "plan_mib", "items", "kib", "keys_kib"))
     if name == "asgd":
         _take_step(params, optimizer)
-    (_, plan), seconds, mib = _timed(lambda: plan_of(optimizer))
+    plan, seconds, mib = _timed(lambda: plan_of(optimizer))
     return row | {"plan": seconds, "plan_mib": mib, **_plan_size(plan)}
 
 
@@ -288,12 +295,11 @@ def _take_step(params: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
     groups["params"] = list(params.values())
 
 
-def plan_of(optimizer: Optimizer) -> tuple[dict[str, Any], SavePlan]:
-    """The state dict, with the parameters' names, and this rank's plan of saving it."""
+def plan_of(optimizer: Optimizer) -> SavePlan:
+    """This rank's plan of saving the state dict, under the parameters' names."""
     state_dict = optimizer.state_dict()
     names = state_dict["param_groups"][0]["param_names"]
-    named = {names[index]: entry for index, entry in state_dict["state"].items()}
-    return named, plan_save(named)
+    return plan_save({names[index]: entry for index, entry in state_dict["state"].items()})
 
 
 def plan_save(named: dict[str, Any]) -> SavePlan:
@@ -399,16 +405,22 @@ def plans_of_all(name: str, shapes: Sequence[Shape], world_size: int) -> list[Sa
         keys = plan_save(state_of_rank(layouts, placements, 0)).planner_data
         states = (state_of_rank(layouts, placements, rank, whole=False) for rank in range(world_size))
         return [SavePlan(plan_save(state).items, planner_data=keys) for state in states]
-    plans: list[SavePlan] = []
-    for rank in range(world_size):
-        with fake_ranks(world_size, rank):
-            params = make_parameters(shapes, placed=True)
-            optimizer = build(name, params)
-            if name == "asgd":
-                _take_step(params, optimizer)
-            plan = plan_of(optimizer)[1]
-            plans.append(SavePlan(plan.items, planner_data=(plans[0] if plans else plan).planner_data))
-    return plans
+    # A process keeps the coordinates of the first rank that it was.
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        jobs = [(name, shapes, world_size, rank) for rank in range(world_size)]
+        plans = list(pool.imap(plan_of_rank, jobs))
+    return [SavePlan(plan.items, planner_data=plans[0].planner_data) for plan in plans]
+
+
+def plan_of_rank(job: tuple[str, Sequence[Shape], int, int]) -> SavePlan:
+    """Of a (name, shapes, world_size, rank): of an optimizer, on the fake process group."""
+    name, shapes, world_size, rank = job
+    with fake_ranks(world_size, rank):
+        params = make_parameters(shapes, name in ("fsdp", "asgd"))
+        optimizer = build(name, params)
+        if name == "asgd":
+            _take_step(params, optimizer)
+        return plan_of(optimizer)
 
 
 def measure_global(name: str, shapes: Sequence[Shape], world_size: int) -> Row:

@@ -128,7 +128,7 @@ def test_ax_has_the_mesh_and_the_placements_of_its_parameter(layout: str, world_
         placed = 0
         for name, param in named_parameters(model).items():
             state = optimizer.state[param]
-            assert all(state[key].shape == () and type(state[key]) is torch.Tensor for key in ("step", "eta", "mu"))
+            assert all(state[key].shape == () and isinstance(state[key], torch.Tensor) for key in ("step", "eta", "mu"))
             if isinstance(param, DTensor) and isinstance(state["ax"], DTensor):
                 placed += 1
                 assert state["ax"].device_mesh == param.device_mesh and state["ax"].placements == param.placements

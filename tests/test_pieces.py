@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from dist_asgd.layout import UNIT, plan_buckets
 from dist_asgd.packing import Packer
-from dist_asgd.pieces import Placement, StatePiece
+from dist_asgd.pieces import Placement, ScalarCopy, StatePiece
 from dist_asgd.rule import Hyperparameters, Rounding, Scalars, asgd_step_
 from dist_asgd.update import BLOCK_PER_THREAD, block_size, update_blocks_
 
@@ -133,3 +133,19 @@ def test_blocks_are_even_and_cut_at_whole_units(numel):
     blocks = [block.numel() for block in torch.empty(numel).split(size)]
     assert len(blocks) == 1 or blocks[-1] > BLOCK // 2, blocks
     assert block_size(numel, torch.device("cuda")) == max(numel, 1)
+
+
+def test_a_scalar_that_another_rank_writes_is_a_plain_tensor_in_all_other_respects():
+    scalar = ScalarCopy(torch.tensor(3.0))
+    assert scalar.__create_write_items__("name", scalar) == []
+    (chunk,) = scalar.__create_chunk_list__()
+    assert chunk.offsets == torch.Size() and chunk.sizes == torch.Size()
+    scalar.__get_tensor_shard__(MetadataIndex("name", torch.Size())).fill_(5)  # loads into it
+    assert isinstance(scalar, torch.Tensor) and scalar.item() == 5 and scalar.shape == ()
+    assert type(scalar + 1) is torch.Tensor and type(scalar.clone()) is torch.Tensor
+    assert torch.equal(copy.deepcopy(scalar), scalar) and copy.deepcopy(scalar).data_ptr() != scalar.data_ptr()
+    buffer = io.BytesIO()
+    torch.save({"step": scalar}, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer)["step"]
+    assert type(loaded) is torch.Tensor and loaded.item() == 5

@@ -245,7 +245,7 @@ def test_the_sharded_state_dict_is_laid_out_as_torchs() -> None:
             entry = ours["state"][index]
             assert set(entry) == {"step", "eta", "mu", "ax"}
             for key in ("step", "eta", "mu"):
-                assert type(entry[key]) is torch.Tensor
+                assert isinstance(entry[key], torch.Tensor)
                 assert entry[key].shape == () and entry[key].dtype == torch.float32
             assert isinstance(entry["ax"], torch.Tensor)
             assert entry["ax"].shape == spec.shape and entry["ax"].dtype == spec.dtype
