@@ -18,7 +18,7 @@ Planning is DefaultSavePlanner's for {"optimizer": state_dict()}, what a rank do
 others; the plan is what it sends to the coordinator. Its keys are all names, which torch's planner sends in each plan.
 
 *Layout* (``layout``): ours, plain parameters that need not exist. plan_buckets, and of one rank the pieces, StatePieces
-over a single element that is repeated, and their plan. The chunks of all ranks are those of 64 of them, scaled up.
+over a single element that is repeated, and their plan. The chunks of all ranks are those of 16 of them, scaled up.
 
 *Coordinator* (``global``): torch's create_global_plan for the plans of all ranks, and its metadata. Plans of plain
 parameters are those of pure layout (tests/test_scale.py: the same as optimizers make), those of FSDP2's come from one
@@ -61,7 +61,7 @@ Shape = tuple[int, ...]
 Row = dict[str, Any]
 PEERS = {"plain": "zero", "fsdp": "asgd"}
 BUCKET_BYTES = 25 * 2**20  # as ShardedASGD's
-SAMPLED = 64  # ranks
+SAMPLED = 16  # ranks
 SMALL = 4  # parameters of what is run first
 REAL_COLUMNS = {
     "layout": "",
@@ -142,7 +142,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--plain", nargs="+", default=sizes, metavar="COUNTxSHAPE", help="real, of each rank")
     large = ["10000x8192x1221", "10000x16384x6104"]
     parser.add_argument("--fsdp", nargs="+", default=[sizes[1], *large], metavar="COUNTxSHAPE", help="real")
-    parser.add_argument("--layout", nargs="+", default=[*sizes, *large], metavar="COUNTxSHAPE", help="layout")
+    parser.add_argument("--layout", nargs="+", default=[*sizes, large[1]], metavar="COUNTxSHAPE", help="layout")
     parser.add_argument("--buckets", type=int, nargs="+", default=[25, 400], metavar="MIB", help="layout")
     parser.add_argument("--most", type=float, default=2**30, metavar="BYTES", help="fsdp: of parameters, on one rank")
     both = ["8:1000x4096x24", "64:1000x4096x24"]
@@ -377,10 +377,14 @@ def measure_layout(shapes: Sequence[Shape], world_size: int, bucket_bytes: int) 
 
 def chunks_of_rank(layouts: Sequence[BucketLayout], placements: Sequence[Placement], rank: int) -> list[Any]:
     """The blocks of all parameters' ax that a rank writes."""
+    value = torch.zeros(1)
     return [
         chunk
-        for entry in state_of_rank(layouts, placements, rank, whole=False).values()
-        for chunk in entry["ax"].__create_chunk_list__()  # type: ignore[attr-defined]
+        for layout in layouts
+        for p in layout.pieces(rank)
+        for chunk in StatePiece(
+            value.expand(p.stop - p.start), p.start, placements[layout.spans[p.position].index]
+        ).__create_chunk_list__()
     ]
 
 
