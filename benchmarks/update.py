@@ -52,14 +52,14 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.update", description=__doc__.splitlines()[0])
     sizes = [(1, 10**6), (1, 10**7), (1, 10**8), (300, 10**5), (1000, 1000), (10_000, 64)]
-    parser.add_argument("--sizes", type=_size, nargs="+", default=sizes, metavar="COUNTxELEMENTS")
+    parser.add_argument("--sizes", type=size, nargs="+", default=sizes, metavar="COUNTxELEMENTS")
     parser.add_argument("--steps", type=int, default=15, help="timed ones of each contestant")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, default=Path(__file__).with_name("update.jsonl"), metavar="FILE")
     return parser.parse_args()
 
 
-def _size(text: str) -> tuple[int, int]:
+def size(text: str) -> tuple[int, int]:
     count, numel = text.split("x")
     return int(float(count)), int(float(numel))
 

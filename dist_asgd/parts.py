@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: what is derived from them is kept beside them
 class Parts:
     """Each is 1-D and contiguous; all are real, of one dtype and device.
 

@@ -87,6 +87,26 @@ def next_scalars(h: Hyperparameters, step: int) -> Scalars:
     return Scalars(step=step, eta=_round_scalar(float(eta)), mu=_round_scalar(float(mu)))
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceScalars:
+    """``Scalars`` in the memory of a device, for steps that are captured in a CUDA graph: 1 element each."""
+
+    step: Tensor  # int64
+    eta: Tensor  # fp32
+    mu: Tensor  # fp32
+
+    @classmethod
+    def of(cls, scalars: Scalars, device: torch.device) -> DeviceScalars:
+        eta, mu = (torch.tensor(value, dtype=torch.float32, device=device) for value in (scalars.eta, scalars.mu))
+        return cls(torch.tensor(scalars.step, device=device), eta, mu)
+
+    def advance_(self, h: Hyperparameters) -> None:
+        """As ``next_scalars``, in the fp32 arithmetic of ``torch.optim.ASGD(capturable=True)``."""
+        count = self.step.add_(1).to(torch.float32)
+        self.eta.copy_(h.lr / ((1 + h.lambd * h.lr * count) ** h.alpha))
+        self.mu.copy_(1 / torch.maximum(count - h.t0, torch.ones_like(count)))
+
+
 def asgd_step_(
     param: Tensor,  # any shape, real; updated in place
     grad: Tensor,  # same shape and dtype; only read

@@ -1,7 +1,7 @@
 """One step of a slice of a shard, in the form that suits the device and the dtypes.
 
-One pass over memory where there is one (native.py for CPUs); else PyTorch's operators, which on a CPU walk blocks that
-stay in cache. Both have the same bits.
+One pass over memory where there is one (native.py for CPUs, kernels.py for GPUs); else PyTorch's operators, which on a
+CPU walk blocks that stay in cache. Both have the same bits.
 """
 
 from __future__ import annotations
@@ -49,9 +49,15 @@ def fused_update(
 ) -> FusedUpdate | None:
     """For these dtypes, of real numbers; None where there is none. ``average`` None: no average."""
     dtype = compute_dtype(param)
-    if device.type != "cpu" or average not in (None, dtype) or grad not in (param, dtype):
+    if average not in (None, dtype) or grad not in (param, dtype):
         return None
-    return native_update(param, grad, has_master, rounding.dtype, rounding.seed is not None)
+    if device.type == "cuda":
+        from dist_asgd.kernels import triton_update  # here, since importing Triton takes as long as importing PyTorch
+
+        return triton_update(param, grad, rounding.dtype)
+    if device.type == "cpu":
+        return native_update(param, grad, has_master, rounding.dtype, rounding.seed is not None)
+    return None
 
 
 def can_fuse(

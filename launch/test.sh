@@ -68,6 +68,6 @@ say "ruff format --check"
 "$PY" -m ruff format --check .
 say "mypy dist_asgd"
 "$PY" -m mypy dist_asgd
-(($#)) || set -- -n 3 --dist worksteal
+(($#)) || set -- -n 3 --dist loadgroup
 say "pytest $*"
 exec "$PY" -m pytest "$@"

@@ -14,6 +14,7 @@ ORDER = [
     "rule",
     "parts",
     "native",
+    "tables",
     "kernels",
     "update",
     "layout",

@@ -1,0 +1,300 @@
+"""The rule in one pass over memory on a GPU: one launch of a Triton kernel, whatever the number of parts.
+
+Each program of the kernel updates one block of one part. Where to find it stands in tables in device memory (see
+tables.py); a single part needs none.
+
+The bits are those of PyTorch's CUDA operators. These compute ``add(alpha=)`` as an FMA, since nvcc contracts
+``a + alpha * b`` (pytorch#175838), and round everything else by itself; so the kernel asks for those FMAs and is
+compiled without any other contraction.
+"""
+
+from __future__ import annotations
+
+import functools
+from array import array
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from dist_asgd.parts import Parts
+from dist_asgd.rule import DeviceScalars, Hyperparameters, Rounding, Scalars, compute_dtype
+from dist_asgd.tables import DeviceTables
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+# Elements of a block: 16 for each of the threads, which have 4 vector loads of fp32 under way for each tensor.
+BLOCK = 2048
+SMALL = 512  # where the part ends within the block, or is not aligned
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+# Numbers that would be compiled in where they are 1 or a multiple of 16, and pointers whose alignment would be.
+NUMBERS = ("numel", "lambd", "eta", "mu", "weight_decay", "seed", "number")
+POINTERS = ("param", "grad", "average", "master")
+
+
+def _jit(function: Any) -> Any:
+    if triton is None:
+        return function
+    return triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)(function)
+
+
+def _inlined(function: Any) -> Any:
+    return function if triton is None else triton.jit(function)
+
+
+@_inlined
+def _place(
+    param: tl.tensor, grad: tl.tensor, numel: tl.tensor,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr,
+) -> tuple:  # fmt: skip
+    """Of the program's block: addresses in its part and gradient, place in the averages, and elements from there on."""
+    program = tl.program_id(0).to(tl.int64)
+    if MANY:
+        work = tl.load(param + 3 * numel + program)
+        part = work >> 32
+        first = (work & 0xFFFFFFFF) * BLOCK
+        param_address = tl.load(param + part)
+        grad_address = tl.load(grad + part)
+        place = tl.load(param + numel + part) + first
+        left = tl.load(param + 2 * numel + part) - first
+    else:
+        first = program * BLOCK
+        param_address = param.to(tl.int64)
+        grad_address = grad.to(tl.int64)
+        place = first
+        left = numel - first
+    param_address += first * (PARAM.primitive_bitwidth // 8)
+    grad_address += first * (GRAD.primitive_bitwidth // 8)
+    return param_address, grad_address, place, left
+
+
+@_inlined
+def _double(bits: tl.tensor) -> tl.tensor:
+    """Of its bits, since Triton rounds the floats that it is passed to fp32."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@_inlined
+def _loaded(value: tl.tensor, instead: tl.tensor, TYPE: tl.constexpr) -> tl.tensor:
+    """``value``, or what is at the pointer ``instead``, if any."""
+    if instead is None:
+        return value
+    else:
+        return tl.load(instead).to(TYPE)
+
+
+@_inlined
+def _block(
+    address: tl.tensor, first: tl.tensor, TYPE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
+) -> tl.tensor:
+    """Pointers to the elements of a block."""
+    pointer = address.to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)  # bytes: loads and stores become vectors
+    return pointer + first + tl.arange(0, BLOCK)
+
+
+@_inlined
+def _load(pointers: tl.tensor, left: tl.tensor, BLOCK: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
+    if ALIGNED:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=tl.arange(0, BLOCK) < left)
+
+
+@_inlined
+def _store(pointers: tl.tensor, values: tl.tensor, left: tl.tensor, BLOCK: tl.constexpr, ALIGNED: tl.constexpr) -> None:
+    if ALIGNED:
+        tl.store(pointers, values)
+    else:
+        tl.store(pointers, values, mask=tl.arange(0, BLOCK) < left)
+
+
+@_inlined
+def _by_chance(values: tl.tensor, seed: tl.tensor, number: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
+    """fp32 to bf16 as ``stochastically`` in rule.py, bit for bit; ``number`` is that of the first value."""
+    noise = (number + tl.arange(0, BLOCK)).to(tl.uint32) * 0x9E3779B1 ^ seed.to(tl.uint32)
+    noise = (noise ^ noise >> 16) * 0x85EBCA6B
+    noise = (noise ^ noise >> 13) * 0xC2B2AE35
+    bits = values.to(tl.uint32, bitcast=True) + ((noise ^ noise >> 16) & 0xFFFF)
+    rounded = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return tl.where(values - values == 0, rounded, values.to(tl.bfloat16))  # infinite ones and NaNs stay
+
+
+@_inlined
+def _update_block(
+    param_address: tl.tensor, grad_address: tl.tensor, average_address: tl.tensor, master_address: tl.tensor,
+    left: tl.tensor, first: tl.tensor, shrink: tl.tensor, minus_eta: tl.tensor, mu: tl.tensor, decay: tl.tensor,
+    inverse_scale: tl.tensor, seed: tl.tensor, number: tl.tensor,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, REAL: tl.constexpr, ROUNDED: tl.constexpr,
+    MAXIMIZE: tl.constexpr, DECAYS: tl.constexpr, AVERAGES: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+) -> None:  # fmt: skip
+    """The rule, operation by operation as in rule.py."""
+    params = _block(param_address, first, PARAM, BLOCK, ALIGNED)
+    p = _load(params, left - first, BLOCK, ALIGNED).to(REAL)
+    if master_address is not None:
+        masters = _block(master_address, first, REAL, BLOCK, ALIGNED)
+        master = _load(masters, left - first, BLOCK, ALIGNED)
+        p = tl.where(master.to(ROUNDED).to(REAL) == p, master, p)
+    g = _load(_block(grad_address, first, GRAD, BLOCK, ALIGNED), left - first, BLOCK, ALIGNED).to(REAL)
+    if inverse_scale is not None:
+        g = g * tl.load(inverse_scale).to(REAL)
+    if MAXIMIZE:
+        g = g * -1.0  # 0 - g, which Triton makes of -g, has another zero
+    if DECAYS:
+        g = tl.fma(p, decay, g)
+    p = p * shrink
+    p = tl.fma(g, minus_eta, p)
+    if average_address is not None:
+        averages = _block(average_address, first, REAL, BLOCK, ALIGNED)
+        average = p
+        if AVERAGES != "becomes":
+            old = _load(averages, left - first, BLOCK, ALIGNED)
+            average = old + (p - old) * mu
+        if AVERAGES == "asks":
+            average = tl.where(mu == 1, p, average)
+        _store(averages, average, left - first, BLOCK, ALIGNED)
+    if master_address is not None:
+        _store(masters, p, left - first, BLOCK, ALIGNED)
+    if STOCHASTIC:
+        _store(params, _by_chance(p, seed, number + first, BLOCK), left - first, BLOCK, ALIGNED)
+    else:
+        _store(params, p.to(ROUNDED).to(PARAM), left - first, BLOCK, ALIGNED)
+
+
+@_jit
+def update_kernel(
+    param: tl.tensor, grad: tl.tensor, average: tl.tensor, master: tl.tensor,
+    numel: tl.int64, lambd: tl.int64, eta: tl.int64, mu: tl.int64, weight_decay: tl.int64,
+    seed: tl.int64, number: tl.int64, device_eta: tl.tensor, device_mu: tl.tensor,
+    inverse_scale: tl.tensor, found_inf: tl.tensor,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, REAL: tl.constexpr, ROUNDED: tl.constexpr, MANY: tl.constexpr,
+    MAXIMIZE: tl.constexpr, DECAYS: tl.constexpr, AVERAGES: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr, SMALL: tl.constexpr,
+) -> None:  # fmt: skip
+    """One block.
+
+    Args:
+        param, grad: the part and its gradient; with MANY, the tables of ``DeviceTables``.
+        numel: of the part; with MANY, how many parts there are.
+        lambd, eta, mu, weight_decay: doubles, as bits.
+        seed, number: as ``Rounding.seed`` and ``first``.
+        device_eta, device_mu: instead of ``eta`` and ``mu``, if not None.
+    """
+    if found_inf is not None:  # noqa: SIM102 (two kinds of condition: this one is decided when it is compiled)
+        if tl.load(found_inf) != 0:
+            return
+    param_address, grad_address, place, left = _place(param, grad, numel, PARAM, GRAD, MANY, BLOCK)
+    addresses = param_address | grad_address
+    average_address = average
+    if average is not None:
+        average_address = average.to(tl.int64) + place * (REAL.primitive_bitwidth // 8)
+        addresses |= average_address
+    master_address = master
+    if master is not None:
+        master_address = master.to(tl.int64) + place * (REAL.primitive_bitwidth // 8)
+        addresses |= master_address
+    eta_now = _loaded(_double(eta), device_eta, tl.float64)
+    mu_now = _loaded(_double(mu), device_mu, tl.float64).to(REAL)
+    shrink = (1.0 - _double(lambd) * eta_now).to(REAL)
+    minus_eta = (eta_now * -1.0).to(REAL)
+    decay = _double(weight_decay).to(REAL)
+    if (left >= BLOCK) & (addresses & 15 == 0):
+        _update_block(
+            param_address, grad_address, average_address, master_address, left, 0, shrink, minus_eta, mu_now, decay,
+            inverse_scale, seed, number + place,
+            PARAM, GRAD, REAL, ROUNDED, MAXIMIZE, DECAYS, AVERAGES, STOCHASTIC, BLOCK, True,
+        )  # fmt: skip
+    else:  # in steps of another size, or else Triton would lay them out for vectors too
+        for first in range(0, tl.minimum(left, BLOCK).to(tl.int32), SMALL):
+            _update_block(
+                param_address, grad_address, average_address, master_address, left, first, shrink, minus_eta, mu_now,
+                decay, inverse_scale, seed, number + place,
+                PARAM, GRAD, REAL, ROUNDED, MAXIMIZE, DECAYS, AVERAGES, STOCHASTIC, SMALL, False,
+            )  # fmt: skip
+
+
+@functools.cache
+def _types() -> dict[torch.dtype, Any]:
+    return {
+        torch.float32: tl.float32,
+        torch.float64: tl.float64,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+    }
+
+
+class TritonUpdate:
+    """One step of several parts, which share ``scalars``, in one launch. See ``FusedUpdate`` in update.py."""
+
+    def __init__(self, param: torch.dtype, grad: torch.dtype, rounded: torch.dtype) -> None:
+        names = {"PARAM": param, "GRAD": grad, "REAL": compute_dtype(param), "ROUNDED": rounded}
+        self._types = {name: _types()[dtype] for name, dtype in names.items()}
+        self._tables: WeakKeyDictionary[Parts, DeviceTables] = WeakKeyDictionary()
+
+    def __call__(
+        self,
+        parts: Parts,
+        grads: Sequence[Tensor],
+        average: Tensor | None,
+        master: Tensor | None,
+        h: Hyperparameters,
+        scalars: Scalars | DeviceScalars,
+        rounding: Rounding,
+        *,
+        inverse_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Scalars on the device are read there, so that a captured CUDA graph takes those of the time of its replay.
+
+        Args:
+            inverse_scale: 1 element, fp32: gradients are multiplied by it.
+            found_inf: 1 element, fp32: nothing is done if it is not 0.
+        """
+        with torch.cuda.device_of(parts.tensors[0]):
+            if len(grads) == 1:
+                programs, numel, start = -(-parts.numel // BLOCK), parts.numel, parts.starts[0]
+                number = rounding.first + start
+                read = (parts.tensors[0], grads[0], *(t if t is None else t[start:] for t in (average, master)))
+            else:
+                tables = self._tables.get(parts) or self._tables.setdefault(parts, DeviceTables(parts, BLOCK))
+                programs, numel, number = tables.programs, len(grads), rounding.first
+                read = (tables.of_parts, tables.of_grads(grads), average, master)
+            if programs:
+                update_kernel[(programs,)](
+                    *read, numel, **_numbers(h, scalars), seed=rounding.seed or 0, number=number,
+                    inverse_scale=inverse_scale, found_inf=found_inf,
+                    **self._types, MANY=len(grads) > 1, MAXIMIZE=h.maximize, DECAYS=h.weight_decay != 0,
+                    STOCHASTIC=rounding.seed is not None, BLOCK=BLOCK, SMALL=SMALL, **OPTIONS,
+                )  # fmt: skip
+
+
+def _numbers(h: Hyperparameters, scalars: Scalars | DeviceScalars) -> dict[str, Any]:
+    """The arguments of the kernel that say which step it is."""
+    if isinstance(scalars, DeviceScalars):
+        known, eta, mu, averages = Scalars(0, 0.0, 0.0), scalars.eta, scalars.mu, "asks"
+    else:
+        known, eta, mu, averages = scalars, None, None, "becomes" if scalars.mu == 1 else "moves"
+    bits = array("q", array("d", (h.lambd, known.eta, known.mu, h.weight_decay)).tobytes())
+    return {
+        **dict(zip(("lambd", "eta", "mu", "weight_decay"), bits, strict=True)),
+        "device_eta": eta,
+        "device_mu": mu,
+        "AVERAGES": averages,
+    }
+
+
+@functools.cache
+def triton_update(param: torch.dtype, grad: torch.dtype, rounded: torch.dtype) -> TritonUpdate | None:
+    """For these dtypes, the last as ``Rounding.dtype``; None where there is no Triton."""
+    if triton is None or not {param, rounded} <= _types().keys() or grad not in (param, compute_dtype(param)):
+        return None
+    return TritonUpdate(param, grad, rounded)

@@ -1,0 +1,314 @@
+"""What test_kernels.py runs in processes of its own.
+
+    TRITON_INTERPRET=1 python kernel_cases.py interpret
+    python kernel_cases.py compile FOLDER
+
+Triton decides on its import whether kernels are interpreted, so that is nothing for the process of the other tests.
+"""
+
+import itertools
+import json
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dist_asgd.parts import Parts
+from dist_asgd.rule import DeviceScalars, Hyperparameters, Rounding, Scalars, compute_dtype, low_precision_step_
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+# parameter, gradient, master, and what parameters are rounded to
+DTYPES = {
+    "float32": (F32, F32, False, F32),
+    "float64": (F64, F64, False, F64),
+    "float32 that travels as bfloat16": (F32, F32, True, BF16),
+    "bfloat16 with master": (BF16, BF16, True, BF16),
+    "bfloat16 with master, float32 gradient": (BF16, F32, True, BF16),
+    "bfloat16": (BF16, BF16, False, BF16),
+    "bfloat16, float32 gradient": (BF16, F32, False, BF16),
+    "float16 with master": (F16, F16, True, F16),
+    "float16, float32 gradient": (F16, F32, False, F16),
+}
+# Parts as (start, stop) in the shard. With blocks of 2048: full ones, a rest, several blocks and parts of every size,
+# one that is empty, and one that is cut so that it begins off any bound of 16 bytes.
+LAYOUTS = {
+    "one": [(0, 4101)],
+    "one, not aligned": [(3, 2060)],
+    "one, empty": [(0, 0)],
+    "many": [(0, 1), (8, 2100), (2104, 2104), (2104, 4152), (4155, 4700), (4704, 6801)],
+}
+NUMEL = 6801
+DEVICE = "cpu"  # the tests on a GPU change it
+COMPILED = {name: DTYPES[name] for name in ("float32", "bfloat16 with master")}
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+
+def options(**changed):
+    values = {"lr": 0.1, "lambd": 0.1, "alpha": 0.75, "t0": 0.0, "weight_decay": 0.0, "maximize": False}
+    return Hyperparameters(**(values | changed))
+
+
+class Case:
+    """Random parameters of one kind of dtypes, laid out in parts, updated by the kernel and by the eager rule."""
+
+    def __init__(self, dtypes, layout, averages=True, seed=0):
+        self.param_dtype, self.grad_dtype, self.has_master, rounded = dtypes
+        self.rounding = Rounding(rounded)
+        self.dtype, self.spans = compute_dtype(self.param_dtype), LAYOUTS[layout]
+        generator = torch.Generator().manual_seed(seed)
+        p, g, average, other = torch.randn(4, NUMEL, dtype=F64, generator=generator)
+        self.param, self.grad = p.to(rounded).to(self.param_dtype), g.to(self.grad_dtype)
+        self.average = average.to(self.dtype) if averages else None
+        # Half of the masters are those of the parameters, half out of date.
+        rest = 1 + 1e-4 * torch.rand(NUMEL, dtype=F64, generator=generator)
+        own = (p * rest).to(self.dtype)
+        stale = own.to(rounded).to(self.param_dtype) != self.param
+        own = torch.where(stale, self.param.to(self.dtype), own)
+        self.master = torch.where(other > 0, own, other.to(self.dtype)) if self.has_master else None
+        tensors = (self.param, self.grad, self.average, self.master)
+        self.param, self.grad, self.average, self.master = (None if t is None else t.to(DEVICE) for t in tensors)
+
+    def tensors(self):
+        return [None if t is None else t.clone() for t in (self.param, self.average, self.master)]
+
+    def by_kernel(self, h, scalars, **extra):
+        from dist_asgd.kernels import triton_update
+
+        own, average, master = self.tensors()
+        parts = Parts.of([own[a:b] for a, b in self.spans], [a for a, _ in self.spans])
+        grads = [self.grad[a:b] for a, b in self.spans]
+        update = triton_update(self.param_dtype, self.grad_dtype, self.rounding.dtype)
+        update(parts, grads, average, master, h, scalars, self.rounding, **extra)
+        return own, average, master
+
+    def by_rule(self, h, scalars, scale=None):
+        own, average, master = self.tensors()
+        grad = self.grad if scale is None else self.grad.to(self.dtype) * scale
+        for a, b in self.spans:
+            cut = [None if t is None else t[a:b] for t in (average, master)]
+            rounding = replace(self.rounding, first=self.rounding.first + a)
+            low_precision_step_(own[a:b], grad[a:b], *cut, h, scalars, rounding)
+        return own, average, master
+
+
+def check(ours, expected, what):
+    for name, mine, theirs in zip(("parameter", "average", "master"), ours, expected, strict=True):
+        if theirs is not None:
+            differ = int((bits(mine) != bits(theirs)).sum())
+            assert differ == 0, f"{what}: {differ} elements of the {name} differ"
+
+
+def bits(tensor):
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def equals_the_rule(dtypes):
+    """All options, and with some of them all layouts."""
+    flags = itertools.product((False, True), (0.0, 0.1), (None, 1.0, 0.3))
+    for number, (maximize, weight_decay, mu) in enumerate(flags):
+        h = options(maximize=maximize, weight_decay=weight_decay, lambd=0.1 * (number % 4 != 1))
+        scalars = Scalars(step=3, eta=0.07, mu=1.0 if mu is None else mu)
+        for layout in LAYOUTS if number in (5, 10) else ("many",):
+            case = Case(dtypes, layout, averages=mu is not None, seed=number)
+            check(case.by_kernel(h, scalars), case.by_rule(h, scalars), (layout, h, scalars))
+
+
+def unscales_and_sees_inf():
+    h, scalars = options(weight_decay=0.1), Scalars(3, 0.07, 0.3)
+    for dtypes, layout in itertools.product((DTYPES["float32"], DTYPES["float16 with master"]), ("one", "many")):
+        case, scale = Case(dtypes, layout), torch.tensor([0.3], device=DEVICE)
+        for found in (0.0, 1.0):
+            ours = case.by_kernel(h, scalars, inverse_scale=scale, found_inf=torch.tensor([found], device=DEVICE))
+            check(ours, case.tensors() if found else case.by_rule(h, scalars, scale), (layout, found))
+
+
+def reads_scalars_on_the_device():
+    h = options(weight_decay=0.1)
+    for name, layout, mu in itertools.product(("float32", "float64", "bfloat16"), ("one", "many"), (1.0, 0.3)):
+        scalars = Scalars(3, torch.tensor(0.07).item(), torch.tensor(mu).item())
+        case, on_device = Case(DTYPES[name], layout), DeviceScalars.of(scalars, torch.device(DEVICE))
+        check(case.by_kernel(h, on_device), case.by_rule(h, scalars), (name, layout, mu))
+
+
+def keeps_zeros_infinities_and_nans():
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, 3e38, -1.0], device=DEVICE)
+    for dtypes, maximize, mu in itertools.product(DTYPES.values(), (False, True), (1.0, 0.3)):
+        case, h = Case(dtypes, "one"), options(maximize=maximize)
+        case.param[:64] = special.repeat(8)
+        case.grad[:64] = special.repeat_interleave(8)
+        ours, theirs = (by(h, Scalars(3, 0.07, mu)) for by in (case.by_kernel, case.by_rule))
+        for mine, expected in zip(ours, theirs, strict=True):
+            if expected is not None:  # which NaN it is may differ
+                same = (mine == expected) & (mine.signbit() == expected.signbit()) | mine.isnan() & expected.isnan()
+                assert same.all(), (dtypes, mine[~same], expected[~same])
+
+
+def is_one_launch():
+    from dist_asgd import kernels
+
+    class Counting:
+        launches = 0
+
+        def __getitem__(self, grid):
+            self.launches += 1
+            return kernel[grid]
+
+    kernel, kernels.update_kernel = kernels.update_kernel, Counting()
+    try:
+        for layout, expected in (("one", 1), ("many", 1), ("one, empty", 0)):
+            kernels.update_kernel.launches = 0
+            Case(DTYPES["float32"], layout).by_kernel(options(), Scalars(3, 0.07, 0.3))
+            assert kernels.update_kernel.launches == expected, layout
+    finally:
+        kernels.update_kernel = kernel
+
+
+def rounds_by_chance():
+    """By the choices of the rule, so that a run has the same bits on a GPU."""
+    for layout, seed, first in (("one", 5, 0), ("one, not aligned", 2**31, 77), ("many", 2**32 - 1, 2**32 - 1000)):
+        case = Case(DTYPES["bfloat16"], layout)
+        case.rounding = Rounding(BF16, seed, first)
+        case.grad[100:103] = torch.tensor([float("inf"), -float("inf"), 1e38])
+        h, scalars = options(weight_decay=0.1), Scalars(3, 0.07, 0.3)
+        check(case.by_kernel(h, scalars), case.by_rule(h, scalars), layout)
+
+
+INTERPRETED = {name: (equals_the_rule, dtypes) for name, dtypes in DTYPES.items()}
+for function in (
+    unscales_and_sees_inf,
+    reads_scalars_on_the_device,
+    keeps_zeros_infinities_and_nans,
+    is_one_launch,
+    rounds_by_chance,
+):
+    INTERPRETED[function.__name__] = (function,)
+
+
+def repair_interpreter():
+    """Makes the interpreter round as devices do.
+
+    It truncates what is rounded to bf16, where every device rounds to the nearest; and up to Triton 3.6 it computes an
+    FMA with two roundings. PyTorch's ``add(alpha=)`` has one; in the kernel, the second factor is one number.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def to_bfloat16(data, source, target, rounding):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, rounding)
+        return torch.from_numpy(np.array(data)).to(BF16).view(torch.int16).numpy().view(np.uint16)
+
+    interpreter._convert_float = to_bfloat16
+
+    def fma(self, x, y, z):
+        factor = np.unique(y.data)
+        assert len(factor) == 1
+        total = torch.from_numpy(np.array(z.data)).add(torch.from_numpy(np.array(x.data)), alpha=float(factor[0]))
+        return interpreter.TensorHandle(total.numpy(), z.dtype.scalar)
+
+    one = interpreter.TensorHandle(np.array([1 + 2.0**-23], np.float32), tl.float32)
+    minus = interpreter.TensorHandle(-np.array([1 + 2.0**-22], np.float32), tl.float32)
+    if interpreter.interpreter_builder.create_fma(one, one, minus).data[0] == 0:
+        interpreter.InterpreterBuilder.create_fma = fma
+
+
+def interpret():
+    """Prints, as JSON, what went wrong in each case; None for nothing."""
+    torch.set_num_threads(1)
+    repair_interpreter()
+    results = {}
+    for name, (function, *arguments) in INTERPRETED.items():
+        try:
+            function(*arguments)
+            results[name] = None
+        except Exception:
+            results[name] = traceback.format_exc()
+    print(json.dumps(results))
+
+
+def build(target, dtypes, many):
+    """The kernel for average and weight decay, compiled."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from dist_asgd import kernels
+
+    param, grad, has_master, rounded = dtypes
+    names = {F32: "fp32", BF16: "bf16"}
+    types = {F32: tl.float32, BF16: tl.bfloat16}
+    pointers = {"param": "*i64" if many else f"*{names[param]}", "grad": "*i64" if many else f"*{names[grad]}"}
+    pointers |= {"average": "*fp32"} | ({"master": "*fp32"} if has_master else {})
+    absent = {"device_eta", "device_mu", "inverse_scale", "found_inf"}
+    absent |= set() if has_master else {"master"}
+    constants = {"PARAM": types[param], "GRAD": types[grad], "REAL": tl.float32, "ROUNDED": types[rounded]}
+    constants |= {"MANY": many, "MAXIMIZE": False, "DECAYS": True, "AVERAGES": "moves", "STOCHASTIC": False}
+    constants |= {"BLOCK": kernels.BLOCK, "SMALL": kernels.SMALL} | dict.fromkeys(absent)
+    kernel = kernels.update_kernel
+    signature = {n: "constexpr" if n in constants else pointers.get(n, "i64") for n in kernel.arg_names}
+    source = ASTSource(kernel, signature, constants)
+    return triton.compile(source, target=GPUTarget(*target), options=kernels.OPTIONS)
+
+
+def count_compilations():
+    """As on a GPU, by Triton's own launcher up to the launch: how often steps with different numbers compile."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from dist_asgd import kernels
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget(*TARGETS["sm_90"])
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device=0):
+            return 0
+
+    class Compiling:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: compiled.add(kernel.warmup(*arguments, grid=grid, **options).hash)
+
+    triton.runtime.driver.set_active(Driver())
+    counts = []
+    kernel, kernels.update_kernel = kernels.update_kernel, Compiling()
+    for layouts in (("one", "one, not aligned"), ("many",)):
+        compiled = set()
+        for layout, eta, step in itertools.product(layouts, (0.0, 0.07, 1.0), (1, 2, 16)):
+            Case(DTYPES["float32"], layout).by_kernel(options(lambd=eta), Scalars(step, eta, 0.5))
+        counts.append(len(compiled))
+    kernels.update_kernel = kernel
+    return counts
+
+
+def compile_into(folder):
+    """Writes assembly, and the binary for NVIDIA's, into files named by target, dtypes and number of parts."""
+    print(json.dumps(count_compilations()))
+    for (target, facts), (name, dtypes), many in itertools.product(TARGETS.items(), COMPILED.items(), (False, True)):
+        if not many and target != "sm_90":
+            continue
+        result = build(facts, dtypes, many)
+        file = Path(folder, f"{target}, {name}, {'many' if many else 'one'}")
+        file.with_suffix(".s").write_text(result.asm["ptx" if facts[0] == "cuda" else "amdgcn"])
+        if facts[0] == "cuda":
+            file.with_suffix(".cubin").write_bytes(result.asm["cubin"])
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "interpret":
+        interpret()
+    else:
+        compile_into(sys.argv[2])
