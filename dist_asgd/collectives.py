@@ -95,22 +95,27 @@ class Collectives:
         """Starts the mean of ``source`` (1-D, world_size shards, real) over the ranks; each rank gets its shard."""
         numel = len(source) // self.world_size
         if self._backend() == "gloo":
-            parts, work = self._exchange(source.split(numel) if numel else [source] * self.world_size)
+            parts, work = self._exchange(source, numel)
             return Reduction(work, source, parts, self.world_size, dtype)
         total = source.new_empty(numel)
         work = _reduce_scatter(total, source, group=self.group, async_op=True)
         return Reduction(work, source, [total], self.world_size, dtype)
 
-    def _exchange(self, shards: Sequence[Tensor]) -> tuple[list[Tensor], Together]:
-        """Gives each rank its one of ``shards``, and takes mine from each, in rank order.
+    def _exchange(self, source: Tensor, numel: int) -> tuple[Sequence[Tensor], Transfer]:
+        """Gives each rank its shard, of ``numel`` elements, of ``source``, and takes mine from each, in rank order.
 
         gloo's reduce-scatter is an all-reduce inside, which sends twice the bytes. Its all-to-all begins with the
         sends, so two ranks first send one after the other: a link is busy in both directions only while several are
-        under way. Therefore many small ones, each with one partner to send to and one to receive from.
+        under way. Therefore large shards go in many small ones, each with one partner to send to and one to receive
+        from.
         """
-        rank, size = dist.get_rank(self.group), self.world_size
+        rank, size, most = dist.get_rank(self.group), self.world_size, EXCHANGED // source.element_size()
+        if numel <= most:
+            received = torch.empty_like(source)
+            work = dist.all_to_all_single(received, source, group=self.group, async_op=True)
+            return received.view(size, numel).unbind(), work
+        shards = source.view(size, numel)
         parts = [shards[rank] if other == rank else torch.empty_like(shards[rank]) for other in range(size)]
-        most = max(1, EXCHANGED // shards[rank].element_size())
         works = []
         for distance in range(1, size):
             to, origin = (rank + distance) % size, (rank - distance) % size
@@ -119,9 +124,8 @@ class Collectives:
         return parts, Together(works)
 
     def _start_pairwise(self, given: Tensor, to: int, taken: Tensor, origin: int) -> dist.Work:
-        sent, received = (
-            [len(given) * (other == partner) for other in range(self.world_size)] for partner in (to, origin)
-        )
+        ranks = range(self.world_size)
+        sent, received = ([len(given) * (other == partner) for other in ranks] for partner in (to, origin))
         return dist.all_to_all_single(taken, given, received, sent, group=self.group, async_op=True)
 
     def start_gather(self, buffer: Tensor, shard: Tensor) -> dist.Work:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
-import logging
 import shutil
 import subprocess
 import tempfile
@@ -22,7 +20,8 @@ import torch
 from torch import Tensor
 
 from dist_asgd.parts import Parts
-from dist_asgd.rule import Hyperparameters, Rounding, Scalars, compute_dtype, low_precision_step_
+from dist_asgd.probe import has_the_bits, say_once
+from dist_asgd.rule import Hyperparameters, Rounding, Scalars, compute_dtype
 
 SOURCE = Path(__file__).with_name("native.c")
 COMPILERS = ("cc", "gcc", "clang")
@@ -31,12 +30,6 @@ DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", to
 
 # Below so many elements a thread, starting threads takes longer than they save.
 GRAIN = 32 * 1024
-
-# Elements on which each combination of options is compared with PyTorch's operators: some blocks of theirs and a rest.
-CHECKED = 211
-
-logger = logging.getLogger(__name__)
-_said: set[str] = set()
 
 
 class _Step(ctypes.Structure):
@@ -94,21 +87,22 @@ def native_update(
         return None
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
-        _say_once(f"no C compiler found ({', '.join(COMPILERS)})")
+        say_once(f"no C compiler found ({', '.join(COMPILERS)})")
         return None
     types = [f"-DPARAM={DTYPES[param]}", f"-DGRAD={DTYPES[grad]}", f"-DMASTER={int(has_master)}"]
     types += [f"-DROUNDED={DTYPES[rounded]}", f"-DSTOCHASTIC={int(stochastic)}"]
     try:
         function = _compiled(compiler, types).update
     except (OSError, subprocess.SubprocessError) as error:
-        _say_once(f"{compiler} failed", getattr(error, "stderr", None) or str(error))
+        say_once(f"{compiler} failed", getattr(error, "stderr", None) or str(error))
         return None
     address, count = ctypes.c_void_p, ctypes.c_int64
     function.argtypes = [address, address, address, address, count, address, address, address, count]
     function.restype = None
     update = NativeUpdate(function)
-    if not _has_the_bits(update, param, grad, has_master, Rounding(rounded, 1234 if stochastic else None, 5)):
-        _say_once(f"the compiled update of {param} differs from PyTorch's operators on this CPU")
+    rounding = Rounding(rounded, 1234 if stochastic else None, 5)
+    if not has_the_bits(update, torch.device("cpu"), param, grad, has_master, rounding):
+        say_once(f"the compiled update of {param} differs from PyTorch's operators on this CPU")
         return None
     return update
 
@@ -122,35 +116,3 @@ def _compiled(compiler: str, types: Sequence[str]) -> ctypes.CDLL:
         if run([*command, "-fopenmp"]).returncode != 0:  # Apple's compiler has none: then by one thread
             run(command, check=True)
         return ctypes.CDLL(library)
-
-
-def _say_once(what: str, why: str = "") -> None:
-    if what not in _said:
-        _said.add(what)
-        logger.warning(
-            "%s; updates on the CPU go by PyTorch's operators, which takes about twice as long. %s", what, why
-        )
-
-
-def _has_the_bits(
-    update: NativeUpdate, param: torch.dtype, grad: torch.dtype, has_master: bool, rounding: Rounding
-) -> bool:
-    """Whether it does what PyTorch's operators do, as far as all combinations of options on some values can tell."""
-    generator, dtype = torch.Generator().manual_seed(0), compute_dtype(param)
-    combinations = itertools.product((False, True), (0.0, 0.1), (False, True), (1.0, 0.3))
-    for maximize, weight_decay, averages, mu in combinations:
-        h = Hyperparameters(lr=0.1, lambd=0.1, alpha=0.75, t0=0.0, weight_decay=weight_decay, maximize=maximize)
-        scalars = Scalars(step=3, eta=0.07, mu=mu)
-        first, second, average, other = torch.randn(4, CHECKED, dtype=torch.float64, generator=generator).to(dtype)
-        p, g = first.to(param), second.to(grad)
-        # Half of the masters are those of the parameters, half out of date.
-        p = torch.where(second > 0, p, p.to(rounding.dtype).to(param))  # some have been rounded
-        master = torch.where(other > 0, p.to(dtype), other)
-        own, expected = ([tensor.clone() for tensor in (p, average, master)] for _ in range(2))
-        options = (h, scalars, rounding)
-        update(Parts.of(own[:1]), [g], own[1] if averages else None, own[2] if has_master else None, *options)
-        p, average, master = expected
-        low_precision_step_(p, g, average if averages else None, master if has_master else None, *options)
-        if not all(map(torch.equal, own, expected)):
-            return False
-    return True

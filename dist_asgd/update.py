@@ -6,6 +6,7 @@ CPU walk blocks that stay in cache. Both have the same bits.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from dist_asgd.native import native_update
 from dist_asgd.parts import Parts, as_real
+from dist_asgd.probe import has_the_bits, say_once
 from dist_asgd.rule import Hyperparameters, Rounding, Scalars, compute_dtype, low_precision_step_
 
 # CPU operators are walked in blocks of about this many elements for each thread: parameter, gradient, average and
@@ -52,12 +54,37 @@ def fused_update(
     if average not in (None, dtype) or grad not in (param, dtype):
         return None
     if device.type == "cuda":
-        from dist_asgd.kernels import triton_update  # here, since importing Triton takes as long as importing PyTorch
-
-        return triton_update(param, grad, rounding.dtype)
+        return _on_gpu(device, param, grad, has_master, rounding.dtype, rounding.seed is not None)
     if device.type == "cpu":
         return native_update(param, grad, has_master, rounding.dtype, rounding.seed is not None)
     return None
+
+
+@functools.cache
+def _on_gpu(
+    device: torch.device,
+    param: torch.dtype,
+    grad: torch.dtype,
+    has_master: bool,
+    rounded: torch.dtype,
+    stochastic: bool,
+) -> FusedUpdate | None:
+    from dist_asgd.kernels import triton_update  # here, since importing Triton takes as long as importing PyTorch
+
+    update = triton_update(param, grad, rounded)
+    if update is None:
+        say_once("Triton is not installed, or has no update of these dtypes")
+        return None
+    try:
+        works = has_the_bits(
+            update, device, param, grad, has_master, Rounding(rounded, 1234 if stochastic else None, 5)
+        )
+    except Exception as error:  # of many kinds: no C compiler for its launcher, a GPU that it does not know
+        say_once(f"Triton's update does not run on {device}", repr(error))
+        return None
+    if not works:
+        say_once(f"Triton's update of {param} differs from PyTorch's operators on {device}")
+    return update if works else None
 
 
 def can_fuse(

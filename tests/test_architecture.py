@@ -13,6 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "rule",
     "parts",
+    "probe",
     "native",
     "tables",
     "kernels",

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_asgd.kernels import triton_update
 from dist_asgd.parts import Parts
 from dist_asgd.rule import Rounding
 from dist_asgd.tables import DeviceTables
@@ -123,9 +124,18 @@ def test_tables_say_where_every_block_is():
 
 
 @needs_triton
-def test_gpus_get_it_for_the_dtypes_it_has():
-    gpu, f32 = torch.device("cuda"), torch.float32
-    assert fused_update(gpu, f32, f32, f32, False, Rounding(f32)) is not None
-    assert fused_update(gpu, torch.bfloat16, f32, None, True, Rounding(torch.bfloat16)) is not None
-    assert fused_update(gpu, f32, f32, torch.float64, False, Rounding(f32)) is None
+def test_there_is_one_for_the_dtypes_it_has():
+    f32, bf16, f64 = torch.float32, torch.bfloat16, torch.float64
+    assert triton_update(f32, f32, f32) is not None and triton_update(f32, f32, bf16) is not None
+    assert triton_update(bf16, f32, bf16) is not None
+    assert triton_update(f32, f64, f32) is None and triton_update(torch.complex64, torch.complex64, f32) is None
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that it runs on: see tests/gpu")
+def test_where_it_does_not_run_operators_do(caplog):
+    """The same call as on a GPU; here, its first tensor cannot be made."""
+    f32 = torch.float32
+    assert fused_update(torch.device("cuda"), f32, f32, f32, False, Rounding(f32)) is None
+    assert "Triton's update does not run on cuda" in caplog.text
     assert fused_update(torch.device("meta"), f32, f32, f32, False, Rounding(f32)) is None

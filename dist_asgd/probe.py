@@ -1,0 +1,55 @@
+"""Whether a form of the update has the bits of PyTorch's operators where it runs. Asked before it is used."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable
+
+import torch
+
+from dist_asgd.parts import Parts
+from dist_asgd.rule import Hyperparameters, Rounding, Scalars, compute_dtype, low_precision_step_
+
+# Elements on which each combination of options is compared: some blocks of the operators' and a rest.
+CHECKED = 211
+
+logger = logging.getLogger(__name__)
+_said: set[str] = set()
+
+
+def has_the_bits(
+    update: Callable[..., None],
+    device: torch.device,
+    param: torch.dtype,
+    grad: torch.dtype,
+    has_master: bool,
+    rounding: Rounding,
+) -> bool:
+    """Whether ``update``, a ``FusedUpdate``, does what PyTorch's operators do, under all combinations of options."""
+    generator, dtype = torch.Generator().manual_seed(0), compute_dtype(param)
+    combinations = itertools.product((False, True), (0.0, 0.1), (False, True), (1.0, 0.3))
+    for maximize, weight_decay, averages, mu in combinations:
+        h = Hyperparameters(lr=0.1, lambd=0.1, alpha=0.75, t0=0.0, weight_decay=weight_decay, maximize=maximize)
+        scalars = Scalars(step=3, eta=0.07, mu=mu)
+        values = torch.randn(4, CHECKED, dtype=torch.float64, generator=generator).to(device, dtype)
+        first, second, average, other = values
+        p, g = first.to(param), second.to(grad)
+        p = torch.where(second > 0, p, p.to(rounding.dtype).to(param))  # some have been rounded
+        # Half of the masters are those of the parameters, half out of date.
+        master = torch.where(other > 0, p.to(dtype), other)
+        own, expected = ([tensor.clone() for tensor in (p, average, master)] for _ in range(2))
+        options = (h, scalars, rounding)
+        update(Parts.of(own[:1]), [g], own[1] if averages else None, own[2] if has_master else None, *options)
+        p, average, master = expected
+        low_precision_step_(p, g, average if averages else None, master if has_master else None, *options)
+        if not all(map(torch.equal, own, expected)):
+            return False
+    return True
+
+
+def say_once(what: str, why: str = "") -> None:
+    """That the operators are used, and why."""
+    if what not in _said:
+        _said.add(what)
+        logger.warning("%s; updates go by PyTorch's operators instead, which takes longer. %s", what, why)
