@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Protocol
 
 import torch
@@ -21,36 +23,53 @@ EXCHANGED = 2 * 2**20
 POLL = 0.0002  # seconds
 
 
-def completes_within(work: Transfer, seconds: float) -> bool:
-    """Whether ``work`` is complete, on its device too, at the latest after ``seconds``."""
-    deadline = time.monotonic() + seconds
-    while not work.is_completed():
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(POLL)
-    return True
-
-
 class Transfer(Protocol):
     """A collective under way."""
 
-    def is_completed(self) -> bool: ...
+    def wait(self) -> None: ...
 
-    def wait(self) -> object: ...
+    def completes_within(self, seconds: float) -> bool:
+        """Whether it is complete, on its device too, or has failed, at the latest after ``seconds``."""
 
 
 @dataclass(frozen=True, slots=True)
-class Together:
-    """Several collectives under way, as one."""
+class HostTransfer:
+    """Collectives of gloo under way, as one."""
 
     works: Sequence[dist.Work]
-
-    def is_completed(self) -> bool:
-        return all(work.is_completed() for work in self.works)
 
     def wait(self) -> None:
         for work in self.works:
             work.wait()
+
+    def completes_within(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        for work in self.works:
+            left = deadline - time.monotonic()
+            if not work.is_completed() and left > 0:
+                with contextlib.suppress(RuntimeError):  # it took longer, or failed: then wait() will say so
+                    work.wait(timedelta(seconds=left))
+            if not work.is_completed():
+                return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceTransfer:
+    """A collective under way whose ``wait()`` only makes the device's stream wait."""
+
+    work: dist.Work
+
+    def wait(self) -> None:
+        self.work.wait()
+
+    def completes_within(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not self.work.is_completed():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(POLL)
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +118,7 @@ class Collectives:
             return Reduction(work, source, parts, self.world_size, dtype)
         total = source.new_empty(numel)
         work = _reduce_scatter(total, source, group=self.group, async_op=True)
-        return Reduction(work, source, [total], self.world_size, dtype)
+        return Reduction(DeviceTransfer(work), source, [total], self.world_size, dtype)
 
     def _exchange(self, source: Tensor, numel: int) -> tuple[Sequence[Tensor], Transfer]:
         """Gives each rank its shard, of ``numel`` elements, of ``source``, and takes mine from each, in rank order.
@@ -113,7 +132,7 @@ class Collectives:
         if numel <= most:
             received = torch.empty_like(source)
             work = dist.all_to_all_single(received, source, group=self.group, async_op=True)
-            return received.view(size, numel).unbind(), work
+            return received.view(size, numel).unbind(), HostTransfer([work])
         shards = source.view(size, numel)
         parts = [shards[rank] if other == rank else torch.empty_like(shards[rank]) for other in range(size)]
         works = []
@@ -121,16 +140,24 @@ class Collectives:
             to, origin = (rank + distance) % size, (rank - distance) % size
             for given, taken in zip(shards[to].split(most), parts[origin].split(most), strict=True):
                 works.append(self._start_pairwise(given, to, taken, origin))
-        return parts, Together(works)
+        return parts, HostTransfer(works)
 
     def _start_pairwise(self, given: Tensor, to: int, taken: Tensor, origin: int) -> dist.Work:
         ranks = range(self.world_size)
         sent, received = ([len(given) * (other == partner) for other in ranks] for partner in (to, origin))
         return dist.all_to_all_single(taken, given, received, sent, group=self.group, async_op=True)
 
-    def start_gather(self, buffer: Tensor, shard: Tensor) -> dist.Work:
+    def start_gather(self, buffer: Tensor, shard: Tensor) -> Transfer:
         """Starts filling ``buffer`` (1-D) with the ``shard`` of every rank; ``shard`` is this rank's part of it."""
-        return all_gather(buffer, shard, group=self.group, async_op=True)
+        most, on_host = EXCHANGED // shard.element_size(), self._backend() == "gloo"
+        if not on_host or self.world_size != 2 or len(shard) <= most:
+            work = all_gather(buffer, shard, group=self.group, async_op=True)
+            return HostTransfer([work]) if on_host else DeviceTransfer(work)
+        # Between two ranks that is an exchange, too. Among more, gloo's ring sends less between hosts of several ranks.
+        other = 1 - dist.get_rank(self.group)
+        taken = buffer.view(2, len(shard))[other]
+        pairs = zip(shard.split(most), taken.split(most), strict=True)
+        return HostTransfer([self._start_pairwise(given, other, part, other) for given, part in pairs])
 
     def broadcast(self, buffer: Tensor) -> None:
         """Rank 0's ``buffer`` to every rank."""

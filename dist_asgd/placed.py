@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dist_asgd.buckets import Bucket, Setting, describe, require_dense, require_fitting
-from dist_asgd.collectives import completes_within
+from dist_asgd.collectives import Transfer
 from dist_asgd.gradients import PlacedGradient
 from dist_asgd.hooks import register_hook, remove_hooks
 from dist_asgd.layout import BucketLayout, Piece
@@ -83,7 +82,7 @@ class PlacedBucket(Bucket):
             self._whole = Batch.of([Piece(position, 0, span.numel, span.start) for position, span in spans])
         self.always_gathers = self.collectives is not None
         self._received: Tensor | None = None  # the whole bucket, while the all-gather is under way
-        self._gather: dist.Work | None = None
+        self._gather: Transfer | None = None
         self._in_flight = in_flight
         hooks = [] if self.uneven else [register_hook(param, _hook(weakref.ref(self))) for param in params]
         weakref.finalize(self, remove_hooks, hooks)
@@ -230,7 +229,7 @@ class PlacedBucket(Bucket):
 
     @torch.no_grad()
     def wait(self, seconds: float | None = None) -> None:
-        if self._gather is None or not (seconds is None or completes_within(self._gather, seconds)):
+        if self._gather is None or not (seconds is None or self._gather.completes_within(seconds)):
             return
         self._gather.wait()
         if self._received is not None:

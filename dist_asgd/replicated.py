@@ -14,11 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dist_asgd.buckets import Bucket, Setting, describe, require_dense, require_fitting
-from dist_asgd.collectives import Collectives, Reduction, completes_within
+from dist_asgd.collectives import Collectives, Reduction, Transfer
 from dist_asgd.gradients import GradientPiece
 from dist_asgd.layout import BucketLayout, Piece, Span
 from dist_asgd.packing import Batches, Packer
@@ -95,7 +94,7 @@ class ReplicatedBucket(Bucket):
         self.grad: Tensor | None = None
         self.gradient_pieces = [GradientPiece(self, i, param) for i, param in enumerate(self.params)] if reduces else []
         self._reductions: deque[tuple[int, Reduction]] = deque()  # under way, in order, each with its pass
-        self._gather: dist.Work | None = None
+        self._gather: Transfer | None = None
         self._received: Tensor | None = None  # by it, where parameters travel in another dtype
         self._packer = Packer(layout, self.placements, self.buffer)
         self._batches = Batches(self._owned, layout, self.device, parameters.own if self.shard.fuses else None)
@@ -126,7 +125,7 @@ class ReplicatedBucket(Bucket):
         self._gather = self.collectives.start_gather(as_real(whole), as_real(own))
 
     def wait(self, seconds: float | None = None) -> None:
-        if self._gather is None or not (seconds is None or completes_within(self._gather, seconds)):
+        if self._gather is None or not (seconds is None or self._gather.completes_within(seconds)):
             return
         self._gather.wait()
         if self._received is not None:
@@ -253,7 +252,7 @@ class ReplicatedBucket(Bucket):
 
     def reduces_within(self, seconds: float) -> bool:
         """Whether the oldest reduction under way is complete, at the latest after ``seconds``."""
-        return not self._reductions or completes_within(self._reductions[0][1].work, seconds)
+        return not self._reductions or self._reductions[0][1].work.completes_within(seconds)
 
     def finish_oldest_reduce(self) -> None:
         """Waits for the oldest reduction under way, if any, and adds its result to the gradients that want it."""

@@ -21,7 +21,6 @@ from kernel_cases import COMPILED, INTERPRETED, TARGETS
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="TRITON IS NOT INSTALLED: the GPU kernel is not tested at all"
 )
-pytestmark = pytest.mark.xdist_group("kernels")  # one process, since all read what two fixtures take long to make
 CASES = Path(__file__).with_name("kernel_cases.py")
 
 # What a thread loads and stores: 16 of the 2048 elements of a block in vectors of 16 bytes, and 4 of 512 one by one.

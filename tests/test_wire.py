@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import netns, wire
 
-pytestmark = [pytest.mark.netns, pytest.mark.xdist_group("wire")]  # one process for the fixture
+pytestmark = pytest.mark.netns
 
 PARAMETERS = 4e6
 NOISE = 4096  # bytes; acknowledgements, ARP: 0 to 132 were seen on an idle link
