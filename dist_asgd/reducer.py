@@ -23,8 +23,7 @@ from dist_asgd.buckets import Bucket
 from dist_asgd.hooks import register_hook, remove_hooks
 from dist_asgd.replicated import ReplicatedBucket
 
-# Reductions under way at once, in units of the largest bucket: as many elements. Two keep the link busy; each holds its
-# bucket's gradients and what it receives.
+# Reductions under way at once. Two keep the link busy; each holds its bucket's gradients and what it receives.
 MAX_IN_FLIGHT = 2
 
 # Seconds that backward waits for a place among them. A rank that runs no backward joins the reductions at its step(),
@@ -143,9 +142,8 @@ class Reducer:
 
     @torch.no_grad()  # hooks run with gradients on in a backward that makes a graph of its own (create_graph=True)
     def _start(self, bucket: ReplicatedBucket, with_gradients: bool = True) -> None:
-        most = MAX_IN_FLIGHT * max(other.layout.numel for other in self.buckets)
         while self._in_flight:
-            full = sum(other.layout.numel for other in self._in_flight) >= most
+            full = len(self._in_flight) >= MAX_IN_FLIGHT
             if not self._in_flight[0].reduces_within(self._patience if full else 0.0):
                 self._patience = 0.0 if full else self._patience
                 break

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 from dist_asgd import ShardedASGD
 from dist_asgd.rule import Rounding, stochastically
@@ -126,6 +128,30 @@ def test_checkpoints_keep_the_masters(tmp_path) -> None:
     resumed = run_ranks(2, run, 2, range(6, 10), True, False)[0]
     assert all(map(torch.equal, whole, resumed))
     run_ranks(3, run, 3, range(6, 10), True, False)  # other bits, as the gradients are rounded once more
+
+
+def test_replicas_of_a_dtensor_get_the_roundings_of_masters_too() -> None:
+    """Their gradients are not ours to send, so they are not rounded."""
+
+    def ranks(rank: int) -> None:
+        mesh = init_device_mesh("cpu", (2,))
+        plain = make_parameters(SPECS)
+        twins = [torch.nn.Parameter(p.detach().clone()) for p in plain]
+        params = [torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Replicate()])) for p in plain]
+        optimizer = ShardedASGD(named(params), wire_dtype=torch.bfloat16, bucket_bytes=512, **OPTIONS)
+        oracle = torch.optim.ASGD(twins, foreach=False, **OPTIONS)
+        for step in range(12):
+            for p, twin, grad in zip(params, twins, random_gradients(SPECS, 1, step)[0], strict=True):
+                p.grad, twin.grad = distribute_tensor(grad, mesh, [Replicate()]), grad
+            optimizer.step()
+            oracle.step()
+            for p, twin in zip(params, twins, strict=True):
+                assert torch.equal(p.to_local(), twin.bfloat16().float())
+        with optimizer.averaged_parameters():
+            for p, twin in zip(params, twins, strict=True):
+                assert torch.equal(p.to_local(), oracle.state[twin]["ax"])
+
+    run_ranks(2, ranks)
 
 
 def test_one_rank_sends_nothing_and_rounds_nothing() -> None:
