@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import functools
 from array import array
-from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from dist_asgd.parts import Parts
+from dist_asgd.parts import Gradients, Parts
 from dist_asgd.rule import DeviceScalars, Hyperparameters, Rounding, Scalars, compute_dtype
 from dist_asgd.tables import DeviceTables
 
@@ -243,7 +242,7 @@ class TritonUpdate:
     def __call__(
         self,
         parts: Parts,
-        grads: Sequence[Tensor],
+        grads: Gradients,
         average: Tensor | None,
         master: Tensor | None,
         h: Hyperparameters,
@@ -260,19 +259,19 @@ class TritonUpdate:
             found_inf: 1 element, fp32: nothing is done if it is not 0.
         """
         with torch.cuda.device_of(parts.tensors[0]):
-            if len(grads) == 1:
+            if len(grads.tensors) == 1:
                 programs, numel, start = -(-parts.numel // BLOCK), parts.numel, parts.starts[0]
                 number = rounding.first + start
-                read = (parts.tensors[0], grads[0], *(t if t is None else t[start:] for t in (average, master)))
+                read = (parts.tensors[0], grads.tensors[0], *(t if t is None else t[start:] for t in (average, master)))
             else:
                 tables = self._tables.get(parts) or self._tables.setdefault(parts, DeviceTables(parts, BLOCK))
-                programs, numel, number = tables.programs, len(grads), rounding.first
-                read = (tables.of_parts, tables.of_grads(grads), average, master)
+                programs, numel, number = tables.programs, len(grads.tensors), rounding.first
+                read = (tables.of_parts, tables.of_grads(grads.addresses), average, master)
             if programs:
                 update_kernel[(programs,)](
                     *read, numel, **_numbers(h, scalars), seed=rounding.seed or 0, number=number,
                     inverse_scale=inverse_scale, found_inf=found_inf,
-                    **self._types, MANY=len(grads) > 1, MAXIMIZE=h.maximize, DECAYS=h.weight_decay != 0,
+                    **self._types, MANY=len(grads.tensors) > 1, MAXIMIZE=h.maximize, DECAYS=h.weight_decay != 0,
                     STOCHASTIC=rounding.seed is not None, BLOCK=BLOCK, SMALL=SMALL, **OPTIONS,
                 )  # fmt: skip
 

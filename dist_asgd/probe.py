@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from dist_asgd.parts import Parts
+from dist_asgd.parts import Gradients, Parts
 from dist_asgd.rule import Hyperparameters, Rounding, Scalars, compute_dtype, low_precision_step_
 
 # Elements on which each combination of options is compared: some blocks of the operators' and a rest.
@@ -40,7 +40,8 @@ def has_the_bits(
         master = torch.where(other > 0, p.to(dtype), other)
         own, expected = ([tensor.clone() for tensor in (p, average, master)] for _ in range(2))
         options = (h, scalars, rounding)
-        update(Parts.of(own[:1]), [g], own[1] if averages else None, own[2] if has_master else None, *options)
+        own_state = (own[1] if averages else None, own[2] if has_master else None)
+        update(Parts.of(own[:1]), Gradients.of([g]), *own_state, *options)
         p, average, master = expected
         low_precision_step_(p, g, average if averages else None, master if has_master else None, *options)
         if not all(map(torch.equal, own, expected)):

@@ -7,7 +7,6 @@ CPU walk blocks that stay in cache. Both have the same bits.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_asgd.native import native_update
-from dist_asgd.parts import Parts, as_real
+from dist_asgd.parts import Gradients, Parts, as_real
 from dist_asgd.probe import has_the_bits, say_once
 from dist_asgd.rule import Hyperparameters, Rounding, Scalars, compute_dtype, low_precision_step_
 
@@ -32,7 +31,7 @@ class FusedUpdate(Protocol):
     def __call__(
         self,
         parts: Parts,  # updated in place
-        grads: Sequence[Tensor],  # of each part: contiguous, as many elements
+        grads: Gradients,  # of each part
         average: Tensor | None,  # 1-D, in compute_dtype, indexed by parts.starts; updated in place
         master: Tensor | None,  # the same
         h: Hyperparameters,
@@ -125,7 +124,7 @@ class PartsSlice:
     start: int
     stop: int
     parts: Parts
-    grads: Sequence[Tensor]  # of each part: contiguous, as many elements, of one dtype: the parts' or compute_dtype
+    grads: Gradients  # of each part, in the parts' dtype or compute_dtype
 
     def update_(
         self,
@@ -137,7 +136,7 @@ class PartsSlice:
     ) -> None:
         average = None if average is None else as_real(average)
         master = None if master is None else as_real(master)
-        param, grad = self.parts.tensors[0], self.grads[0]
+        param, grad = self.parts.tensors[0], self.grads.tensors[0]
         average_dtype = None if average is None else average.dtype
         fused = fused_update(param.device, param.dtype, grad.dtype, average_dtype, master is not None, rounding)
         if fused is None:
@@ -184,7 +183,7 @@ def update_(
     average_dtype = None if average is None else average.dtype
     fused = fused_update(param.device, param.dtype, grad.dtype, average_dtype, master is not None, rounding)
     if fused is not None and grad.is_contiguous():
-        fused(Parts.of([param]), [grad], average, master, h, scalars, rounding)
+        fused(Parts.of([param]), Gradients.of([grad]), average, master, h, scalars, rounding)
     else:
         update_blocks_(param, grad, average, master, h, scalars, rounding)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dist_asgd.parts import Parts
+from dist_asgd.parts import Gradients, Parts
 from dist_asgd.rule import DeviceScalars, Hyperparameters, Rounding, Scalars, compute_dtype, low_precision_step_
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -85,7 +85,7 @@ class Case:
         parts = Parts.of([own[a:b] for a, b in self.spans], [a for a, _ in self.spans])
         grads = [self.grad[a:b] for a, b in self.spans]
         update = triton_update(self.param_dtype, self.grad_dtype, self.rounding.dtype)
-        update(parts, grads, average, master, h, scalars, self.rounding, **extra)
+        update(parts, Gradients.of(grads), average, master, h, scalars, self.rounding, **extra)
         return own, average, master
 
     def by_rule(self, h, scalars, scale=None):

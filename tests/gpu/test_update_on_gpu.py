@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 import kernel_cases
 from dist_asgd import ShardedASGD
 from dist_asgd.kernels import triton_update
-from dist_asgd.parts import Parts
+from dist_asgd.parts import Gradients, Parts
 from dist_asgd.rule import DeviceScalars, Hyperparameters, first_scalars
 from oracle import same_bits
 from ranks import run_alone, run_ranks
@@ -137,7 +137,7 @@ def train(layout: str, captured: bool) -> tuple[torch.Tensor, ...]:
     update, graph = triton_update(torch.float32, torch.float32, torch.float32), torch.cuda.CUDAGraph()
 
     def step() -> None:
-        update(parts, grads, average, None, h, scalars, case.rounding)
+        update(parts, Gradients.of(grads), average, None, h, scalars, case.rounding)
         scalars.advance_(h)
 
     step()
