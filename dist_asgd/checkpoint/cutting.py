@@ -1,9 +1,11 @@
-"""Boxes of tensors, as pure integers: intersections, cuts, and where a box lies in a row-major payload."""
+"""Boxes of tensors: intersections, cuts, and where a box lies in a row-major payload."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+
+from torch import Tensor
 
 from dist_asgd.layout import Box
 
@@ -23,6 +25,13 @@ def intersection(one: Box, other: Box) -> Box | None:
 def within(box: Box, outer: Box) -> Box:
     """``box`` in the coordinates of ``outer``."""
     return Box(tuple(mine - its for mine, its in zip(box.offsets, outer.offsets, strict=True)), box.sizes)
+
+
+def narrowed(data: Tensor, box: Box) -> Tensor:
+    """The view of the box."""
+    for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+        data = data.narrow(dim, offset, size)
+    return data
 
 
 def cut(box: Box, most: int) -> Iterator[Box]:

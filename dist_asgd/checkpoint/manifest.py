@@ -111,6 +111,11 @@ class Manifest:
     values: Mapping[str, ValueRecord]
 
 
+def in_directory(directory: str, name: str) -> str:
+    """The path of a file of the checkpoint in ``directory``; "" where the storage is that of one checkpoint."""
+    return f"{directory}/{name}" if directory else name
+
+
 def key_of_rank(key: str, rank: int) -> str:
     """Under which an entry stands that each rank has its own of."""
     return f"{key}@rank{rank}"

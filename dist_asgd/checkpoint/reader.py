@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_asgd.checkpoint.cutting import cut_to_extents, extent, intersection, strides, within
+from dist_asgd.checkpoint.cutting import cut_to_extents, extent, intersection, narrowed, strides, within
 from dist_asgd.checkpoint.entries import Block, CheckpointError, TensorEntry
-from dist_asgd.checkpoint.manifest import Chunk, Item, Manifest
+from dist_asgd.checkpoint.manifest import Chunk, Item, Manifest, in_directory
 from dist_asgd.checkpoint.storage import Storage
 from dist_asgd.checkpoint.writer import memory
 from dist_asgd.layout import Box
@@ -96,14 +96,8 @@ def _needs(key: str, item: Item, chunk: Chunk, block: Block) -> Iterator[Need]:
         start, stop = extent(part, sizes)
         blocks = range(start * itemsize // item.block, -(-stop * itemsize // item.block))
         offsets = map(sum, zip(part.offsets, chunk.box.offsets, strict=True))
-        data = _narrowed(block.data, within(Box(tuple(offsets), part.sizes), block.box))
+        data = narrowed(block.data, within(Box(tuple(offsets), part.sizes), block.box))
         yield Need(key, item, sizes, part, data, blocks)
-
-
-def _narrowed(data: Tensor, box: Box) -> Tensor:
-    for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
-        data = data.narrow(dim, offset, size)
-    return data
 
 
 class Verified:
@@ -138,7 +132,9 @@ class Verified:
                 _write(need, memoryview(data), request.start)
 
     def _read(self) -> Iterator[tuple[int, bytes]]:
-        ranges = [(f"{self._directory}/{request.file}", request.start, request.stop) for request in self._requests]
+        ranges = [
+            (in_directory(self._directory, request.file), request.start, request.stop) for request in self._requests
+        ]
         for index, data in self._storage.read_ranges(ranges):
             verify(self._requests[index], data)
             yield index, data

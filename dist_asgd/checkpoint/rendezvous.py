@@ -16,11 +16,24 @@ from types import TracebackType
 
 import torch.distributed as dist
 
+from dist_asgd.agreement import Agreement
 from dist_asgd.checkpoint.entries import CheckpointError
 
 BEAT = 2.0  # seconds between heartbeats
 SILENCE = 30.0  # seconds without a heartbeat after which a rank counts as dead
 POLL = 0.02  # seconds
+
+
+@contextlib.contextmanager
+def together(agreement: Agreement, operation: str) -> Iterator[None]:
+    """``Agreement.together`` whose errors are ``CheckpointError``, ``ValueError`` or ``TypeError``."""
+    try:
+        with agreement.together(operation):
+            yield
+    except (CheckpointError, ValueError, TypeError):
+        raise
+    except Exception as error:
+        raise CheckpointError(str(error)) from error
 
 
 class Rendezvous:
@@ -49,7 +62,8 @@ class Rendezvous:
     ) -> None:
         if error is not None and not isinstance(error, AnotherFailed):
             with contextlib.suppress(Exception):  # what brought us here is what has to be heard of
-                self._store.set("failed", json.dumps([self._rank, f"{type(error).__name__}: {error}"]))
+                if self._store.add("failures", 1) == 1:
+                    self._store.set("failed", json.dumps([self._rank, f"{type(error).__name__}: {error}"]))
         self._stopped.set()
         if self._beats.is_alive():
             self._beats.join()
@@ -58,7 +72,7 @@ class Rendezvous:
 
     def forget(self) -> None:
         """On rank 0, when all ranks have left: takes what they were told out of the store."""
-        for key in ("verdict", "failed"):
+        for key in ("verdict", "failed", "failures"):
             self._store.delete_key(key)
 
     def check(self) -> None:

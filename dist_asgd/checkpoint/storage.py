@@ -61,6 +61,11 @@ class Storage:
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
 
+    @property
+    def is_local(self) -> bool:
+        """Whether what was read once is read again at no cost: then the operating system has it."""
+        return isinstance(self._store, LocalStore)
+
     def create(self, path: str, data: bytes) -> None:
         """A small new file, unless there is one: then FileExistsError. Of several callers exactly one succeeds.
 

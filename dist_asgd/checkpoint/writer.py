@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_asgd.checkpoint.cutting import cut, whole
+from dist_asgd.checkpoint.cutting import cut, narrowed, whole
 from dist_asgd.checkpoint.distcp import item_head, item_tail, object_item
-from dist_asgd.checkpoint.manifest import SHARED, Item
+from dist_asgd.checkpoint.manifest import SHARED, Item, in_directory
 from dist_asgd.checkpoint.storage import Storage
 from dist_asgd.layout import Box
 
@@ -70,7 +70,9 @@ def write_parts(
     """
     name, written = f"__{rank}_0.distcp", Written()
     if parts or objects:
-        written.files[name] = storage.write(f"{directory}/{name}", _File(name, written, check).chunks(parts, objects))
+        written.files[name] = storage.write(
+            in_directory(directory, name), _File(name, written, check).chunks(parts, objects)
+        )
     return written
 
 
@@ -153,10 +155,7 @@ def memory_of(data: Tensor) -> Iterator[memoryview]:
         return
     box = whole(tuple(data.shape))
     for part in cut(box, max(1, PIECE // data.dtype.itemsize)) if box.numel else ():
-        view = data
-        for dim, (offset, size) in enumerate(zip(part.offsets, part.sizes, strict=True)):
-            view = view.narrow(dim, offset, size)
-        yield memory(view.resolve_conj().resolve_neg().cpu().contiguous())
+        yield memory(narrowed(data, part).resolve_conj().resolve_neg().cpu().contiguous())
 
 
 def memory(tensor: Tensor) -> memoryview:
