@@ -12,6 +12,7 @@ from dist_asgd.agreement import Agreement
 from dist_asgd.checkpoint.contents import destination_of
 from dist_asgd.checkpoint.entries import CheckpointError
 from dist_asgd.checkpoint.manifest import NAME, STOCK, Manifest, TensorRecord, ValueRecord, in_directory, read_manifest
+from dist_asgd.checkpoint.nesting import key_of
 from dist_asgd.checkpoint.problems import Problems
 from dist_asgd.checkpoint.reader import Verified, plan_reads
 from dist_asgd.checkpoint.rendezvous import together
@@ -60,8 +61,8 @@ def load_checkpoint(
     with together(agreement, "load()"):
         saved = {key: record.saved for key, (_, record) in tensors.items()}
         values = {key: record.encoded for key, record in encoded.items()}
-        records = [*manifest.tensors.values(), *manifest.values.values()]
-        paths = {".".join(map(str, record.path)): record.path for record in records}
+        paths = {key_of(record.path): record.path for record in manifest.tensors.values()}
+        paths |= {key_of(record.path): record.path for record in manifest.values.values()}
         destination = destination_of(state, saved, values, paths, strict=strict, average=average)
     problems = Problems()
     for found in agreement.gather(destination.problems):
@@ -81,13 +82,9 @@ def load_checkpoint(
 def _seen_by(rank: int, manifest: Manifest) -> tuple[dict[str, tuple[str, TensorRecord]], dict[str, ValueRecord]]:
     """The entries that this rank may take, by their keys: those of all, and its own where ranks had different ones."""
     tensors = {
-        ".".join(map(str, record.path)): (name, record)
-        for name, record in manifest.tensors.items()
-        if record.rank in (None, rank)
+        key_of(record.path): (name, record) for name, record in manifest.tensors.items() if record.rank in (None, rank)
     }
-    own = {
-        ".".join(map(str, record.path)): record for record in manifest.values.values() if record.rank in (None, rank)
-    }
+    own = {key_of(record.path): record for record in manifest.values.values() if record.rank in (None, rank)}
     return tensors, own
 
 

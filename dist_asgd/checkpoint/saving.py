@@ -73,7 +73,8 @@ def plan_save(agreement: Agreement, step: int, directory: str | None, contents: 
     with together(agreement, "save()"):
         brought = _bring(contents, agreement.rank)
     everyone = [item for item, _ in agreement.collect(brought, [])]
-    record, answers = None, [None] * agreement.world_size
+    record: Record | None = None
+    answers: list[Any] = []
     with together(agreement, "save()"):
         if agreement.rank == 0:
             record, shares = _plan(step, everyone)
@@ -181,7 +182,7 @@ def write(storage: Storage, plan: Plan, meeting: Rendezvous, rank: int) -> None:
             meeting.verdict()
             return
         commit(storage, plan.directory, plan.record, [Written.from_json(part) for part in meeting.collect()])
-        meeting.conclude(b"committed")
+        meeting.conclude("committed")
 
 
 def commit(storage: Storage, directory: str, record: Record, parts: Sequence[Written]) -> None:
@@ -213,17 +214,19 @@ def _manifest(record: Record, parts: Sequence[Written]) -> tuple[Manifest, bytes
         key: (tensor.saved.dtype, tensor.saved.shape, [_stored(chunk, items) for chunk in tensor.chunks])
         for key, tensor in tensors.items()
     }
-    objects = {key: StoredObject(*place) for written in parts for key, *place in written.objects}
-    paths = {
-        key: entry.path if entry.rank is None else (*entry.path[:-1], key_of_rank(str(entry.path[-1]), entry.rank))
-        for key, entry in [*tensors.items(), *record.values.items()]
-    }
+    objects = {key: StoredObject(file, at, size) for written in parts for key, file, at, size in written.objects}
+    paths = {key: _stock_path(tensor.path, tensor.rank) for key, tensor in tensors.items()}
+    paths |= {key: _stock_path(value.path, value.rank) for key, value in record.values.items()}
     stock = stock_metadata(stored, objects, paths)
     files = {name: FileRecord(size) for written in parts for name, size in written.files.items()}
     files[STOCK] = FileRecord(len(stock), hashlib.sha256(stock).hexdigest())
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     manifest = Manifest(record.step, len(parts), time.time(), versions, files, tuple(items), tensors, record.values)
     return manifest, stock
+
+
+def _stock_path(path: Path, rank: int | None) -> Path:
+    return path if rank is None else (*path[:-1], key_of_rank(str(path[-1]), rank))
 
 
 def _stored(chunk: Chunk, items: Sequence[Any]) -> StoredChunk:
