@@ -144,6 +144,7 @@ def work(job: Job, tell: Tell) -> None:
 
 def run_rank(job: Job, rank: int, tell: Tell, ports: tuple[int, int]) -> None:
     try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # torch writes stack traces there when ranks die
         rendezvous.BEAT, rendezvous.SILENCE = job.beats
         if job.world_size > 1:
             if rank == 0 and job.store_on_rank:
