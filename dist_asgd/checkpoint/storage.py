@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from dist_asgd.checkpoint.drivers import store_of
+from dist_asgd.checkpoint.local import LocalStore
 from dist_asgd.checkpoint.retries import StorageError
 from dist_asgd.checkpoint.stores import Chunk, Store
 from dist_asgd.checkpoint.targets import checked_path, target_of
