@@ -44,7 +44,7 @@ class Storage:
         """Makes no request yet, so nothing has to be there.
 
         Args:
-            url: a local path (relative, or with "~"), or a URL of any fsspec protocol: file://, memory://, s3://, gs://,
+            url: a local path (relative, or with "~"), or a URL of any fsspec protocol: file://, memory://, s3://,
                 abfs://, az://, sftp:// and others.
             options: fsspec's storage options for it.
         """
