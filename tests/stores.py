@@ -149,6 +149,7 @@ def seaweedfs() -> Server:
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
         "-s3.autoCreateBucket=false",
+        "-master.electionTimeout=1s",
     ]
     for name in names:
         command += [f"-{name}.port={ports[name]}", f"-{name}.port.grpc={ports[name + '.grpc']}"]
