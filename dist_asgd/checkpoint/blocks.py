@@ -23,7 +23,7 @@ class Sharded(Protocol):
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor: ...
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: object) -> bool:
     return isinstance(tensor, (Sharded, ShardedTensor))
 
 

@@ -31,7 +31,7 @@ class Contents:
     tensors: dict[str, TensorEntry]  # blocks are live memory
     values: dict[str, Any]  # encoded: what ``json.dumps(..., allow_nan=False)`` takes
     paths: dict[str, Path]  # of all of them, in the nested state
-    varying: frozenset[str]  # those that may differ between ranks: all but modules, optimizers and LR schedulers
+    varying: frozenset[str]  # may differ between ranks: all but modules, optimizers, LR schedulers, sharded tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,8 @@ def contents_of(state: Mapping[str, Any]) -> Contents:
             else:
                 value = part.value.keys if isinstance(part.value, Keys) else part.value
                 contents.values[key] = encode(value, key)
-            if not isinstance(leaf.value, (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)):
+            shared = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+            if not (isinstance(leaf.value, shared) or is_sharded(part.value)):
                 varying.add(key)
     return Contents(contents.tensors, contents.values, contents.paths, frozenset(varying))
 

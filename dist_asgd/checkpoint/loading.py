@@ -68,7 +68,9 @@ def load_checkpoint(
     for found in agreement.gather(destination.problems):
         problems = problems.merge(found)
     if problems:
-        raise CheckpointError(f"{storage.url}/{directory} does not fit what it is loaded into\n{problems.message()}")
+        raise CheckpointError(
+            f"{in_directory(storage.url, directory)} does not fit what it is loaded into\n{problems.message()}"
+        )
     wanted = [(tensors[key][0], entry) for key, entries in destination.tensors.items() for entry in entries]
     with Verified(storage, directory, plan_reads(manifest, wanted)) as verified:
         with together(agreement, "load()"):

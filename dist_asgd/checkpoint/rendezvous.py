@@ -27,9 +27,15 @@ POLL = 0.02  # seconds
 @contextlib.contextmanager
 def together(agreement: Agreement, operation: str) -> Iterator[None]:
     """``Agreement.together`` whose errors are ``CheckpointError``, ``ValueError`` or ``TypeError``."""
+    with only_checkpoint_errors(), agreement.together(operation):
+        yield
+
+
+@contextlib.contextmanager
+def only_checkpoint_errors() -> Iterator[None]:
+    """What goes wrong in the block is a ``CheckpointError``, but for a user's ``ValueError`` or ``TypeError``."""
     try:
-        with agreement.together(operation):
-            yield
+        yield
     except (CheckpointError, ValueError, TypeError):
         raise
     except Exception as error:

@@ -32,7 +32,7 @@ from dist_asgd.checkpoint.manifest import (
     key_of_rank,
     write_manifest,
 )
-from dist_asgd.checkpoint.rendezvous import Rendezvous, together
+from dist_asgd.checkpoint.rendezvous import Rendezvous, only_checkpoint_errors, together
 from dist_asgd.checkpoint.storage import Storage
 from dist_asgd.checkpoint.values import decode
 from dist_asgd.checkpoint.writer import Part, Written, memory_of, write_parts
@@ -101,8 +101,7 @@ def _bring(contents: Contents, rank: int) -> _Brought:
     facts = {key: value for key, value in encoded.items() if key in contents.varying}
     for key in contents.varying & contents.tensors.keys():
         entry = contents.tensors[key]
-        if [block.box for block in entry.blocks] == [whole(entry.shape)]:
-            facts[key] = (entry.shape, str(entry.dtype), _crc(entry.blocks[0].data))
+        facts[key] = (entry.shape, str(entry.dtype), [_crc(block.data) for block in entry.blocks])
     paths = contents.paths if rank == 0 else {key: contents.paths[key] for key in contents.varying}
     return _Brought(offers, encoded, facts, dict(paths))
 
@@ -175,7 +174,7 @@ def write(storage: Storage, plan: Plan, meeting: Rendezvous, rank: int) -> None:
     No collectives. Raises on every rank if one has failed.
     """
     objects = {} if plan.record is None else {key: decode(v.encoded, key) for key, v in plan.record.values.items()}
-    with meeting:
+    with only_checkpoint_errors(), meeting:
         written = write_parts(storage, plan.directory, rank, plan.parts, objects, meeting.check)
         meeting.bring(written.to_json())
         if plan.record is None:
