@@ -73,7 +73,7 @@ class Item:
         return int(self.crc32[8 * block - 8 : 8 * block], 16) if block else 0
 
     def reach(self, blocks: range) -> tuple[int, int]:
-        """``[start, stop)`` of ``blocks`` in the file; with the head if the first is there, with the tail if the last is."""
+        """``[start, stop)`` in the file: of ``blocks``, with the head before the first, and the tail after the last."""
         start = self.start + blocks.start * self.block if blocks.start else self.offset
         end = blocks.stop * self.block
         return start, self.start + end if end < self.size else self.stop
