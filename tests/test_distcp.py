@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 
-from dist_asgd.checkpoint.archives import ALIGNMENT, STORAGE_CLASSES
+from dist_asgd.checkpoint.archives import ALIGNMENT
 from dist_asgd.checkpoint.distcp import (
     MAX_PAYLOAD,
     StoredChunk,

@@ -68,7 +68,7 @@ class Exported:
         return payload_bytes(self.dtype, self.shape)
 
 
-def entry_of(manifest: Manifest, entry: str) -> list[Exported]:
+def tensors_of(manifest: Manifest, entry: str) -> list[Exported]:
     """The tensors of an entry of the saved state, such as ``model``, by the names that its ``load_state_dict`` has."""
     prefix = f"{entry}."
     found = [

@@ -32,7 +32,9 @@ def write(content: Any) -> None:
 
 def printable(text: str) -> str:
     """One line: control characters, also those that change the direction of writing, as escapes."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
+    )
 
 
 def table(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
@@ -64,28 +66,23 @@ def ago(seconds: float) -> str:
 @contextmanager
 def progress_bar(title: str, hidden: bool) -> Iterator[Progress]:
     """A bar on standard error, if that is a terminal and tqdm is installed."""
-    bars: list[Any] = []
+    bar = None if hidden or not sys.stderr.isatty() else _bar(title)
 
     def advance(done: int, total: int) -> None:
-        if not bars:
-            bars.append(tqdm(total=total, desc=title, unit="B", unit_scale=True, file=sys.stderr, leave=False))
-        bars[0].update(done)
+        if bar is not None:
+            bar.total = total
+            bar.update(done)
 
-    tqdm = None if hidden or not sys.stderr.isatty() else _tqdm()
     try:
-        yield _ignore if tqdm is None else advance
+        yield advance
     finally:
-        for bar in bars:
+        if bar is not None:
             bar.close()
 
 
-def _ignore(done: int, total: int) -> None:
-    """Progress that nobody sees."""
-
-
-def _tqdm() -> Any:
+def _bar(title: str) -> Any:
     try:
         from tqdm import tqdm
     except ImportError:
         return None
-    return tqdm
+    return tqdm(desc=title, unit="B", unit_scale=True, unit_divisor=1024, leave=False, file=sys.stderr)

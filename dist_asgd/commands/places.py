@@ -88,4 +88,3 @@ def options_of(pairs: Sequence[tuple[str, Any]], file: str | None) -> dict[str, 
 
 def protocol_of(url: str) -> str:
     return url.partition("://")[0] if "://" in url else "file"
-
