@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 ALIGNMENT = 64  # bytes: payloads start on multiples of it, counted from the start of the archive, as torch's do
-LONG = 2**32 - 1  # from here on, sizes and offsets take the zip64 forms
+LONG = 2**32 - 1  # from here on, sizes and offsets take the zip64 forms,
+ELSEWHERE = 2**32 - 1  # which have this in their usual place
 
 # dtypes that have had a storage class of their own since before torch 2. All later ones are saved as untyped bytes
 # and the dtype (torch/storage.py, _new_dtypes), and torch promises to make no new classes.
@@ -59,7 +60,7 @@ class Record:
             end = self.offset + 30 + len(self.name) + len(extra) + 4
             padding = -end % ALIGNMENT
             extra += b"FB" + struct.pack("<H", padding) + b"Z" * padding
-        crc, size = (0, LONG if self._is_long else 0) if self.crc_follows else (self.crc32, self.nbytes)
+        crc, size = (0, ELSEWHERE if self._is_long else 0) if self.crc_follows else (self.crc32, self.nbytes)
         return (
             b"PK\x03\x04" + self._common(crc, size) + struct.pack("<2H", len(self.name), len(extra)) + self.name + extra
         )
@@ -72,8 +73,8 @@ class Record:
         sizes = [self.nbytes, self.nbytes] if self._is_long else []
         longs = sizes + ([self.offset] if self.offset >= LONG else [])
         extra = struct.pack(f"<2H{len(longs)}Q", 1, 8 * len(longs), *longs) if longs else b""
-        common = self._common(self.crc32, LONG if sizes else self.nbytes)
-        rest = struct.pack("<5H2L", len(self.name), len(extra), 0, 0, 0, 0, min(self.offset, LONG))
+        common = self._common(self.crc32, ELSEWHERE if sizes else self.nbytes)
+        rest = struct.pack("<5H2L", len(self.name), len(extra), 0, 0, 0, 0, _shortened(self.offset))
         return b"PK\x01\x02" + struct.pack("<H", 45 if longs else 20) + common + rest + self.name + extra
 
     @property
@@ -95,7 +96,12 @@ def directory(records: Sequence[Record], at: int) -> bytes:
         longer = b"PK\x06\x06" + struct.pack("<Q2H2L4Q", 44, 45, 45, 0, 0, count, count, size, at)
         longer += b"PK\x06\x07" + struct.pack("<LQL", 0, at + size, 1)
     counts = [min(count, 0xFFFF)] * 2
-    return entries + longer + b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, *counts, min(size, LONG), min(at, LONG), 0)
+    places = _shortened(size), _shortened(at)
+    return entries + longer + b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, *counts, *places, 0)
+
+
+def _shortened(number: int) -> int:
+    return ELSEWHERE if number >= LONG else number
 
 
 def beginning(description: bytes) -> tuple[bytes, list[Record]]:

@@ -164,8 +164,14 @@ def _parts(manifest: Manifest, stock: StockCheckpoint | None) -> list[Part]:
         for start in range(0, max(count, 1), step):
             parts.append(Blocks(keys.get(number, ""), item, range(start, min(start + step, count))))
     if stock is not None:
-        parts += [part for part in _archives(stock) if part.expected is None and part.place[0] in manifest.files]
+        whole = [item for number, item in enumerate(manifest.items) if number not in keys]  # have values, too
+        parts += [part for part in _archives(stock) if part.expected is None and not _is_in(part, whole)]
     return sorted(parts, key=lambda part: part.place)
+
+
+def _is_in(part: Archive, items: Sequence[Item]) -> bool:
+    file, start, stop = part.place
+    return any(item.file == file and item.offset <= start and stop <= item.stop for item in items)
 
 
 def _archives(stock: StockCheckpoint) -> list[Archive]:
