@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dist_asgd.checkpoint.contents import Contents, contents_of, destination_of
 from dist_asgd.checkpoint.entries import SavedTensor
-from layouts import build, named_parameters, train, whole
-from ranks import run_ranks
+from layouts import Model, batch, build, give_gradients, named_parameters, place, train, whole
+from ranks import run_alone, run_ranks
 
 # One checkpoint in memory: whole tensors, and the values and paths of each rank.
 Saved = tuple[dict[str, Tensor], list[dict[str, Any]], dict[str, Any]]
@@ -108,7 +108,67 @@ def resumed(layout: str, saved: Saved, stop: int, end: int) -> Any:
     return ranks
 
 
-@pytest.mark.parametrize("stop", [0, 3, 8])
+def dense(cls: type[torch.optim.Optimizer] = torch.optim.ASGD, seed: int = 0, **options: Any) -> Any:
+    model = Model(seed)
+    return model, cls(model.parameters(), **(options or {**OPTIONS, "foreach": False}))
+
+
+def integer_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    """Steps with the same gradients under every layout."""
+    for step in steps:
+        give_gradients(named_parameters(model), step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def leg(layout: str, size: int, saved: Saved | None, steps: range) -> tuple[Saved, dict[str, Tensor]]:
+    """Loads a checkpoint, takes some steps and saves another."""
+
+    def ranks(rank: int) -> Any:
+        model, optimizer = build(layout, seed=99, **OPTIONS)
+        integer_steps(model, optimizer, range(2))  # what was there before does not matter
+        load(of(model, optimizer), saved, rank)
+        integer_steps(model, optimizer, steps)
+        return save(of(model, optimizer)), bits(model)
+
+    return run_ranks(size, ranks)[0]
+
+
+def dense_leg(saved: Saved | None, steps: range) -> tuple[Saved, dict[str, Tensor]]:
+    def alone() -> Any:
+        model, optimizer = dense(seed=0 if saved is None else 98)
+        if saved is not None:
+            load(of(model, optimizer), saved)
+        integer_steps(model, optimizer, steps)
+        return save(of(model, optimizer)), bits(model)
+
+    return run_alone(alone)
+
+
+# (layout, ranks) of two legs between dense ones
+JOURNEYS = [
+    (("zero", 1), ("zero", 3)),
+    (("zero", 3), ("hsdp", 4)),
+    (("tp", 3), ("fsdp+tp", 4)),
+    (("fsdp", 2), ("ddp", 2)),
+]
+
+
+@pytest.mark.parametrize("journey", JOURNEYS, ids=str)
+def test_state_moves_between_layouts_and_torch_asgd(journey: Any) -> None:
+    """Through averaging's beginning at step 5."""
+    ((first, first_size), (second, second_size)) = journey
+    saved, _ = dense_leg(None, range(3))
+    saved, _ = leg(first, first_size, saved, range(3, 7))
+    saved, _ = leg(second, second_size, saved, range(7, 10))
+    (tensors, values, _), weights = dense_leg(saved, range(10, 12))
+    (whole_tensors, whole_values, _), expected = dense_leg(None, range(12))
+    check_same(weights, expected)
+    check_same(tensors, whole_tensors)
+    assert values == whole_values
+
+
+@pytest.mark.parametrize("stop", [0, 8])
 def test_sharded_asgd_resumes_on_as_many_ranks(stop: int) -> None:
     saved, weights, average = run_ranks(3, saved_and_finished("zero", stop, 12))[0]
     for got_weights, got_average in run_ranks(3, resumed("zero", saved, stop, 12)):
@@ -126,3 +186,92 @@ def test_values_are_replaced_in_the_dict_that_was_given() -> None:
         "best": float("inf"),
     }
     assert nested is state["data"]["nested"] and nested["seed"] == 2
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "ASGD": lambda params: torch.optim.ASGD(params, **OPTIONS),
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.1),
+    "momentum": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True),
+    "Adam": lambda params: torch.optim.Adam(params, lr=torch.tensor(0.01), amsgrad=True),
+    "fused": lambda params: torch.optim.AdamW(params, lr=0.01, fused=True),
+    "NAdam": lambda params: torch.optim.NAdam(params, lr=0.01),
+    "RMSprop": lambda params: torch.optim.RMSprop(params, lr=0.01, centered=True, momentum=0.5),
+    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=0.01),
+    "Rprop": lambda params: torch.optim.Rprop(params),
+    "Adafactor": lambda params: torch.optim.Adafactor(params),
+    "LBFGS": lambda params: torch.optim.LBFGS(params, lr=0.1, max_iter=2),
+}
+
+
+def closure_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+
+        def closure(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            x, y = batch(step)
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_torch_optimizers_resume_in_fresh_ones(name: str) -> None:
+    def alone() -> None:
+        for stop in (0, 3):
+            model = Model()
+            frozen = model.inside.bias.requires_grad_(name == "LBFGS")
+            optimizer = OPTIMIZERS[name](model.parameters())
+            closure_steps(model, optimizer, range(stop))
+            saved = save(of(model, optimizer))
+            closure_steps(model, optimizer, range(stop, 6))
+            again = Model(99)
+            again.inside.bias.requires_grad_(frozen.requires_grad)
+            loaded = OPTIMIZERS[name](again.parameters())
+            load(of(again, loaded), saved)
+            closure_steps(again, loaded, range(stop, 6))
+            check_same(bits(again), bits(model))
+            same_state(loaded.state_dict(), optimizer.state_dict())
+
+    run_alone(alone)
+
+
+def same_state(ours: Any, theirs: Any) -> None:
+    """Equal, with the same types."""
+    assert type(ours) is type(theirs), (ours, theirs)
+    if isinstance(ours, Tensor):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    elif isinstance(ours, dict):
+        assert list(ours) == list(theirs)
+        for key in theirs:
+            same_state(ours[key], theirs[key])
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            same_state(one, other)
+    else:
+        assert ours == theirs
+
+
+def test_fresh_optimizers_of_fsdp2_resume_on_other_ranks() -> None:
+    """DCP itself would leave them as they are, without a word."""
+
+    def first(rank: int) -> Any:
+        model = place("fsdp", Model())
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        integer_steps(model, optimizer, range(3))
+        return save(of(model, optimizer))
+
+    def second(rank: int) -> dict[str, Tensor]:
+        model = place("fsdp", Model(99))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.5)
+        load(of(model, optimizer), saved, rank)
+        integer_steps(model, optimizer, range(3, 6))
+        return bits(model)
+
+    saved = run_ranks(3, first)[0]
+    model, optimizer = dense(torch.optim.Adam, lr=0.01)
+    integer_steps(model, optimizer, range(6))
+    for weights in run_ranks(2, second):
+        check_same(weights, bits(model))

@@ -6,22 +6,26 @@ import uuid
 import pytest
 
 from dist_asgd.checkpoint.storage import Storage, StorageError
+from stores import *  # noqa: F403
 
-STORES = ["file", "memory"]
+STORES = ["file", "memory", "s3", "azure", "sftp"]
 UNSAFE = ["", "/etc/passwd", "../x", "a/../../x", "a//b", "a/", "./a", "a\\b", "a\0b", "a*", "a?b", "a[0-9]", "a\nb"]
 
 
 @pytest.fixture(params=STORES)
-def url(request, tmp_path):
-    """A URL of each store below which nothing is."""
+def place(request, tmp_path):
+    """(URL, storage options): on each store a place where nothing is."""
     if request.param == "file":
-        return str(tmp_path / "not yet" / "there")
-    return f"memory://{uuid.uuid4().hex}/run"
+        return str(tmp_path / "not yet" / "there"), None
+    if request.param == "memory":
+        return f"memory://{uuid.uuid4().hex}/run", None
+    server = request.getfixturevalue(f"{request.param}_server")
+    return server.new_url(), server.options
 
 
 @pytest.fixture
-def storage(url):
-    return Storage.open(url)
+def storage(place):
+    return Storage.open(*place)
 
 
 def test_create_is_exclusive(storage):
@@ -114,7 +118,7 @@ def test_ranges_beyond_the_end_and_missing_files(storage):
             storage.read_ranges([("a", *wrong)])
 
 
-def test_listing(storage):
+def test_listing(storage, place):
     assert storage.list() == {} == storage.list("nowhere") == storage.sizes("nowhere")
     for path in ["top", "step-1/manifest.json", "step-1/0/shard", "step-1/0/shard2", "step-10/x"]:
         storage.write(path, [path.encode()])
@@ -122,8 +126,7 @@ def test_listing(storage):
     assert storage.list("step-1") == {"manifest.json": 20, "0": None}
     assert storage.sizes("step-1") == {"manifest.json": 20, "0/shard": 14, "0/shard2": 15}
     assert len(storage.sizes()) == 5
-    again = Storage.open(storage.url)
-    again.write("step-2/x", [b"seen at once by others"])
+    Storage.open(*place).write("step-2/x", [b"seen at once by others"])
     assert "step-2" in storage.list()
 
 

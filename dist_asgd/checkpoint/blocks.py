@@ -27,6 +27,26 @@ def is_sharded(tensor: object) -> bool:
     return isinstance(tensor, (Sharded, ShardedTensor))
 
 
+def new_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """One not filled, in which ranks have the same blocks as in ``tensor``."""
+    if isinstance(tensor, ShardedTensor):
+        if dtype == tensor.dtype:
+            return tensor.clone()
+        return torch.empty(tensor.shape, dtype=dtype, device="cpu")
+    if tensor.ndim:
+        return torch.empty_like(tensor.detach(), dtype=dtype)
+    return torch.empty((), dtype=dtype, device="cpu" if is_sharded(tensor) else tensor.device)
+
+
+def share_memory(tensor: Tensor, other: Tensor) -> bool:
+    """Whether what is written to one may change the other."""
+    ours, theirs = (
+        {block.data.untyped_storage().data_ptr() for block in to_fill("", one).blocks if block.box.numel}
+        for one in (tensor, other)
+    )
+    return bool(ours & theirs)
+
+
 def to_save(key: str, tensor: Tensor) -> TensorEntry:
     """With the blocks that this rank is to write, which may be none. No copies. Raises ``TypeError``."""
     if isinstance(tensor, Sharded):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,23 +23,35 @@ class Connection:
 
     fsspec's asynchronous file systems and the one in memory serve several threads; of the others (sftp) each thread has
     its own.
+
+    Args:
+        options: for fsspec.
+        prepare: called with each new file system.
     """
 
-    def __init__(self, target: Target, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, target: Target, options: Mapping[str, Any], prepare: Callable[[Any], None] = lambda fs: None
+    ) -> None:
         self._target = target
         self._options = options
+        self._prepare = prepare
         kind = filesystem_class(target.protocol)
         self._shared = issubclass(kind, AsyncFileSystem) or target.protocol == "memory"
-        self._made: dict[tuple[int, int], Any] = {}  # by process and thread; those of a parent process are left alone
+        # By process and thread: those of a parent process are left alone, a lock among them may never be released.
+        self._made: dict[tuple[int, int], Any] = {}
+        self._locks: dict[tuple[int, int], threading.Lock] = {}
         self._root = str(kind._strip_protocol(target.full)).rstrip("/")
         self.requests = replace(Requests(target.url, target.secrets), forget=self.forget)
 
     def fs(self) -> Any:
         key = self._key()
         if key not in self._made:
-            # Not from fsspec's cache: what others do to their file system (sessions, settings) is not ours.
-            made = url_to_fs(self._target.full, skip_instance_cache=True, **self._options)[0]
-            return self._made.setdefault(key, made)
+            with self._locks.setdefault(key, threading.Lock()):
+                if key not in self._made:
+                    # Not from fsspec's cache: what others do to their file system (sessions, settings) is not ours.
+                    made = url_to_fs(self._target.full, skip_instance_cache=True, **self._options)[0]
+                    self._prepare(made)
+                    self._made[key] = made
         return self._made[key]
 
     def at(self, path: str) -> str:

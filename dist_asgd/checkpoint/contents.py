@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from dist_asgd.checkpoint.blocks import is_sharded, to_save
 from dist_asgd.checkpoint.entries import SavedTensor, TensorEntry
 from dist_asgd.checkpoint.modules import module_state, plan_module
+from dist_asgd.checkpoint.named import named
 from dist_asgd.checkpoint.nesting import Keys, Leaf, Path, has_state, key_of, leaves, tree_of
-from dist_asgd.checkpoint.optimizers import named, optimizer_state, plan_optimizer
+from dist_asgd.checkpoint.optimizers import plan_optimizer
 from dist_asgd.checkpoint.plan import OTHERS, Finish, Plan, missing, plain_tensor
 from dist_asgd.checkpoint.problems import Problems
 from dist_asgd.checkpoint.random_state import RandomState, warn_unchanged
@@ -124,7 +125,7 @@ def _parts(leaf: Leaf, state: Mapping[str, Any]) -> Iterator[Leaf]:
     if isinstance(value, nn.Module):
         return leaves(module_state(value), leaf.path)
     if isinstance(value, torch.optim.Optimizer):
-        return leaves(optimizer_state(named(leaf.path, value, _modules(state))), leaf.path)
+        return leaves(named(leaf.path, value, _modules(state)).state_dict(), leaf.path)
     if has_state(value):
         return leaves(value.state_dict(), leaf.path)
     return iter([leaf])

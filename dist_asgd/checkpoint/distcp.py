@@ -36,6 +36,7 @@ from dist_asgd.checkpoint.entries import CheckpointError
 from dist_asgd.layout import Box
 
 MAX_PAYLOAD = 2**30  # bytes of one item: far below the 4 GiB from which an archive needs the zip64 format
+QUANTIZED = (torch.qint8, torch.qint32, torch.quint8, torch.quint4x2, torch.quint2x4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,8 @@ class StoredObject:
 def item_head(dtype: torch.dtype, shape: Sequence[int]) -> bytes:
     """All that stands before the payload of a contiguous tensor; its length is a multiple of 64.
 
-    Raises CheckpointError for a payload of more than 1 GiB: cut such a tensor into several boxes.
+    Raises CheckpointError for a payload of more than 1 GiB (cut such a tensor into several boxes) and for quantized
+    dtypes, whose tensors are more than their elements.
     """
     return _head(dtype, tuple(shape))[0]
 
@@ -122,6 +124,10 @@ def _place(stored: StoredChunk | StoredObject) -> _StorageInfo:
 @lru_cache(maxsize=1024)
 def _head(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, tuple[Record, ...]]:
     """The head, and the records of the archive; the last one is the payload's, without its CRC-32."""
+    if dtype in QUANTIZED:
+        raise CheckpointError(
+            f"tensors of {dtype} cannot be saved; save their int_repr(), scale and zero point instead"
+        )
     nbytes = payload_bytes(dtype, shape)
     if nbytes > MAX_PAYLOAD:
         raise CheckpointError(

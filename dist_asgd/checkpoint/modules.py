@@ -29,6 +29,11 @@ def fqn_of(module: nn.Module, name: str) -> str:
     return ".".join(kept)
 
 
+def without_wrappers(name: str) -> str:
+    """A name that may have those of wrappers in it, where the module is not there to tell."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 def parameter_names(module: nn.Module) -> dict[str, Tensor]:
     """Parameters by name; tied ones under each of theirs."""
     return {fqn_of(module, name): param for name, param in module.named_parameters(remove_duplicate=False)}

@@ -52,10 +52,6 @@ class StorageError(OSError):
     """A request to a store failed for good. It names the operation, the URL without credentials and the cause."""
 
 
-class ShortAnswer(Exception):
-    """A store sent fewer bytes than the file should have there."""
-
-
 @dataclass(frozen=True)
 class Requests:
     """How one store is asked.
@@ -100,10 +96,10 @@ class Requests:
             return error
         where = f"{self.url}/{path}" if path else self.url
         told: OSError
-        if isinstance(error, FileNotFoundError):
-            told = FileNotFoundError(errno.ENOENT, f"{operation}: no such file", where)
+        if isinstance(error, FileNotFoundError) and operation == "read":  # in other cases a bucket is missing
+            told = FileNotFoundError(errno.ENOENT, "no such file", where)
         elif isinstance(error, FileExistsError):
-            told = FileExistsError(errno.EEXIST, f"{operation}: the file exists already", where)
+            told = FileExistsError(errno.EEXIST, "the file exists already", where)
         else:
             text = self.cleaned(str(error).strip())
             text = f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -134,17 +130,22 @@ def is_transient(error: BaseException) -> bool:
         names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(link).__mro__}
         if names & CLASSES_PERMANENT:
             return False
-        if isinstance(link, ConnectionError | TimeoutError | asyncio.TimeoutError | EOFError | ShortAnswer):
+        if isinstance(link, ConnectionError | TimeoutError | asyncio.TimeoutError | EOFError):
             return True
         if names & CLASSES_TRANSIENT or (isinstance(link, OSError) and link.errno in ERRNO_TRANSIENT):
             return True
-        status, code = http_answer(link)
+        status, code = _http_answer(link)
         if status in HTTP_TRANSIENT or code in CODES_TRANSIENT:
             return True
     return False
 
 
-def http_answer(error: BaseException) -> tuple[int | None, str | None]:
+def statuses(error: BaseException) -> set[int | None]:
+    """HTTP statuses in an error and its causes."""
+    return {_http_answer(link)[0] for link in _chain(error)}
+
+
+def _http_answer(error: BaseException) -> tuple[int | None, str | None]:
     """HTTP status and the store's own error code, where botocore, azure, gcsfs and aiohttp put them."""
     response: Any = getattr(error, "response", None)
     if isinstance(response, dict):

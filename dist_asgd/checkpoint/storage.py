@@ -11,13 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from dist_asgd.checkpoint.connections import Connection
+from dist_asgd.checkpoint.drivers import store_of
 from dist_asgd.checkpoint.local import LocalStore
-from dist_asgd.checkpoint.remote import RemoteStore
-from dist_asgd.checkpoint.retries import Requests, StorageError
+from dist_asgd.checkpoint.retries import StorageError
 from dist_asgd.checkpoint.stores import Chunk, Store
 from dist_asgd.checkpoint.targets import checked_path, target_of
-from dist_asgd.checkpoint.uploads import MemoryUploads
 
 __all__ = ["Storage", "StorageError"]
 
@@ -47,16 +45,12 @@ class Storage:
         """Makes no request yet, so nothing has to be there.
 
         Args:
-            url: a local path (relative, or with "~"), or a URL of any fsspec protocol: file:// or memory://.
+            url: a local path (relative, or with "~"), or a URL of any fsspec protocol: file://, memory://, s3://, gs://,
+                abfs://, az://, sftp:// and others.
             options: fsspec's storage options for it.
         """
         target = target_of(url, options)
-        if target.protocol == "file":
-            return cls(target.url, LocalStore(target.full, Requests(target.url)))
-        connection = Connection(target, target.options)
-        if target.protocol != "memory":
-            raise StorageError(f"checkpoints on {target.protocol}:// are not supported: use a path or memory://")
-        return cls(target.url, RemoteStore(connection, MemoryUploads(connection)))
+        return cls(target.url, store_of(target))
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
@@ -69,7 +63,7 @@ class Storage:
     def create(self, path: str, data: bytes) -> None:
         """A small new file, unless there is one: then FileExistsError. Of several callers exactly one succeeds.
 
-        Nobody reads a part of it, and it is durable when this returns.
+        Nobody reads a part of it, and it is durable when this returns (but see ``RenamedUploads``).
         """
         self._store.create(checked_path(path), bytes(data))
 

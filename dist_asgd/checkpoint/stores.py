@@ -1,4 +1,4 @@
-"""What a store must be able to do for Storage, and the names of files under way."""
+"""What a store must be able to do for Storage; names of files under way; times in what fsspec tells of a file."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import re
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TypeAlias
+from datetime import datetime, timezone
+from typing import Any, TypeAlias
 
 Chunk: TypeAlias = bytes | bytearray | memoryview
+
+TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")  # s3fs, adlfs, gcsfs, sftp, memory
 
 
 class Store(ABC):
@@ -53,3 +56,14 @@ def temporary_path(path: str) -> str:
 
 def is_temporary(path: str) -> bool:
     return re.search(r"(^|/)\.[^/]+\.[0-9a-f]{16}\.part$", path) is not None
+
+
+def time_of(info: dict[str, Any]) -> float | None:
+    """Seconds since the epoch. Times without a zone are UTC."""
+    moment = next((info[name] for name in TIMES if info.get(name) is not None), None)
+    if isinstance(moment, str):
+        moment = datetime.fromisoformat(moment.replace("Z", "+00:00"))
+    if isinstance(moment, datetime):
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+        return moment.timestamp()
+    return float(moment) if isinstance(moment, int | float) else None
