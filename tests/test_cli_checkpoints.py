@@ -4,9 +4,12 @@ import io
 import itertools
 import json
 import random
+import re
+import shlex
 import shutil
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -347,7 +350,11 @@ def test_a_bar_at_a_terminal_only(saved, capsys, monkeypatch):
     assert main(["verify", str(folder), "--json"]) == 0 and sys.stderr.getvalue() == ""
 
 
-def test_a_path_relative_to_here(saved, tmp_path, capsys, monkeypatch):
+def test_the_commands_of_the_readme(run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "model.pt: 7 tensors of step 10" in called(capsys, "export", saved[0], "model.pt")[1]
-    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    lines = re.findall(r"^    dist-asgd (.*?)(?: +#.*)?$", readme, re.MULTILINE)
+    assert [line.split()[0] for line in lines] == ["ls", "show", "verify", "export", "gc"]
+    for line in lines:
+        assert called(capsys, *shlex.split(line.replace("s3://bucket/run", str(run))))[0] == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"run", "model.safetensors"}
