@@ -22,9 +22,11 @@ from dist_asgd import Checkpointer, ShardedASGD
 from dist_asgd.checkpoint import archives, export, verification
 from dist_asgd.checkpoint.foreign import read_stock_metadata
 from dist_asgd.checkpoint.manifest import read_manifest
+from dist_asgd.checkpoint.storage import Storage
 from dist_asgd.cli import main
 from format_reader import read_checkpoint
 from ranks import run_ranks
+from stores import *  # noqa: F403 fixtures
 
 AWKWARD = {"pair": (1, float("inf")), "bytes": b"\x00\xff", "large": 2**70, "named": {3: "three"}, "none": None}
 
@@ -348,6 +350,26 @@ def test_a_bar_at_a_terminal_only(saved, capsys, monkeypatch):
     assert "verified" in sys.stderr.getvalue()
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert main(["verify", str(folder), "--json"]) == 0 and sys.stderr.getvalue() == ""
+
+
+def test_on_a_store(s3_server, saved, tmp_path, capsys):
+    options = tmp_path / "options.json"
+    options.write_text(json.dumps(s3_server.options))
+    url, out = s3_server.new_url(), f"{s3_server.root}/exports/model.safetensors"
+    with Checkpointer(url, s3_server.options) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"model": saved[1]})
+    common = ["--storage-options", options]
+    assert [row["step"] for row in answer(capsys, "ls", url, *common)["checkpoints"]] == [1, 2]
+    assert called(capsys, "verify", url, *common)[0] == 0
+    assert answer(capsys, "export", url, out, *common)["out"] == out
+    storage = Storage.open(s3_server.root, s3_server.options)
+    exported = safetensors.torch.load(storage.read("exports/model.safetensors"))
+    assert all(torch.equal(exported[name], tensor) for name, tensor in saved[1].items())
+    assert len(answer(capsys, "gc", url, "--keep-last", 1, *common)["deleted"]) == 1
+    options.write_text(json.dumps({**s3_server.options, "secret": "sesame-of-tests"}))
+    status, text, err = called(capsys, "ls", url, *common)
+    assert status == 1 and "sesame" not in text + err and url in err
 
 
 def test_the_commands_of_the_readme(run, tmp_path, capsys, monkeypatch):
