@@ -4,7 +4,8 @@ import zlib
 
 import torch
 
-from dist_asgd.checkpoint.distcp import STORAGE_CLASSES, item_head, item_tail
+from dist_asgd.checkpoint.archives import STORAGE_CLASSES
+from dist_asgd.checkpoint.distcp import item_head, item_tail
 
 NEW_DTYPES = [
     torch.uint16,

@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 
+from dist_asgd.checkpoint.archives import ALIGNMENT
 from dist_asgd.checkpoint.distcp import (
-    ALIGNMENT,
     MAX_PAYLOAD,
     StoredChunk,
     StoredObject,

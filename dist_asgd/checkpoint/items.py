@@ -11,18 +11,22 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from dist_asgd.checkpoint import pickles
-from dist_asgd.checkpoint.distcp import STORAGE_CLASSES
-from dist_asgd.checkpoint.entries import CheckpointError
+from dist_asgd.checkpoint.archives import STORAGE_CLASSES
+from dist_asgd.checkpoint.entries import CheckpointError, SavedTensor
 from dist_asgd.checkpoint.pickles import DTYPE_GLOBALS, DTYPES, Global, Node, read_pickle, short
+from dist_asgd.checkpoint.retries import StorageError
 
 _DTYPES_OF_CLASSES = {f"torch.{name}": dtype for dtype, name in STORAGE_CLASSES.items()}
 _LOCAL_HEADER = 30  # bytes, before the name and the extra field, whose lengths are its last two numbers
+_CHUNK = 2**20  # bytes that are read at once, and more than the description of a tensor has
+_NO_CRCS = ": it is damaged (or was saved after torch.serialization.set_crc32_options(False))"
+_NO_ARCHIVE = (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, struct.error, EOFError, OSError)
 _UNTYPED = "torch.storage.UntypedStorage"
 _ALLOWED = DTYPE_GLOBALS | {
     *(("torch", name) for name in STORAGE_CLASSES.values()),
@@ -51,20 +55,11 @@ def item_tensor(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor
         raise CheckpointError(
             "the item was saved on a big-endian machine: load and save it by torch on a little-endian"
         )
-    found = _description(bytes(records["data.pkl"]))
-    if found.dtype != dtype or found.shape != tuple(shape):
-        raise CheckpointError(
-            f"the item is a tensor of shape {found.shape} and {found.dtype}, but the metadata says {tuple(shape)} and "
-            f"{dtype}"
-        )
     payload = records["data/0"]
-    last = found.offset + sum((size - 1) * stride for size, stride in zip(found.shape, found.strides, strict=True))
+    found = _description(bytes(records["data.pkl"]))
+    _check_description(found, dtype, tuple(shape), len(payload))
     if 0 in found.shape:
         return torch.empty(found.shape, dtype=dtype)
-    if len(payload) % dtype.itemsize or (last + 1) * dtype.itemsize > len(payload):
-        raise CheckpointError(
-            f"the item has {len(payload)} bytes of elements, {(last + 1) * dtype.itemsize} are needed"
-        )
     elements = torch.frombuffer(bytearray(payload), dtype=torch.uint8).view(dtype)
     return elements.as_strided(found.shape, found.strides, found.offset)
 
@@ -87,6 +82,47 @@ def item_object(data: bytes, trust: bool = False) -> Any:
             f"the value cannot be read ({error})"
             + ("" if trust else ": if you trust where it comes from, pass trust=True")
         ) from error
+
+
+def check_item(file: BinaryIO, length: int, expected: SavedTensor | None) -> None:
+    """Reads all of an item, of any size, in bounded memory.
+
+    Args:
+        file: has the item's ``length`` bytes.
+        expected: what the metadata says of a tensor; None where the item is a value.
+
+    Raises CheckpointError as ``item_tensor`` does.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            sizes = {}
+            for entry in _entries(archive, length):
+                with archive.open(entry) as record:
+                    while record.read(_CHUNK):
+                        pass
+                sizes[entry.filename.partition("/")[2]] = entry.file_size
+            if expected is not None:
+                if sizes.get("data.pkl", _CHUNK) >= _CHUNK or "data/0" not in sizes:
+                    raise CheckpointError("the item is no tensor that torch.save wrote")
+                pickled = next(entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl"))
+                found = _description(archive.read(pickled))
+                _check_description(found, expected.dtype, expected.shape, sizes["data/0"])
+    except (StorageError, CheckpointError):
+        raise
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{error}{_NO_CRCS if 'CRC' in str(error) else ''}") from error
+    except _NO_ARCHIVE as error:
+        raise CheckpointError(f"the item is no zip archive, as torch.save makes them ({error})") from error
+
+
+def _check_description(found: _Description, dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> None:
+    if found.dtype != dtype or found.shape != shape:
+        raise CheckpointError(
+            f"the item is a tensor of shape {found.shape} and {found.dtype}, but the metadata says {shape} and {dtype}"
+        )
+    last = found.offset + sum((size - 1) * stride for size, stride in zip(found.shape, found.strides, strict=True))
+    if 0 not in shape and (nbytes % dtype.itemsize or (last + 1) * dtype.itemsize > nbytes):
+        raise CheckpointError(f"the item has {nbytes} bytes of elements, {(last + 1) * dtype.itemsize} are needed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,28 +165,34 @@ def _verified_records(data: bytes) -> dict[str, memoryview]:
     """The records of an item, by name without the archive's own; each has the CRC-32 that the zip directory says."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, EOFError, OSError) as error:
+            entries = _entries(archive, len(data))
+    except _NO_ARCHIVE as error:
         raise CheckpointError(f"the item is no zip archive, as torch.save makes them ({error})") from error
-    left = len(data)  # entries may point at the same bytes; torch.save's do not
     records: dict[str, memoryview] = {}
     for entry in entries:
-        left -= entry.file_size
+        record = _record(data, entry.header_offset, entry.file_size)
+        if zlib.crc32(record) != entry.CRC:
+            raise CheckpointError(
+                f"{short(entry.filename)} in the item does not have the CRC-32 that was saved with it{_NO_CRCS}"
+            )
+        records[entry.filename.partition("/")[2]] = record
+    return records
+
+
+def _entries(archive: zipfile.ZipFile, left: int) -> list[zipfile.ZipInfo]:
+    """What the directory of an item of ``left`` bytes lists."""
+    names = set()
+    for entry in archive.infolist():
+        left -= entry.file_size  # entries may point at the same bytes; torch.save's do not
         if left < 0:
             raise CheckpointError("the records of the item overlap: it is damaged, or made to do harm")
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise CheckpointError(f"{short(entry.filename)} in the item is compressed, which torch.save never does")
         name = entry.filename.partition("/")[2]
-        record = _record(data, entry.header_offset, entry.file_size)
-        if name in records:
+        if name in names:
             raise CheckpointError(f"{short(entry.filename)} is in the item twice")
-        if zlib.crc32(record) != entry.CRC:
-            raise CheckpointError(
-                f"{short(entry.filename)} in the item does not have the CRC-32 that was saved with it: it is damaged "
-                "(or was saved after torch.serialization.set_crc32_options(False))"
-            )
-        records[name] = record
-    return records
+        names.add(name)
+    return archive.infolist()
 
 
 def _record(data: bytes, offset: int, length: int) -> memoryview:
