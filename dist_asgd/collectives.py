@@ -22,6 +22,9 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 # Up to so many bytes for each rank, one exchange of gloo is faster than one for each direction.
 SMALL = 256 * 1024
 
+# Bytes of one message. When a rank dies, gloo fails what has not begun; what has begun may wait out the timeout.
+MESSAGE = 2**20
+
 POLL = 0.0002  # seconds
 
 
@@ -123,20 +126,18 @@ class Collectives:
     def start_reduce(self, source: Tensor, dtype: torch.dtype) -> Reduction:
         """Starts the mean of ``source`` (1-D, world_size shards, real) over the ranks; each rank gets its shard."""
         rank, size = dist.get_rank(self.group), self.world_size
-        shards = source.view(size, len(source) // size)
+        shards = source.view(size, -1).unbind()
         if self.downward is None:
             total = torch.empty_like(shards[rank])
             work = _reduce_scatter(total, source, group=self.group, async_op=True)
             return Reduction(DeviceTransfer(work), source, [total], size, dtype)
         # gloo's reduce-scatter is an all-reduce inside, which sends twice the bytes.
         if shards[rank].nbytes <= SMALL:
-            received = torch.empty_like(shards)
-            work = dist.all_to_all_single(received, shards, group=self.group, async_op=True)
-            return Reduction(HostTransfer([work]), source, received.unbind(), size, dtype)
-        lower, higher = shards[:rank], shards[rank + 1 :]
-        from_lower, from_higher = torch.empty_like(lower), torch.empty_like(higher)
-        exchange = self._start_exchange(self.downward, lower, higher, from_lower, from_higher)
-        return Reduction(exchange, source, [*from_lower, shards[rank], *from_higher], size, dtype)
+            received = torch.empty_like(source)
+            work = dist.all_to_all_single(received, source, group=self.group, async_op=True)
+            return Reduction(HostTransfer([work]), source, received.view(size, -1).unbind(), size, dtype)
+        parts = [shards[rank] if other == rank else torch.empty_like(shards[rank]) for other in range(size)]
+        return Reduction(self._start_exchange(self.downward, shards, parts), source, parts, size, dtype)
 
     def start_gather(self, buffer: Tensor, shard: Tensor) -> Transfer:
         """Starts filling ``buffer`` (1-D) with the ``shard`` of every rank; ``shard`` is this rank's part of it."""
@@ -145,24 +146,38 @@ class Collectives:
         # Among more than two, no rank of gloo's ring both sends to another and receives from it.
         if self.world_size > 2 or shard.nbytes <= SMALL:
             return HostTransfer([all_gather(buffer, shard, group=self.group, async_op=True)])
-        rank, own, whole = dist.get_rank(self.group), shard.view(1, -1), buffer.view(2, -1)
-        return self._start_exchange(self.downward, own[:rank], own[rank:], whole[:rank], whole[rank + 1 :])
+        return self._start_exchange(self.downward, [shard, shard], buffer.view(2, -1).unbind())
 
     def _start_exchange(
-        self, downward: dist.ProcessGroup, lower: Tensor, higher: Tensor, from_lower: Tensor, from_higher: Tensor
+        self, downward: dist.ProcessGroup, given: Sequence[Tensor], taken: Sequence[Tensor]
     ) -> HostTransfer:
-        """Gives the ranks below a row each of ``lower`` and those above one of ``higher``, and takes one from each.
+        """Gives each other rank its tensor of ``given``, and takes one from each; all are 1-D and of one length.
 
         A rank tells its peer that it is ready to receive over the connection on which it sends, and gloo's all-to-all
         begins with the sends: so the word often waits behind the data, and two ranks send one after the other. A group
         has connections of its own; with one for each direction, both directions of a link are busy.
         """
-        rank, size = dist.get_rank(self.group), self.world_size
-        below, above = [int(other < rank) for other in range(size)], [int(other > rank) for other in range(size)]
-        up = dist.all_to_all_single(from_lower, higher, below, above, group=self.group, async_op=True)
-        down = dist.all_to_all_single(from_higher, lower, above, below, group=downward, async_op=True)
-        return HostTransfer([up, down])
+        rank, works = dist.get_rank(self.group), list[dist.Work]()
+        for distance in range(1, self.world_size):
+            works += _start_messages(self.group, given, rank + distance, taken, rank - distance)
+            works += _start_messages(downward, given, rank - distance, taken, rank + distance)
+        return HostTransfer(works)
 
     def broadcast(self, buffer: Tensor) -> None:
         """Rank 0's ``buffer`` to every rank."""
         dist.broadcast(buffer, group=self.group, group_src=0)
+
+
+def _start_messages(
+    group: dist.ProcessGroup, given: Sequence[Tensor], to: int, taken: Sequence[Tensor], origin: int
+) -> list[dist.Work]:
+    """Sends ``given[to]`` and receives ``taken[origin]``, where there are such ranks."""
+    ranks, nothing = range(dist.get_world_size(group)), given[0][:0]
+    sent = given[to] if to in ranks else nothing
+    received = taken[origin] if origin in ranks else nothing
+    works, most = [], MESSAGE // nothing.element_size()
+    for first in range(0, len(given[0]), most):
+        out, into = sent[first : first + most], received[first : first + most]
+        gives, takes = ([len(part) * (rank == at) for rank in ranks] for part, at in ((out, to), (into, origin)))
+        works.append(dist.all_to_all_single(into, out, takes, gives, group=group, async_op=True))
+    return works
