@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,15 @@ class Setting:
     precision: Precision
     bucket_bytes: int
     reducing: Reducing
+    made: dict[str, Collectives] = field(default_factory=dict, init=False)  # by device type
+
+    def collectives(self, device: torch.device) -> Collectives | None:
+        """Between the ranks of ``group``. Collective when first called for a type of device."""
+        if self.group is None:
+            return None
+        if device.type not in self.made:
+            self.made[device.type] = Collectives.on(self.group, device)
+        return self.made[device.type]
 
 
 class Bucket(ABC):
