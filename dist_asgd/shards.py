@@ -286,7 +286,7 @@ class Shard:
                 master = state.get("master")
                 self.master[where].copy_(self.parameters.read(where) if master is None else self._own(master, position))
         if self._capturable and self.average is not None:
-            self.average.copy_(average)  # where graphs have it
+            self.average.copy_(average if states else self._iterate())  # where graphs have it
             return
         # One from before averaging costs no memory, unless it says something that the parameters do not.
         says_more = self.averages or not torch.equal(average, self._iterate().to(average.dtype))

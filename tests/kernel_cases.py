@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+import capturable_cases
+from dist_asgd import update
 from dist_asgd.parts import Parts
 from dist_asgd.rule import (
     DeviceScalars,
@@ -28,7 +30,6 @@ from dist_asgd.rule import (
     low_precision_step_,
     next_scalars,
 )
-from dist_asgd import update
 from dist_asgd.update import advance_
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -170,13 +171,13 @@ def begins_with_the_lr():
 def advances():
     """As ``next_scalars``, bit for bit; and as a capturable torch, which computes in fp32."""
     for number, (lr, lambd, alpha, t0) in enumerate(
-        itertools.product((0.3, 1e-3), (0.0, 1e-4, 0.37), (0.0, 0.75, 2.0), (0.0, 5.0, math.inf))
+        itertools.product((0.3, 1e-3), (0.0, 0.37), (0.0, 0.75, 2.0), (0.0, 5.0, math.inf))
     ):
         h = options(lr=lr, lambd=lambd, alpha=alpha, t0=t0)
         scalars = on_device(Scalars(0, 0.0, 1.0))
         first = 10 ** (number % 8)  # 10,000,000: where fp32 could hardly count
         scalars.set_(Scalars(first, 0.0, 1.0))
-        for step in range(first + 1, first + 9):
+        for step in range(first + 1, first + 7):
             advance_(scalars, h)
             assert scalars.read() == next_scalars(h, step), (h, step, scalars.read(), next_scalars(h, step))
 
@@ -277,6 +278,13 @@ for function in (
     rounds_by_chance,
 ):
     INTERPRETED[function.__name__] = (function,)
+
+
+def of_an_optimizer(function):
+    function(DEVICE)
+
+
+INTERPRETED |= {function.__name__: (of_an_optimizer, function) for function in capturable_cases.CASES}
 
 
 def repair_interpreter():
