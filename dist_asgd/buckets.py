@@ -15,8 +15,9 @@ from dist_asgd.collectives import Collectives
 from dist_asgd.gradients import Reducing
 from dist_asgd.layout import BucketLayout
 from dist_asgd.pieces import Placement
-from dist_asgd.rule import Hyperparameters
-from dist_asgd.shards import Precision, Shard, ShardParameters
+from dist_asgd.precision import Precision
+from dist_asgd.rule import Hyperparameters, Scaling
+from dist_asgd.shards import Shard, ShardParameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +120,12 @@ class Bucket(ABC):
         """The same or parts of them, so that over all ranks each element of each parameter is there once."""
 
     @abstractmethod
-    def update(self, h: Hyperparameters, active: Sequence[bool] | None) -> None:
-        """One step of this rank's shard for the parameters that are ``active`` (None: all)."""
+    def update(self, h: Hyperparameters, active: Sequence[bool] | None, scaling: Scaling | None = None) -> None:
+        """One step of this rank's shard for the parameters that are ``active`` (None: all).
+
+        Args:
+            scaling: of the gradients; only where scalars are on the device.
+        """
 
     @abstractmethod
     def start_gather(self, exact: bool = False) -> None:
