@@ -51,7 +51,7 @@ def _can_capture(device: torch.device, dtype: torch.dtype, precision: Precision)
 
 
 def refuse_capture(options: Sequence[Hyperparameters], started: bool, buckets: Sequence[Bucket]) -> None:
-    """Raises ``RuntimeError`` where a step is being captured in a CUDA graph that cannot hold it.
+    """Raises ``RuntimeError`` where a step, or what comes before it, is being captured in a graph that cannot hold it.
 
     Args:
         options: of each group.

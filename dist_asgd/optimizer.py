@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -103,9 +104,8 @@ class ShardedASGD(torch.optim.Optimizer):
     ) -> None:
         agreement = self._agreement = Agreement(group := default_group(process_group))
         arguments: dict[str, Any] = {"gradients": gradients, "find_unused_parameters": find_unused_parameters}
-        arguments |= {"bucket_bytes": bucket_bytes, "master_weights": master_weights, "shard_replicas": shard_replicas}
-        dtypes = {"average_dtype": average_dtype, "wire_dtype": wire_dtype}
-        arguments |= {**dtypes, "stochastic_rounding": stochastic_rounding, "capturable": capturable}
+        precision = Precision(master_weights, average_dtype, wire_dtype, stochastic_rounding, capturable)
+        arguments |= {"bucket_bytes": bucket_bytes, "shard_replicas": shard_replicas, **asdict(precision)}
         self._buckets: list[list[Bucket]] = []  # by group
         self._params: list[list[Tensor]] = []  # by group, as they were added
         self._reducer, self._waits, self._modules = Reducer(), ForwardWaits(module), ParallelModules(module)
@@ -113,7 +113,6 @@ class ShardedASGD(torch.optim.Optimizer):
         self._settlement = Settlement(agreement, self._reducer, self._waits, find_unused_parameters)
         self._replicas = Replicas(agreement, group, shard_replicas and not capturable)  # no exchange in a graph
         ranks = (agreement.rank, agreement.world_size, group_of_its_own(group))
-        precision = Precision(master_weights, average_dtype, wire_dtype, stochastic_rounding, capturable)
         self._step_supports_amp_scaling = capturable  # by which GradScaler knows that step() takes scaled gradients
         self._setting = Setting(*ranks, precision, bucket_bytes, weakref.proxy(self._settlement))
         with agreement.together("ShardedASGD()"):
@@ -123,7 +122,6 @@ class ShardedASGD(torch.optim.Optimizer):
             facts = argument_facts(arguments, self.param_groups, 0)
         agreement.require_equal("the arguments of the optimizer", facts)
         self._build(0)
-        self._built = True
         self.state = StateView(self.param_groups, self._buckets)  # type: ignore[assignment]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -348,3 +346,4 @@ class ShardedASGD(torch.optim.Optimizer):
             self._waits.attach(buckets)
             self._reducer.add(buckets)
         self._settlement.start_again()
+        self._built = True

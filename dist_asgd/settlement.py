@@ -115,8 +115,7 @@ class Settlement:
             if error is not None:
                 raise error
             options = [Hyperparameters.of(group) for group in groups]
-            if operation == STEP:
-                refuse_capture(options, self._started, buckets)
+            refuse_capture(options, self._started, buckets)
             present = self._check(buckets)
             if self._agreement.world_size > 1:
                 shared = {bucket: self._shared(bucket, present[bucket]) for bucket in buckets}
