@@ -104,6 +104,16 @@ class Bucket(ABC):
         Raises ``RuntimeError`` for a gradient that the rule has no meaning for, naming its parameter.
         """
 
+    def find_gradients(self) -> bool:
+        """Whether one look shows that all parameters and gradients are as expected, and nothing need be checked.
+
+        Then they are held for the step.
+        """
+        return False
+
+    def let_go(self) -> None:  # noqa: B027  # most hold nothing
+        """There is no step after ``find_gradients``: drops what was held for it."""
+
     def has_misplaced(self) -> list[bool]:
         """For each parameter, whether ``place_gradients`` has to do something about its gradient."""
         return [False] * len(self.params)

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from dist_asgd.parts import Parts
+from dist_asgd.parts import Gradients, Parts
 from dist_asgd.rule import AnyScalars, DeviceScalars, Hyperparameters, Rounding, Scalars, compute_dtype
 from dist_asgd.tables import DeviceTables
 
@@ -272,7 +272,7 @@ class TritonUpdate:
     def __call__(
         self,
         parts: Parts,
-        grads: Sequence[Tensor],
+        grads: Gradients,
         average: Tensor | None,
         master: Tensor | None,
         h: Hyperparameters,
@@ -281,18 +281,18 @@ class TritonUpdate:
     ) -> None:
         """Scalars on the device are read there, so that a captured CUDA graph takes those of the time of its replay."""
         with torch.cuda.device_of(parts.tensors[0]):
-            if len(grads) == 1:
+            if len(grads.tensors) == 1:
                 programs, numel, start = -(-parts.numel // BLOCK), parts.numel, parts.starts[0]
                 number = rounding.first + start
-                read = (parts.tensors[0], grads[0], *(t if t is None else t[start:] for t in (average, master)))
+                read = (parts.tensors[0], grads.tensors[0], *(t if t is None else t[start:] for t in (average, master)))
             else:
                 tables = self._tables.get(parts) or self._tables.setdefault(parts, DeviceTables(parts, BLOCK))
-                programs, numel, number = tables.programs, len(grads), rounding.first
-                read = (tables.of_parts, tables.of_grads(grads), average, master)
+                programs, numel, number = tables.programs, len(grads.tensors), rounding.first
+                read = (tables.of_parts, tables.of_grads(grads.addresses), average, master)
             if programs:
                 update_kernel[(programs,)](
                     *read, numel, **_numbers(h, scalars), seed=rounding.seed or 0, number=number,
-                    **self._types, MANY=len(grads) > 1, MAXIMIZE=h.maximize, DECAYS=h.weight_decay != 0,
+                    **self._types, MANY=len(grads.tensors) > 1, MAXIMIZE=h.maximize, DECAYS=h.weight_decay != 0,
                     STOCHASTIC=rounding.seed is not None, BLOCK=BLOCK, SMALL=SMALL, **OPTIONS,
                 )  # fmt: skip
 

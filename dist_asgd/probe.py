@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from dist_asgd.parts import Parts
+from dist_asgd.parts import Gradients, Parts
 from dist_asgd.rule import DeviceScalars, Hyperparameters, Rounding, Scalars, compute_dtype, low_precision_step_
 
 # Elements on which each combination of options is compared: some blocks of the operators' and a rest.
@@ -46,7 +46,7 @@ def has_the_bits(
         own, expected = ([tensor.clone() for tensor in (p, average, master)] for _ in range(2))
         given = DeviceScalars.of(scalars, device) if on_device else scalars
         state = (own[1] if averages else None, own[2] if has_master else None)
-        update(Parts.of(own[:1]), [g], *state, h, given, rounding)
+        update(Parts.of(own[:1]), Gradients.of([g]), *state, h, given, rounding)
         p, average, master = expected
         state = (average if averages else None, master if has_master else None)
         expected_rounding = rounding.at(rounding.first, scalars) if on_device else rounding

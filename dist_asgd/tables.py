@@ -7,7 +7,6 @@ than before, from pinned memory, so that the host never waits.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -44,12 +43,11 @@ class DeviceTables:
         self._of_graphs: list[tuple[Tensor, Tensor]] = []
         self._count = len(parts.tensors)
 
-    def of_grads(self, grads: Sequence[Tensor]) -> Tensor:
-        """Their addresses, in device memory.
+    def of_grads(self, addresses: array[int]) -> Tensor:
+        """``addresses``, those of gradients, in device memory.
 
         Each time in pinned memory of its own, which PyTorch does not hand out again before the copy is done.
         """
-        addresses = array("q", map(Tensor.data_ptr, grads))
         if is_captured(self._device):
             return self._captured(addresses)
         if self._device.type == "cuda" and not self._spares:

@@ -7,7 +7,7 @@ CPU walk blocks that stay in cache. Both have the same bits.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_asgd.native import native_update
-from dist_asgd.parts import Parts, as_real
+from dist_asgd.parts import Gradients, Parts, as_real
 from dist_asgd.probe import has_the_bits, say_once
 from dist_asgd.rule import (
     AnyScalars,
@@ -42,7 +42,7 @@ class FusedUpdate(Protocol):
     def __call__(
         self,
         parts: Parts,  # updated in place
-        grads: Sequence[Tensor],  # of each part: contiguous, as many elements
+        grads: Gradients,  # of each part
         average: Tensor | None,  # 1-D, in compute_dtype, indexed by parts.starts; updated in place
         master: Tensor | None,  # the same
         h: Hyperparameters,
@@ -175,7 +175,7 @@ class PartsSlice:
     start: int
     stop: int
     parts: Parts
-    grads: Sequence[Tensor]  # of each part: contiguous, as many elements, of one dtype: the parts' or compute_dtype
+    grads: Gradients  # of each part, in the parts' dtype or compute_dtype
 
     def update_(
         self,
@@ -187,7 +187,7 @@ class PartsSlice:
     ) -> None:
         average = None if average is None else as_real(average)
         master = None if master is None else as_real(master)
-        param, grad = self.parts.tensors[0], self.grads[0]
+        param, grad = self.parts.tensors[0], self.grads.tensors[0]
         average_dtype = None if average is None else average.dtype
         fused = fused_update(param.device, param.dtype, grad.dtype, average_dtype, master is not None, rounding)
         if fused is None:
@@ -234,7 +234,7 @@ def update_(
     average_dtype = None if average is None else average.dtype
     fused = fused_update(param.device, param.dtype, grad.dtype, average_dtype, master is not None, rounding)
     if fused is not None and grad.is_contiguous():
-        fused(Parts.of([param]), [grad], average, master, h, scalars, rounding)
+        fused(Parts.of([param]), Gradients.of([grad]), average, master, h, scalars, rounding)
     elif isinstance(scalars, DeviceScalars):
         raise RuntimeError(f"no update in one pass of {param.dtype} with a gradient of {grad.dtype} on {param.device}")
     else:

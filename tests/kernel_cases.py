@@ -18,7 +18,7 @@ import torch
 
 import capturable_cases
 from dist_asgd import update
-from dist_asgd.parts import Parts
+from dist_asgd.parts import Gradients, Parts
 from dist_asgd.rule import (
     DeviceScalars,
     Hyperparameters,
@@ -99,7 +99,7 @@ class Case:
         parts = Parts.of([own[a:b] for a, b in self.spans], [a for a, _ in self.spans])
         grads = [self.grad[a:b] for a, b in self.spans]
         update = triton_update(self.param_dtype, self.grad_dtype, self.rounding.dtype)
-        update(parts, grads, average, master, h, scalars, self.rounding)
+        update(parts, Gradients.of(grads), average, master, h, scalars, self.rounding)
         return own, average, master
 
     def by_rule(self, h, scalars, scale=None):

@@ -15,6 +15,7 @@ ORDER = [
     "parts",
     "probe",
     "native",
+    "look",
     "tables",
     "kernels",
     "advance",

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dist_asgd.kernels import triton_update
-from dist_asgd.parts import Parts
+from dist_asgd.parts import Gradients, Parts
 from dist_asgd.rule import Rounding
 from dist_asgd.tables import DeviceTables
 from dist_asgd.update import fused_update
@@ -113,11 +113,11 @@ def resources(cubin):
 def test_addresses_are_sent_only_when_they_change():
     parts = Parts.of(list(torch.zeros(3, 5)), [0, 8, 16])
     tables = DeviceTables(parts, block=4)
-    grads = list(torch.zeros(3, 5))
-    first = tables.of_grads(grads)
-    assert first.tolist() == [grad.data_ptr() for grad in grads]
-    assert tables.of_grads(grads) is first
-    assert tables.of_grads(grads[::-1]).tolist() == first.tolist()[::-1]
+    addresses = Gradients.of(list(torch.zeros(3, 5))).addresses
+    first = tables.of_grads(addresses)
+    assert first.tolist() == list(addresses)
+    assert tables.of_grads(addresses[:]) is first
+    assert tables.of_grads(addresses[::-1]).tolist() == first.tolist()[::-1]
 
 
 def test_tables_say_where_every_block_is():

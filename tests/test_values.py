@@ -190,7 +190,15 @@ class Text(str):
         (numpy.array([object()]), ["numpy.ndarray"]),
         (torch.device("cpu"), ["torch.device"]),
     ],
-    ids=repr,
+    ids=[
+        "object",
+        "named tuple",
+        "string of another type",
+        "tensor in a tuple",
+        "function",
+        "objects in an array",
+        "device",
+    ],
 )
 def test_what_cannot_be_saved_is_named(value: Any, words: list[str]) -> None:
     with pytest.raises(TypeError) as error:
