@@ -98,6 +98,8 @@ def places_of(folder: Path) -> dict[str, list[Place]]:
 
     ends = dict.fromkeys(manifest["files"], 0)
     for index, (file, offset, head, size, tail, *_) in enumerate(manifest["items"]):
+        if index not in keys:
+            continue
         bounds = [offset, offset + head, offset + head + size, offset + head + size + tail]
         for kind, start, stop in zip(("head", "payload", "tail"), bounds, bounds[1:], strict=False):
             add(f"{kind} of a tensor", file, start, stop, tuple(keys[index]))
@@ -246,7 +248,7 @@ def load_all(rank: int, folder: Path, count: int, seed: int) -> list[dict[str, A
 
 
 def names(row: Mapping[str, Any], folder: Path) -> list[str]:
-    """Files of which one has to be named: more than one have changed where they were swapped, or do not fit together."""
+    """Files of which one has to be named: where two were swapped, or no longer fit the manifest, either."""
     if row["damage"] == "swapped" or row["file"] == MANIFEST:
         return [path.name for path in (folder / "one").iterdir()]
     return [row["file"]]
@@ -319,7 +321,7 @@ COLUMNS = {"damage": "damage", "place": "in", "faults": "faults"} | {name: name 
 
 def summary(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     lines = []
-    for damage, place in sorted({(row["damage"], row["place"]) for row in found}) + [("all", "")]:
+    for damage, place in [*sorted({(row["damage"], row["place"]) for row in found}), ("all", "")]:
         mine = [row for row in found if damage == "all" or (row["damage"], row["place"]) == (damage, place)]
         counts = {name: sum(row[name] for row in mine) for name in CHECKS}
         lines.append({"damage": damage, "place": place, "faults": len(mine), **counts})

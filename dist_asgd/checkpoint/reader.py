@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_asgd.checkpoint.cutting import cut_to_extents, extent, intersection, narrowed, strides, within
+from dist_asgd.checkpoint.cutting import cut_to_extents, extent, intersection, narrowed, strides, whole, within
 from dist_asgd.checkpoint.entries import Block, CheckpointError, TensorEntry
 from dist_asgd.checkpoint.manifest import Chunk, Item, Manifest, in_directory
 from dist_asgd.checkpoint.storage import Storage
@@ -79,6 +79,19 @@ def plan_reads(manifest: Manifest, destinations: Iterable[tuple[str, TensorEntry
         joined.append(need)
         stop = max(stop, need.stop)
     return [*requests, _join(joined, stop)] if joined else requests
+
+
+def plan_rest(manifest: Manifest) -> list[Request]:
+    """The requests that read what no tensor is in, to be verified only."""
+    used = {chunk.item for tensor in manifest.tensors.values() for chunk in tensor.chunks}
+    requests = []
+    for item in (item for index, item in enumerate(manifest.items) if index not in used):
+        step, count = max(1, REQUEST // item.block), -(-item.size // item.block)
+        for first in range(0, count, step):
+            blocks = range(first, min(first + step, count))
+            need = Need("values", item, (item.size,), whole((item.size,)), torch.empty(0, device="cpu"), blocks)
+            requests.append(Request(item.file, need.start, need.stop, (need,)))
+    return requests
 
 
 def _join(needs: Sequence[Need], stop: int) -> Request:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_asgd.checkpoint.cutting import cut, narrowed, whole
 from dist_asgd.checkpoint.distcp import item_head, item_tail, object_item
-from dist_asgd.checkpoint.manifest import SHARED, Item, in_directory
+from dist_asgd.checkpoint.manifest import NO_FRAME, SHARED, Item, in_directory
 from dist_asgd.checkpoint.storage import Storage
 from dist_asgd.layout import Box
 
@@ -89,11 +89,8 @@ class _File:
     def chunks(self, parts: Sequence[Part], objects: Mapping[str, Any]) -> Iterator[bytes | memoryview]:
         for part in parts:
             yield from self._part(part)
-        for key, value in objects.items():
-            data = object_item(value)
-            self._written.objects.append((key, self._name, self._position, len(data)))
-            self._position += len(data)
-            yield data
+        if objects:
+            yield self._objects(objects)
 
     def _part(self, part: Part) -> Iterator[bytes | memoryview]:
         dtype, sizes, size = part.data.dtype, part.box.sizes, part.box.numel * part.data.dtype.itemsize
@@ -122,6 +119,19 @@ class _File:
         self._written.items.append(item)
         self._position = item.stop
         yield tail
+
+    def _objects(self, objects: Mapping[str, Any]) -> bytes:
+        """One item, which no tensor is in, has the checksums of all of them."""
+        start, archives = self._position, [object_item(value) for value in objects.values()]
+        for key, data in zip(objects, archives, strict=True):
+            self._written.objects.append((key, self._name, self._position, len(data)))
+            self._position += len(data)
+        everything = b"".join(archives)
+        sums = Checksums(block_bytes(len(everything)))
+        sums.add(memoryview(everything))
+        item = Item(self._name, start, 0, len(everything), 0, sums.block, sums.text(), NO_FRAME)
+        self._written.items.append(item)
+        return everything
 
 
 class Checksums:
