@@ -413,7 +413,10 @@ def test_on_a_store(s3_server, saved, tmp_path, capsys):
     assert [row["step"] for row in answer(capsys, "ls", url, *common)["checkpoints"]] == [1, 2]
     assert called(capsys, "verify", url, *common)[0] == 0
     assert answer(capsys, "export", url, out, *common)["out"] == out
+    assert called(capsys, "export", url, tmp_path / "here.pt", *common)[0] == 0
+    assert called(capsys, "export", saved[0], f"{s3_server.root}/exports/there.pt", *common)[0] == 0
     storage = Storage.open(s3_server.root, s3_server.options)
+    assert storage.list("exports")["there.pt"] == (tmp_path / "here.pt").stat().st_size
     exported = safetensors.torch.load(storage.read("exports/model.safetensors"))
     assert all(torch.equal(exported[name], tensor) for name, tensor in saved[1].items())
     assert len(answer(capsys, "gc", url, "--keep-last", 1, *common)["deleted"]) == 1
