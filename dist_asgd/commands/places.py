@@ -12,7 +12,6 @@ from dist_asgd.checkpoint.manifest import NAME, STOCK
 from dist_asgd.checkpoint.retention import directories, newest_of
 from dist_asgd.checkpoint.storage import Storage
 
-
 LOCAL = "file"
 
 
