@@ -17,7 +17,6 @@ NEW_DTYPES = [
     torch.float8_e5m2,
     torch.float8_e5m2fnuz,
     torch.float8_e8m0fnu,
-    torch.float4_e2m1fn_x2,
 ]
 DTYPES = [*STORAGE_CLASSES, *NEW_DTYPES]
 SHAPES = [(), (0,), (1,), (7,), (3, 0, 2), (2, 3), (5, 1, 4), (2, 3, 4, 5), (300, 70_000 // 300)]
