@@ -79,7 +79,12 @@ def _add_verify(commands: Any) -> None:
 def _add_export(commands: Any) -> None:
     text = "write tensors of a checkpoint to one file, for torch.load or safetensors"
     parser = _add(commands, "export", export.run, text, EITHER)
-    parser.add_argument("out", metavar="OUT", help="path or URL of the file; replaced if it is there")
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        help="path or URL of the file; replaced if it is there. Storage options are for URL, and for OUT "
+        "where both are on one kind of store or URL is a path",
+    )
     parser.add_argument("--format", choices=export.FORMATS, help="default: by OUT's suffix")
     parser.add_argument("--average", action="store_true", help="optimizers' averages in place of parameters")
     which = parser.add_mutually_exclusive_group()

@@ -7,8 +7,10 @@ import random
 import re
 import shlex
 import shutil
+import struct
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,11 @@ import torch.distributed.checkpoint as dcp
 from fsspec.implementations.memory import MemoryFileSystem
 from torch import nn
 
-from dist_asgd import Checkpointer, ShardedASGD
+from dist_asgd import Checkpointer, ShardedASGD, save
 from dist_asgd.checkpoint import archives, export, verification
+from dist_asgd.checkpoint.entries import SavedTensor
 from dist_asgd.checkpoint.foreign import read_stock_metadata
-from dist_asgd.checkpoint.manifest import read_manifest
+from dist_asgd.checkpoint.manifest import FileRecord, read_manifest, write_manifest
 from dist_asgd.checkpoint.storage import Storage
 from dist_asgd.cli import main
 from format_reader import read_checkpoint
@@ -154,11 +157,15 @@ def test_verify_reads_every_byte(run, capsys):
     assert status == 0 and "as they were saved" in out
     stock = read_stock_metadata((folder / ".metadata").read_bytes())
     loose = {at for value in stock.objects.values() for at in range(value.offset, value.offset + value.length)}
+    manifest = read_manifest((folder / "manifest.json").read_bytes())
+    edges = [
+        (folder / item.file, at)
+        for item in manifest.items[::9]
+        for at in (item.offset, item.start - 1, item.start, item.start + item.size - 1, item.stop - 1)
+    ]
     generator = random.Random(0)
-    files = sorted(folder.iterdir())
-    for number in range(40):
-        file = files[number % len(files)]
-        at = generator.randrange(file.stat().st_size)
+    anywhere = [(file, generator.randrange(file.stat().st_size)) for file in sorted(folder.iterdir()) for _ in range(8)]
+    for file, at in [*edges, *anywhere]:
         if file.name == "__0_0.distcp" and at in loose:  # archives of values, which have slack
             continue
         flip(file, at)
@@ -190,6 +197,24 @@ def test_verify_tells_all_that_is_wrong(run, capsys):
         short.write(b"PK")
     _, out, err = called(capsys, "verify", folder)
     assert "__2_0.distcp: the file has 2 bytes" in out and "3 faults" in err
+
+
+def test_verify_compares_what_files_and_manifest_say(run, capsys):
+    folder = newest(run)
+    manifest = read_manifest((folder / "manifest.json").read_bytes())
+    with (folder / "__1_0.distcp").open("ab") as file:
+        file.write(b"more")
+    size = manifest.files["__1_0.distcp"].size
+    tensor = manifest.tensors["model.scale"]
+    changed = replace(
+        manifest,
+        files={**manifest.files, "__1_0.distcp": FileRecord(size + 4)},
+        tensors={**manifest.tensors, "model.scale": replace(tensor, saved=SavedTensor((8,), torch.int32))},
+    )
+    (folder / "manifest.json").write_bytes(write_manifest(changed))
+    stock, loose = answer(capsys, "verify", folder, status=1)["faults"]
+    assert (stock["file"], stock["key"]) == (".metadata", "model.scale")
+    assert (loose["file"], loose["text"]) == ("__1_0.distcp", f"bytes {size} to {size + 4} belong to nothing")
 
 
 @pytest.mark.parametrize("piece", [verification.PIECE, 1000])  # 1000: archives are large, and streamed
@@ -252,9 +277,34 @@ def test_export_of_other_entries_and_to_a_store(saved, tmp_path, capsys):
     assert safetensors.torch.load(data)["low.bias"].dtype == torch.bfloat16
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     assert header.pop("__metadata__") == {"format": "pt"}
-    starts = {name: entry["data_offsets"][0] for name, entry in header.items()}
-    assert all(starts[f"{name}.weight"] % 4 == 0 for name in ("wte", "wide")) and len(data) % 8 in range(8)
     MemoryFileSystem().rm("/exports", recursive=True)
+
+
+def test_elements_are_aligned(tmp_path, capsys, monkeypatch):
+    """As safetensors asks (each dtype on multiples of its size) and torch does (64), in zip64 forms too."""
+    state = {
+        "a": torch.ones(3, dtype=torch.bfloat16),
+        "b": torch.ones(1, dtype=torch.bool),
+        "c": torch.ones(5).double(),
+    }
+    save(tmp_path / "saved", {"model": state})
+    assert called(capsys, "export", tmp_path / "saved", tmp_path / "x.safetensors")[0] == 0
+    data = (tmp_path / "x.safetensors").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    assert start % 8 == 0
+    for name, tensor in state.items():
+        assert (start + header[name]["data_offsets"][0]) % tensor.element_size() == 0
+    for long in (archives.LONG, 5):
+        monkeypatch.setattr(archives, "LONG", long)
+        assert called(capsys, "export", tmp_path / "saved", tmp_path / "x.pt")[0] == 0
+        data = (tmp_path / "x.pt").read_bytes()
+        for entry in zipfile.ZipFile(tmp_path / "x.pt").infolist()[3:]:
+            start = entry.header_offset + 30 + sum(struct.unpack_from("<2H", data, entry.header_offset + 26))
+            assert start % 64 == 0
+            sizes = (entry.file_size,) * 2
+            descriptor = struct.pack("<L2Q" if entry.file_size >= long else "<3L", entry.CRC, *sizes)
+            assert data[start + entry.file_size :].startswith(b"PK\x07\x08" + descriptor + b"PK")
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -363,7 +413,10 @@ def test_on_a_store(s3_server, saved, tmp_path, capsys):
     assert [row["step"] for row in answer(capsys, "ls", url, *common)["checkpoints"]] == [1, 2]
     assert called(capsys, "verify", url, *common)[0] == 0
     assert answer(capsys, "export", url, out, *common)["out"] == out
+    assert called(capsys, "export", url, tmp_path / "here.pt", *common)[0] == 0
+    assert called(capsys, "export", saved[0], f"{s3_server.root}/exports/there.pt", *common)[0] == 0
     storage = Storage.open(s3_server.root, s3_server.options)
+    assert storage.list("exports")["there.pt"] == (tmp_path / "here.pt").stat().st_size
     exported = safetensors.torch.load(storage.read("exports/model.safetensors"))
     assert all(torch.equal(exported[name], tensor) for name, tensor in saved[1].items())
     assert len(answer(capsys, "gc", url, "--keep-last", 1, *common)["deleted"]) == 1

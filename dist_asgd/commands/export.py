@@ -22,7 +22,7 @@ from dist_asgd.checkpoint.loading import open_checkpoint
 from dist_asgd.checkpoint.manifest import NAME, Manifest, read_manifest
 from dist_asgd.checkpoint.stores import Chunk
 from dist_asgd.commands.output import Progress, printable, progress_bar, readable, write
-from dist_asgd.commands.places import UsageError, checkpoint_at, file_at, options_of, protocol_of
+from dist_asgd.commands.places import LOCAL, UsageError, checkpoint_at, file_at, options_of, protocol_of
 
 FORMATS = {"torch": torch_file, "safetensors": safetensors_file}
 SUFFIXES = {".pt": "torch", ".pth": "torch", ".bin": "torch", ".safetensors": "safetensors"}
@@ -32,8 +32,9 @@ DEFAULT = "model"
 def run(arguments: argparse.Namespace) -> int:
     options = options_of(arguments.storage_option, arguments.storage_options)
     file_of = FORMATS[arguments.format or _format_by(arguments.out)]
-    target, name = file_at(arguments.out, options if protocol_of(arguments.out) == protocol_of(arguments.url) else {})
-    place = checkpoint_at(arguments.url, options, arguments.step)
+    source, out = protocol_of(arguments.url), protocol_of(arguments.out)
+    target, name = file_at(arguments.out, options if out != LOCAL and source in (out, LOCAL) else {})
+    place = checkpoint_at(arguments.url, {} if source == LOCAL != out else options, arguments.step)
     if NAME not in place.sizes():
         raise CheckpointError(
             f"{place.url} is a checkpoint of torch.distributed.checkpoint without {NAME}: export it by "

@@ -12,6 +12,8 @@ from dist_asgd.checkpoint.manifest import NAME, STOCK
 from dist_asgd.checkpoint.retention import directories, newest_of
 from dist_asgd.checkpoint.storage import Storage
 
+LOCAL = "file"
+
 
 class NotFound(Exception):
     """There is no checkpoint."""
@@ -87,4 +89,6 @@ def options_of(pairs: Sequence[tuple[str, Any]], file: str | None) -> dict[str, 
 
 
 def protocol_of(url: str) -> str:
-    return url.partition("://")[0] if "://" in url else "file"
+    """LOCAL for paths."""
+    protocol = url.partition("://")[0] if "://" in url else LOCAL
+    return LOCAL if protocol == "local" else protocol
