@@ -12,14 +12,13 @@ import functools
 import shutil
 import subprocess
 import tempfile
-from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dist_asgd.parts import Parts
+from dist_asgd.parts import Gradients, Parts
 from dist_asgd.probe import has_the_bits, say_once
 from dist_asgd.rule import Hyperparameters, Rounding, Scalars, compute_dtype
 
@@ -45,13 +44,15 @@ class NativeUpdate:
         function: ``update`` of native.c.
     """
 
+    takes_device_scalars = False
+
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
 
     def __call__(
         self,
         parts: Parts,
-        grads: Sequence[Tensor],
+        grads: Gradients,
         average: Tensor | None,
         master: Tensor | None,
         h: Hyperparameters,
@@ -61,11 +62,11 @@ class NativeUpdate:
         shrink = 1 - h.lambd * scalars.eta
         flags = (h.maximize, average is not None, rounding.seed or 0, rounding.first)
         step = _Step(shrink, scalars.eta, scalars.mu, h.weight_decay, *flags)
-        tables = (parts.addresses, array("q", map(Tensor.data_ptr, grads)), parts.starts, parts.numels)
+        tables = (parts.addresses, grads.addresses, parts.starts, parts.numels)
         threads = min(torch.get_num_threads(), max(1, parts.numel // GRAIN))
         self._function(
             *(table.buffer_info()[0] for table in tables),
-            len(grads),
+            len(grads.addresses),
             None if average is None else average.data_ptr(),
             None if master is None else master.data_ptr(),
             ctypes.byref(step),
@@ -85,16 +86,16 @@ def native_update(
     """
     if param not in DTYPES or grad not in (param, compute_dtype(param)) or rounded not in DTYPES:
         return None
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
+    found = compiler()
+    if found is None:
         say_once(f"no C compiler found ({', '.join(COMPILERS)})")
         return None
     types = [f"-DPARAM={DTYPES[param]}", f"-DGRAD={DTYPES[grad]}", f"-DMASTER={int(has_master)}"]
     types += [f"-DROUNDED={DTYPES[rounded]}", f"-DSTOCHASTIC={int(stochastic)}"]
     try:
-        function = _compiled(compiler, types).update
+        function = compiled(found, [*FLAGS, *types, str(SOURCE)]).update
     except (OSError, subprocess.SubprocessError) as error:
-        say_once(f"{compiler} failed", getattr(error, "stderr", None) or str(error))
+        say_once(f"{found} failed", getattr(error, "stderr", None) or str(error))
         return None
     address, count = ctypes.c_void_p, ctypes.c_int64
     function.argtypes = [address, address, address, address, count, address, address, address, count]
@@ -107,12 +108,17 @@ def native_update(
     return update
 
 
-def _compiled(compiler: str, types: Sequence[str]) -> ctypes.CDLL:
+def compiler() -> str | None:
+    """The path of a C compiler, if there is one."""
+    return next(filter(None, map(shutil.which, COMPILERS)), None)
+
+
+def compiled(compiler: str, arguments: Sequence[str], kind: type[ctypes.CDLL] = ctypes.CDLL) -> ctypes.CDLL:
     """Anew in each process, which takes 0.2 s: a library that others could have written must not be loaded."""
     with tempfile.TemporaryDirectory(prefix="dist_asgd-") as folder:
         library = f"{folder}/native.so"
-        command = [compiler, *FLAGS, *types, str(SOURCE), "-o", library, "-lm"]
+        command = [compiler, *arguments, "-o", library, "-lm"]
         run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=60)
         if run([*command, "-fopenmp"]).returncode != 0:  # Apple's compiler has none: then by one thread
             run(command, check=True)
-        return ctypes.CDLL(library)
+        return kind(library)

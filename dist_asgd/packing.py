@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dist_asgd.layout import PARAMETER_ALIGNMENT, BucketLayout, Piece
-from dist_asgd.parts import Parts, as_real
+from dist_asgd.look import are_plain
+from dist_asgd.parts import Gradients, Parts, as_real
 from dist_asgd.pieces import Placement
 from dist_asgd.rule import compute_dtype
 
@@ -80,17 +82,19 @@ class Batches:
         own: Callable[[Piece], Tensor] | None,
     ) -> None:
         self._owned, self._layout, self._device, self._own = owned, layout, device, own
-        self._planned: tuple[tuple[int, int], list[Batch]] = ((0, 0), [])
+        self._planned: dict[tuple[int, int], list[Batch]] = {}
 
     def forget(self) -> None:
         """Parameters lie elsewhere now."""
-        self._planned = ((0, 0), [])
+        self._planned.clear()
 
     def of(self, first: int, stop: int) -> list[Batch]:
         """For the parameters ``[first, stop)``; from one step to the next, these mostly are the same."""
-        if self._planned[0] != (first, stop):
-            self._planned = ((first, stop), self._plan(first, stop))
-        return self._planned[1]
+        if (first, stop) not in self._planned:
+            if len(self._planned) > 2 * len(self._owned):  # more than there are ways to cut runs ever finer
+                self._planned.clear()
+            self._planned[first, stop] = self._plan(first, stop)
+        return self._planned[first, stop]
 
     def _plan(self, first: int, stop: int) -> list[Batch]:
         if self._own is not None:
@@ -133,8 +137,7 @@ class Packer:
     def __init__(self, layout: BucketLayout, placements: Sequence[Placement], like: Tensor) -> None:
         self._spans, self._placements, self._like = layout.spans, placements, like
         self._row_major = [placement.is_row_major for placement in placements]
-        # Complex gradients may be lazily conjugated.
-        self._all_simple = not like.is_complex() and all(self._row_major)
+        self._all_row_major = all(self._row_major)
         self._no_scalars = all(placement.shape for placement in placements)
         self._zeros: dict[int, Tensor] = {}
 
@@ -158,21 +161,29 @@ class Packer:
             parts.append(self._padding(start + len(out) - end))
         _flattened(parts, out)
 
-    def readable(self, batch: Batch, grads: Sequence[Tensor], ready: bool = False) -> list[Tensor]:
-        """What belongs to a batch: contiguous, in memory order, real, and of one dtype, the bucket's or wider.
-
-        Args:
-            ready: ``are_ready`` has found so.
-        """
+    def readable(self, batch: Batch, grads: Sequence[Tensor]) -> Gradients:
+        """What belongs to a batch: contiguous, in memory order, real, and of one dtype, the bucket's or wider."""
         result, dtype = list(grads), self._like.dtype.to_real()
-        if ready or self.are_ready(result):
+        if self.are_ready(result):
             for index in {0, len(result) - 1}:  # no other can be cut
                 result[index] = self._readable(batch.pieces[index], result[index])
-            return result
+            return Gradients.of(result)
         result = list(map(self._readable, batch.pieces, grads))
         if any(grad.dtype != dtype for grad in result):
             result = [grad.to(compute_dtype(dtype)) for grad in result]
-        return result
+        return Gradients.of(result)
+
+    def chosen(self, batch: Batch, plain: Gradients) -> Gradients:
+        """The same from the gradients of all parameters, which lie as these do."""
+        cut = {index for index in (0, len(batch.pieces) - 1) if self._is_cut(batch.pieces[index])}  # no other can be
+        if not cut and len(batch.pieces) == len(plain.tensors):
+            return plain
+        tensors = [plain.tensors[position] for position in batch.positions]
+        addresses = array("q", [plain.addresses[position] for position in batch.positions])
+        for index in cut:
+            tensors[index] = self._readable(batch.pieces[index], tensors[index])
+            addresses[index] = tensors[index].data_ptr()
+        return Gradients(tensors, addresses)
 
     def join(self, batch: Batch, tensors: list[Tensor], ready: bool = False) -> Tensor:
         """What belongs to a batch, one of ``tensors`` for each of its parameters, as 1-D; a copy if it is gathered.
@@ -213,15 +224,10 @@ class Packer:
 
     def are_ready(self, tensors: Sequence[Tensor]) -> bool:
         """Whether their memory is what they show, in the memory order of their parameters; of all or some of those."""
-        count, device = len(tensors), self._like.get_device()
-        return (
-            self._all_simple
-            and list(map(type, tensors)).count(Tensor) == count
-            and [tensor.dtype for tensor in tensors].count(self._like.dtype) == count
-            and list(map(Tensor.get_device, tensors)).count(device) == count
-            and all(map(Tensor.is_contiguous, tensors))
-            and not any(map(Tensor.is_neg, tensors))
-        )
+        return self._all_row_major and are_plain(tensors, self._like)
+
+    def _is_cut(self, piece: Piece) -> bool:
+        return piece.stop - piece.start < self._spans[piece.position].numel
 
     def _movable(self, position: int, grad: Tensor) -> Tensor:
         """The gradient in a form that the operators of ``pack`` flatten into the parameter's memory order."""

@@ -37,6 +37,18 @@ class Parts:
         return cls(real, array("q", [factor * start for start in starts]), addresses, numels, sum(numels))
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Gradients:
+    """Of parts: contiguous, each of as many elements, all of one dtype."""
+
+    tensors: Sequence[Tensor]
+    addresses: array[int]  # of the tensors
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Gradients:
+        return cls(tensors, array("q", map(Tensor.data_ptr, tensors)))
+
+
 def as_real(flat: Tensor) -> Tensor:
     """Complex numbers are pairs of reals to the rule, as in torch.optim."""
     return torch.view_as_real(flat).view(-1) if flat.is_complex() else flat

@@ -8,10 +8,9 @@ rank, or somebody else has reduced them) ``p.grad`` stays what it is in torch an
 
 from __future__ import annotations
 
-import operator
+from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +19,12 @@ from dist_asgd.buckets import Bucket, Setting, describe, require_dense, require_
 from dist_asgd.collectives import Collectives, Reduction, Transfer
 from dist_asgd.gradients import GradientPiece
 from dist_asgd.layout import BucketLayout, Piece, Span
+from dist_asgd.look import Look
 from dist_asgd.packing import Batches, Packer
-from dist_asgd.parts import as_real
+from dist_asgd.parts import Gradients, as_real
 from dist_asgd.pieces import Placement
-from dist_asgd.rule import Hyperparameters, compute_dtype
-from dist_asgd.shards import Run
+from dist_asgd.rule import Hyperparameters, Scaling, compute_dtype
+from dist_asgd.runs import Run
 from dist_asgd.update import FlatSlice, PartsSlice, UpdateSlice
 
 # ``GradientPiece.begun`` of a gradient that was dropped, and of one that only this rank knows yet: after every pass.
@@ -86,10 +86,11 @@ class ReplicatedBucket(Bucket):
         self.meets = self.may_lag = collectives is not None
         if collectives is not None and not self.reduces:
             self.mirrors = range(collectives.world_size)
-        self._addresses = [param.data_ptr() for param in self.params]
+        self._addresses = array("q", map(Tensor.data_ptr, self.params))
         self._gradient_wire = setting.precision.gradient_wire(self.dtype)
-        self._shapes = [placement.shape for placement in placements]
-        self._all_plain = False  # what the last check of gradients found
+        shapes, strides = [placement.shape for placement in placements], [placement.strides for placement in placements]
+        self._look = Look.of(self.params, shapes, strides, self.buffer)
+        self._plain: Gradients | None = None  # from when all were found until the step
         self._owned = list(self.shard.pieces.values())
         self.grad: Tensor | None = None
         self.gradient_pieces = [GradientPiece(self, i, param) for i, param in enumerate(self.params)] if reduces else []
@@ -106,7 +107,7 @@ class ReplicatedBucket(Bucket):
         return self.params[position].data_ptr() == self._addresses[position]
 
     def check_parameters(self) -> None:
-        if [param.data_ptr() for param in self.params] == self._addresses:
+        if array("q", map(Tensor.data_ptr, self.params)) == self._addresses:
             return
         for position, (name, param) in enumerate(zip(self.names, self.params, strict=True)):
             if not self.holds(position):
@@ -141,16 +142,19 @@ class ReplicatedBucket(Bucket):
     # Gradients -------------------------------------------------------------------------------------------------------
 
     def check_gradients(self) -> list[bool]:
-        grads: list[Any] = [param.grad for param in self.params]
-        self._all_plain = self.whole_gradients and self._are_plain(grads)
-        if self._all_plain:
-            return [True] * len(grads)
         self._check_each_gradient()
         # A stand-in is none if this rank made no gradient since the last one was dropped.
         return [
             grad.contributed or grad.pending is not None if isinstance(grad, GradientPiece) else grad is not None
-            for grad in grads
+            for grad in [param.grad for param in self.params]
         ]
+
+    def find_gradients(self) -> bool:
+        self._plain = self._look.at_gradients() if self.whole_gradients else None
+        return self._plain is not None
+
+    def let_go(self) -> None:
+        self._plain = None
 
     def begun(self, passes: int) -> list[int]:
         """For each parameter, the pass that its gradient was begun in, or will be after ``passes``; -1 if frozen."""
@@ -172,15 +176,6 @@ class ReplicatedBucket(Bucket):
         """Whether ``grad`` can be the gradient of the parameter: dense, of its shape and on its device."""
         same = grad.shape == self.placements[position].shape and grad.device == self.device
         return same and grad.layout is torch.strided
-
-    def _are_plain(self, grads: Sequence[Tensor]) -> bool:
-        """Whether all are there, and can be read from their addresses. Asked of all at once, as every step asks."""
-        try:
-            # One after the other: thousands of shapes held at once would start Python's garbage collector.
-            shapes = map(operator.attrgetter("shape"), grads)
-            return all(map(operator.eq, shapes, self._shapes)) and self._packer.are_ready(grads)
-        except (AttributeError, RuntimeError):  # None; sparse
-            return False
 
     def _check_each_gradient(self) -> None:
         for position, (name, param) in enumerate(zip(self.names, self.params, strict=True)):
@@ -326,11 +321,12 @@ class ReplicatedBucket(Bucket):
 
     # Update ----------------------------------------------------------------------------------------------------------
 
-    def update(self, h: Hyperparameters, active: Sequence[bool] | None) -> None:
+    def update(self, h: Hyperparameters, active: Sequence[bool] | None, scaling: Scaling | None = None) -> None:
         self.wait()
         if self.reduces:
             self.finish_reduce()
-        self.shard.update(h, active, self._reduced_slices if self.reduces else self._plain_slices)
+        self.shard.update(h, active, self._reduced_slices if self.reduces else self._plain_slices, scaling)
+        self.let_go()
 
     def _reduced_slices(self, run: Run) -> Iterator[UpdateSlice]:
         where = self.shard.slice_of(run)
@@ -340,10 +336,12 @@ class ReplicatedBucket(Bucket):
     def _plain_slices(self, run: Run) -> Iterator[UpdateSlice]:
         """All where they lie, or large ones so and runs of small ones gathered, in pieces that stay in cache."""
         for batch in self._batches.of(run.first, run.stop):
+            if batch.parts is not None and self._plain is not None:
+                yield PartsSlice(batch.start, batch.stop, batch.parts, self._packer.chosen(batch, self._plain))
+                continue
             grads = [grad for position in batch.positions if (grad := self.params[position].grad) is not None]
             if batch.parts is not None:
-                grads = self._packer.readable(batch, grads, self._all_plain)
-                yield PartsSlice(batch.start, batch.stop, batch.parts, grads)
+                yield PartsSlice(batch.start, batch.stop, batch.parts, self._packer.readable(batch, grads))
                 continue
             param = self.shard.parameters.read(slice(batch.start, batch.stop))
             yield FlatSlice(batch.start, param, self._packer.join(batch, grads))

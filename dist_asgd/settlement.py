@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dist_asgd.agreement import Agreement, DifferentOperations, fingerprint
 from dist_asgd.buckets import Bucket
+from dist_asgd.capture import refuse_capture
 from dist_asgd.checks import (
     Groups,
     require_gradients,
@@ -102,6 +103,17 @@ class Settlement:
         Raises the same error on every rank where any rank found one or where ranks differ, also in ``operation``;
         gradients are then as they were, and no collective is left unmatched.
         """
+        steps = False
+        try:
+            settled = self._settle(operation, groups, buckets, error)
+            steps = operation == STEP
+        finally:
+            if not steps:  # what is held longer, nobody could free
+                for bucket in buckets:
+                    bucket.let_go()
+        return settled
+
+    def _settle(self, operation: str, groups: Groups, buckets: Sequence[Bucket], error: Exception | None) -> Settled:
         reducing = self._reducer.buckets
         options: list[Hyperparameters] = []
         present: Flags = {}
@@ -114,6 +126,7 @@ class Settlement:
             if error is not None:
                 raise error
             options = [Hyperparameters.of(group) for group in groups]
+            refuse_capture(options, self._started, buckets)
             present = self._check(buckets)
             if self._agreement.world_size > 1:
                 shared = {bucket: self._shared(bucket, present[bucket]) for bucket in buckets}
@@ -154,7 +167,7 @@ class Settlement:
         told_apart = require_same_gradients(samples) or self._comparisons >= MAX_COMPARISONS
         self._started = told_apart and any(found)
 
-    def _check_parameters(self, buckets: Sequence[Bucket]) -> None:
+    def _check_parameters(self, buckets: Iterable[Bucket]) -> None:
         """Raises ``RuntimeError`` where the model or a parameter is not what the optimizer was built for any more."""
         self._waits.check()
         for bucket in buckets:
@@ -185,12 +198,13 @@ class Settlement:
 
     def _check(self, buckets: Sequence[Bucket]) -> Flags:
         """Checks what a user can have broken since the last step; tells which parameters have a gradient here."""
-        self._check_parameters(buckets)
+        found = {bucket for bucket in buckets if bucket.find_gradients()}
+        self._check_parameters(bucket for bucket in buckets if bucket not in found)
         if not self._started:
             require_registered(buckets)
         present = {}
         for bucket in buckets:
-            present[bucket] = bucket.check_gradients()
+            present[bucket] = [True] * len(bucket.params) if bucket in found else bucket.check_gradients()
             if bucket.reduces and not self._find_unused and not all(present[bucket]):
                 require_gradients(bucket, present[bucket])
         return present

@@ -1,6 +1,6 @@
 """Real stores for tests, on free ports of 127.0.0.1: SeaweedFS (S3), Azurite (Azure), OpenSSH (sftp); a bad network.
 
-A test module that says `from stores import *` has the fixtures. A server is started when a test first needs it, once in
+A test module that imports the fixtures has them. A server is started when a test first needs it, once in
 each pytest process, and dies with that. What cannot be started is skipped with the reason; where CI=true, it fails.
 """
 
@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-__all__ = ["azure_server", "s3_server", "sftp_server"]
 
 READY = 20.0  # seconds a server gets to start
 KEY, SECRET = "access-of-tests", "secret-of-tests"
@@ -150,6 +148,8 @@ def seaweedfs() -> Server:
         f"-filer.localSocket={folder}/filer.sock",
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
+        "-s3.autoCreateBucket=false",
+        "-master.electionTimeout=1s",
     ]
     for name in names:
         command += [f"-{name}.port={ports[name]}", f"-{name}.port.grpc={ports[name + '.grpc']}"]

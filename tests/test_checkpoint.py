@@ -353,3 +353,18 @@ def test_the_manifest_tells_what_is_there(tmp_path):
     model = small(0)
     dist_asgd.load(tmp_path / "y", {"model": model})
     assert model.bias.eq(2).all()
+
+
+def statistics(rank, url):
+    """Every rank has its own batches, as in DistributedDataParallel without SyncBatchNorm."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(4))
+    for module in model:
+        module.running_mean.fill_(rank)
+        module.running_var.fill_(rank)
+    dist_asgd.save(url, {"model": model})
+    dist_asgd.load(url, {"model": model})
+    return [value.max().item() for name, value in model.state_dict().items() if "running" in name]
+
+
+def test_buffers_that_differ_are_all_of_the_first_rank(tmp_path):
+    assert run_ranks(3, statistics, f"{tmp_path}/x") == [[0.0] * 4] * 3

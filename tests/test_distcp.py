@@ -4,7 +4,6 @@ import io
 import itertools
 import pickle
 import zipfile
-import zlib
 
 import pytest
 import torch
@@ -14,10 +13,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 
+from dist_asgd.checkpoint.archives import ALIGNMENT
 from dist_asgd.checkpoint.distcp import (
-    ALIGNMENT,
     MAX_PAYLOAD,
-    STORAGE_CLASSES,
     StoredChunk,
     StoredObject,
     item_head,
@@ -27,39 +25,8 @@ from dist_asgd.checkpoint.distcp import (
 )
 from dist_asgd.checkpoint.entries import CheckpointError
 from dist_asgd.layout import Box, boxes
+from items import DTYPES, SHAPES, item, raw_bytes, sample
 from ranks import run_alone, run_ranks
-
-NEW_DTYPES = [
-    torch.uint16,
-    torch.uint32,
-    torch.uint64,
-    torch.complex32,
-    torch.float8_e4m3fn,
-    torch.float8_e4m3fnuz,
-    torch.float8_e5m2,
-    torch.float8_e5m2fnuz,
-    torch.float8_e8m0fnu,
-]
-DTYPES = [*STORAGE_CLASSES, *NEW_DTYPES]
-SHAPES = [(), (0,), (1,), (7,), (3, 0, 2), (2, 3), (5, 1, 4), (2, 3, 4, 5), (300, 70_000 // 300)]
-
-
-def sample(dtype, shape, seed=0):
-    """A tensor with every kind of byte that its dtype allows."""
-    numel = torch.Size(shape).numel()
-    raw = torch.randint(0, 256, (numel * dtype.itemsize,), generator=torch.Generator().manual_seed(seed))
-    raw = (raw % 2 if dtype == torch.bool else raw).to(torch.uint8)
-    return raw.view(dtype).reshape(shape) if numel else torch.empty(shape, dtype=dtype)
-
-
-def raw_bytes(tensor):
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def item(tensor):
-    payload = raw_bytes(tensor)
-    head = item_head(tensor.dtype, tensor.shape)
-    return head + payload + item_tail(tensor.dtype, tensor.shape, zlib.crc32(payload))
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -108,6 +75,11 @@ def test_more_than_a_gibibyte_is_refused():
     for part in (item_head, lambda *args: item_tail(*args, 0)):
         with pytest.raises(CheckpointError, match="smaller boxes"):
             part(torch.float32, (MAX_PAYLOAD // 4 + 1,))
+
+
+def test_quantized_dtypes_are_refused():
+    with pytest.raises(CheckpointError, match="int_repr"):
+        item_head(torch.quint8, (2,))
 
 
 # --- whole checkpoints ---

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dist_asgd.kernels import triton_update
-from dist_asgd.parts import Parts
+from dist_asgd.parts import Gradients, Parts
 from dist_asgd.rule import Rounding
 from dist_asgd.tables import DeviceTables
 from dist_asgd.update import fused_update
@@ -62,7 +62,8 @@ def folder(tmp_path_factory):
 
 
 FORMS = [(target, name, "many") for target in TARGETS for name in COMPILED] + [
-    ("sm_90", name, "one") for name in COMPILED
+    *(("sm_90", name, "one") for name in COMPILED),
+    *((target, "float32", "scalars on the device") for target in TARGETS),
 ]
 
 
@@ -90,6 +91,14 @@ def test_compiled_code(target, name, form, folder):
 
 
 @needs_triton
+@pytest.mark.parametrize("target", TARGETS)
+def test_scalars_advance_in_double(target, folder):
+    code = (folder / f"{target}, advance.s").read_text()
+    assert re.search(r"\b(?:fma\.rn\.f64|v_fma_f64)", code)
+    assert not re.search(r"\b(?:ex2|lg2|mul|add|sub|fma|div)\.\S*f32|\bv_(?:exp|log|mul|add|fma|rcp|div)\S*_f32", code)
+
+
+@needs_triton
 def test_one_compilation_serves_all_numbers_and_addresses(folder):
     assert json.loads((folder / "counts").read_text()) == [1, 1]
 
@@ -104,11 +113,11 @@ def resources(cubin):
 def test_addresses_are_sent_only_when_they_change():
     parts = Parts.of(list(torch.zeros(3, 5)), [0, 8, 16])
     tables = DeviceTables(parts, block=4)
-    grads = list(torch.zeros(3, 5))
-    first = tables.of_grads(grads)
-    assert first.tolist() == [grad.data_ptr() for grad in grads]
-    assert tables.of_grads(grads) is first
-    assert tables.of_grads(grads[::-1]).tolist() == first.tolist()[::-1]
+    addresses = Gradients.of(list(torch.zeros(3, 5))).addresses
+    first = tables.of_grads(addresses)
+    assert first.tolist() == list(addresses)
+    assert tables.of_grads(addresses[:]) is first
+    assert tables.of_grads(addresses[::-1]).tolist() == first.tolist()[::-1]
 
 
 def test_tables_say_where_every_block_is():

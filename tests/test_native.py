@@ -15,7 +15,7 @@ import torch
 
 from dist_asgd import ShardedASGD
 from dist_asgd.native import native_update
-from dist_asgd.parts import Parts
+from dist_asgd.parts import Gradients, Parts
 from dist_asgd.rule import Hyperparameters, Rounding, Scalars, compute_dtype, low_precision_step_
 from oracle import MIXED, PLAIN, Pair, make_parameters, random_gradients
 from ranks import run_alone, run_ranks
@@ -74,7 +74,15 @@ def test_one_pass_has_the_bits_of_the_operators(
                 master_of = expected_master[where] if has_master else None
                 low_precision_step_(p, g, own, master_of, h, scalars, replace(rounding, first=rounding.first + start))
             parts = Parts.of(params, starts[:-1])
-            update(parts, grads, average if averages else None, master if has_master else None, h, scalars, rounding)
+            update(
+                parts,
+                Gradients.of(grads),
+                average if averages else None,
+                master if has_master else None,
+                h,
+                scalars,
+                rounding,
+            )
             for got, wanted in zip(params, expected_params, strict=True):
                 assert torch.equal(got, wanted), h
             assert torch.equal(average, expected_average) and torch.equal(master, expected_master), h
@@ -137,7 +145,13 @@ def test_without_a_compiler_that_does_it_operators_do_and_it_is_said_once(
     path = str(tmp_path) if compiler is None or "gcc" not in compiler else f"{tmp_path}:/usr/bin:/bin"
     environment = {"PATH": path, "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, timeout=120, check=True
+        [sys.executable, "-c", PROGRAM],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=True,
     )
     assert done.stdout.strip() == "True"
     assert said in done.stderr and "updates go by PyTorch's operators instead" in done.stderr

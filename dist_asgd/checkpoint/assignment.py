@@ -14,6 +14,7 @@ from dist_asgd.checkpoint.entries import CheckpointError
 from dist_asgd.layout import Box
 
 LARGEST = 2**29  # bytes of one item: archives need no 64-bit forms, and a file's items are balanced
+OF_FIRST = 2**16  # bytes of a replicated block that the first rank writes: buffers of modules may differ between ranks
 ONE_WRITER = 2**20  # bytes of a replicated block that one rank writes; of larger ones, each writes a part
 
 
@@ -46,7 +47,7 @@ def assign(offers: Sequence[Mapping[str, Offer]]) -> list[Share]:
         holders = _holders(key, first, by_rank)
         for box, ranks in holders.items():
             for part in _parts(box, len(ranks), first.dtype.itemsize):
-                rank = ranks[0] if len(ranks) == 1 else loads.least(ranks)
+                rank = loads.least(ranks) if part.numel * first.dtype.itemsize > OF_FIRST else ranks[0]
                 loads.add(rank, part.numel * first.dtype.itemsize)
                 shares[rank].boxes.append((key, part, box))
     return shares

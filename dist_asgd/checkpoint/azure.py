@@ -16,6 +16,7 @@ from dist_asgd.checkpoint.uploads import Uploads, remove_each
 
 OWNER = "dist_asgd_owner"  # name of the metadata that tells one's own blob from another's
 METADATA = {"is_directory": "false"}  # as adlfs does
+COPIED = 2**20  # bytes: for a put the client makes copies, for a block it does not
 TIMEOUTS: dict[str, Any] = {"connection_timeout": 5, "read_timeout": 30}  # seconds
 
 
@@ -50,8 +51,14 @@ class AzureUploads(Uploads):
 
     def write(self, path: str, chunks: Iterable[Chunk]) -> int:
         def put(data: io.BytesIO) -> None:
+            if length(data) > COPIED:
+                blocks = Blocks(self, path)
+                blocks.send(1, data)
+                blocks.finish(1, length(data))
+                return
+
             def send(blob: Any) -> Any:
-                return blob.upload_blob(from_start(data), length=length(data), overwrite=True, metadata=METADATA)
+                return blob.upload_blob(data.getvalue(), overwrite=True, metadata=METADATA)
 
             self._again("write", path, lambda: self.call(path, send))
 

@@ -61,6 +61,8 @@ def to_fill(key: str, tensor: Tensor) -> TensorEntry:
     if isinstance(tensor, Sharded):
         chunks = [(chunk, MetadataIndex(key, chunk.offsets)) for chunk in tensor.__create_chunk_list__()]
         return _entry(tensor, _sharded_blocks(tensor, chunks))
+    if not isinstance(tensor, ShardedTensor) and (tensor.is_conj() or tensor.is_neg()):
+        raise TypeError(f"{key} is a lazily conjugated or negated view, which cannot be written to: load into a tensor")
     return _whole(key, tensor)
 
 

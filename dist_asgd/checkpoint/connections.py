@@ -15,7 +15,7 @@ from fsspec.core import url_to_fs
 from dist_asgd.checkpoint.retries import Requests, StorageError
 from dist_asgd.checkpoint.targets import Target
 
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
+EXTRAS = {"s3": "s3", "s3a": "s3", "abfs": "azure", "abfss": "azure", "az": "azure", "sftp": "sftp", "ssh": "sftp"}
 
 
 class Connection:

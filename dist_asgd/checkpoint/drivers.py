@@ -6,12 +6,13 @@ from dist_asgd.checkpoint.azure import AzureUploads, azure_options, prepare_azur
 from dist_asgd.checkpoint.connections import Connection
 from dist_asgd.checkpoint.local import LocalStore
 from dist_asgd.checkpoint.remote import RemoteStore
-from dist_asgd.checkpoint.retries import Requests
+from dist_asgd.checkpoint.retries import Requests, StorageError
 from dist_asgd.checkpoint.s3 import S3Uploads, prepare_s3, s3_options
 from dist_asgd.checkpoint.stores import Store
 from dist_asgd.checkpoint.targets import AZURE, Target
 from dist_asgd.checkpoint.uploads import MemoryUploads, RenamedUploads, rename_new, rename_new_by_sftp
 
+GCS = {"gs", "gcs"}
 S3 = {"s3", "s3a"}
 SFTP = {"sftp", "ssh"}
 
@@ -26,9 +27,13 @@ def store_of(target: Target) -> Store:
     if target.protocol in AZURE:
         connection = Connection(target, azure_options(target.options), prepare_azure)
         return RemoteStore(connection, AzureUploads(connection))
+    if target.protocol in GCS:
+        raise StorageError(
+            "gs:// cannot hold checkpoints yet: copying and deleting, as a rename there does, is not atomic"
+        )
     connection = Connection(target, target.options)
     if target.protocol == "memory":
         return RemoteStore(connection, MemoryUploads(connection))
     if target.protocol in SFTP:
-        return RemoteStore(connection, RenamedUploads(connection, rename_new_by_sftp))
+        return RemoteStore(connection, RenamedUploads(connection, rename_new_by_sftp, pipelined=True))
     return RemoteStore(connection, RenamedUploads(connection, rename_new))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -76,6 +77,26 @@ class Item:
     def crc_before(self, block: int) -> int:
         """Of the payload before block number ``block``."""
         return int(self.crc32[8 * block - 8 : 8 * block], 16) if block else 0
+
+    def reach(self, blocks: range) -> tuple[int, int]:
+        """``[start, stop)`` in the file: of ``blocks``, with the head before the first, and the tail after the last."""
+        start = self.start + blocks.start * self.block if blocks.start else self.offset
+        end = blocks.stop * self.block
+        return start, self.start + end if end < self.size else self.stop
+
+    def damages(self, blocks: range, data: memoryview) -> Iterator[tuple[int, int]]:
+        """``[start, stop)`` in the file of each part of ``data``, the bytes of ``reach``, without its checksum."""
+        first, last = self.reach(blocks)
+        if first == self.offset and zlib.crc32(data[: self.head]) != int(self.frame[:8], 16):
+            yield self.offset, self.start
+        for block in blocks:
+            start = self.start + block * self.block
+            stop = min(start + self.block, self.start + self.size)
+            if zlib.crc32(data[start - first : stop - first], self.crc_before(block)) != self.crc_before(block + 1):
+                yield start, stop
+        end = self.start + self.size
+        if last == self.stop and zlib.crc32(data[end - first :]) != int(self.frame[8:], 16):
+            yield end, self.stop
 
 
 @dataclass(frozen=True, slots=True)

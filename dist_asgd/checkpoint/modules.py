@@ -102,14 +102,15 @@ def _averages(plan: Plan, path: Path, module: nn.Module) -> dict[str, str]:
         by_param.setdefault(id(param), []).append(name)
     found: dict[str, str] = {}
     for names in by_param.values():
-        keys = {key for name in names for key in _average_keys(plan.root, path, name)}
+        keys = {key for name in names for key in average_keys(plan.root, path, name)}
         if len(keys) > 1:
             raise ValueError(f"several optimizers of the checkpoint have an average of {names[0]}: {sorted(keys)}")
         found |= {name: key for name in names for key in keys}
     return found
 
 
-def _average_keys(root: Node, path: Path, name: str) -> list[str]:
+def average_keys(root: Node, path: Path, name: str) -> list[str]:
+    """What optimizers below ``root`` have as averages of the parameter ``name`` of the module at ``path``."""
     nodes = (
         child.at(("state", known, "ax")) for child in root.children.values() for known in (name, key_of((*path, name)))
     )

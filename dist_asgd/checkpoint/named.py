@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel, StateDictType
 
 from dist_asgd.checkpoint.modules import is_fsdp1, names_in, without_wrappers
 from dist_asgd.checkpoint.nesting import Path, key_of
@@ -146,8 +146,8 @@ def _nameless(path: Path, number: int, index: int, param: Tensor) -> str:
 
 
 def _is_slice(param: Tensor) -> bool:
-    """FSDP1 marks them."""
-    return bool(getattr(param, "_fsdp_flattened", False)) or hasattr(param, "_fqns")
+    """Whether it is flat, or a slice, which FSDP1 marks."""
+    return isinstance(param, FlatParameter) or bool(getattr(param, "_fsdp_flattened", False))
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import tempfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -37,14 +36,13 @@ class Need:
 
     @property
     def start(self) -> int:
-        """In the file; with the item's head where its first block is needed."""
-        return self.item.start + self.blocks.start * self.item.block if self.blocks.start else self.item.offset
+        """In the file."""
+        return self.item.reach(self.blocks)[0]
 
     @property
     def stop(self) -> int:
-        """In the file; with the item's tail where its last block is needed."""
-        end = self.blocks.stop * self.item.block
-        return self.item.start + end if end < self.item.size else self.item.stop
+        """In the file."""
+        return self.item.reach(self.blocks)[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,28 +173,24 @@ def verify(request: Request, data: bytes | memoryview) -> None:
     """Raises ``CheckpointError`` unless the bytes of the request have the checksums in the manifest."""
     view, seen = memoryview(data), set()
     for need in request.needs:
-        item = need.item
-        if (where := (item.offset, need.blocks)) in seen:  # tensors that share an item
+        if (where := (need.item.offset, need.blocks)) in seen:  # tensors that share an item
             continue
         seen.add(where)
-        at = item.offset - request.start
-        if need.start == item.offset and zlib.crc32(view[at : at + item.head]) != int(item.frame[:8], 16):
-            raise _damaged(need, item.offset, item.start)
-        at = item.start - request.start
-        for block in need.blocks:
-            start, stop = block * item.block, min((block + 1) * item.block, item.size)
-            if zlib.crc32(view[at + start : at + stop], item.crc_before(block)) != item.crc_before(block + 1):
-                raise _damaged(need, item.start + start, item.start + stop)
-        at += item.size
-        if need.stop == item.stop and zlib.crc32(view[at : at + item.tail]) != int(item.frame[8:], 16):
-            raise _damaged(need, item.start + item.size, item.stop)
+        part = view[need.start - request.start : need.stop - request.start]
+        for start, stop in need.item.damages(need.blocks, part):
+            raise CheckpointError(
+                f"{need.item.file} is damaged: bytes {start} to {stop}, of {need.key!r}, do not have the checksum that "
+                "manifest.json has of them"
+            )
 
 
-def _damaged(need: Need, start: int, stop: int) -> CheckpointError:
-    return CheckpointError(
-        f"{need.item.file} is damaged: bytes {start} to {stop}, of {need.key!r}, do not have the checksum that "
-        "manifest.json has of them"
-    )
+def fill(storage: Storage, directory: str, requests: Sequence[Request]) -> None:
+    """Reads, verifies and writes piece by piece: for tensors that nobody looks at if it raises ``CheckpointError``."""
+    ranges = [(in_directory(directory, request.file), request.start, request.stop) for request in requests]
+    for index, data in storage.read_ranges(ranges):
+        verify(requests[index], data)
+        for need in requests[index].needs:
+            _write(need, memoryview(data), requests[index].start)
 
 
 def _write(need: Need, data: memoryview, position: int) -> None:

@@ -50,8 +50,13 @@ class Kept:
 
 def directories(storage: Storage) -> list[Directory]:
     """All attempts below the storage's URL, by step and attempt."""
+    return attempts(storage.sizes())
+
+
+def attempts(paths: Iterable[str]) -> list[Directory]:
+    """Those that have the files of these ``paths``, by step and attempt."""
     found: dict[str, bool] = {}
-    for path in storage.sizes():
+    for path in paths:
         name, _, file = path.partition("/")
         found[name] = found.get(name, False) or file == NAME
     matches = [(match, committed) for name, committed in found.items() if (match := _DIRECTORY.fullmatch(name))]
@@ -65,29 +70,33 @@ def newest_of(found: Iterable[Directory]) -> dict[int, Directory]:
 
 def new_directory(storage: Storage, step: int) -> str:
     """A name that no attempt has, above those of all earlier attempts at this step."""
-    attempts = [directory.attempt for directory in directories(storage) if directory.step == step]
-    return f"step-{step:08d}-{max(attempts, default=0) + 1:04d}-{secrets.token_hex(4)}"
+    earlier = [directory.attempt for directory in directories(storage) if directory.step == step]
+    return f"step-{step:08d}-{max(earlier, default=0) + 1:04d}-{secrets.token_hex(4)}"
 
 
-def sweep(storage: Storage, kept: Kept, grace: float = GRACE) -> list[str]:
-    """Deletes the checkpoints that are not kept, and attempts that came to nothing; returns their names.
+def outdated(storage: Storage, kept: Kept, grace: float = GRACE) -> list[Directory]:
+    """The checkpoints that are not kept, and attempts that came to nothing.
 
-    Manifests go first: what is half deleted does not exist. An attempt counts as abandoned ``grace`` seconds after it
-    was last written to.
+    An attempt counts as abandoned ``grace`` seconds after it was last written to.
     """
     found = directories(storage)
     counted = newest_of(found)
     keep = {counted[step].name for step in kept.of(counted)}
-    outdated = [directory for directory in found if directory.is_committed and directory.name not in keep]
-    abandoned = [
-        directory for directory in found if not directory.is_committed and _age(storage, directory.name) > grace
-    ]
-    for directory in outdated:
-        storage.remove(f"{directory.name}/{NAME}")
-    for directory in outdated + abandoned:
+    unwanted = [directory for directory in found if directory.is_committed and directory.name not in keep]
+    open_ones = (directory for directory in found if not directory.is_committed)
+    return unwanted + [directory for directory in open_ones if _age(storage, directory.name) > grace]
+
+
+def sweep(storage: Storage, kept: Kept, grace: float = GRACE) -> list[str]:
+    """Deletes what is ``outdated``, and returns the names. Manifests go first: what is half deleted does not exist."""
+    unwanted = outdated(storage, kept, grace)
+    for directory in unwanted:
+        if directory.is_committed:
+            storage.remove(f"{directory.name}/{NAME}")
+    for directory in unwanted:
         storage.remove_tree(directory.name)
     storage.abort_uploads("", grace)
-    return [directory.name for directory in outdated + abandoned]
+    return [directory.name for directory in unwanted]
 
 
 def _age(storage: Storage, name: str) -> float:

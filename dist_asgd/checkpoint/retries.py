@@ -33,10 +33,12 @@ CLASSES_TRANSIENT = {
     "azure.core.exceptions.IncompleteReadError",
     "azure.core.exceptions.ServiceRequestError",
     "azure.core.exceptions.ServiceResponseError",
+    "botocore.exceptions.ConnectionError",
     "botocore.exceptions.HTTPClientError",
     "botocore.exceptions.ReadTimeoutError",
     "botocore.exceptions.ResponseStreamingError",
     "botocore.parsers.ResponseParserError",
+    "paramiko.ssh_exception.NoValidConnectionsError",
     "paramiko.ssh_exception.SSHException",
 }
 CLASSES_PERMANENT = {

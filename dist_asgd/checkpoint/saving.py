@@ -71,7 +71,7 @@ class _Brought:
 def plan_save(agreement: Agreement, step: int, directory: str | None, contents: Contents) -> Plan:
     """Collective. ``directory`` on rank 0: of the new checkpoint."""
     with together(agreement, "save()"):
-        brought = _bring(contents, agreement.rank)
+        brought = _bring(contents, agreement)
     everyone = [item for item, _ in agreement.collect(brought, [])]
     record: Record | None = None
     answers: list[Any] = []
@@ -91,18 +91,19 @@ def _scatter(agreement: Agreement, answers: Sequence[Any]) -> Any:
     return mine[0]
 
 
-def _bring(contents: Contents, rank: int) -> _Brought:
+def _bring(contents: Contents, agreement: Agreement) -> _Brought:
+    varying = contents.varying if agreement.world_size > 1 else frozenset()
     offers = {
         key: Offer(entry.shape, entry.dtype, tuple(block.box for block in entry.blocks))
         for key, entry in contents.tensors.items()
         if entry.blocks
     }
-    encoded = {key: value for key, value in contents.values.items() if rank == 0 or key in contents.varying}
-    facts = {key: value for key, value in encoded.items() if key in contents.varying}
-    for key in contents.varying & contents.tensors.keys():
+    encoded = {key: value for key, value in contents.values.items() if agreement.rank == 0 or key in varying}
+    facts = {key: value for key, value in encoded.items() if key in varying}
+    for key in varying & contents.tensors.keys():
         entry = contents.tensors[key]
         facts[key] = (entry.shape, str(entry.dtype), [_crc(block.data) for block in entry.blocks])
-    paths = contents.paths if rank == 0 else {key: contents.paths[key] for key in contents.varying}
+    paths = contents.paths if agreement.rank == 0 else {key: contents.paths[key] for key in varying}
     return _Brought(offers, encoded, facts, dict(paths))
 
 

@@ -19,7 +19,7 @@ from dist_asgd.checkpoint.targets import checked_path, target_of
 
 __all__ = ["Storage", "StorageError"]
 
-READS = 16  # requests at once
+READS = 24  # requests at once: with 40 ms each, 600 small files take under 2 s
 READ_BYTES = 64 * 2**20  # under way or not yet taken, together
 
 
@@ -45,7 +45,7 @@ class Storage:
         """Makes no request yet, so nothing has to be there.
 
         Args:
-            url: a local path (relative, or with "~"), or a URL of any fsspec protocol: file://, memory://, s3://, gs://,
+            url: a local path (relative, or with "~"), or a URL of any fsspec protocol: file://, memory://, s3://,
                 abfs://, az://, sftp:// and others.
             options: fsspec's storage options for it.
         """

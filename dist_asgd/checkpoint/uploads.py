@@ -92,11 +92,15 @@ class RenamedUploads(Uploads):
 
     Args:
         rename_new: (file system, old, new): renames unless ``new`` exists; then FileExistsError.
+        pipelined: files do not wait for the answer to each write.
     """
 
-    def __init__(self, connection: Connection, rename_new: Callable[[Any, str, str], None]) -> None:
+    def __init__(
+        self, connection: Connection, rename_new: Callable[[Any, str, str], None], pipelined: bool = False
+    ) -> None:
         super().__init__(connection)
         self._rename_new = rename_new
+        self._pipelined = pipelined
 
     def create(self, path: str, data: bytes) -> None:
         numbers = itertools.count(1)
@@ -129,6 +133,7 @@ class RenamedUploads(Uploads):
                 raise
             with self._once("write", path):
                 file.close()
+                self._check_size(temporary, count)
                 self._connection.fs().mv(temporary, self._connection.at(path))
         return count
 
@@ -177,11 +182,21 @@ class RenamedUploads(Uploads):
                 raise
 
     def _opened(self, temporary: str) -> Any:
-        return self._connection.fs().open(temporary, "wb")
+        file = self._connection.fs().open(temporary, "wb")
+        if self._pipelined:
+            file.set_pipelined(True)
+        return file
 
     def _fill(self, temporary: str, data: bytes) -> None:
         with self._opened(temporary) as file:
             write_to(file, data)
+        self._check_size(temporary, len(data))
+
+    def _check_size(self, temporary: str, expected: int) -> None:
+        """Errors of pipelined writes show nowhere else."""
+        found = self._connection.fs().info(temporary)["size"]
+        if found != expected:
+            raise OSError(f"{found} of {expected} bytes arrived: is there space left?")
 
 
 def write_to(file: Any, chunk: Chunk) -> int:

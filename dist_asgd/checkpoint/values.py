@@ -11,6 +11,7 @@ import base64
 import json
 import re
 import struct
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -48,7 +49,7 @@ def decode(encoded: Any, name: str) -> Any:
     """
     try:
         return _decode(encoded, 0)
-    except (ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, MemoryError, struct.error, ImportError) as error:
         text = json.dumps(encoded, default=repr)[:200] if _depth_of(encoded) < MAX_DEPTH else "lists in lists"
         raise CheckpointError(f"the value {name} is damaged, or of a newer version: {text} ({error})") from None
 
@@ -66,8 +67,9 @@ def _encode(value: Any, name: str, depth: int) -> Any:
     if kind is dict and all(type(key) is str and not key.startswith("#") and _is_unicode(key) for key in value):
         return {key: _encode(item, f"{name}[{key!r}]", depth + 1) for key, item in value.items()}
     if kind in (dict, OrderedDict, Counter):
-        pairs = [[_encode(key, f"a key of {name}", depth + 1), item] for key, item in value.items()]
-        return {f"#{kind.__name__}": [[k, _encode(v, f"{name}[{k!r}]", depth + 1)] for k, v in pairs]}
+        keys = [_encode(key, f"a key of {name}", depth + 1) for key in value]
+        items = [_encode(item, f"{name}[{key!r}]", depth + 1) for key, item in value.items()]
+        return {f"#{kind.__name__}": [list(pair) for pair in zip(keys, items, strict=True)]}
     if kind in (tuple, set, frozenset):
         items = [_encode(item, f"{name}[{index}]", depth + 1) for index, item in enumerate(value)]
         return {f"#{kind.__name__}": items if kind is tuple else sorted(items, key=json.dumps)}
@@ -90,8 +92,11 @@ def _encode_atom(value: Any, name: str) -> Any:
         return {"#Size": list(value)}
     if kind is torch.dtype:
         return {"#dtype": str(value).removeprefix("torch.")}
-    if kind.__module__ == "numpy" and hasattr(value, "tobytes") and _NUMPY_DTYPE.fullmatch(value.dtype.str):
-        return {"#numpy": _encode_numpy(value)}
+    numpy: Any = sys.modules.get("numpy")  # torch can do without
+    is_numpy = numpy is not None and (kind is numpy.ndarray or isinstance(value, numpy.generic))
+    if is_numpy and _NUMPY_DTYPE.fullmatch(value.dtype.str):
+        shape = list(value.shape) if kind is numpy.ndarray else None
+        return {"#numpy": [value.dtype.str, shape, base64.b64encode(value.tobytes()).decode()]}
     raise TypeError(
         f"{name} is {_described(value)}, which a checkpoint cannot hold: give it as tensors, numbers, strings, lists, "
         "tuples, dicts or sets, or as an object that has state_dict() and load_state_dict()"
@@ -102,12 +107,6 @@ def _described(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return "a tensor in a tuple, a set, or a dict with keys that are no strings"
     return f"of type {type(value).__module__}.{type(value).__qualname__}"
-
-
-def _encode_numpy(value: Any) -> list[Any]:
-    """[dtype, shape or None for a scalar, bytes in row-major order]."""
-    shape = list(value.shape) if type(value).__name__ == "ndarray" else None
-    return [value.dtype.str, shape, base64.b64encode(value.tobytes()).decode()]
 
 
 def _is_unicode(text: str) -> bool:
@@ -147,9 +146,9 @@ def _size(content: Any) -> torch.Size:
 
 
 def _decode_numpy(content: Any) -> Any:
-    import numpy  # torch can do without
+    import numpy
 
-    dtype, shape, data = content
+    dtype, shape, data = content  # of a scalar the shape is None
     if not _NUMPY_DTYPE.fullmatch(dtype) or not (shape is None or all(type(size) is int for size in shape)):
         raise ValueError("not what NumPy has")
     flat = numpy.frombuffer(base64.b64decode(data, validate=True), numpy.dtype(dtype))

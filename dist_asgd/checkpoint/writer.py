@@ -6,6 +6,7 @@ import ctypes
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from dist_asgd.checkpoint.storage import Storage
 from dist_asgd.layout import Box
 
 PIECE = 8 * 2**20  # bytes that are copied at once from a device, or from memory that is not in order
+ASIDE = 2**18  # bytes from which a checksum is made in another thread, while this one writes
 BLOCKS = 512  # of an item that have a checksum of their own, if it is large enough
 SMALLEST, LARGEST = 2**12, 2**18  # bytes of a block
 
@@ -70,17 +72,17 @@ def write_parts(
     """
     name, written = f"__{rank}_0.distcp", Written()
     if parts or objects:
-        written.files[name] = storage.write(
-            in_directory(directory, name), _File(name, written, check).chunks(parts, objects)
-        )
+        with ThreadPoolExecutor(1, "dist_asgd-checksums") as aside:
+            file = _File(name, written, check, aside)
+            written.files[name] = storage.write(in_directory(directory, name), file.chunks(parts, objects))
     return written
 
 
 class _File:
     """A file under way: makes its bytes, and keeps the record of them."""
 
-    def __init__(self, name: str, written: Written, check: Callable[[], None]) -> None:
-        self._name, self._written, self._check = name, written, check
+    def __init__(self, name: str, written: Written, check: Callable[[], None], aside: ThreadPoolExecutor) -> None:
+        self._name, self._written, self._check, self._aside = name, written, check, aside
         self._position = 0
         self._small: dict[tuple[torch.dtype, tuple[int, ...], bytes], int] = {}  # items that may be shared
 
@@ -103,8 +105,13 @@ class _File:
         yield head
         for piece in memory_of(part.data):
             self._check()
-            sums.add(piece)
-            yield piece
+            if len(piece) < ASIDE:
+                sums.add(piece)
+                yield piece
+            else:
+                added = self._aside.submit(sums.add, piece)
+                yield piece
+                added.result()
         tail = item_tail(dtype, sizes, sums.last)
         frame = f"{zlib.crc32(head):08x}{zlib.crc32(tail):08x}"
         item = Item(self._name, self._position, len(head), size, len(tail), sums.block, sums.text(), frame)

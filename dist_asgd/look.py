@@ -1,0 +1,195 @@
+"""How thousands of tensors lie, asked by one call.
+
+A step has to know of every gradient that it has the parameter's shape, dtype, device and memory order, and its address.
+Asked one attribute of one tensor after the other, 10,000 of them take 10 ms. look.c, compiled when it is first needed,
+asks PyTorch for all of that at once, through the C exchange API of DLPack (version 1.3, in PyTorch since 2.10).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import operator
+import subprocess
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_asgd.native import compiled, compiler
+from dist_asgd.parts import Gradients
+
+SOURCE = Path(__file__).with_name("look.c")
+FLAGS = ("-O2", "-shared", "-fPIC")
+CAPSULE = "__dlpack_c_exchange_api__"  # an attribute of torch.Tensor
+DLPACK_MAJOR = 1
+GRAD = "grad"  # held here, since look.c is given its address
+
+
+class _ExchangeApi(ctypes.Structure):
+    """``DLPackExchangeAPI`` of dlpack.h."""
+
+    _fields_ = [("major", ctypes.c_uint32), ("minor", ctypes.c_uint32)] + [
+        (name, ctypes.c_void_p) for name in ("previous", "allocate", "from_object", "to_object", "view", "stream")
+    ]
+
+
+class _Python(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("view", "get", "append", "release")]
+
+
+class _Params(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("objects", "hints", "addresses", "dims", "like")] + [
+        ("count", ctypes.c_int64)
+    ]
+
+
+class Look:
+    """At parameters, and at their gradients.
+
+    Args:
+        shapes, strides: of each parameter, and of a gradient that lies as it does.
+        like: a tensor of their dtype and on their device.
+        functions: ``look`` and ``look_at`` of look.c; None to ask each tensor.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        shapes: Sequence[tuple[int, ...]],
+        strides: Sequence[tuple[int, ...]],
+        like: Tensor,
+        functions: tuple[Callable[..., int], Callable[..., int]] | None,
+    ) -> None:
+        self._params, self._shapes, self._strides, self._like = params, shapes, strides, like.new_empty(0)
+        self._functions = functions
+        dims = array("q")
+        for sizes, steps in zip(shapes, strides, strict=True):
+            dims.extend((len(sizes), *(number for pair in zip(sizes, steps, strict=True) for number in pair)))
+        ids, hints = array("q", map(id, params)), array("q", [param._cdata for param in params])
+        self._addresses = array("q", map(Tensor.data_ptr, params))
+        self._tables = (ids, hints, self._addresses, dims)  # of which only the addresses are packed
+        self._packed = _Params(*map(_pointer, self._tables), id(self._like), len(params))
+        self._singles = [position for position, sizes in enumerate(shapes) if set(sizes) <= {1}]
+
+    @classmethod
+    def of(
+        cls,
+        params: Sequence[Tensor],
+        shapes: Sequence[tuple[int, ...]],
+        strides: Sequence[tuple[int, ...]],
+        like: Tensor,
+    ) -> Look:
+        return cls(params, shapes, strides, like, _functions())
+
+    def at_gradients(self) -> Gradients | None:
+        """Those of the parameters, if each has one that lies as it does, and still is what and where it was itself."""
+        if self._functions is None:
+            same = array("q", map(Tensor.data_ptr, self._params)) == self._addresses
+            return self._asked_each([param.grad for param in self._params]) if same else None
+        found: list[Tensor] = []
+        return self._plain(found, self._call(self._functions[0], id(GRAD), id(found)))
+
+    def at(self, tensors: Sequence[Tensor]) -> Gradients | None:
+        """``tensors``, if each lies as its parameter was expected to."""
+        if self._functions is None:
+            return self._asked_each(tensors)
+        ids = array("q", map(id, tensors))
+        return self._plain(tensors, self._call(self._functions[1], _pointer(ids)))
+
+    def _call(self, function: Callable[..., int], *arguments: int) -> array[int] | None:
+        """The addresses it writes. What ``arguments`` point to must live until it returns."""
+        addresses = array("q", bytes(8 * len(self._params)))
+        try:
+            as_expected = function(ctypes.byref(self._packed), *arguments, _pointer(addresses))
+        except Exception:  # for None, and what has no memory: whoever asks each of them can say more
+            return None
+        return addresses if as_expected else None
+
+    def _plain(self, tensors: Sequence[Tensor], addresses: array[int] | None) -> Gradients | None:
+        """If they have the values that are in memory.
+
+        DLPack does not tell which are lazily negated. These are parts of complex numbers, two elements apart, so that
+        only single elements can be taken for what they are not.
+        """
+        if addresses is None or self._like.is_complex():
+            return None
+        if list(map(type, tensors)).count(Tensor) < len(tensors) or any(tensors[k].is_neg() for k in self._singles):
+            return None
+        return Gradients(tensors, addresses)
+
+    def _asked_each(self, tensors: Sequence[Any]) -> Gradients | None:
+        try:
+            # One after the other: thousands of shapes held at once would start Python's garbage collector.
+            same = all(map(operator.eq, map(operator.attrgetter("shape"), tensors), self._shapes))
+            same = same and all(map(operator.eq, map(Tensor.stride, tensors), self._strides))
+            return Gradients.of(tensors) if same and are_plain(tensors, self._like) else None
+        except (AttributeError, RuntimeError):  # None; sparse
+            return None
+
+
+def are_plain(tensors: Sequence[Tensor], like: Tensor) -> bool:
+    """Whether they are contiguous, their memory has the values that they show, and dtype and device are of ``like``."""
+    count = len(tensors)
+    return (
+        not like.is_complex()  # they may be lazily conjugated
+        and list(map(type, tensors)).count(Tensor) == count
+        and [tensor.dtype for tensor in tensors].count(like.dtype) == count
+        and [tensor.device for tensor in tensors].count(like.device) == count
+        and all(map(Tensor.is_contiguous, tensors))
+        and not any(map(Tensor.is_neg, tensors))
+    )
+
+
+def _pointer(table: array[int]) -> int:
+    return table.buffer_info()[0]
+
+
+@functools.cache
+def _functions() -> tuple[Callable[..., int], Callable[..., int]] | None:
+    """None where there is no C compiler, or PyTorch has no exchange API."""
+    capsule, found = getattr(Tensor, CAPSULE, None), compiler()
+    if capsule is None or found is None:
+        return None
+    prototype = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+    pointer_of = prototype(("PyCapsule_GetPointer", ctypes.pythonapi))
+    api = _ExchangeApi.from_address(pointer_of(capsule, b"dlpack_exchange_api"))
+    if api.major != DLPACK_MAJOR or not api.view:
+        return None
+    try:
+        library = compiled(found, [*FLAGS, str(SOURCE)], ctypes.PyDLL)  # which holds Python's lock
+        look, look_at = library.look, library.look_at
+    except (OSError, subprocess.SubprocessError, AttributeError):
+        return None
+    asked = (ctypes.pythonapi.PyObject_GetAttr, ctypes.pythonapi.PyList_Append, ctypes.pythonapi.Py_DecRef)
+    python = ctypes.pointer(_Python(api.view, *(ctypes.cast(function, ctypes.c_void_p) for function in asked)))
+    pointers = (ctypes.POINTER(_Python), ctypes.POINTER(_Params))
+    look.argtypes, look_at.argtypes = [*pointers, *[ctypes.c_void_p] * 3], [*pointers, *[ctypes.c_void_p] * 2]
+    look.restype = look_at.restype = ctypes.c_int64
+    functions = (functools.partial(look, python), functools.partial(look_at, python))
+    return functions if _work(functions) else None
+
+
+def _work(functions: tuple[Callable[..., int], Callable[..., int]]) -> bool:
+    """Whether they see what they should. Asked before they are used."""
+    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3,), (2, 4), ())]
+    shapes, strides = [tuple(param.shape) for param in params], [param.stride() for param in params]
+    look = Look(params, shapes, strides, params[0].detach(), functions)
+    grads = [torch.zeros_like(param) for param in params]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    seen = look.at_gradients()
+    if seen is None or not all(map(operator.is_, seen.tensors, grads)) or look.at(grads) is None:
+        return False
+    if seen.addresses != Gradients.of(grads).addresses:
+        return False
+    for other in (None, torch.zeros(4, 2).t(), torch.zeros(1, 4).expand(2, 4), torch.zeros(2, 4).to_sparse()):
+        params[1].grad = other
+        if look.at_gradients() is not None:
+            return False
+    wrong = (torch.zeros(2, 4, dtype=torch.int32), torch.zeros(8), torch.zeros(2, 5), torch.zeros(2, 4, device="meta"))
+    params[1].grad, params[1].data = grads[1], torch.zeros(2, 4)
+    return look.at_gradients() is None and all(look.at([grads[0], other, grads[2]]) is None for other in wrong)
