@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -66,9 +67,8 @@ def iterate(model: nn.Module, optimizer: Optimizer, batch: Tensor) -> None:
     optimizer.zero_grad()
 
 
-def ours(model: nn.Module, t0: float, *, overlap: bool, bucket_bytes: int | None = None) -> tuple[nn.Module, Optimizer]:
-    options = {"module": model} if overlap else {}
-    options |= {} if bucket_bytes is None else {"bucket_bytes": bucket_bytes}
+def ours(model: nn.Module, t0: float, *, overlap: bool, **options: Any) -> tuple[nn.Module, Optimizer]:
+    options |= {"module": model} if overlap else {}
     return model, ShardedASGD(model.named_parameters(), lr=LR, t0=t0, gradients="local", **options)
 
 
@@ -102,6 +102,7 @@ def fsdp2(model: nn.Module, t0: float, *, reshard: bool) -> tuple[nn.Module, Opt
 CONTESTANTS: dict[str, Build] = {
     "ours": partial(ours, overlap=True),
     "ours, without module=": partial(ours, overlap=False),
+    "ours, wire_dtype=bf16": partial(ours, overlap=True, wire_dtype=torch.bfloat16),
     "DDP + ours, gradients=reduced": ours_reduced,
     "DDP + ASGD": ddp,
     "DDP (bucket views) + ASGD": partial(ddp, view=True),

@@ -4,7 +4,8 @@
 
 A size is the number of parameters x the elements of each, fp32. Gradients lie in ``p.grad``, averaging is on. Times are
 medians, by CUDA events. ``GB/s`` counts the 20 bytes that the update must move for each element: it reads parameter,
-gradient and average, and writes parameter and average. SGD with momentum moves as many.
+gradient and average, and writes parameter and average. SGD with momentum moves as many. What is
+"replayed" is a CUDA graph of a step.
 """
 
 from __future__ import annotations
@@ -38,13 +39,32 @@ BYTES = 20  # an element
 WARMUP = 3  # steps; averaging starts with the second
 CHECKED = 30  # steps
 GIB = 2**30
-CONTESTANTS: dict[str, Callable[[list[torch.nn.Parameter]], Optimizer]] = {
+CONTESTANTS: dict[str, Callable[[list[torch.nn.Parameter]], Any]] = {  # what has a step()
     # Parameters of one bucket are updated by one launch.
     "ours": lambda params: ShardedASGD(params, lr=1e-3, t0=0, bucket_bytes=8 * GIB),
+    "ours(capturable), replayed": lambda params: _Replayed(ShardedASGD, params, bucket_bytes=8 * GIB),
     "ASGD(foreach=False)": lambda params: ASGD(params, lr=1e-3, t0=0, foreach=False),
     "ASGD(foreach=True)": lambda params: ASGD(params, lr=1e-3, t0=0, foreach=True),
+    "ASGD(capturable), replayed": lambda params: _Replayed(ASGD, params, foreach=True),
     "SGD(momentum, fused)": lambda params: SGD(params, lr=1e-3, momentum=0.9, fused=True),
 }
+
+
+class _Replayed:
+    """A step in a CUDA graph."""
+
+    def __init__(self, optimizer: type[Optimizer], params: list[torch.nn.Parameter], **options: Any) -> None:
+        self._optimizer = optimizer(params, lr=1e-3, t0=0, capturable=True, **options)  # type: ignore[call-arg]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUP):
+                self._optimizer.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._optimizer.step()
+        self.step = graph.replay
 
 
 def main() -> None:
@@ -141,7 +161,7 @@ def _timed(work: Callable[[], Any]) -> float:
     return start.elapsed_time(end)
 
 
-def _launches(optimizer: Optimizer) -> int:
+def _launches(optimizer: Any) -> int:
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         optimizer.step()
@@ -150,7 +170,7 @@ def _launches(optimizer: Optimizer) -> int:
     return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)
 
 
-def _synchronisations(optimizer: Optimizer) -> int:
+def _synchronisations(optimizer: Any) -> int:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")

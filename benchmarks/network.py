@@ -32,6 +32,7 @@ NAMES = (
     "ours",
     "ours, without module=",
     "ours, 4 MiB buckets",
+    "ours, wire_dtype=bf16",
     "DDP + ASGD",
     "DDP + ZeroRedundancyOptimizer",
     "FSDP2 + ASGD",

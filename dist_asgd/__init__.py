@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from dist_asgd.checkpoint import Checkpointer, load, save
 from dist_asgd.optimizer import ShardedASGD
 
-__all__ = ["ShardedASGD", "__version__"]
+__all__ = ["Checkpointer", "ShardedASGD", "__version__", "load", "save"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,9 @@ from dist_asgd.collectives import Collectives
 from dist_asgd.gradients import Reducing
 from dist_asgd.layout import BucketLayout
 from dist_asgd.pieces import Placement
-from dist_asgd.rule import Hyperparameters
-from dist_asgd.shards import Precision, Shard, ShardParameters
+from dist_asgd.precision import Precision
+from dist_asgd.rule import Hyperparameters, Scaling
+from dist_asgd.shards import Shard, ShardParameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,15 @@ class Setting:
     precision: Precision
     bucket_bytes: int
     reducing: Reducing
+    made: dict[str, Collectives] = field(default_factory=dict, init=False)  # by device type
+
+    def collectives(self, device: torch.device) -> Collectives | None:
+        """Between the ranks of ``group``. Collective when first called for a type of device."""
+        if self.group is None:
+            return None
+        if device.type not in self.made:
+            self.made[device.type] = Collectives.on(self.group, device)
+        return self.made[device.type]
 
 
 class Bucket(ABC):
@@ -120,8 +130,12 @@ class Bucket(ABC):
         """The same or parts of them, so that over all ranks each element of each parameter is there once."""
 
     @abstractmethod
-    def update(self, h: Hyperparameters, active: Sequence[bool] | None) -> None:
-        """One step of this rank's shard for the parameters that are ``active`` (None: all)."""
+    def update(self, h: Hyperparameters, active: Sequence[bool] | None, scaling: Scaling | None = None) -> None:
+        """One step of this rank's shard for the parameters that are ``active`` (None: all).
+
+        Args:
+            scaling: of the gradients; only where scalars are on the device.
+        """
 
     @abstractmethod
     def start_gather(self, exact: bool = False) -> None:

@@ -7,6 +7,7 @@ import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ def check_arguments(
     wire_dtype: object,
     stochastic_rounding: object,
     shard_replicas: object,
+    capturable: object,
     module: object,
     unknown: Mapping[str, object],
 ) -> None:
@@ -63,7 +65,7 @@ def check_arguments(
     if module is not None and not isinstance(module, torch.nn.Module):
         raise TypeError(f"module must be a torch.nn.Module or None, got {module!r}")
     flags = {"find_unused_parameters": find_unused_parameters, "master_weights": master_weights}
-    flags |= {"shard_replicas": shard_replicas, "stochastic_rounding": stochastic_rounding}
+    flags |= {"shard_replicas": shard_replicas, "stochastic_rounding": stochastic_rounding, "capturable": capturable}
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
@@ -94,7 +96,9 @@ def _number(value: Any) -> float:
 
 def check_last_group(groups: Groups, ranks: Sequence[int]) -> None:
     """Raises ``ValueError`` or ``TypeError`` for options, and for parameters that the ``ranks`` cannot optimize."""
-    Hyperparameters.of(groups[-1])
+    h = Hyperparameters.of(groups[-1])
+    if h.device_lr is not None:
+        replace(h, lr=h.device_lr.item())  # looks at its value, which no step does
     number = len(groups) - 1
     reaches: dict[DeviceMesh, bool] = {}  # whether its ranks are some of ours; asked once, as it looks at each of them
     for name, param in zip(parameter_names(groups[-1], number), groups[-1]["params"], strict=True):
@@ -294,7 +298,8 @@ def step_facts(options: Options, shared: Mapping[Bucket, Sequence[int]]) -> Fact
 
 def step_code(options: Options, shared: Mapping[Bucket, Sequence[int]], begun: Sequence[Sequence[int]]) -> int:
     """A fingerprint of the same and of the passes in which gradients were ``begun``, cheap enough for every step."""
-    values = [[float(getattr(h, name)) for name in h.__slots__] for h in options]
+    known = [h if h.device_lr is None else replace(h, lr=0.0) for h in options]  # a step does not wait for a device
+    values = [[float(getattr(h, name)) for name in h.__slots__] for h in known]
     # Together: the buckets of DTensors may end elsewhere on ranks that have fewer rows.
     return fingerprint((values, b"".join(map(bytes, shared.values())), begun))
 

@@ -1,41 +1,161 @@
-"""The ``dist-asgd`` command."""
+"""The ``dist-asgd`` command: its arguments, and what its exit statuses mean."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from dist_asgd import __version__
-from dist_asgd.layout import plan_buckets
+from dist_asgd.checkpoint.entries import CheckpointError
+from dist_asgd.checkpoint.retention import GRACE
+from dist_asgd.commands import export, gc, listing, plan, show, verify
+from dist_asgd.commands.output import OutputError, printable
+from dist_asgd.commands.places import NotFound, UsageError
 
-ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-BUCKET_BYTES = 25 * 2**20  # as ShardedASGD's
+EXIT_STATUSES = "Exit status: 0 done, 1 damaged or failed, 2 wrong arguments, 3 no checkpoint there."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns the exit status; wrong arguments exit with 2, as argparse does."""
+    """Runs one subcommand and returns the exit status: 0, or as in ``EXIT_STATUSES``.
+
+    Errors are one line on standard error. Arguments that cannot be parsed exit with 2, as argparse does.
+    """
     arguments = _parser().parse_args(argv)
-    status: int = arguments.run(arguments)
+    try:
+        status: int = arguments.run(arguments)
+        return status
+    except OutputError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more when it exits
+        # Of `| head` nobody wants to hear.
+        return 1 if isinstance(error.__cause__, BrokenPipeError) else _failed(f"cannot write the output: {error}", 1)
+    except UsageError as error:
+        return _failed(error, 2)
+    except NotFound as error:
+        return _failed(error, 3)
+    except (CheckpointError, OSError) as error:
+        return _failed(error, 1)
+    except KeyboardInterrupt:
+        return _failed("interrupted", 130)
+
+
+def _failed(error: object, status: int) -> int:
+    print(f"dist-asgd: {printable(str(error))}", file=sys.stderr)
     return status
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dist-asgd", description="Sharded averaged SGD for torch.distributed.")
+    parser = argparse.ArgumentParser(
+        prog="dist-asgd", description="Sharded averaged SGD for torch.distributed.", epilog=EXIT_STATUSES
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    plan = commands.add_parser("plan", help="how replicated parameters are cut over ranks, and what memory that takes")
-    plan.add_argument("shapes", nargs="+", type=_shape, metavar="SHAPE", help="of a parameter, as 1000x1000; in order")
-    plan.add_argument("--world-size", required=True, type=_positive, metavar="N", help="number of ranks")
-    plan.add_argument("--dtype", default="float32", choices=ITEM_BYTES, help="of the parameters (default: float32)")
-    plan.add_argument("--bucket-bytes", default=BUCKET_BYTES, type=_positive, metavar="N", help="default: 25 MiB")
-    plan.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
-    plan.set_defaults(run=_plan)
+    _add_ls(commands)
+    _add_show(commands)
+    _add_verify(commands)
+    _add_export(commands)
+    _add_gc(commands)
+    _add_plan(commands)
     return parser
+
+
+def _add_ls(commands: Any) -> None:
+    _add(commands, "ls", listing.run, "the checkpoints of a run: steps, sizes, age, number of ranks", RUN)
+
+
+def _add_show(commands: Any) -> None:
+    parser = _add(commands, "show", show.run, "what is in a checkpoint: tensors, where they are stored, values", EITHER)
+    parser.add_argument("--keys", metavar="GLOB", help="only entries with such keys, as 'model.*'")
+
+
+def _add_verify(commands: Any) -> None:
+    text = "read every byte of a checkpoint and tell all that is wrong; stock DCP checkpoints, too"
+    _add(commands, "verify", verify.run, text, EITHER)
+
+
+def _add_export(commands: Any) -> None:
+    text = "write tensors of a checkpoint to one file, for torch.load or safetensors"
+    parser = _add(commands, "export", export.run, text, EITHER)
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        help="path or URL of the file; replaced if it is there. Storage options are for URL, and for OUT "
+        "where both are on one kind of store or URL is a path",
+    )
+    parser.add_argument("--format", choices=export.FORMATS, help="default: by OUT's suffix")
+    parser.add_argument("--average", action="store_true", help="optimizers' averages in place of parameters")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--entry", metavar="NAME", help="of what was saved; keys lose this prefix (default: model)")
+    which.add_argument("--keys", metavar="GLOB", help="tensors with such keys, which stay whole, as 'model.layers.*'")
+
+
+def _add_gc(commands: Any) -> None:
+    text = "delete replaced checkpoints, what failed saves left, and all checkpoints that are not kept"
+    parser = _add(commands, "gc", gc.run, text, RUN)
+    parser.add_argument("--keep-last", type=_positive, metavar="N", help="keep the newest N (default: all)")
+    parser.add_argument("--keep-every", type=_positive, metavar="M", help="and those whose step is a multiple of M")
+    parser.add_argument("--pin", type=_whole, action="append", default=[], metavar="STEP", help="and this; repeatable")
+    parser.add_argument(
+        "--older-than",
+        type=_whole,
+        default=int(GRACE),
+        metavar="SECONDS",
+        help="what was not committed goes when it was not written to for so long (default: %(default)s)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="delete nothing, tell what would be deleted")
+
+
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan", help="how replicated parameters are cut over ranks, and what memory that takes"
+    )
+    parser.add_argument(
+        "shapes", nargs="+", type=_shape, metavar="SHAPE", help="of a parameter, as 1000x1000; in order"
+    )
+    parser.add_argument("--world-size", required=True, type=_positive, metavar="N", help="number of ranks")
+    parser.add_argument("--dtype", default="float32", choices=plan.ITEM_BYTES, help="of parameters (default: float32)")
+    parser.add_argument(
+        "--bucket-bytes", default=plan.BUCKET_BYTES, type=_positive, metavar="N", help="default: 25 MiB"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
+    parser.set_defaults(run=plan.run)
+
+
+RUN = "a path or fsspec URL: the directory of a run"
+EITHER = "a path or fsspec URL: of one checkpoint, or the directory of a run"
+
+
+def _add(commands: Any, name: str, run: Any, text: str, url: str) -> argparse.ArgumentParser:
+    """A command that is about the checkpoints at a URL."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, epilog=EXIT_STATUSES)
+    parser.add_argument("url", metavar="URL", help=url)
+    if url == EITHER:
+        parser.add_argument("--step", type=_whole, metavar="N", help="of the run (default: the newest)")
+    parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
+    parser.add_argument(
+        "--storage-option",
+        type=_option,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="for fsspec, repeatable; the value as JSON, or a string where it is none",
+    )
+    parser.add_argument("--storage-options", metavar="FILE", help="JSON with such options: others see no command line")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not name or not separator:
+        raise argparse.ArgumentTypeError("expected KEY=VALUE")  # without the text, which may be a secret
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -52,72 +172,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _plan(arguments: argparse.Namespace) -> int:
-    plan = _describe(arguments.shapes, arguments.world_size, arguments.dtype, arguments.bucket_bytes)
-    try:
-        print(json.dumps(plan, indent=2) if arguments.json else _as_text(plan), flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more when it exits
-        if not isinstance(error, BrokenPipeError):  # of `| head` nobody wants to hear
-            print(f"dist-asgd: cannot write the plan: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _describe(shapes: Sequence[tuple[int, ...]], world_size: int, dtype: str, bucket_bytes: int) -> dict[str, Any]:
-    numels = [math.prod(shape) for shape in shapes]
-    item = ITEM_BYTES[dtype]
-    layouts = plan_buckets(numels, world_size=world_size, max_numel=bucket_bytes // item)
-    buckets = []
-    for layout in layouts:
-        elements = sum(span.numel for span in layout.spans)
-        buckets.append(
-            {
-                "parameters": len(layout.spans),
-                "elements": elements,
-                "padding": layout.numel - elements,
-                "elements_per_rank": layout.shard_numel,
-            }
-        )
-    per_rank = sum(layout.shard_numel for layout in layouts)
-    masters = 4 * per_rank if item < 4 else 0
-    # torch, from the first step: ax in the parameter's dtype; step, eta and mu of each parameter as fp32 tensors.
-    dense = sum(numels) * item + 3 * 4 * len(numels)
-    return {
-        "world_size": world_size,
-        "dtype": dtype,
-        "buckets": buckets,
-        "bytes_per_rank": {
-            "before_averaging": masters,
-            "averaging": masters + max(item, 4) * per_rank,
-            "of_which_masters": masters,
-            "torch_asgd": dense,
-        },
-    }
-
-
-def _as_text(plan: dict[str, Any]) -> str:
-    columns = ("parameters", "elements", "padding", "elements_per_rank")
-    buckets = plan["buckets"]
-    rows = [[str(index), *(f"{bucket[name]:,}" for name in columns)] for index, bucket in enumerate(buckets)]
-    rows.append(["total", *(f"{sum(bucket[name] for bucket in buckets):,}" for name in columns)])
-    sizes = plan["bytes_per_rank"]
-    masters = f" ({_size(sizes['of_which_masters'])} of it fp32 masters)" if sizes["of_which_masters"] else ""
-    memory = [
-        ["ShardedASGD before averaging", _size(sizes["before_averaging"])],
-        ["ShardedASGD once averaging", _size(sizes["averaging"]) + masters],
-        ["torch.optim.ASGD", _size(sizes["torch_asgd"])],
-    ]
-    heading = f"{plan['dtype']} parameters over {plan['world_size']} rank{'s' if plan['world_size'] > 1 else ''}"
-    table = [["bucket", *(name.replace("_", " ") for name in columns)], *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-    lines += ["", "optimizer state per rank", *(f"  {name:<30}{size}" for name, size in memory)]
-    return "\n".join([heading, "", *lines])
-
-
-def _size(count: int) -> str:
-    if count < 1024:
-        return f"{count} B"
-    power = min((count.bit_length() - 1) // 10, 4)
-    return f"{count / 1024**power:.2f} {('KiB', 'MiB', 'GiB', 'TiB')[power - 1]}"
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)

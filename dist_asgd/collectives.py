@@ -13,12 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_asgd.agreement import group_of_its_own
+
 # torch 2.13 gave the flat collectives new names and deprecated the old ones.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-# Bytes that two ranks exchange by one all-to-all of gloo.
-EXCHANGED = 2 * 2**20
+# Up to so many bytes for each rank, one exchange of gloo is faster than one for each direction.
+SMALL = 256 * 1024
+
+# Bytes of one message. When a rank dies, gloo fails what has not begun; what has begun may wait out the timeout.
+MESSAGE = 2**20
 
 POLL = 0.0002  # seconds
 
@@ -97,14 +102,22 @@ class Reduction:
 
 @dataclass(frozen=True, slots=True)
 class Collectives:
-    """The collectives of one device type on one process group.
+    """The collectives of one device type between the ranks of a process group.
 
     Args:
-        group: its backend for ``device_type`` is gloo, or one with a reduce-scatter of its own (nccl).
+        group: its backend is gloo, or one with a reduce-scatter of its own (nccl).
+        downward: for gloo, another group of the same ranks, for what goes to lower ranks; None for other backends.
     """
 
     group: dist.ProcessGroup
-    device_type: str
+    downward: dist.ProcessGroup | None
+
+    @classmethod
+    def on(cls, group: dist.ProcessGroup, device: torch.device) -> Collectives:
+        """Those of ``group`` for tensors on ``device``. Collective."""
+        config = dict(part.split(":") for part in dist.get_backend_config(group).split(",") if ":" in part)
+        backend = config.get(device.type, dist.get_backend(group))
+        return cls(group, group_of_its_own(group, "gloo") if backend == "gloo" else None)
 
     @property
     def world_size(self) -> int:
@@ -112,57 +125,59 @@ class Collectives:
 
     def start_reduce(self, source: Tensor, dtype: torch.dtype) -> Reduction:
         """Starts the mean of ``source`` (1-D, world_size shards, real) over the ranks; each rank gets its shard."""
-        numel = len(source) // self.world_size
-        if self._backend() == "gloo":
-            parts, work = self._exchange(source, numel)
-            return Reduction(work, source, parts, self.world_size, dtype)
-        total = source.new_empty(numel)
-        work = _reduce_scatter(total, source, group=self.group, async_op=True)
-        return Reduction(DeviceTransfer(work), source, [total], self.world_size, dtype)
-
-    def _exchange(self, source: Tensor, numel: int) -> tuple[Sequence[Tensor], Transfer]:
-        """Gives each rank its shard, of ``numel`` elements, of ``source``, and takes mine from each, in rank order.
-
-        gloo's reduce-scatter is an all-reduce inside, which sends twice the bytes. Its all-to-all begins with the
-        sends, so two ranks first send one after the other: a link is busy in both directions only while several are
-        under way. Therefore large shards go in many small ones, each with one partner to send to and one to receive
-        from.
-        """
-        rank, size, most = dist.get_rank(self.group), self.world_size, EXCHANGED // source.element_size()
-        if numel <= most:
+        rank, size = dist.get_rank(self.group), self.world_size
+        shards = source.view(size, -1).unbind()
+        if self.downward is None:
+            total = torch.empty_like(shards[rank])
+            work = _reduce_scatter(total, source, group=self.group, async_op=True)
+            return Reduction(DeviceTransfer(work), source, [total], size, dtype)
+        # gloo's reduce-scatter is an all-reduce inside, which sends twice the bytes.
+        if shards[rank].nbytes <= SMALL:
             received = torch.empty_like(source)
             work = dist.all_to_all_single(received, source, group=self.group, async_op=True)
-            return received.view(size, numel).unbind(), HostTransfer([work])
-        shards = source.view(size, numel)
+            return Reduction(HostTransfer([work]), source, received.view(size, -1).unbind(), size, dtype)
         parts = [shards[rank] if other == rank else torch.empty_like(shards[rank]) for other in range(size)]
-        works = []
-        for distance in range(1, size):
-            to, origin = (rank + distance) % size, (rank - distance) % size
-            for given, taken in zip(shards[to].split(most), parts[origin].split(most), strict=True):
-                works.append(self._start_pairwise(given, to, taken, origin))
-        return parts, HostTransfer(works)
-
-    def _start_pairwise(self, given: Tensor, to: int, taken: Tensor, origin: int) -> dist.Work:
-        ranks = range(self.world_size)
-        sent, received = ([len(given) * (other == partner) for other in ranks] for partner in (to, origin))
-        return dist.all_to_all_single(taken, given, received, sent, group=self.group, async_op=True)
+        return Reduction(self._start_exchange(self.downward, shards, parts), source, parts, size, dtype)
 
     def start_gather(self, buffer: Tensor, shard: Tensor) -> Transfer:
         """Starts filling ``buffer`` (1-D) with the ``shard`` of every rank; ``shard`` is this rank's part of it."""
-        most, on_host = EXCHANGED // shard.element_size(), self._backend() == "gloo"
-        if not on_host or self.world_size != 2 or len(shard) <= most:
-            work = all_gather(buffer, shard, group=self.group, async_op=True)
-            return HostTransfer([work]) if on_host else DeviceTransfer(work)
-        # Between two ranks that is an exchange, too. Among more, gloo's ring sends less between hosts of several ranks.
-        other = 1 - dist.get_rank(self.group)
-        taken = buffer.view(2, len(shard))[other]
-        pairs = zip(shard.split(most), taken.split(most), strict=True)
-        return HostTransfer([self._start_pairwise(given, other, part, other) for given, part in pairs])
+        if self.downward is None:
+            return DeviceTransfer(all_gather(buffer, shard, group=self.group, async_op=True))
+        # Among more than two, no rank of gloo's ring both sends to another and receives from it.
+        if self.world_size > 2 or shard.nbytes <= SMALL:
+            return HostTransfer([all_gather(buffer, shard, group=self.group, async_op=True)])
+        return self._start_exchange(self.downward, [shard, shard], buffer.view(2, -1).unbind())
+
+    def _start_exchange(
+        self, downward: dist.ProcessGroup, given: Sequence[Tensor], taken: Sequence[Tensor]
+    ) -> HostTransfer:
+        """Gives each other rank its tensor of ``given``, and takes one from each; all are 1-D and of one length.
+
+        A rank tells its peer that it is ready to receive over the connection on which it sends, and gloo's all-to-all
+        begins with the sends: so the word often waits behind the data, and two ranks send one after the other. A group
+        has connections of its own; with one for each direction, both directions of a link are busy.
+        """
+        rank, works = dist.get_rank(self.group), list[dist.Work]()
+        for distance in range(1, self.world_size):
+            works += _start_messages(self.group, given, rank + distance, taken, rank - distance)
+            works += _start_messages(downward, given, rank - distance, taken, rank + distance)
+        return HostTransfer(works)
 
     def broadcast(self, buffer: Tensor) -> None:
         """Rank 0's ``buffer`` to every rank."""
         dist.broadcast(buffer, group=self.group, group_src=0)
 
-    def _backend(self) -> str:
-        config = dict(part.split(":") for part in dist.get_backend_config(self.group).split(",") if ":" in part)
-        return config.get(self.device_type, dist.get_backend(self.group))
+
+def _start_messages(
+    group: dist.ProcessGroup, given: Sequence[Tensor], to: int, taken: Sequence[Tensor], origin: int
+) -> list[dist.Work]:
+    """Sends ``given[to]`` and receives ``taken[origin]``, where there are such ranks."""
+    ranks, nothing = range(dist.get_world_size(group)), given[0][:0]
+    sent = given[to] if to in ranks else nothing
+    received = taken[origin] if origin in ranks else nothing
+    works, most = [], MESSAGE // nothing.element_size()
+    for first in range(0, len(given[0]), most):
+        out, into = sent[first : first + most], received[first : first + most]
+        gives, takes = ([len(part) * (rank == at) for rank in ranks] for part, at in ((out, to), (into, origin)))
+        works.append(dist.all_to_all_single(into, out, takes, gives, group=group, async_op=True))
+    return works

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dist_asgd.buckets import Bucket, Setting
-from dist_asgd.collectives import Collectives
 from dist_asgd.layout import plan_buckets
 from dist_asgd.local import is_placed, local_of
 from dist_asgd.placed import PlacedBucket
@@ -37,7 +36,7 @@ def _build_replicated(named: Mapping[Tensor, str], setting: Setting, reduces: bo
         kinds.setdefault((param.device, param.dtype), []).append(param)
     buckets = []
     for (device, dtype), params in kinds.items():
-        collectives = None if setting.group is None else Collectives(setting.group, device.type)
+        collectives = setting.collectives(device)
         numels = [param.numel() for param in params]
         for layout in plan_buckets(
             numels, world_size=setting.world_size, max_numel=setting.bucket_bytes // dtype.itemsize

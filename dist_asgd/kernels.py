@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from array import array
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dist_asgd.parts import Gradients, Parts
-from dist_asgd.rule import DeviceScalars, Hyperparameters, Rounding, Scalars, compute_dtype
+from dist_asgd.rule import AnyScalars, DeviceScalars, Hyperparameters, Rounding, Scalars, compute_dtype
 from dist_asgd.tables import DeviceTables
 
 try:
@@ -36,19 +37,21 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 # Numbers that would be compiled in where they are 1 or a multiple of 16, and pointers whose alignment would be.
 NUMBERS = ("numel", "lambd", "eta", "mu", "weight_decay", "seed", "number")
 POINTERS = ("param", "grad", "average", "master")
+SCALARS = ("device_step", "device_eta", "device_mu", "device_lr", "inverse_scale", "found_inf")  # 1 element each
 
 
-def _jit(function: Any) -> Any:
+def compiled(numbers: Sequence[str], pointers: Sequence[str]) -> Any:
+    """A decorator of kernels: one compilation for all values of ``numbers`` and all alignments of ``pointers``."""
     if triton is None:
-        return function
-    return triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)(function)
+        return lambda function: function
+    return triton.jit(do_not_specialize=numbers, do_not_specialize_on_alignment=pointers)
 
 
-def _inlined(function: Any) -> Any:
+def inlined(function: Any) -> Any:
     return function if triton is None else triton.jit(function)
 
 
-@_inlined
+@inlined
 def _place(
     param: tl.tensor, grad: tl.tensor, numel: tl.tensor,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr,
@@ -74,14 +77,14 @@ def _place(
     return param_address, grad_address, place, left
 
 
-@_inlined
-def _double(bits: tl.tensor) -> tl.tensor:
-    """Of its bits, since Triton rounds the floats that it is passed to fp32."""
+@inlined
+def double(bits: tl.tensor) -> tl.tensor:
+    """Of its bits: see ``bits``."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
-@_inlined
-def _loaded(value: tl.tensor, instead: tl.tensor, TYPE: tl.constexpr) -> tl.tensor:
+@inlined
+def loaded(value: tl.tensor, instead: tl.tensor, TYPE: tl.constexpr) -> tl.tensor:
     """``value``, or what is at the pointer ``instead``, if any."""
     if instead is None:
         return value
@@ -89,7 +92,29 @@ def _loaded(value: tl.tensor, instead: tl.tensor, TYPE: tl.constexpr) -> tl.tens
         return tl.load(instead).to(TYPE)
 
 
-@_inlined
+@inlined
+def _eta(eta: tl.tensor, device_step: tl.tensor, device_eta: tl.tensor, device_lr: tl.tensor) -> tl.tensor:
+    """Of this step; on the device, that of the first step is the ``lr``, ``device_lr`` or else ``eta``."""
+    if device_eta is None:
+        return double(eta)
+    else:
+        first = loaded(double(eta), device_lr, tl.float64).to(device_eta.dtype.element_ty)
+        return tl.where(tl.load(device_step) == 0, first, tl.load(device_eta)).to(tl.float64)
+
+
+@inlined
+def _seed(seed: tl.tensor, device_step: tl.tensor) -> tl.tensor:
+    """As ``Rounding.at``, which leaves it to the device to scramble where the device knows the step."""
+    if device_step is None:
+        return seed
+    else:
+        number = (seed + tl.load(device_step)).to(tl.uint32)
+        number = (number ^ number >> 16) * 0x85EBCA6B
+        number = (number ^ number >> 13) * 0xC2B2AE35
+        return number ^ number >> 16
+
+
+@inlined
 def _block(
     address: tl.tensor, first: tl.tensor, TYPE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
 ) -> tl.tensor:
@@ -100,7 +125,7 @@ def _block(
     return pointer + first + tl.arange(0, BLOCK)
 
 
-@_inlined
+@inlined
 def _load(pointers: tl.tensor, left: tl.tensor, BLOCK: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
     if ALIGNED:
         return tl.load(pointers)
@@ -108,7 +133,7 @@ def _load(pointers: tl.tensor, left: tl.tensor, BLOCK: tl.constexpr, ALIGNED: tl
         return tl.load(pointers, mask=tl.arange(0, BLOCK) < left)
 
 
-@_inlined
+@inlined
 def _store(pointers: tl.tensor, values: tl.tensor, left: tl.tensor, BLOCK: tl.constexpr, ALIGNED: tl.constexpr) -> None:
     if ALIGNED:
         tl.store(pointers, values)
@@ -116,7 +141,7 @@ def _store(pointers: tl.tensor, values: tl.tensor, left: tl.tensor, BLOCK: tl.co
         tl.store(pointers, values, mask=tl.arange(0, BLOCK) < left)
 
 
-@_inlined
+@inlined
 def _by_chance(values: tl.tensor, seed: tl.tensor, number: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
     """fp32 to bf16 as ``stochastically`` in rule.py, bit for bit; ``number`` is that of the first value."""
     noise = (number + tl.arange(0, BLOCK)).to(tl.uint32) * 0x9E3779B1 ^ seed.to(tl.uint32)
@@ -127,7 +152,7 @@ def _by_chance(values: tl.tensor, seed: tl.tensor, number: tl.tensor, BLOCK: tl.
     return tl.where(values - values == 0, rounded, values.to(tl.bfloat16))  # infinite ones and NaNs stay
 
 
-@_inlined
+@inlined
 def _update_block(
     param_address: tl.tensor, grad_address: tl.tensor, average_address: tl.tensor, master_address: tl.tensor,
     left: tl.tensor, first: tl.tensor, shrink: tl.tensor, minus_eta: tl.tensor, mu: tl.tensor, decay: tl.tensor,
@@ -169,11 +194,12 @@ def _update_block(
         _store(params, p.to(ROUNDED).to(PARAM), left - first, BLOCK, ALIGNED)
 
 
-@_jit
+@compiled(NUMBERS, POINTERS + SCALARS)
 def update_kernel(
     param: tl.tensor, grad: tl.tensor, average: tl.tensor, master: tl.tensor,
     numel: tl.int64, lambd: tl.int64, eta: tl.int64, mu: tl.int64, weight_decay: tl.int64,
-    seed: tl.int64, number: tl.int64, device_eta: tl.tensor, device_mu: tl.tensor,
+    seed: tl.int64, number: tl.int64,
+    device_step: tl.tensor, device_eta: tl.tensor, device_mu: tl.tensor, device_lr: tl.tensor,
     inverse_scale: tl.tensor, found_inf: tl.tensor,
     PARAM: tl.constexpr, GRAD: tl.constexpr, REAL: tl.constexpr, ROUNDED: tl.constexpr, MANY: tl.constexpr,
     MAXIMIZE: tl.constexpr, DECAYS: tl.constexpr, AVERAGES: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -186,7 +212,8 @@ def update_kernel(
         numel: of the part; with MANY, how many parts there are.
         lambd, eta, mu, weight_decay: doubles, as bits.
         seed, number: as ``Rounding.seed`` and ``first``.
-        device_eta, device_mu: instead of ``eta`` and ``mu``, if not None.
+        device_step, device_eta, device_mu: ``DeviceScalars``, instead of ``eta`` and ``mu``, if not None.
+        device_lr: then instead of ``eta``, which is the ``lr`` then, if not None.
     """
     if found_inf is not None:  # noqa: SIM102 (two kinds of condition: this one is decided when it is compiled)
         if tl.load(found_inf) != 0:
@@ -201,22 +228,23 @@ def update_kernel(
     if master is not None:
         master_address = master.to(tl.int64) + place * (REAL.primitive_bitwidth // 8)
         addresses |= master_address
-    eta_now = _loaded(_double(eta), device_eta, tl.float64)
-    mu_now = _loaded(_double(mu), device_mu, tl.float64).to(REAL)
-    shrink = (1.0 - _double(lambd) * eta_now).to(REAL)
+    eta_now = _eta(eta, device_step, device_eta, device_lr)
+    mu_now = loaded(double(mu), device_mu, tl.float64).to(REAL)
+    shrink = (1.0 - double(lambd) * eta_now).to(REAL)
     minus_eta = (eta_now * -1.0).to(REAL)
-    decay = _double(weight_decay).to(REAL)
+    decay = double(weight_decay).to(REAL)
+    seed_now = _seed(seed, device_step)
     if (left >= BLOCK) & (addresses & 15 == 0):
         _update_block(
             param_address, grad_address, average_address, master_address, left, 0, shrink, minus_eta, mu_now, decay,
-            inverse_scale, seed, number + place,
+            inverse_scale, seed_now, number + place,
             PARAM, GRAD, REAL, ROUNDED, MAXIMIZE, DECAYS, AVERAGES, STOCHASTIC, BLOCK, True,
         )  # fmt: skip
     else:  # in steps of another size, or else Triton would lay them out for vectors too
         for first in range(0, tl.minimum(left, BLOCK).to(tl.int32), SMALL):
             _update_block(
                 param_address, grad_address, average_address, master_address, left, first, shrink, minus_eta, mu_now,
-                decay, inverse_scale, seed, number + place,
+                decay, inverse_scale, seed_now, number + place,
                 PARAM, GRAD, REAL, ROUNDED, MAXIMIZE, DECAYS, AVERAGES, STOCHASTIC, SMALL, False,
             )  # fmt: skip
 
@@ -234,6 +262,8 @@ def _types() -> dict[torch.dtype, Any]:
 class TritonUpdate:
     """One step of several parts, which share ``scalars``, in one launch. See ``FusedUpdate`` in update.py."""
 
+    takes_device_scalars = True
+
     def __init__(self, param: torch.dtype, grad: torch.dtype, rounded: torch.dtype) -> None:
         names = {"PARAM": param, "GRAD": grad, "REAL": compute_dtype(param), "ROUNDED": rounded}
         self._types = {name: _types()[dtype] for name, dtype in names.items()}
@@ -246,18 +276,10 @@ class TritonUpdate:
         average: Tensor | None,
         master: Tensor | None,
         h: Hyperparameters,
-        scalars: Scalars | DeviceScalars,
+        scalars: AnyScalars,
         rounding: Rounding,
-        *,
-        inverse_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
     ) -> None:
-        """Scalars on the device are read there, so that a captured CUDA graph takes those of the time of its replay.
-
-        Args:
-            inverse_scale: 1 element, fp32: gradients are multiplied by it.
-            found_inf: 1 element, fp32: nothing is done if it is not 0.
-        """
+        """Scalars on the device are read there, so that a captured CUDA graph takes those of the time of its replay."""
         with torch.cuda.device_of(parts.tensors[0]):
             if len(grads.tensors) == 1:
                 programs, numel, start = -(-parts.numel // BLOCK), parts.numel, parts.starts[0]
@@ -270,23 +292,32 @@ class TritonUpdate:
             if programs:
                 update_kernel[(programs,)](
                     *read, numel, **_numbers(h, scalars), seed=rounding.seed or 0, number=number,
-                    inverse_scale=inverse_scale, found_inf=found_inf,
                     **self._types, MANY=len(grads.tensors) > 1, MAXIMIZE=h.maximize, DECAYS=h.weight_decay != 0,
                     STOCHASTIC=rounding.seed is not None, BLOCK=BLOCK, SMALL=SMALL, **OPTIONS,
                 )  # fmt: skip
 
 
-def _numbers(h: Hyperparameters, scalars: Scalars | DeviceScalars) -> dict[str, Any]:
+def bits(*numbers: float) -> list[int]:
+    """Of doubles, since Triton rounds the floats that it is passed to fp32."""
+    return array("q", array("d", numbers).tobytes()).tolist()
+
+
+def _numbers(h: Hyperparameters, scalars: AnyScalars) -> dict[str, Any]:
     """The arguments of the kernel that say which step it is."""
+    arguments: dict[str, Any] = dict.fromkeys(SCALARS)
     if isinstance(scalars, DeviceScalars):
-        known, eta, mu, averages = Scalars(0, 0.0, 0.0), scalars.eta, scalars.mu, "asks"
+        lr = 0.0 if h.device_lr is not None else float(h.lr)
+        known, averages, scaling = Scalars(0, lr, 0.0), "asks", scalars.scaling
+        arguments |= {"device_step": scalars.step, "device_eta": scalars.eta, "device_mu": scalars.mu}
+        arguments |= {"device_lr": h.device_lr}
+        if scaling is not None:
+            arguments |= {"inverse_scale": scaling.inverse_scale, "found_inf": scaling.found_inf}
     else:
-        known, eta, mu, averages = scalars, None, None, "becomes" if scalars.mu == 1 else "moves"
-    bits = array("q", array("d", (h.lambd, known.eta, known.mu, h.weight_decay)).tobytes())
+        known, averages = scalars, "becomes" if scalars.mu == 1 else "moves"
+    numbers = bits(h.lambd, known.eta, known.mu, h.weight_decay)
     return {
-        **dict(zip(("lambd", "eta", "mu", "weight_decay"), bits, strict=True)),
-        "device_eta": eta,
-        "device_mu": mu,
+        **arguments,
+        **dict(zip(("lambd", "eta", "mu", "weight_decay"), numbers, strict=True)),
         "AVERAGES": averages,
     }
 

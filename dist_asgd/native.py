@@ -44,6 +44,8 @@ class NativeUpdate:
         function: ``update`` of native.c.
     """
 
+    takes_device_scalars = False
+
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
 

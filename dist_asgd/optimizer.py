@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from dist_asgd.agreement import Agreement, default_group, group_of_its_own
 from dist_asgd.averaging import averages_swapped_in
 from dist_asgd.buckets import Bucket, Setting
+from dist_asgd.capture import check_capturable, scaling_of
 from dist_asgd.checks import (
     argument_facts,
     built_for_another,
@@ -28,10 +30,10 @@ from dist_asgd.clipping import clip_sharded_
 from dist_asgd.construction import build_buckets
 from dist_asgd.overlap import ForwardWaits
 from dist_asgd.parallel import ParallelModules
+from dist_asgd.precision import Precision
 from dist_asgd.reducer import PATIENCE, Reducer
 from dist_asgd.replicas import Replicas
 from dist_asgd.settlement import Settlement
-from dist_asgd.shards import Precision
 from dist_asgd.state import TORCH_OPTIONS, StateView, full_state_dict, passed_through, plan_load, sharded_state_dict
 
 
@@ -60,14 +62,15 @@ class ShardedASGD(torch.optim.Optimizer):
         find_unused_parameters: with ``"local"``, a parameter may lack a gradient on some ranks (it counts as zeros) or
             on all (it is skipped, as in torch). Costs one small all-reduce a step. Without it that is an error.
         bucket_bytes: size of the buckets in which gradients and parameters travel.
-        master_weights: keep fp32 masters of bf16 and fp16 parameters. Without, the update is still computed in fp32 and
-            rounded once.
+        master_weights: keep fp32 masters of bf16 and fp16 parameters. Without, updates in fp32 are rounded once.
         average_dtype: dtype of ``ax``; None for fp32 or the parameter's dtype, whichever is wider.
         wire_dtype: in which gradients of plain parameters are sent, and parameters if it is narrower than theirs:
             ``torch.bfloat16`` halves the bytes. Sums are fp32; parameters become roundings of fp32 masters.
-        stochastic_rounding: round bf16 parameters without masters up or down by chance, so that steps much smaller than
-            their last bit still add up.
+        stochastic_rounding: round bf16 parameters without masters by chance, so that the smallest steps still add up.
         shard_replicas: share the state of a DTensor among the ranks that have the same of it; False: each keeps all.
+        capturable: CUDA graphs can hold ``step()``, and GradScaler does not make the host wait: ``step``, ``eta`` and
+            ``mu`` are on the device. Replays read an ``lr`` that is a tensor there; any other change of options or
+            state (``start_averaging()``, loading) takes a new capture. One rank, or DTensors as if unshared.
         module: the model. Given, ``step()`` returns while the all-gather of plain parameters is under way, and modules
             wait before their forward, the members of ``ModuleList``s and ``Sequential``s for their own parameters. Call
             ``synchronize()`` before they are read in any other way. ``averaged_parameters()`` needs it under FSDP.
@@ -95,31 +98,30 @@ class ShardedASGD(torch.optim.Optimizer):
         wire_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
         shard_replicas: bool = True,
+        capturable: bool = False,
         module: nn.Module | None = None,
         **unknown: NoReturn,  # refused in the body, where every rank hears of it
     ) -> None:
         agreement = self._agreement = Agreement(group := default_group(process_group))
         arguments: dict[str, Any] = {"gradients": gradients, "find_unused_parameters": find_unused_parameters}
-        arguments |= {"bucket_bytes": bucket_bytes, "master_weights": master_weights, "shard_replicas": shard_replicas}
-        dtypes = {"average_dtype": average_dtype, "wire_dtype": wire_dtype}
-        arguments |= {**dtypes, "stochastic_rounding": stochastic_rounding}
+        precision = Precision(master_weights, average_dtype, wire_dtype, stochastic_rounding, capturable)
+        arguments |= {"bucket_bytes": bucket_bytes, "shard_replicas": shard_replicas, **asdict(precision)}
         self._buckets: list[list[Bucket]] = []  # by group
         self._params: list[list[Tensor]] = []  # by group, as they were added
         self._reducer, self._waits, self._modules = Reducer(), ForwardWaits(module), ParallelModules(module)
         self._alone, self._arguments, self._built, self._swapped = group is None, arguments, False, False
         self._settlement = Settlement(agreement, self._reducer, self._waits, find_unused_parameters)
-        self._replicas = Replicas(agreement, group, shard_replicas)
+        self._replicas = Replicas(agreement, group, shard_replicas and not capturable)  # no exchange in a graph
         ranks = (agreement.rank, agreement.world_size, group_of_its_own(group))
-        precision = Precision(master_weights, average_dtype, wire_dtype, stochastic_rounding)
+        self._step_supports_amp_scaling = capturable  # by which GradScaler knows that step() takes scaled gradients
         self._setting = Setting(*ranks, precision, bucket_bytes, weakref.proxy(self._settlement))
         with agreement.together("ShardedASGD()"):
             check_arguments(**arguments, module=module, unknown=unknown)
             options = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
-            super().__init__(params, {**options, "maximize": maximize, **TORCH_OPTIONS})
+            super().__init__(params, {**options, "maximize": maximize, **TORCH_OPTIONS, "capturable": capturable})
             facts = argument_facts(arguments, self.param_groups, 0)
         agreement.require_equal("the arguments of the optimizer", facts)
         self._build(0)
-        self._built = True
         self.state = StateView(self.param_groups, self._buckets)  # type: ignore[assignment]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -151,8 +153,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
         Raises:
             RuntimeError, ValueError: on every rank the same, where any rank has a gradient missing, sparse or of
-                another shape, a parameter that was replaced by one of another shape, dtype or device, or other options
-                than the other ranks. Parameters and state are as before.
+                another shape, a parameter that became one of another kind, or options of its own. Nothing has changed.
         """
         self._refuse_swapped("step()")
         loss = None
@@ -161,12 +162,13 @@ class ShardedASGD(torch.optim.Optimizer):
                 loss = closure()
         settled = self._settlement.settle("step()", self.param_groups, self._all_buckets(), self._misuse())
         self._settlement.warn_if_orphaned(settled)
+        scaling = scaling_of(self)
         options = [h for h, buckets in zip(settled.options, self._buckets, strict=True) for _ in buckets]
         # From the last: its parameters are those that the next forward asks for first.
         for h, bucket in reversed(list(zip(options, self._all_buckets(), strict=True))):
             flags = settled.active[bucket]
             if any(flags):
-                bucket.update(h, None if all(flags) else flags)
+                bucket.update(h, None if all(flags) else flags, scaling)
             if any(flags) or bucket.always_gathers:
                 bucket.start_gather()
         for bucket in self._all_buckets():
@@ -246,7 +248,7 @@ class ShardedASGD(torch.optim.Optimizer):
         under way starts afresh.
         """
         for group, buckets in zip(self.param_groups, self._buckets, strict=True):
-            steps = [run.scalars.step for bucket in buckets for run in bucket.shard.runs]
+            steps = [run.scalars.read().step for bucket in buckets for run in bucket.shard.runs]
             group["t0"] = float(max(steps, default=0))
 
     def synchronize(self) -> None:
@@ -291,15 +293,13 @@ class ShardedASGD(torch.optim.Optimizer):
         self._settlement.align("load_state_dict()", self._all_buckets(), self._misuse())
         with self._agreement.together("load_state_dict()"):
             self._refuse_swapped("load_state_dict()")
-            loaded = plan_load(self.param_groups, self._buckets, self._before_load(state_dict))
+            check_state_dict(state_dict)
+            state_dict = passed_through(self._optimizer_load_state_dict_pre_hooks, self, dict(state_dict))
+            loaded = plan_load(self.param_groups, self._buckets, state_dict)
         self._agreement.require_equal("the state dict", loaded.facts())
         loaded.apply()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _before_load(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-        check_state_dict(state_dict)
-        return passed_through(self._optimizer_load_state_dict_pre_hooks, self, dict(state_dict))
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -331,6 +331,7 @@ class ShardedASGD(torch.optim.Optimizer):
             super().add_param_group(param_group)
             drop_duplicates(self.param_groups[-1])
             check_last_group(self.param_groups, self._agreement.ranks)
+            check_capturable(self.param_groups[-1], count, self._setting.precision, self._agreement.world_size)
         except Exception:
             del self.param_groups[count:]
             raise
@@ -345,3 +346,4 @@ class ShardedASGD(torch.optim.Optimizer):
             self._waits.attach(buckets)
             self._reducer.add(buckets)
         self._settlement.start_again()
+        self._built = True

@@ -82,17 +82,19 @@ class Batches:
         own: Callable[[Piece], Tensor] | None,
     ) -> None:
         self._owned, self._layout, self._device, self._own = owned, layout, device, own
-        self._planned: tuple[tuple[int, int], list[Batch]] = ((0, 0), [])
+        self._planned: dict[tuple[int, int], list[Batch]] = {}
 
     def forget(self) -> None:
         """Parameters lie elsewhere now."""
-        self._planned = ((0, 0), [])
+        self._planned.clear()
 
     def of(self, first: int, stop: int) -> list[Batch]:
         """For the parameters ``[first, stop)``; from one step to the next, these mostly are the same."""
-        if self._planned[0] != (first, stop):
-            self._planned = ((first, stop), self._plan(first, stop))
-        return self._planned[1]
+        if (first, stop) not in self._planned:
+            if len(self._planned) > 2 * len(self._owned):  # more than there are ways to cut runs ever finer
+                self._planned.clear()
+            self._planned[first, stop] = self._plan(first, stop)
+        return self._planned[first, stop]
 
     def _plan(self, first: int, stop: int) -> list[Batch]:
         if self._own is not None:

@@ -31,8 +31,8 @@ from dist_asgd.packing import Batch, Batches, Packer
 from dist_asgd.parts import Gradients, as_real
 from dist_asgd.pieces import Placement, local_tensor
 from dist_asgd.replicas import Sharing, family_of
-from dist_asgd.rule import Hyperparameters
-from dist_asgd.shards import Run
+from dist_asgd.rule import Hyperparameters, Scaling
+from dist_asgd.runs import Run
 from dist_asgd.update import FlatSlice, PartsSlice, UpdateSlice
 
 # All-gathers under way at once; each has a buffer of its bucket's size.
@@ -194,9 +194,9 @@ class PlacedBucket(Bucket):
 
     # Update ----------------------------------------------------------------------------------------------------------
 
-    def update(self, h: Hyperparameters, active: Sequence[bool] | None) -> None:
+    def update(self, h: Hyperparameters, active: Sequence[bool] | None, scaling: Scaling | None = None) -> None:
         self.wait()
-        self.shard.update(h, active, self._slices)
+        self.shard.update(h, active, self._slices, scaling)
         self.let_go()
         # What is written to a local tensor does not show in the DTensor's version, by which autograd refuses a backward
         # through old values.

@@ -54,7 +54,7 @@ class Replicas:
 
     def __init__(self, agreement: Agreement, group: dist.ProcessGroup | None, share: bool) -> None:
         self._agreement, self._group, self._share = agreement, group, share
-        self._groups: dict[tuple[tuple[int, ...], str], dist.ProcessGroup | None] = {}
+        self._collectives: dict[tuple[tuple[int, ...], str], Collectives | None] = {}
 
     def find(self, named: Mapping[DTensor, str]) -> dict[Family, Sharing]:
         """For each family of the parameters, who shares it. Collective: every rank has the same families in order.
@@ -79,16 +79,18 @@ class Replicas:
             self._require_same_values(values, sharing)
         return sharing
 
-    def group(self, ranks: tuple[int, ...], device: torch.device) -> dist.ProcessGroup | None:
+    def collectives(self, ranks: tuple[int, ...], device: torch.device) -> Collectives | None:
+        """Between ``ranks``; None where they share nothing. Collective."""
         if len(ranks) == 1 or not self._share or self._group is None:
             return None
         key = (ranks, device.type)
-        if key not in self._groups:
+        if key not in self._collectives:
             members = [self._global_rank(rank) for rank in ranks]
             # Parameters that are offloaded to the CPU may have a mesh of GPUs, whose backend does not take them.
             backend = "gloo" if device.type == "cpu" else None
-            self._groups[key] = subgroup_of_its_own(self._group, members, backend)
-        return self._groups[key]
+            group = subgroup_of_its_own(self._group, members, backend)
+            self._collectives[key] = None if group is None else Collectives.on(group, device)
+        return self._collectives[key]
 
     def _global_rank(self, rank: int) -> int:
         return self._agreement.ranks[rank] if self._agreement.ranks else rank
@@ -138,8 +140,7 @@ class Sharing:
 
     def collectives(self, device: torch.device) -> Collectives | None:
         """Between the ranks that share; None where this one has nobody to share with. Collective."""
-        group = self._replicas.group(self.ranks, device)
-        return None if group is None else Collectives(group, device.type)
+        return self._replicas.collectives(self.ranks, device)
 
 
 def _differ(coordinates: Sequence[Sequence[Coordinates]], codes: Sequence[Sequence[int]]) -> bool:

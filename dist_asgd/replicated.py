@@ -22,8 +22,8 @@ from dist_asgd.look import Look, Places
 from dist_asgd.packing import Batches, Packer
 from dist_asgd.parts import Gradients, as_real
 from dist_asgd.pieces import Placement
-from dist_asgd.rule import Hyperparameters, compute_dtype
-from dist_asgd.shards import Run
+from dist_asgd.rule import Hyperparameters, Scaling, compute_dtype
+from dist_asgd.runs import Run
 from dist_asgd.update import FlatSlice, PartsSlice, UpdateSlice
 
 # ``GradientPiece.begun`` of a gradient that was dropped, and of one that only this rank knows yet: after every pass.
@@ -320,11 +320,11 @@ class ReplicatedBucket(Bucket):
 
     # Update ----------------------------------------------------------------------------------------------------------
 
-    def update(self, h: Hyperparameters, active: Sequence[bool] | None) -> None:
+    def update(self, h: Hyperparameters, active: Sequence[bool] | None, scaling: Scaling | None = None) -> None:
         self.wait()
         if self.reduces:
             self.finish_reduce()
-        self.shard.update(h, active, self._reduced_slices if self.reduces else self._plain_slices)
+        self.shard.update(h, active, self._reduced_slices if self.reduces else self._plain_slices, scaling)
         self.let_go()
 
     def _reduced_slices(self, run: Run) -> Iterator[UpdateSlice]:

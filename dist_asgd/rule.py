@@ -22,7 +22,7 @@ import ctypes
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Hyperparameters:
     t0: float
     weight_decay: float
     maximize: bool
+    capturable: bool = False  # a tensor lr is read on its device, when a step is computed
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Hyperparameters:
@@ -54,7 +55,7 @@ class Hyperparameters:
             if lr.numel() != 1 or lr.is_meta:
                 found = f"shape {tuple(lr.shape)} on {lr.device.type}"
                 raise ValueError(f"lr must be a number or a tensor of 1 element that has a value, got {found}")
-            lr = lr.item()
+            lr = lr.item() if self.device_lr is None else 0.0
         _check_number("lr", lr, low=0.0)
         _check_number("lambd", self.lambd, low=0.0)
         _check_number("alpha", self.alpha, low=0.0)
@@ -64,6 +65,12 @@ class Hyperparameters:
         if not isinstance(self.maximize, bool):
             raise TypeError(f"maximize must be True or False, got {self.maximize!r}")
 
+    @property
+    def device_lr(self) -> Tensor | None:
+        """The ``lr`` where only the device is to read it: the host would have to wait for it."""
+        on_device = self.capturable and isinstance(self.lr, Tensor) and self.lr.device.type != "cpu"
+        return self.lr if on_device and isinstance(self.lr, Tensor) else None
+
 
 @dataclass(frozen=True, slots=True)
 class Scalars:
@@ -72,6 +79,12 @@ class Scalars:
     step: int  # an int, since torch's fp32 counter stops at 2**24
     eta: float
     mu: float
+
+    def read(self) -> Scalars:
+        return self
+
+    def apart(self) -> Scalars:
+        return self
 
 
 def first_scalars(h: Hyperparameters) -> Scalars:
@@ -87,24 +100,65 @@ def next_scalars(h: Hyperparameters, step: int) -> Scalars:
     return Scalars(step=step, eta=_round_scalar(float(eta)), mu=_round_scalar(float(mu)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class Scaling:
+    """What GradScaler knows of the gradients of a step, on their device: 1 element each, fp32."""
+
+    inverse_scale: Tensor | None  # gradients are multiplied by it
+    found_inf: Tensor  # there is no step unless it is 0
+
+    def on(self, device: torch.device) -> Scaling:
+        inverse_scale = None if self.inverse_scale is None else self.inverse_scale.to(device, non_blocking=True)
+        return Scaling(inverse_scale, self.found_inf.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True, slots=True, eq=False)  # by identity: each advances by itself, and reading them would wait
 class DeviceScalars:
-    """``Scalars`` in the memory of a device, for steps that are captured in a CUDA graph: 1 element each."""
+    """``Scalars`` in the memory of a device, for steps that are captured in a CUDA graph: 1 element each.
+
+    As long as ``step`` is 0, ``eta`` says nothing: that of the first step is the ``lr`` of its time.
+    """
 
     step: Tensor  # int64
-    eta: Tensor  # fp32
-    mu: Tensor  # fp32
+    eta: Tensor  # in the dtype to which ``Scalars`` are rounded
+    mu: Tensor  # the same
+    scaling: Scaling | None = None  # of the step that is being computed
 
     @classmethod
     def of(cls, scalars: Scalars, device: torch.device) -> DeviceScalars:
-        eta, mu = (torch.tensor(value, dtype=torch.float32, device=device) for value in (scalars.eta, scalars.mu))
+        dtype = scalar_dtype()
+        eta, mu = (torch.tensor(value, dtype=dtype, device=device) for value in (scalars.eta, scalars.mu))
         return cls(torch.tensor(scalars.step, device=device), eta, mu)
 
-    def advance_(self, h: Hyperparameters) -> None:
-        """As ``next_scalars``, in the fp32 arithmetic of ``torch.optim.ASGD(capturable=True)``."""
-        count = self.step.add_(1).to(torch.float32)
-        self.eta.copy_(h.lr / ((1 + h.lambd * h.lr * count) ** h.alpha))
-        self.mu.copy_(1 / torch.maximum(count - h.t0, torch.ones_like(count)))
+    def read(self) -> Scalars:
+        """Waits for the device."""
+        return Scalars(int(self.step.item()), self.eta.item(), self.mu.item())
+
+    def apart(self) -> DeviceScalars:
+        """The same numbers, which advance by themselves from here on."""
+        if is_captured(self.step.device):
+            raise RuntimeError(
+                "step() is being captured in a CUDA graph, and other parameters than in the last step have gradients: "
+                "take such a step before the capture"
+            )
+        return DeviceScalars(self.step.clone(), self.eta.clone(), self.mu.clone())
+
+    def scaled(self, scaling: Scaling | None) -> DeviceScalars:
+        """For one step."""
+        return self if scaling is None else replace(self, scaling=scaling.on(self.step.device))
+
+    def set_(self, scalars: Scalars) -> None:
+        self.step.fill_(scalars.step)
+        self.eta.fill_(scalars.eta)
+        self.mu.fill_(scalars.mu)
+
+
+AnyScalars = Scalars | DeviceScalars
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether what is done on ``device`` goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def asgd_step_(
@@ -142,9 +196,12 @@ class Rounding:
     seed: int | None = None
     first: int = 0
 
-    def at(self, first: int, step: int) -> Rounding:
-        """For the elements from ``first`` on, in one step."""
-        return self if self.seed is None else Rounding(self.dtype, scramble(self.seed + step), first)
+    def at(self, first: int, scalars: AnyScalars) -> Rounding:
+        """For the elements from ``first`` on, in one step. Where a device knows the step, it scrambles the seed."""
+        if self.seed is None:
+            return self
+        seed = self.seed if isinstance(scalars, DeviceScalars) else scramble(self.seed + scalars.step)
+        return Rounding(self.dtype, seed, first)
 
     def __call__(self, values: Tensor) -> Tensor:
         """``values``, in compute_dtype, as they can be in ``dtype``."""
@@ -223,6 +280,10 @@ def _check_number(name: str, value: object, *, low: float, finite: bool = True) 
         raise ValueError(f"{name} must be a {'finite ' if finite else ''}number >= {low:g}, got {value!r}")
 
 
+def scalar_dtype() -> torch.dtype:
+    """In which torch.optim keeps ``eta`` and ``mu``: fp32, or fp64 where that is the default dtype."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
 def _round_scalar(value: float) -> float:
-    """To the precision in which torch.optim keeps ``eta`` and ``mu``: fp32, or fp64 where that is the default dtype."""
-    return value if torch.get_default_dtype() == torch.float64 else ctypes.c_float(value).value
+    return value if scalar_dtype() == torch.float64 else ctypes.c_float(value).value

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from dist_asgd.agreement import Agreement, DifferentOperations, fingerprint
 from dist_asgd.buckets import Bucket
+from dist_asgd.capture import refuse_capture
 from dist_asgd.checks import (
     Groups,
     require_gradients,
@@ -125,6 +126,7 @@ class Settlement:
             if error is not None:
                 raise error
             options = [Hyperparameters.of(group) for group in groups]
+            refuse_capture(options, self._started, buckets)
             present = self._check(buckets)
             if self._agreement.world_size > 1:
                 shared = {bucket: self._shared(bucket, present[bucket]) for bucket in buckets}

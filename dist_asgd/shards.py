@@ -4,9 +4,7 @@
 - the shard of the parameters themselves, which ``ShardParameters`` reads and writes.
 - ``master``: for bf16 and fp16 parameters, the fp32 values of which they are the rounding; else None.
 - ``average``: ``ax``. None until a parameter of the bucket starts averaging: before that, ``ax`` *is* the parameter.
-
-``step``, ``eta`` and ``mu`` belong to parameters. They are kept for runs of neighbours in which they are equal, which
-is one run as long as all parameters get gradients.
+  With ``capturable`` it is there from the beginning, since a CUDA graph can make nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -23,49 +21,23 @@ from torch.distributed.tensor import DTensor
 
 from dist_asgd.layout import BucketLayout, Piece
 from dist_asgd.pieces import Placement, StatePiece
-from dist_asgd.rule import Hyperparameters, Rounding, Scalars, compute_dtype, first_scalars, followed, next_scalars
-from dist_asgd.update import UpdateSlice, can_fuse
+from dist_asgd.precision import Precision
+from dist_asgd.rule import (
+    AnyScalars,
+    DeviceScalars,
+    Hyperparameters,
+    Rounding,
+    Scalars,
+    Scaling,
+    compute_dtype,
+    first_scalars,
+    followed,
+    next_scalars,
+)
+from dist_asgd.runs import Run, merge_runs, select_runs
+from dist_asgd.update import UpdateSlice, advance_, can_fuse
 
-
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """What is kept and sent in which dtype; the options of the optimizer."""
-
-    master_weights: bool
-    average_dtype: torch.dtype | None  # None: fp32 or the parameter's, whichever is wider
-    wire_dtype: torch.dtype | None
-    stochastic_rounding: bool
-
-    def needs_master(self, dtype: torch.dtype, rounded: torch.dtype) -> bool:
-        return self.master_weights and compute_dtype(dtype.to_real()) != rounded
-
-    def gradient_wire(self, dtype: torch.dtype) -> torch.dtype:
-        """In which gradients of parameters of ``dtype`` travel."""
-        return dtype if self.wire_dtype is None or dtype.is_complex else self.wire_dtype
-
-    def wire(self, dtype: torch.dtype) -> torch.dtype:
-        """In which the parameters travel."""
-        wire = self.gradient_wire(dtype)
-        return wire if wire.itemsize < dtype.itemsize else dtype
-
-    def rounding(self, dtype: torch.dtype, travels: bool, seed: int) -> Rounding:
-        """Of parameters of ``dtype`` that are sent to other ranks, or are not."""
-        by_chance = self.stochastic_rounding and dtype == torch.bfloat16
-        return Rounding((self.wire(dtype) if travels else dtype).to_real(), seed if by_chance else None)
-
-    def average(self, dtype: torch.dtype) -> torch.dtype:
-        if self.average_dtype is None:
-            return compute_dtype(dtype)
-        return torch.promote_types(self.average_dtype, torch.complex32) if dtype.is_complex else self.average_dtype
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Neighbouring parameters ``[first, stop)`` of a bucket whose scalars are equal."""
-
-    first: int
-    stop: int
-    scalars: Scalars
+FRESH = Scalars(step=0, eta=0.0, mu=1.0)  # of a parameter that has taken no step
 
 
 class ShardParameters(Protocol):
@@ -114,12 +86,15 @@ class Shard:
         self.master: Tensor | None = None
         if precision.needs_master(self.dtype, rounding.dtype):
             self.master = parameters.read().to(compute_dtype(self.dtype), copy=True)
-        self.average: Tensor | None = None
+        self._raw: Tensor | None = None  # the parameters themselves while their averages are swapped in
         self.average_dtype = precision.average(self.dtype)
+        self._capturable, self.average = precision.capturable, None
+        if self._capturable:
+            self.average = self._iterate().to(self.average_dtype, copy=True)
         # Whether its parameters are updated in one pass, wherever they lie.
         self.fuses = can_fuse(parameters.device, self.dtype, self.average_dtype, self.master is not None, rounding)
-        self._raw: Tensor | None = None  # the parameters themselves while their averages are swapped in
-        self.runs = [Run(0, len(self.placements), Scalars(step=0, eta=0.0, mu=1.0))]
+        self.runs: list[Run] = []
+        self._set_runs([Run(0, len(self.placements), FRESH)])
 
     def slice_of(self, run: Run) -> slice:
         """Where the parameters of ``run`` lie in the shard; empty where they lie elsewhere."""
@@ -133,32 +108,52 @@ class Shard:
         h: Hyperparameters,
         active: Sequence[bool] | None,
         slices: Callable[[Run], Iterable[UpdateSlice]],
+        scaling: Scaling | None = None,
     ) -> None:
-        """One step of the parameters that are ``active`` (None: all), by the ``slices`` of each run."""
+        """One step of the parameters that are ``active`` (None: all), by the ``slices`` of each run.
+
+        Args:
+            scaling: of the gradients; only with ``capturable``.
+        """
         runs = []
         for run, is_active in select_runs(self.runs, active):
-            runs.append(self._step(run, h, slices(run)) if is_active else run)
-        if active is None and all(run.scalars.mu == 1 for run in [*self.runs, *runs]):
+            runs.append(self._step(run, h, slices, scaling) if is_active else run)
+        averaged = self._capturable or any(run.scalars.read().mu != 1 for run in [*self.runs, *runs])
+        if active is None and not averaged:
             self.average = None  # every parameter has just become its own average
         self.runs = merge_runs(runs)
 
-    def _step(self, run: Run, h: Hyperparameters, slices: Iterable[UpdateSlice]) -> Run:
-        scalars = run.scalars if run.scalars.step else first_scalars(h)
-        for part in slices:
-            where = slice(part.start, part.stop)
-            average = None if self.average is None else self.average[where]
-            rounding = self.rounding.at(self.start + part.start, scalars.step)
-            part.update_(average, None if self.master is None else self.master[where], h, scalars, rounding)
-        following = next_scalars(h, scalars.step + 1)
+    def _step(
+        self,
+        run: Run,
+        h: Hyperparameters,
+        slices: Callable[[Run], Iterable[UpdateSlice]],
+        scaling: Scaling | None,
+    ) -> Run:
+        if isinstance(run.scalars, DeviceScalars):
+            scalars = run.scalars.scaled(scaling)
+            self._update(scalars, h, slices(run))
+            advance_(scalars, h)
+            return run
+        known = run.scalars if run.scalars.step else first_scalars(h)
+        self._update(known, h, slices(run))
+        following = next_scalars(h, known.step + 1)
         if following.mu != 1 and self.average is None:
             # Now, not in the next step: what is written to the parameters in between is no part of the average.
             self.average = self.average_copy()
         return replace(run, scalars=following)
 
+    def _update(self, scalars: AnyScalars, h: Hyperparameters, slices: Iterable[UpdateSlice]) -> None:
+        for part in slices:
+            where = slice(part.start, part.stop)
+            average = None if self.average is None else self.average[where]
+            rounding = self.rounding.at(self.start + part.start, scalars)
+            part.update_(average, None if self.master is None else self.master[where], h, scalars, rounding)
+
     @property
     def averages(self) -> bool:
         """Whether a parameter of the bucket has an average of its own; the same on every rank."""
-        return any(run.scalars.mu != 1 for run in self.runs)
+        return any(run.scalars.read().mu != 1 for run in self.runs)
 
     def average_copy(self) -> Tensor:
         """The average of every element, in ``average_dtype``; where there is none yet, that is the parameter."""
@@ -170,7 +165,7 @@ class Shard:
         """Overwrites the parameters that have an average of their own by it, rounded once."""
         self._raw = self.parameters.read().clone()
         for run in self.runs:
-            if run.scalars.mu != 1 and self.average is not None:
+            if run.scalars.read().mu != 1 and self.average is not None:
                 self.parameters.write(self.slice_of(run), self.average[self.slice_of(run)])
 
     def swap_out(self) -> None:
@@ -188,12 +183,11 @@ class Shard:
 
     def scalars(self, h: Hyperparameters) -> list[Scalars]:
         """The scalars of every parameter of the bucket, by position."""
-        expanded = [run.scalars if run.scalars.step else first_scalars(h) for run in self.runs]
-        return [scalars for run, scalars in zip(self.runs, expanded, strict=True) for _ in range(run.first, run.stop)]
+        expanded = [(run, _scalars(run, h)) for run in self.runs]
+        return [scalars for run, scalars in expanded for _ in range(run.first, run.stop)]
 
     def scalars_of(self, position: int, h: Hyperparameters) -> Scalars:
-        run = next(run for run in self.runs if run.first <= position < run.stop)
-        return run.scalars if run.scalars.step else first_scalars(h)
+        return _scalars(next(run for run in self.runs if run.first <= position < run.stop), h)
 
     def state_of(self, position: int) -> dict[str, Tensor]:
         """The tensors of one parameter by torch's names."""
@@ -280,9 +274,8 @@ class Shard:
 
     def load_state(self, states: Mapping[int, Mapping[str, Any]]) -> None:
         """Takes up checked states by position; the parameters that have none start afresh."""
-        fresh = Scalars(step=0, eta=0.0, mu=1.0)
-        scalars = [_scalars_of(states[p]) if p in states else fresh for p in range(len(self.placements))]
-        self.runs = merge_runs([Run(p, p + 1, value) for p, value in enumerate(scalars)])
+        scalars = [_scalars_of(states[p]) if p in states else FRESH for p in range(len(self.placements))]
+        self._set_runs(merge_runs([Run(p, p + 1, value) for p, value in enumerate(scalars)]))
         average = self.average_copy()
         for position, piece in self.pieces.items():
             state = states.get(position, {})
@@ -292,9 +285,23 @@ class Shard:
             if self.master is not None:
                 master = state.get("master")
                 self.master[where].copy_(self.parameters.read(where) if master is None else self._own(master, position))
+        if self._capturable and self.average is not None:
+            self.average.copy_(average if states else self._iterate())  # where graphs have it
+            return
         # One from before averaging costs no memory, unless it says something that the parameters do not.
         says_more = self.averages or not torch.equal(average, self._iterate().to(average.dtype))
         self.average = average if states and says_more else None
+
+    def _set_runs(self, runs: Sequence[Run]) -> None:
+        if not self._capturable:
+            self.runs = list(runs)
+        elif [(run.first, run.stop) for run in runs] == [(run.first, run.stop) for run in self.runs]:
+            for old, new in zip(self.runs, runs, strict=True):
+                if isinstance(old.scalars, DeviceScalars):
+                    old.scalars.set_(new.scalars.read())  # where graphs have them
+        else:
+            device = self.parameters.device
+            self.runs = [replace(run, scalars=DeviceScalars.of(run.scalars.read(), device)) for run in runs]
 
     def _own(self, value: Tensor, position: int) -> Tensor:
         piece = self.pieces[position]
@@ -304,28 +311,9 @@ class Shard:
         return placement.flatten(placement.block_of(value))[piece.start : piece.stop]
 
 
-def select_runs(runs: Sequence[Run], active: Sequence[bool] | None) -> list[tuple[Run, bool]]:
-    """Cuts ``runs`` where ``active`` changes; None means that every parameter is active."""
-    if active is None:
-        return [(run, True) for run in runs]
-    result = []
-    for run in runs:
-        first = run.first
-        for position in range(run.first + 1, run.stop + 1):
-            if position == run.stop or active[position] != active[first]:
-                result.append((Run(first, position, run.scalars), active[first]))
-                first = position
-    return result
-
-
-def merge_runs(runs: Iterable[Run]) -> list[Run]:
-    """Joins neighbours with equal scalars."""
-    result: list[Run] = []
-    for run in runs:
-        if result and result[-1].scalars == run.scalars:
-            run = Run(result.pop().first, run.stop, run.scalars)
-        result.append(run)
-    return result
+def _scalars(run: Run, h: Hyperparameters) -> Scalars:
+    scalars = run.scalars.read()
+    return scalars if scalars.step else first_scalars(h)
 
 
 def _check_scalars(state: Mapping[str, Any]) -> None:

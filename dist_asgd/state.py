@@ -14,15 +14,15 @@ from dist_asgd.agreement import Agreement, Facts
 from dist_asgd.buckets import Bucket
 from dist_asgd.checks import option_facts, some_of
 from dist_asgd.pieces import Placement, ScalarCopy
-from dist_asgd.rule import Hyperparameters, Scalars
+from dist_asgd.rule import Hyperparameters, Scalars, scalar_dtype
 
 Groups = list[dict[str, Any]]  # optimizer.param_groups
 GroupBuckets = list[list[Bucket]]  # the buckets of each group
 
 SCALARS = ("step", "eta", "mu")
 
-# Options of torch.optim.ASGD that choose its implementation. They mean nothing here; the groups have them so that state
-# dicts go both ways.
+# Options of torch.optim.ASGD that choose its implementation. The groups have them so that state dicts go both ways; of
+# these, ``capturable`` alone means something here, and is the optimizer's.
 TORCH_OPTIONS = {"foreach": None, "differentiable": False, "capturable": False}
 
 
@@ -120,7 +120,10 @@ class Load:
         for bucket, states in self.states:
             bucket.shard.load_state(states)
         for group, options in zip(self.groups, self.options, strict=True):
+            lr = group["lr"]
             group.update(options)
+            if group["capturable"]:
+                group["lr"] = lr.fill_(float(group["lr"])) if isinstance(lr, Tensor) else float(group["lr"])
 
 
 def plan_load(groups: Groups, buckets: GroupBuckets, state_dict: Mapping[str, Any]) -> Load:
@@ -173,7 +176,7 @@ def _bucket_state(bucket: Bucket, group: Mapping[str, Any]) -> list[dict[str, An
 
 def _scalar_tensors(scalars: Scalars) -> dict[str, Tensor]:
     """0-dim tensors of torch's dtype, on the CPU; a step beyond fp32's integers is kept in fp64."""
-    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    dtype = scalar_dtype()
     return {
         "step": torch.tensor(scalars.step, dtype=torch.float64 if scalars.step > 2**24 else dtype, device="cpu"),
         "eta": torch.tensor(scalars.eta, dtype=dtype, device="cpu"),

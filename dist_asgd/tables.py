@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from dist_asgd.parts import Parts
+from dist_asgd.rule import is_captured
+
+STEP = "take a step() without capturing it before each capture"
 
 
 class DeviceTables:
@@ -27,6 +30,8 @@ class DeviceTables:
 
     def __init__(self, parts: Parts, block: int) -> None:
         self._device = parts.tensors[0].device
+        if is_captured(self._device):  # they would be sent from memory that is not the graph's
+            raise RuntimeError(f"a CUDA graph is being captured, and these parameters were not updated before: {STEP}")
         tables = [torch.frombuffer(table, dtype=torch.int64) for table in (parts.addresses, parts.starts, parts.numels)]
         blocks = (tables[2] + (block - 1)) // block
         part = torch.repeat_interleave(blocks)
@@ -43,7 +48,7 @@ class DeviceTables:
 
         Each time in pinned memory of its own, which PyTorch does not hand out again before the copy is done.
         """
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_captured(self._device):
             return self._captured(addresses)
         if self._device.type == "cuda" and not self._spares:
             self._spares.append(self._pair())
@@ -60,7 +65,9 @@ class DeviceTables:
 
         It was got before, since pinned memory must not be while a stream is captured.
         """
-        host, device = self._spares.pop() if self._spares else self._pair()
+        if not self._spares:
+            raise RuntimeError(f"there is no pinned memory for the gradients' addresses of another CUDA graph: {STEP}")
+        host, device = self._spares.pop()
         self._of_graphs.append((host, device))
         host.copy_(torch.frombuffer(addresses, dtype=torch.int64))
         return device.copy_(host, non_blocking=True)

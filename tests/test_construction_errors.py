@@ -73,6 +73,7 @@ def test_an_infinite_t0_means_never() -> None:
         ({"average_dtype": torch.int32}, "average_dtype"),
         ({"average_dtype": "float32"}, "average_dtype"),
         ({"module": 3}, "module"),
+        ({"capturable": 1}, "capturable"),
         ({"process_group": "world"}, "process_group"),
     ],
     ids=str,
@@ -126,6 +127,24 @@ def test_a_parameter_on_the_meta_device_is_refused_by_name() -> None:
         assert "on.meta" in text and "meta" in text
 
     run_ranks(2, ranks)
+
+
+def test_capturable_where_no_graph_can_hold_a_step() -> None:
+    def alone() -> None:
+        p = make_parameters(PLAIN[:1])[0]
+        text = message_of(lambda: ShardedASGD([("on.cpu", p)], lr=0.1, capturable=True), ValueError)
+        assert all(word in text for word in ("on.cpu", "cpu", "CUDA")), text
+        text = message_of(lambda: ShardedASGD([{"params": [p], "capturable": True}]), ValueError)
+        assert "group 0" in text and "capturable" in text, text
+        optimizer = ShardedASGD(make_parameters(PLAIN))
+        message_of(lambda: optimizer.add_param_group({"params": [p], "capturable": True}), ValueError)
+        assert len(optimizer.param_groups) == 1
+
+    def ranks(rank: int) -> str:
+        return message_of(lambda: ShardedASGD(named(make_parameters(PLAIN)), lr=0.1, capturable=True), ValueError)
+
+    run_alone(alone)
+    one_message(run_ranks(2, ranks), "2 ranks", "DTensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int32], ids=str)

@@ -62,7 +62,8 @@ def folder(tmp_path_factory):
 
 
 FORMS = [(target, name, "many") for target in TARGETS for name in COMPILED] + [
-    ("sm_90", name, "one") for name in COMPILED
+    *(("sm_90", name, "one") for name in COMPILED),
+    *((target, "float32", "scalars on the device") for target in TARGETS),
 ]
 
 
@@ -87,6 +88,14 @@ def test_compiled_code(target, name, form, folder):
     assert not re.search(r"\b(?:fma|mad)\.(?!rn\.f32)\S*f(?:16|32|64)", code)
     assert ".local" not in code
     assert re.search(r"STACK:0 .*LOCAL:0 ", resources(file.with_suffix(".cubin")))
+
+
+@needs_triton
+@pytest.mark.parametrize("target", TARGETS)
+def test_scalars_advance_in_double(target, folder):
+    code = (folder / f"{target}, advance.s").read_text()
+    assert re.search(r"\b(?:fma\.rn\.f64|v_fma_f64)", code)
+    assert not re.search(r"\b(?:ex2|lg2|mul|add|sub|fma|div)\.\S*f32|\bv_(?:exp|log|mul|add|fma|rcp|div)\S*_f32", code)
 
 
 @needs_triton

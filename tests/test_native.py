@@ -145,7 +145,13 @@ def test_without_a_compiler_that_does_it_operators_do_and_it_is_said_once(
     path = str(tmp_path) if compiler is None or "gcc" not in compiler else f"{tmp_path}:/usr/bin:/bin"
     environment = {"PATH": path, "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, timeout=120, check=True
+        [sys.executable, "-c", PROGRAM],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=True,
     )
     assert done.stdout.strip() == "True"
     assert said in done.stderr and "updates go by PyTorch's operators instead" in done.stderr

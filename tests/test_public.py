@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 import dist_asgd
 
-PUBLIC = {"ShardedASGD", "__version__"}
+PUBLIC = {"Checkpointer", "ShardedASGD", "__version__", "load", "save"}
 
 
 def test_exported_names():

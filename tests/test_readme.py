@@ -40,33 +40,25 @@ def test_sharding_on_two_replicas_of_one_shard():
     assert all(run_ranks(2, ranks)[0])
 
 
-@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
 def test_saving_on_two_ranks_and_resuming_on_three(tmp_path):
-    imports, save, load = RESUME.replace('"checkpoints/', f'"{tmp_path}/').split("\n\n")
-    names: dict[str, object] = {}
-    exec(imports, names)
+    program = RESUME.replace('"checkpoints"', repr(f"{tmp_path}/checkpoints"))
 
-    def build(seed):
+    def work(rank, seed):
         torch.manual_seed(seed)
         model = torch.nn.Linear(7, 5)
-        return model, ShardedASGD(model.named_parameters(), lr=0.1, t0=0)
-
-    def first(rank):
-        model, opt = build(0)
+        opt = ShardedASGD(model.named_parameters(), lr=0.1, t0=0)
         for _ in range(5):
             opt.zero_grad()
             model(torch.ones(3, 7)).square().mean().backward()
             opt.step()
-        exec(save, {"model": model, "opt": opt, **names})
-        return [p.detach() for p in model.parameters()], opt.full_state_dict()
+        names = {"model": model, "opt": opt}
+        exec(program, names)
+        return names["start"], [p.detach() for p in model.parameters()], opt.full_state_dict()
 
-    def second(rank):
-        model, opt = build(1)
-        exec(load, {"model": model, "opt": opt, **names})
-        return [p.detach() for p in model.parameters()], opt.full_state_dict()
-
-    params, state = run_ranks(2, first)[0]
-    others, other = run_ranks(3, second)[0]
+    start, params, state = run_ranks(2, work, 0)[0]
+    assert start == 0
+    start, others, other = run_ranks(3, work, 1)[0]
+    assert start == 1000
     assert all(map(torch.equal, params, others))
     assert other["state"].keys() == state["state"].keys() == {0, 1}
     for index, entry in state["state"].items():

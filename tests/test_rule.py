@@ -1,7 +1,6 @@
 """The rule against float64 closed forms and against torch.optim.ASGD, one tensor at a time."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_asgd.rule import (
-    DeviceScalars,
     Hyperparameters,
     Scalars,
     asgd_step_,
@@ -145,20 +143,3 @@ def test_an_option_out_of_range_is_named_with_its_value(name, value):
 def test_steps_beyond_fp32_integers_are_counted():
     h = options(t0=0.0, lambd=1.0)
     assert next_scalars(h, 2**24 + 1).step == 2**24 + 1
-
-
-@pytest.mark.parametrize("lr", [0.3, torch.tensor(0.3)], ids=["number", "tensor"])
-def test_scalars_on_the_device_are_those_of_a_capturable_torch(lr, monkeypatch):
-    # Torch refuses capturable=True on the CPU, where its arithmetic is the same.
-    module = sys.modules[torch.optim.ASGD.__module__]
-    monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda **_: ["cpu"])
-    theirs = torch.nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.ASGD([theirs], lr, lambd=0.37, t0=5, foreach=False, capturable=True)
-    h = options(lr=lr, lambd=0.37, t0=5.0)
-    ours = DeviceScalars.of(first_scalars(h), torch.device("cpu"))
-    for _ in range(30):
-        theirs.grad = torch.ones(1)
-        optimizer.step()
-        ours.advance_(h)
-        state = optimizer.state[theirs]
-        assert (ours.step, ours.eta, ours.mu) == (state["step"], state["eta"], state["mu"])

@@ -1,4 +1,4 @@
-"""The update in one pass on a real GPU: the bits of torch's CUDA operators, one launch, no synchronisation, graphs."""
+"""The update in one pass on a real GPU: the bits of torch's CUDA operators, one launch, no synchronisation."""
 
 import random
 from typing import Any
@@ -11,9 +11,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import kernel_cases
 from dist_asgd import ShardedASGD
-from dist_asgd.kernels import triton_update
-from dist_asgd.parts import Gradients, Parts
-from dist_asgd.rule import DeviceScalars, Hyperparameters, first_scalars
 from oracle import same_bits
 from ranks import run_alone, run_ranks
 
@@ -23,7 +20,7 @@ OPTIONS: dict[str, Any] = {"lr": 0.1, "t0": 5, "lambd": 0.01, "weight_decay": 0.
 STEPS = 30
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _gpu() -> None:
     if not run_alone(torch.cuda.is_available):  # in a child: CUDA does not survive a fork
         pytest.skip("there is no CUDA GPU")
@@ -73,9 +70,9 @@ def test_the_bits_of_torch_over_a_run(dtype: torch.dtype, maximize: bool) -> Non
     run_alone(beside_torch, dtype, maximize, timeout=300)
 
 
-def launches(count: int) -> int:
+def launches(count: int, capturable: bool) -> int:
     params = parameters(count)
-    optimizer = ShardedASGD(params, bucket_bytes=2**30, **OPTIONS)
+    optimizer = ShardedASGD(params, bucket_bytes=2**30, capturable=capturable, **OPTIONS)
     for _ in range(3):
         give_gradients(params)
         optimizer.step()
@@ -86,26 +83,34 @@ def launches(count: int) -> int:
         torch.cuda.synchronize()
     on_device = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     names = [event.name for event in on_device if not event.name.startswith(("Memcpy", "Memset"))]
-    assert [name for name in names if "update_kernel" in name] == names
+    assert [name for name in names if "update_kernel" in name or "advance_kernel" in name] == names
     return len(names)
 
 
-def test_one_launch_whatever_the_number_of_parameters() -> None:
-    assert [run_alone(launches, count, timeout=300) for count in (1, 10, 1000)] == [1, 1, 1]
+@pytest.mark.parametrize(("capturable", "expected"), [(False, 1), (True, 2)])
+def test_one_launch_whatever_the_number_of_parameters(capturable: bool, expected: int) -> None:
+    """Another for scalars on the device."""
+    assert [run_alone(launches, count, capturable, timeout=300) for count in (1, 10, 1000)] == [expected] * 3
 
 
-def never_waits() -> None:
+def never_waits(capturable: bool) -> None:
     params = parameters(300)
-    optimizer = ShardedASGD(params, lr=0.1, t0=5)
+    lr = torch.tensor(0.1, device="cuda") if capturable else 0.1
+    optimizer = ShardedASGD(params, lr=lr, t0=5, capturable=capturable)
+    scaler = torch.amp.GradScaler("cuda", growth_interval=2, enabled=capturable)
     for step in range(12):
+        scaler.scale(torch.ones((), device="cuda"))
         give_gradients(params)
         torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first steps make tables and compile
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_step_never_waits_for_the_device() -> None:
-    run_alone(never_waits, timeout=300)
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_step_never_waits_for_the_device(capturable: bool) -> None:
+    """With scalars on the device, GradScaler does not either."""
+    run_alone(never_waits, capturable, timeout=300)
 
 
 def dtensors_beside_torch(rank: int) -> None:
@@ -124,41 +129,3 @@ def dtensors_beside_torch(rank: int) -> None:
 
 def test_dtensors() -> None:
     run_ranks(1, dtensors_beside_torch, timeout=300)
-
-
-def train(layout: str, captured: bool) -> tuple[torch.Tensor, ...]:
-    """11 steps whose scalars lie on the device: eager ones, or one and then replays of one that is captured."""
-    h = Hyperparameters(lr=0.1, lambd=0.01, alpha=0.75, t0=4.0, weight_decay=0.1, maximize=False)
-    case = kernel_cases.Case(kernel_cases.DTYPES["float32"], layout)
-    own, average, _ = case.tensors()
-    parts = Parts.of([own[a:b] for a, b in case.spans], [a for a, _ in case.spans])
-    grads = [case.grad[a:b] for a, b in case.spans]
-    scalars = DeviceScalars.of(first_scalars(h), torch.device("cuda"))
-    update, graph = triton_update(torch.float32, torch.float32, torch.float32), torch.cuda.CUDAGraph()
-
-    def step() -> None:
-        update(parts, Gradients.of(grads), average, None, h, scalars, case.rounding)
-        scalars.advance_(h)
-
-    step()
-    torch.cuda.synchronize()
-    if captured:
-        with torch.cuda.graph(graph):
-            step()
-    for _ in range(10):
-        if captured:
-            graph.replay()
-        else:
-            step()
-    torch.cuda.synchronize()
-    return own, average, scalars.eta, scalars.mu
-
-
-def replays(layout: str) -> None:
-    kernel_cases.DEVICE = "cuda"
-    assert all(map(same_bits, train(layout, captured=False), train(layout, captured=True)))
-
-
-@pytest.mark.parametrize("layout", ["one", "many"])
-def test_a_captured_graph_replays_what_eager_steps_do(layout: str) -> None:
-    run_alone(replays, layout, timeout=300)

@@ -1,0 +1,39 @@
+"""Which store serves which protocol."""
+
+from __future__ import annotations
+
+from dist_asgd.checkpoint.azure import AzureUploads, azure_options, prepare_azure
+from dist_asgd.checkpoint.connections import Connection
+from dist_asgd.checkpoint.local import LocalStore
+from dist_asgd.checkpoint.remote import RemoteStore
+from dist_asgd.checkpoint.retries import Requests, StorageError
+from dist_asgd.checkpoint.s3 import S3Uploads, prepare_s3, s3_options
+from dist_asgd.checkpoint.stores import Store
+from dist_asgd.checkpoint.targets import AZURE, Target
+from dist_asgd.checkpoint.uploads import MemoryUploads, RenamedUploads, rename_new, rename_new_by_sftp
+
+GCS = {"gs", "gcs"}
+S3 = {"s3", "s3a"}
+SFTP = {"sftp", "ssh"}
+
+
+def store_of(target: Target) -> Store:
+    """StorageError where the protocol or its driver is missing."""
+    if target.protocol == "file":
+        return LocalStore(target.full, Requests(target.url))
+    if target.protocol in S3:
+        connection = Connection(target, s3_options(target.options), prepare_s3)
+        return RemoteStore(connection, S3Uploads(connection))
+    if target.protocol in AZURE:
+        connection = Connection(target, azure_options(target.options), prepare_azure)
+        return RemoteStore(connection, AzureUploads(connection))
+    if target.protocol in GCS:
+        raise StorageError(
+            "gs:// cannot hold checkpoints yet: copying and deleting, as a rename there does, is not atomic"
+        )
+    connection = Connection(target, target.options)
+    if target.protocol == "memory":
+        return RemoteStore(connection, MemoryUploads(connection))
+    if target.protocol in SFTP:
+        return RemoteStore(connection, RenamedUploads(connection, rename_new_by_sftp, pipelined=True))
+    return RemoteStore(connection, RenamedUploads(connection, rename_new))

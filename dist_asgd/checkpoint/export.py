@@ -1,0 +1,236 @@
+"""A checkpoint's tensors as one file, that of ``torch.save`` or safetensors, verified and in bounded memory."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import json
+import struct
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dist_asgd.checkpoint.archives import (
+    Stub,
+    beginning,
+    description,
+    directory,
+    payload_bytes,
+    payload_record,
+)
+from dist_asgd.checkpoint.cutting import cut, whole
+from dist_asgd.checkpoint.entries import Block, CheckpointError, TensorEntry
+from dist_asgd.checkpoint.manifest import Manifest, TensorRecord, dtype_name
+from dist_asgd.checkpoint.modules import average_keys
+from dist_asgd.checkpoint.nesting import key_of, tree_of
+from dist_asgd.checkpoint.reader import fill, plan_reads
+from dist_asgd.checkpoint.storage import Storage
+from dist_asgd.checkpoint.writer import memory
+from dist_asgd.layout import Box
+
+BATCH = 16 * 2**20  # bytes that are read together
+AHEAD = 2  # batches that are read while one is written
+
+# The names of dtypes in safetensors: those that its library for torch reads.
+SAFETENSORS = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "complex64": "C64",
+    "bool": "BOOL",
+    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
+    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
+}
+ALIGNMENT = 8  # bytes, of the header of safetensors
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A tensor of the file."""
+
+    name: str
+    key: str  # in the checkpoint
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # in the file; the checkpoint may have a wider one
+
+    @property
+    def nbytes(self) -> int:
+        return payload_bytes(self.dtype, self.shape)
+
+
+def tensors_of(manifest: Manifest, entry: str) -> list[Exported]:
+    """The tensors of an entry of the saved state, such as ``model``, by the names that its ``load_state_dict`` has."""
+    prefix = f"{entry}."
+    found = [
+        _exported(key.removeprefix(prefix), key, tensor)
+        for key, tensor in manifest.tensors.items()
+        if key == entry or key.startswith(prefix)
+    ]
+    if not found:
+        raise CheckpointError(f"the checkpoint has no tensors in an entry {entry!r}; it has {entries(manifest)}")
+    return found
+
+
+def matching(manifest: Manifest, pattern: str) -> list[Exported]:
+    """The tensors whose keys match a pattern with ``*``, ``?`` and ``[...]``, by their keys."""
+    found = [
+        _exported(key, key, tensor) for key, tensor in manifest.tensors.items() if fnmatch.fnmatchcase(key, pattern)
+    ]
+    if not found:
+        raise CheckpointError(f"no tensor of the checkpoint has a key like {pattern!r}")
+    return found
+
+
+def entries(manifest: Manifest) -> list[str]:
+    """What was saved, by its names."""
+    paths = [tensor.path for tensor in manifest.tensors.values()] + [value.path for value in manifest.values.values()]
+    return sorted({str(path[0]) for path in paths})
+
+
+def _exported(name: str, key: str, tensor: TensorRecord) -> Exported:
+    return Exported(name, key, tensor.saved.shape, tensor.saved.dtype)
+
+
+def averaged(manifest: Manifest, tensors: Sequence[Exported]) -> list[Exported]:
+    """With the averages (``ax``) that optimizers of the checkpoint have of them, rounded to the dtypes of the tensors.
+
+    Tied weights are saved under each of their names, and the optimizer knows one of them: a tensor without an average
+    that has the same bytes as one with an average takes it, too. Others, such as buffers, stay as they are.
+
+    Raises:
+        CheckpointError: none has an average, several optimizers have one, or it is of another shape.
+    """
+    root = tree_of({key: tensor.path for key, tensor in manifest.tensors.items() if tensor.rank is None})
+    found: dict[str, str] = {}
+    for tensor in tensors:
+        path = manifest.tensors[tensor.key].path
+        splits = [(path[:depth], key_of(path[depth:])) for depth in range(1, len(path))]
+        averages = {average for above, name in splits for average in average_keys(root, above, name)}
+        if len(averages) > 1:
+            raise CheckpointError(f"several optimizers have an average of {tensor.key!r}: {sorted(averages)}")
+        for average in averages:
+            if manifest.tensors[average].saved.shape != tensor.shape:
+                raise CheckpointError(f"{average!r} is no average of {tensor.key!r}: their shapes differ")
+            found[tensor.key] = average
+    if not found:
+        raise CheckpointError("the checkpoint has no averages (entries like 'optimizer.state.<name>.ax') of them")
+    found |= _ties(manifest, [tensor.key for tensor in tensors if tensor.key not in found], found)
+    return [replace(tensor, key=found.get(tensor.key, tensor.key)) for tensor in tensors]
+
+
+def _ties(manifest: Manifest, keys: Iterable[str], found: Mapping[str, str]) -> dict[str, str]:
+    by_content: dict[Any, list[str]] = {}
+    for key, average in found.items():
+        by_content.setdefault(_content(manifest, key), []).append(average)
+    ties = {}
+    for key in keys:
+        averages = by_content.get(_content(manifest, key), [])
+        if len({_content(manifest, average) for average in averages}) == 1:
+            ties[key] = averages[0]
+    return ties
+
+
+def _content(manifest: Manifest, key: str) -> Any:
+    """Equal for tensors with the same bytes that were cut in the same way."""
+    tensor = manifest.tensors[key]
+    return tensor.saved, tuple((chunk.box, manifest.items[chunk.item].crc32) for chunk in tensor.chunks)
+
+
+def safetensors_file(source: Source, tensors: Sequence[Exported]) -> Iterator[bytes | memoryview]:
+    """A file of safetensors: https://huggingface.co/docs/safetensors. Larger elements stand first: all are aligned.
+
+    Raises:
+        CheckpointError: for dtypes and names that the format does not have, and for damaged bytes.
+    """
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in tensors:
+        kind = SAFETENSORS.get(dtype_name(tensor.dtype))
+        if kind is None or tensor.name in header:
+            wrong = "is a name that safetensors keeps for itself" if kind else f"is {dtype_name(tensor.dtype)}"
+            raise CheckpointError(f"{tensor.name!r} {wrong}, which safetensors cannot hold: export it for torch")
+        offsets = [at, at := at + tensor.nbytes]
+        header[tensor.name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    yield struct.pack("<Q", len(text)) + text
+    for _, data in source.payloads(tensors):
+        yield data
+
+
+def torch_file(source: Source, tensors: Sequence[Exported]) -> Iterator[bytes | memoryview]:
+    """What ``torch.save`` makes of a dict of the tensors. Raises ``CheckpointError`` for damaged bytes."""
+    stubs = {tensor.name: Stub(number, tensor.dtype, tensor.shape) for number, tensor in enumerate(tensors)}
+    head, records = beginning(description(stubs))
+    yield head
+    at, parts = len(head), source.payloads(tensors)
+    for number, pieces in itertools.groupby(parts, key=lambda part: part[0]):
+        record = payload_record(number, at, tensors[number].nbytes)
+        yield record.local_header()
+        crc = 0
+        for _, data in pieces:
+            crc = zlib.crc32(data, crc)
+            yield data
+        record = replace(record, crc32=crc)
+        yield record.descriptor()
+        records.append(record)
+        at += len(record.local_header()) + record.nbytes + len(record.descriptor())
+    yield directory(records, at)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint that is read from."""
+
+    storage: Storage
+    directory: str
+    manifest: Manifest
+
+    def payloads(self, tensors: Sequence[Exported]) -> Iterator[tuple[int, memoryview]]:
+        """(number of the tensor, a part of its elements in row-major order), one after another, verified."""
+        pending: deque[Future[list[tuple[int, memoryview]]]] = deque()
+        with ThreadPoolExecutor(AHEAD, thread_name_prefix="dist_asgd-export") as pool:
+            try:
+                for batch in self._batches(tensors):
+                    pending.append(pool.submit(self._read, tensors, batch))
+                    if len(pending) > AHEAD:
+                        yield from pending.popleft().result()
+                while pending:
+                    yield from pending.popleft().result()
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    def _batches(self, tensors: Sequence[Exported]) -> Iterator[list[tuple[int, Box]]]:
+        batch: list[tuple[int, Box]] = []
+        size = 0
+        for number, tensor in enumerate(tensors):
+            itemsize = self.manifest.tensors[tensor.key].saved.dtype.itemsize
+            for box in cut(whole(tensor.shape), BATCH // itemsize):
+                if size + box.numel * itemsize > BATCH:
+                    yield batch
+                    batch, size = [], 0
+                batch.append((number, box))
+                size += box.numel * itemsize
+        yield batch
+
+    def _read(self, tensors: Sequence[Exported], batch: Sequence[tuple[int, Box]]) -> list[tuple[int, memoryview]]:
+        wanted, parts = [], []
+        for number, box in batch:
+            saved = self.manifest.tensors[tensors[number].key].saved
+            part = torch.empty(box.sizes, dtype=saved.dtype, device="cpu")
+            parts.append((number, part))
+            wanted.append((tensors[number].key, TensorEntry(saved.shape, saved.dtype, [Block(box, part)])))
+        fill(self.storage, self.directory, plan_reads(self.manifest, wanted))
+        return [(number, memory(part.to(tensors[number].dtype))) for number, part in parts]

@@ -1,0 +1,278 @@
+"""``Checkpointer``, ``save`` and ``load``: what users call."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_asgd.agreement import Agreement, default_group
+from dist_asgd.checkpoint.contents import contents_of
+from dist_asgd.checkpoint.entries import CheckpointError
+from dist_asgd.checkpoint.loading import load_checkpoint
+from dist_asgd.checkpoint.rendezvous import Rendezvous, together
+from dist_asgd.checkpoint.retention import Kept, directories, new_directory, newest_of, sweep
+from dist_asgd.checkpoint.saving import Plan, plan_save, stage, write
+from dist_asgd.checkpoint.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """The checkpoints of a run, below one URL. Any number of ranks writes them, any other number reads them.
+
+    A checkpoint is a directory, ``step-00000300-0001-5f3a9c1e``, that is never written to again: a file for each rank,
+    the ``.metadata`` by which ``torch.distributed.checkpoint`` reads them too, and ``manifest.json``, which is written
+    last and only if everything else is there. A directory without it does not exist for any method here. Every byte has
+    a checksum; what is read is verified before anything live is changed, and nothing is unpickled.
+
+    The constructor, ``save``, ``load``, ``wait`` and ``close`` are collective: every rank must call them.
+
+    Args:
+        url: a local path, or the URL of any fsspec protocol: ``s3://bucket/run``, ``gs://``, ``abfs://``, ``sftp://``.
+        storage_options: fsspec's, for that protocol: credentials, an endpoint. Never logged.
+        keep_last: after each save keep this many of the newest checkpoints, and delete others; None keeps all.
+        keep_every: keep those too whose step is a multiple of this.
+        pinned: steps to keep in any case.
+        process_group: the ranks that have the state; None for all.
+
+    Raises:
+        ValueError, TypeError: bad arguments; the same on every rank.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        storage_options: Mapping[str, Any] | None = None,
+        *,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        pinned: Collection[int] = (),
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._agreement = Agreement(default_group(process_group))
+        with together(self._agreement, "Checkpointer()"):
+            self._storage = Storage.open(url, storage_options)
+            self._kept = Kept(keep_last, keep_every, frozenset(pinned))
+        self._background: _Background | None = None
+        self._buffer: Tensor | None = None  # staged copies of the last asynchronous save
+        self._last: Rendezvous | None = None
+
+    @property
+    def url(self) -> str:
+        """Without credentials."""
+        return self._storage.url
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        elif self._background is not None:  # others may never come: finish what needs none of them
+            self._background.join()
+
+    def save(self, step: int, state: Mapping[str, Any], *, wait: bool = True) -> str:
+        """Saves a checkpoint of ``state``, and returns its URL. Collective.
+
+        Args:
+            step: >= 0. A step that was saved before gets another directory; then the newer one counts.
+            state: what to save, by name: modules, optimizers, LR schedulers, anything with ``state_dict`` and
+                ``load_state_dict``, tensors, and what JSON can express, in dicts and lists too.
+            wait: False: return as soon as this rank's share is copied, and write it in the background. One save is
+                under way at most. What goes wrong is raised, on every rank, by the next call of a method.
+
+        Raises:
+            CheckpointError, StorageError: it could not be written, on any rank; raised on all of them. Older
+                checkpoints are as they were.
+        """
+        self._settle("save()")
+        with together(self._agreement, "save()"):
+            _check_step(step)
+            contents = contents_of(state)
+            name = new_directory(self._storage, step) if self._agreement.rank == 0 else None
+        plan = plan_save(self._agreement, step, name, contents)
+        if self._last is not None and self._agreement.rank == 0:
+            self._last.forget()
+        meeting = self._last = Rendezvous(_store(), f"dist_asgd/{plan.directory}", *self._place)
+        if wait:
+            self._write(plan, meeting)  # it fails on every rank if it does on one
+        else:
+            with together(self._agreement, "save()"):
+                staged, self._buffer = stage(plan.parts, self._buffer)
+            plan = Plan(plan.directory, staged, plan.record)
+            self._background = _Background(lambda: self._write(plan, meeting))
+        return f"{self._storage.url}/{plan.directory}"
+
+    def load(
+        self,
+        state: Mapping[str, Any],
+        *,
+        step: int | None = None,
+        strict: bool = True,
+        average: bool = False,
+    ) -> int | None:
+        """Loads the newest checkpoint into ``state``, and returns its step; None if there is none. Collective.
+
+        Args:
+            state: as in ``save``, or a part of it: just the model, just the optimizer. Modules, optimizers, tensors and
+                whatever has ``load_state_dict`` are filled; values are replaced in the dicts that hold them. The layout
+                and the number of ranks may be others than they were.
+            step: load this one instead.
+            strict: False: leave what the checkpoint has not as it is, and ignore what ``state`` has no place for.
+            average: load an optimizer's averages (``ax``) into the parameters of modules.
+
+        Raises:
+            CheckpointError: on every rank, with nothing changed: there is no such step; something is missing,
+                unexpected, or of another shape or dtype (one error lists all); bytes are damaged.
+        """
+        self._settle("load()")
+        with together(self._agreement, "load()"):
+            found = self._find(step) if self._agreement.rank == 0 else None
+        name = self._agreement.gather(found)[0]
+        if name is None:
+            return None
+        return load_checkpoint(self._agreement, self._storage, name, state, strict=strict, average=average).step
+
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints, ascending. Asks the storage; not collective."""
+        return sorted({directory.step for directory in directories(self._storage) if directory.is_committed})
+
+    def latest(self) -> int | None:
+        """The newest step; None if there is none. Not collective."""
+        steps = self.steps()
+        return steps[-1] if steps else None
+
+    def wait(self) -> None:
+        """Waits for a save in the background. Collective; raises what went wrong."""
+        self._settle("wait()")
+
+    def close(self) -> None:
+        """Waits, and frees what the Checkpointer holds: a process group, a buffer. Collective."""
+        self._settle("close()")
+        self._buffer = None
+        if self._agreement.group is not None:
+            dist.destroy_process_group(self._agreement.group)
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return self._agreement.rank, self._agreement.world_size
+
+    def _settle(self, operation: str) -> None:
+        background, self._background = self._background, None
+        with together(self._agreement, operation):
+            if background is not None:
+                background.finish()
+
+    def _find(self, step: int | None) -> str | None:
+        found = newest_of(directories(self._storage))
+        if step is None:
+            return found[max(found)].name if found else None
+        if step not in found:
+            raise CheckpointError(f"{self._storage.url} has no checkpoint of step {step}; it has {sorted(found)}")
+        return found[step].name
+
+    def _write(self, plan: Plan, meeting: Rendezvous) -> None:
+        write(self._storage, plan, meeting, self._agreement.rank)
+        if plan.record is not None:
+            try:
+                sweep(self._storage, self._kept)
+            except Exception as error:  # the checkpoint is there
+                logger.warning("old checkpoints below %s could not be deleted: %s", self._storage.url, error)
+
+
+def save(
+    url: str | os.PathLike[str], state: Mapping[str, Any], storage_options: Mapping[str, Any] | None = None
+) -> None:
+    """Saves one checkpoint at ``url``, a directory that is not there yet. Collective.
+
+    ``state``, errors and what is written are as in ``Checkpointer.save``.
+    """
+    with _agreement_of_all() as agreement:
+        with together(agreement, "save()"):
+            storage = Storage.open(url, storage_options)
+            contents = contents_of(state)
+            if agreement.rank == 0 and storage.list():
+                raise CheckpointError(
+                    f"{storage.url} is not empty: checkpoints are never overwritten. Take another URL"
+                )
+        plan = plan_save(agreement, 0, "", contents)
+        name = f"dist_asgd/{secrets.token_hex(8)}" if agreement.rank == 0 else ""
+        meeting = Rendezvous(_store(), agreement.gather(name)[0], agreement.rank, agreement.world_size)
+        write(storage, plan, meeting, agreement.rank)
+
+
+def load(
+    url: str | os.PathLike[str],
+    state: Mapping[str, Any],
+    storage_options: Mapping[str, Any] | None = None,
+    *,
+    strict: bool = True,
+    average: bool = False,
+) -> None:
+    """Loads the checkpoint at ``url``, a directory, into ``state``. Collective.
+
+    Arguments and errors are as in ``Checkpointer.load``; a ``Checkpointer``'s directories can be loaded like this, too.
+    """
+    with _agreement_of_all() as agreement:
+        with together(agreement, "load()"):
+            storage = Storage.open(url, storage_options)
+        load_checkpoint(agreement, storage, "", state, strict=strict, average=average)
+
+
+@contextlib.contextmanager
+def _agreement_of_all() -> Iterator[Agreement]:
+    agreement = Agreement(default_group(None))
+    try:
+        yield agreement
+    finally:
+        if agreement.group is not None:
+            dist.destroy_process_group(agreement.group)
+
+
+class _Background:
+    """A save that is under way in a thread."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._error: BaseException | None = None
+        # Not a daemon: a process that ends by itself, or by a signal that it handles, finishes the save first.
+        self._thread = threading.Thread(target=self._run, name="dist_asgd checkpoint", daemon=False)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._error = error
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def finish(self) -> None:
+        """Waits; raises what went wrong."""
+        self._thread.join()
+        if self._error is not None:
+            raise CheckpointError(f"the last save, in the background, has failed: {self._error}") from self._error
+
+
+def _check_step(step: object) -> None:
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 10**18:
+        raise ValueError(f"step must be a whole number of at least 0, got {step!r}")
+
+
+def _store() -> dist.Store | None:
+    """The key-value store that all ranks have; there is no public way to ask for it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.distributed_c10d._get_default_store()

@@ -1,0 +1,208 @@
+"""Reads just what a rank needs of a checkpoint, and writes to live tensors only when all of it has been verified."""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_asgd.checkpoint.cutting import cut_to_extents, extent, intersection, narrowed, strides, whole, within
+from dist_asgd.checkpoint.entries import Block, CheckpointError, TensorEntry
+from dist_asgd.checkpoint.manifest import Chunk, Item, Manifest, in_directory
+from dist_asgd.checkpoint.storage import Storage
+from dist_asgd.checkpoint.writer import memory
+from dist_asgd.layout import Box
+
+EXTENT = 8 * 2**20  # bytes of a chunk that are read at once
+REQUEST = 16 * 2**20  # bytes at most that extents are joined to
+GAP = 2**14  # bytes that are rather read than left out by another request
+IN_MEMORY = 2**24  # bytes that wait in memory; more wait in a temporary file
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """A part of a chunk that is read for one destination."""
+
+    key: str
+    item: Item
+    sizes: tuple[int, ...]  # of the chunk
+    box: Box  # the part, in the chunk
+    data: Tensor  # where it goes, of the box's sizes
+    blocks: range  # of the item, that hold it
+
+    @property
+    def start(self) -> int:
+        """In the file."""
+        return self.item.reach(self.blocks)[0]
+
+    @property
+    def stop(self) -> int:
+        """In the file."""
+        return self.item.reach(self.blocks)[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A range of a file with everything that is needed of it."""
+
+    file: str
+    start: int
+    stop: int
+    needs: tuple[Need, ...]
+
+
+def plan_reads(manifest: Manifest, destinations: Iterable[tuple[str, TensorEntry]]) -> list[Request]:
+    """The requests that fill the blocks of ``destinations``: keys of the manifest, with tensors of their shapes."""
+    needs = [
+        need
+        for key, entry in destinations
+        for block in entry.blocks
+        for chunk in manifest.tensors[key].chunks
+        for need in _needs(key, manifest.items[chunk.item], chunk, block)
+    ]
+    needs.sort(key=lambda need: (need.item.file, need.start, need.stop))
+    requests: list[Request] = []
+    joined: list[Need] = []
+    stop = 0
+    for need in needs:
+        if joined and (
+            need.item.file != joined[0].item.file
+            or need.start > stop + GAP
+            or (max(stop, need.stop) - joined[0].start > REQUEST and need.stop > stop)
+        ):
+            requests.append(_join(joined, stop))
+            joined, stop = [], 0
+        joined.append(need)
+        stop = max(stop, need.stop)
+    return [*requests, _join(joined, stop)] if joined else requests
+
+
+def plan_rest(manifest: Manifest) -> list[Request]:
+    """The requests that read what no tensor is in, to be verified only."""
+    used = {chunk.item for tensor in manifest.tensors.values() for chunk in tensor.chunks}
+    requests = []
+    for item in (item for index, item in enumerate(manifest.items) if index not in used):
+        step, count = max(1, REQUEST // item.block), -(-item.size // item.block)
+        for first in range(0, count, step):
+            blocks = range(first, min(first + step, count))
+            need = Need("values", item, (item.size,), whole((item.size,)), torch.empty(0, device="cpu"), blocks)
+            requests.append(Request(item.file, need.start, need.stop, (need,)))
+    return requests
+
+
+def _join(needs: Sequence[Need], stop: int) -> Request:
+    return Request(needs[0].item.file, needs[0].start, stop, tuple(needs))
+
+
+def _needs(key: str, item: Item, chunk: Chunk, block: Block) -> Iterator[Need]:
+    common = intersection(chunk.box, block.box)
+    if common is None:
+        return
+    itemsize, sizes = block.data.element_size(), chunk.box.sizes
+    for part in cut_to_extents(within(common, chunk.box), sizes, EXTENT // itemsize):
+        start, stop = extent(part, sizes)
+        blocks = range(start * itemsize // item.block, -(-stop * itemsize // item.block))
+        offsets = map(sum, zip(part.offsets, chunk.box.offsets, strict=True))
+        data = narrowed(block.data, within(Box(tuple(offsets), part.sizes), block.box))
+        yield Need(key, item, sizes, part, data, blocks)
+
+
+class Verified:
+    """What was read and found whole, on its way to live tensors. Used as a context manager.
+
+    Bytes of a store wait in a temporary file, so that neither memory nor the network has to take them twice. Those of
+    a local file are read, and verified, a second time.
+    """
+
+    def __init__(self, storage: Storage, directory: str, requests: Sequence[Request]) -> None:
+        self._storage, self._directory, self._requests = storage, directory, requests
+        self._spool = tempfile.SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115
+        self._places: dict[int, int] = {}  # where in the spool each request's bytes begin
+
+    def __enter__(self) -> Verified:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._spool.close()
+
+    def read(self) -> None:
+        """Reads and verifies everything. Changes nothing."""
+        for index, data in self._read():
+            if not self._storage.is_local:
+                self._keep(index, data)
+
+    def apply(self) -> None:
+        """Writes everything to where it belongs."""
+        for index, data in self._read() if self._storage.is_local else self._kept():
+            request = self._requests[index]
+            for need in request.needs:
+                _write(need, memoryview(data), request.start)
+
+    def _read(self) -> Iterator[tuple[int, bytes]]:
+        ranges = [
+            (in_directory(self._directory, request.file), request.start, request.stop) for request in self._requests
+        ]
+        for index, data in self._storage.read_ranges(ranges):
+            verify(self._requests[index], data)
+            yield index, data
+
+    def _keep(self, index: int, data: bytes) -> None:
+        self._places[index] = self._spool.tell()
+        try:
+            self._spool.write(data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            size = sum(request.stop - request.start for request in self._requests)
+            raise CheckpointError(
+                f"{tempfile.gettempdir()} has no room for the {size} bytes that this rank reads: they wait there until "
+                "all ranks have verified theirs. Let TMPDIR name a larger directory"
+            ) from error
+
+    def _kept(self) -> Iterator[tuple[int, bytes]]:
+        for index, place in self._places.items():
+            self._spool.seek(place)
+            yield index, self._spool.read(self._requests[index].stop - self._requests[index].start)
+
+
+def verify(request: Request, data: bytes | memoryview) -> None:
+    """Raises ``CheckpointError`` unless the bytes of the request have the checksums in the manifest."""
+    view, seen = memoryview(data), set()
+    for need in request.needs:
+        if (where := (need.item.offset, need.blocks)) in seen:  # tensors that share an item
+            continue
+        seen.add(where)
+        part = view[need.start - request.start : need.stop - request.start]
+        for start, stop in need.item.damages(need.blocks, part):
+            raise CheckpointError(
+                f"{need.item.file} is damaged: bytes {start} to {stop}, of {need.key!r}, do not have the checksum that "
+                "manifest.json has of them"
+            )
+
+
+def fill(storage: Storage, directory: str, requests: Sequence[Request]) -> None:
+    """Reads, verifies and writes piece by piece: for tensors that nobody looks at if it raises ``CheckpointError``."""
+    ranges = [(in_directory(directory, request.file), request.start, request.stop) for request in requests]
+    for index, data in storage.read_ranges(ranges):
+        verify(requests[index], data)
+        for need in requests[index].needs:
+            _write(need, memoryview(data), requests[index].start)
+
+
+def _write(need: Need, data: memoryview, position: int) -> None:
+    """``data`` is that from ``position`` of the file on."""
+    itemsize = need.data.element_size()
+    first, last = extent(need.box, need.sizes)
+    at = need.item.start - position
+    source = data[at + first * itemsize : at + last * itemsize]
+    torch.autograd.graph.increment_version(need.data)
+    if last - first == need.box.numel and need.data.device.type == "cpu" and need.data.is_contiguous():
+        memory(need.data)[:] = source
+        return
+    buffer = torch.empty(last - first, dtype=need.data.dtype, device="cpu")
+    memory(buffer)[:] = source
+    need.data.copy_(buffer.as_strided(need.box.sizes, strides(need.sizes)))

@@ -1,0 +1,234 @@
+"""One checkpoint on its way out: the plan that ranks make together, the writing, and the commit."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_asgd.agreement import Agreement
+from dist_asgd.checkpoint.assignment import Offer, Share, assign, varying_keys
+from dist_asgd.checkpoint.contents import Contents
+from dist_asgd.checkpoint.cutting import narrowed, whole, within
+from dist_asgd.checkpoint.distcp import StoredChunk, StoredObject, stock_metadata
+from dist_asgd.checkpoint.entries import CheckpointError, SavedTensor
+from dist_asgd.checkpoint.manifest import (
+    NAME,
+    STOCK,
+    Chunk,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    ValueRecord,
+    in_directory,
+    key_of_rank,
+    write_manifest,
+)
+from dist_asgd.checkpoint.rendezvous import Rendezvous, only_checkpoint_errors, together
+from dist_asgd.checkpoint.storage import Storage
+from dist_asgd.checkpoint.values import decode
+from dist_asgd.checkpoint.writer import Part, Written, memory_of, write_parts
+
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What rank 0 needs for the manifest besides what ranks have written."""
+
+    step: int
+    tensors: Mapping[str, tuple[SavedTensor, Path, int | None]]  # with the path and, of ranks' own entries, the rank
+    values: Mapping[str, ValueRecord]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one rank has to do for a checkpoint."""
+
+    directory: str
+    parts: Sequence[Part]
+    record: Record | None  # on rank 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Brought:
+    """What each rank tells rank 0 of its contents."""
+
+    offers: dict[str, Offer]
+    values: dict[str, Any]  # encoded; on ranks but 0 those that may vary
+    facts: dict[str, Any]  # of entries that may vary: equal where the entries are
+    paths: dict[str, Path]
+
+
+def plan_save(agreement: Agreement, step: int, directory: str | None, contents: Contents) -> Plan:
+    """Collective. ``directory`` on rank 0: of the new checkpoint."""
+    with together(agreement, "save()"):
+        brought = _bring(contents, agreement)
+    everyone = [item for item, _ in agreement.collect(brought, [])]
+    record: Record | None = None
+    answers: list[Any] = []
+    with together(agreement, "save()"):
+        if agreement.rank == 0:
+            record, shares = _plan(step, everyone)
+            answers = [(directory, share) for share in shares]
+    answer = _scatter(agreement, answers)
+    return Plan(answer[0], _parts(answer[1], contents, agreement.rank), record)
+
+
+def _scatter(agreement: Agreement, answers: Sequence[Any]) -> Any:
+    if agreement.group is None:
+        return answers[0]
+    mine: list[Any] = [None]
+    dist.scatter_object_list(mine, list(answers) if agreement.rank == 0 else None, group=agreement.group, group_src=0)
+    return mine[0]
+
+
+def _bring(contents: Contents, agreement: Agreement) -> _Brought:
+    varying = contents.varying if agreement.world_size > 1 else frozenset()
+    offers = {
+        key: Offer(entry.shape, entry.dtype, tuple(block.box for block in entry.blocks))
+        for key, entry in contents.tensors.items()
+        if entry.blocks
+    }
+    encoded = {key: value for key, value in contents.values.items() if agreement.rank == 0 or key in varying}
+    facts = {key: value for key, value in encoded.items() if key in varying}
+    for key in varying & contents.tensors.keys():
+        entry = contents.tensors[key]
+        facts[key] = (entry.shape, str(entry.dtype), [_crc(block.data) for block in entry.blocks])
+    paths = contents.paths if agreement.rank == 0 else {key: contents.paths[key] for key in varying}
+    return _Brought(offers, encoded, facts, dict(paths))
+
+
+def _crc(data: Tensor) -> int:
+    crc = 0
+    for piece in memory_of(data):
+        crc = zlib.crc32(piece, crc)
+    return crc
+
+
+def _plan(step: int, everyone: Sequence[_Brought]) -> tuple[Record, list[Share]]:
+    """Entries that differ between ranks are renamed, and each rank's is kept; of the others, one."""
+    varying = varying_keys([brought.facts for brought in everyone])
+    tensors: dict[str, tuple[SavedTensor, Path, int | None]] = {}
+    kept: dict[str, ValueRecord] = {}
+    offers: list[dict[str, Offer]] = []
+    for rank, brought in enumerate(everyone):
+        renamed = {}
+        for key, offer in brought.offers.items():
+            own = rank if key in varying else None
+            name = key if own is None else key_of_rank(key, rank)
+            renamed[name] = offer
+            if name not in tensors:
+                path = next(other.paths[key] for other in (everyone[0], brought) if key in other.paths)
+                tensors[name] = SavedTensor(offer.shape, offer.dtype), path, own
+        offers.append(renamed)
+        for key, encoded in brought.values.items():
+            if key in varying:
+                kept[key_of_rank(key, rank)] = ValueRecord(encoded, brought.paths[key], rank)
+            elif rank == 0:
+                kept[key] = ValueRecord(encoded, brought.paths[key])
+    return Record(step, tensors, kept), assign(offers)
+
+
+def _parts(share: Share, contents: Contents, rank: int) -> list[Part]:
+    parts = []
+    for name, box, offered in share.boxes:
+        entry = contents.tensors.get(name) or contents.tensors[name.removesuffix(key_of_rank("", rank))]
+        data = next(block.data for block in entry.blocks if block.box == offered)
+        parts.append(Part(name, box, narrowed(data.detach(), within(box, offered)), box == whole(entry.shape)))
+    return parts
+
+
+def stage(parts: Sequence[Part], buffer: Tensor | None) -> tuple[list[Part], Tensor]:
+    """Copies of the parts in one buffer on the CPU, which is taken again if it is large enough.
+
+    The training may go on when this returns.
+    """
+    spots, size = [], 0
+    for part in parts:
+        spots.append(size)
+        size += -(-part.data.numel() * part.data.element_size() // 64) * 64
+    if buffer is None or len(buffer) < size:
+        pinned = any(part.data.is_cuda for part in parts)
+        buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+    staged = []
+    for part, start in zip(parts, spots, strict=True):
+        nbytes = part.data.numel() * part.data.element_size()
+        copy = buffer[start : start + nbytes].view(part.data.dtype).view(part.data.shape)
+        staged.append(replace(part, data=copy.copy_(part.data, non_blocking=True)))
+    if any(part.data.is_cuda for part in parts):
+        torch.cuda.synchronize()
+    return staged, buffer
+
+
+def write(storage: Storage, plan: Plan, meeting: Rendezvous, rank: int) -> None:
+    """Writes this rank's part; when all ranks have, rank 0 commits. Returns, on every rank, when that is done.
+
+    No collectives. Raises on every rank if one has failed.
+    """
+    objects = {} if plan.record is None else {key: decode(v.encoded, key) for key, v in plan.record.values.items()}
+    with only_checkpoint_errors(), meeting:
+        written = write_parts(storage, plan.directory, rank, plan.parts, objects, meeting.check)
+        meeting.bring(written.to_json())
+        if plan.record is None:
+            meeting.verdict()
+            return
+        commit(storage, plan.directory, plan.record, [Written.from_json(part) for part in meeting.collect()])
+        meeting.conclude("committed")
+
+
+def commit(storage: Storage, directory: str, record: Record, parts: Sequence[Written]) -> None:
+    """Checks that all is there, and writes the record without which a checkpoint does not exist."""
+    found = storage.sizes(directory)
+    for name, size in [entry for written in parts for entry in written.files.items()]:
+        if found.get(name) != size:
+            raise CheckpointError(
+                f"{in_directory(directory, name)} below {storage.url} has {found.get(name)} bytes, {size} were written"
+            )
+    manifest, stock = _manifest(record, parts)
+    storage.create(in_directory(directory, STOCK), stock)
+    storage.create(in_directory(directory, NAME), write_manifest(manifest))
+
+
+def _manifest(record: Record, parts: Sequence[Written]) -> tuple[Manifest, bytes]:
+    items = [item for written in parts for item in written.items]
+    chunks: dict[str, list[Chunk]] = {key: [] for key in record.tensors}
+    first = 0
+    for written in parts:
+        for key, box, index in written.chunks:
+            chunks[key].append(Chunk(box, first + index))
+        first += len(written.items)
+    tensors = {
+        key: TensorRecord(saved, tuple(chunks[key]), path, rank)
+        for key, (saved, path, rank) in sorted(record.tensors.items())
+    }
+    stored = {
+        key: (tensor.saved.dtype, tensor.saved.shape, [_stored(chunk, items) for chunk in tensor.chunks])
+        for key, tensor in tensors.items()
+    }
+    objects = {key: StoredObject(file, at, size) for written in parts for key, file, at, size in written.objects}
+    paths = {key: _stock_path(tensor.path, tensor.rank) for key, tensor in tensors.items()}
+    paths |= {key: _stock_path(value.path, value.rank) for key, value in record.values.items()}
+    stock = stock_metadata(stored, objects, paths)
+    files = {name: FileRecord(size) for written in parts for name, size in written.files.items()}
+    files[STOCK] = FileRecord(len(stock), hashlib.sha256(stock).hexdigest())
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    manifest = Manifest(record.step, len(parts), time.time(), versions, files, tuple(items), tensors, record.values)
+    return manifest, stock
+
+
+def _stock_path(path: Path, rank: int | None) -> Path:
+    return path if rank is None else (*path[:-1], key_of_rank(str(path[-1]), rank))
+
+
+def _stored(chunk: Chunk, items: Sequence[Any]) -> StoredChunk:
+    item = items[chunk.item]
+    return StoredChunk(chunk.box, item.file, item.offset, item.stop - item.offset)
