@@ -27,15 +27,16 @@ MEETINGS = 200
 
 
 def check(rows, count):
+    rows = list(rows)
     wrong = [row for row in rows if any(row[fault] for fault in FAULTS)]
     assert not wrong, "\n".join(map(str, wrong))
     assert len(rows) == count
     assert all(row["loaded"] for row in rows)
+    return rows
 
 
 def test_after_a_kill_the_newest_checkpoint_is_loaded_bit_for_bit(tmp_path):
-    rows = kill_all(12, 3, lambda: local_place(str(tmp_path / "run")), BEATS)
-    check(rows, 12)
+    rows = check(kill_all(12, 3, lambda: local_place(str(tmp_path / "run")), BEATS), 12)
     assert len({row["phase"] for row in rows}) > 2
     assert {True, False} == {row["survivors"] > 0 for row in rows}
 

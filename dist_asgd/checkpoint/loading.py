@@ -75,8 +75,8 @@ def load_checkpoint(
     """Fills ``state`` from a checkpoint. Collective; every rank gets the same ``directory``.
 
     Raises:
-        CheckpointError: on every rank, with nothing changed, if it does not fit or a byte that is needed is damaged; with
-            a part of it loaded, if a ``load_state_dict`` raises.
+        CheckpointError: on every rank, with nothing changed, if it does not fit or a byte that is needed is damaged.
+            With a part of it loaded, if a ``load_state_dict`` raises.
     """
     url = in_directory(storage.url, directory)
     with together(agreement, "load()"):
