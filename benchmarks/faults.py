@@ -34,6 +34,7 @@ import dist_asgd
 from benchmarks.table import print_table, write_json_lines
 from dist_asgd import ShardedASGD
 from dist_asgd.checkpoint import CheckpointError
+from dist_asgd.look import Look
 from dist_asgd.native import native_update
 
 SAVED_BY = 2
@@ -335,7 +336,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("faults.jsonl"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    native_update(torch.float32, torch.float32, False, torch.float32, False)  # once, for all ranks
+    native_update(torch.float32, torch.float32, False, torch.float32, False)  # compiled once, for all ranks
+    Look.of([], [], [], torch.zeros(0))
     found = find(arguments.faults, arguments.seed)
     print(f"{len(found)} faults, seed {arguments.seed}\n")
     print_table(summary(found), COLUMNS)

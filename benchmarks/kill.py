@@ -43,16 +43,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.table import print_table, write_json_lines
+from benchmarks.table import print_table
 from dist_asgd import Checkpointer, ShardedASGD
 from dist_asgd.checkpoint import rendezvous
 from dist_asgd.checkpoint.retention import Kept, sweep
 from dist_asgd.checkpoint.storage import Storage
+from dist_asgd.look import Look
 from dist_asgd.native import native_update
 
 KEEP = 2
 TOGETHER = 15  # kills in one directory
-LIMIT = 45.0  # seconds that a survivor may take to end: a silent rank counts as dead after 30
+LIMIT = 120.0  # seconds that a survivor may take to end: a silent rank counts as dead after 30
 STEPS = 10  # between two kills, at most
 ROWS = 150_000  # of int64: so large that ranks share the writing of it
 OPTIONS: dict[str, Any] = {"lr": 0.1, "t0": 2, "lambd": 1e-3}
@@ -257,6 +258,8 @@ def forked(run: Callable[..., Any], *args: Any) -> int:
     if pid == 0:
         try:
             run(*args)
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(1)
     return pid
@@ -456,6 +459,8 @@ COLUMNS |= {"median": "noticed after s, median", "longest": "longest"} | {name: 
 def places(store: str) -> Iterator[Callable[[], Place]]:
     """Makes empty places, which are gone in the end."""
     if store == "s3":
+        import s3fs  # noqa: F401 once, for all ranks
+
         from tests.stores import running, seaweedfs
 
         with running(seaweedfs()) as server:
@@ -468,29 +473,27 @@ def places(store: str) -> Iterator[Callable[[], Place]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def kill_all(
-    count: int, seed: int, make_place: Callable[[], Place], beats: tuple[float, float]
-) -> list[dict[str, Any]]:
+def kill_all(count: int, seed: int, make_place: Callable[[], Place], beats: tuple[float, float]) -> Iterator[Any]:
     """Rows of ``count`` kills, ``TOGETHER`` in one place."""
-    found: list[dict[str, Any]] = []
-    while len(found) < count:
-        run = Run(make_place(), seed + len(found), beats)
-        found += run.kills(min(TOGETHER, count - len(found)))
-    return found
+    for first in range(0, count, TOGETHER):
+        yield from Run(make_place(), seed + first, beats).kills(min(TOGETHER, count - first))
 
 
-def in_parallel(jobs: int, count: int, seed: int, make_place: Callable[[], Place], beats: tuple[float, float]) -> Any:
-    """The same by several processes: most of the time ranks wait for one that is dead."""
-    with tempfile.TemporaryDirectory() as folder:
-        shares = [len(range(job, count, jobs)) for job in range(jobs)]
+def in_parallel(jobs: int, count: int, seed: int, make_place: Callable[[], Place], rows_file: Path) -> None:
+    """The same by several processes, which write rows as they come: mostly ranks wait for one that is dead."""
+    rows_file.write_text("")
+    beats = rendezvous.BEAT, rendezvous.SILENCE
 
-        def work_on(job: int) -> None:
-            found = kill_all(shares[job], seed + 1000 * job, make_place, beats)
-            Path(f"{folder}/{job}").write_text(json.dumps(found))
+    def work_on(job: int) -> None:
+        with rows_file.open("a") as file:
+            for row in kill_all(len(range(job, count, jobs)), seed + 1000 * job, make_place, beats):
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+        os._exit(0)
 
-        for pid in [forked(work_on, job) for job in range(jobs)]:
-            os.waitpid(pid, 0)
-        return [row for job in range(jobs) for row in json.loads(Path(f"{folder}/{job}").read_text())]
+    pids = [forked(work_on, job) for job in range(jobs)]
+    if any(status for _, status in [os.waitpid(pid, 0) for pid in pids]):
+        sys.exit("some runs broke off")
 
 
 def main() -> None:
@@ -502,14 +505,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("kill.jsonl"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    native_update(torch.float32, torch.float32, False, torch.float32, False)  # once, for all ranks
+    native_update(torch.float32, torch.float32, False, torch.float32, False)  # compiled once, for all ranks
+    Look.of([], [], [], torch.zeros(0))
     with places(arguments.store) as make_place:
-        beats = rendezvous.BEAT, rendezvous.SILENCE
-        found = in_parallel(arguments.jobs, arguments.kills, arguments.seed, make_place, beats)
+        in_parallel(arguments.jobs, arguments.kills, arguments.seed, make_place, arguments.json)
+    found = [json.loads(line) for line in arguments.json.read_text().splitlines()]
     lines = summary(found)
     print(f"{len(found)} kills, {arguments.store}, seed {arguments.seed}\n")
     print_table(lines, COLUMNS)
-    write_json_lines(arguments.json, found)
     if any(lines[-1][name] for name in FAULTS):
         sys.exit("checkpoints did not survive")
 

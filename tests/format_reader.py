@@ -8,6 +8,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy
 import torch
 
 
@@ -70,6 +71,9 @@ def decode(value: object) -> object:
     ((kind, content),) = value.items()
     if kind in ("#tuple", "#set", "#dict"):
         return {"#tuple": tuple, "#set": set, "#dict": dict}[kind](map(decode, content))
+    if kind == "#numpy":
+        dtype, shape, data = content
+        return numpy.frombuffer(base64.b64decode(data), dtype).reshape(shape or ())
     if kind == "#float":
         return struct.unpack(">d", bytes.fromhex(content))[0]
     return {"#int": lambda text: int(text, 16), "#bytes": base64.b64decode}[kind](content)

@@ -6,11 +6,22 @@ import itertools
 from collections.abc import Collection, Iterable
 from typing import TypeAlias
 
+SMALLEST, LARGEST = 2**12, 2**18  # bytes of a block that has a checksum of its own
+FRAME = 2**20  # bytes at most of what is before and behind a payload
+
 Place: TypeAlias = tuple[tuple[str | int, ...], int | None]  # path of an entry, and its rank if ranks have their own
 
 
 class Wrong(Exception):
     """What is wrong in a manifest."""
+
+
+def check_lengths(head: int, tail: int, block: int) -> None:
+    """What is read at once is small, whatever the size of the file."""
+    if not (SMALLEST <= block <= LARGEST and block.bit_count() == 1):
+        raise Wrong(f"an item has blocks of {block} bytes, expected a power of two from {SMALLEST} to {LARGEST}")
+    if max(head, tail) > FRAME:
+        raise Wrong(f"an item has {max(head, tail)} bytes beside its payload, expected at most {FRAME}")
 
 
 def check_overlaps(items: Iterable[tuple[str, int, int]]) -> None:

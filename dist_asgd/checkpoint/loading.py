@@ -76,6 +76,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: on every rank, with nothing changed, if it does not fit or a byte that is needed is damaged.
+            With a part of it loaded, if a ``load_state_dict`` raises.
     """
     url = in_directory(storage.url, directory)
     with together(agreement, "load()"):
@@ -99,9 +100,21 @@ def load_checkpoint(
             verified.read()
         with together(agreement, "load()"), _named(url):
             verified.apply()
-    with together(agreement, "load()"):
+    with together(agreement, "load()"), _taken(url):
         destination.finish()
     return manifest
+
+
+@contextlib.contextmanager
+def _taken(url: str) -> Iterator[None]:
+    """Tells that it is too late to change nothing."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            f"{url} is whole, but what was saved there is not accepted: {type(error).__name__}: {error}. The state is "
+            "loaded in part now"
+        ) from error
 
 
 def _seen_by(rank: int, manifest: Manifest) -> tuple[dict[str, tuple[str, TensorRecord]], dict[str, ValueRecord]]:

@@ -18,7 +18,7 @@ from dist_asgd.agreement import Agreement, default_group
 from dist_asgd.checkpoint.contents import contents_of
 from dist_asgd.checkpoint.entries import CheckpointError
 from dist_asgd.checkpoint.loading import load_checkpoint
-from dist_asgd.checkpoint.rendezvous import Rendezvous, together
+from dist_asgd.checkpoint.rendezvous import Rendezvous, only_checkpoint_errors, store_of_its_own, together
 from dist_asgd.checkpoint.retention import Kept, directories, new_directory, newest_of, sweep
 from dist_asgd.checkpoint.saving import Plan, plan_save, stage, write
 from dist_asgd.checkpoint.storage import Storage
@@ -62,6 +62,7 @@ class Checkpointer:
         with together(self._agreement, "Checkpointer()"):
             self._storage = Storage.open(url, storage_options)
             self._kept = Kept(keep_last, keep_every, frozenset(pinned))
+            self._store = store_of_its_own()
         self._background: _Background | None = None
         self._buffer: Tensor | None = None  # staged copies of the last asynchronous save
         self._last: Rendezvous | None = None
@@ -82,6 +83,7 @@ class Checkpointer:
         elif self._background is not None:  # others may never come: finish what needs none of them
             self._background.join()
 
+    @only_checkpoint_errors()
     def save(self, step: int, state: Mapping[str, Any], *, wait: bool = True) -> str:
         """Saves a checkpoint of ``state``, and returns its URL. Collective.
 
@@ -104,7 +106,7 @@ class Checkpointer:
         plan = plan_save(self._agreement, step, name, contents)
         if self._last is not None and self._agreement.rank == 0:
             self._last.forget()
-        meeting = self._last = Rendezvous(_store(), f"dist_asgd/{plan.directory}", *self._place)
+        meeting = self._last = Rendezvous(self._store, f"dist_asgd/{plan.directory}", *self._place)
         if wait:
             self._write(plan, meeting)  # it fails on every rank if it does on one
         else:
@@ -114,6 +116,7 @@ class Checkpointer:
             self._background = _Background(lambda: self._write(plan, meeting))
         return f"{self._storage.url}/{plan.directory}"
 
+    @only_checkpoint_errors()
     def load(
         self,
         state: Mapping[str, Any],
@@ -134,7 +137,9 @@ class Checkpointer:
 
         Raises:
             CheckpointError: on every rank, with nothing changed: there is no such step; something is missing,
-                unexpected, or of another shape or dtype (one error lists all); bytes are damaged.
+                unexpected, or of another shape or dtype (one error lists all); bytes are damaged. What
+                ``load_state_dict`` of something in ``state`` raises is a CheckpointError too; it says that a part is
+                loaded then.
         """
         self._settle("load()")
         with together(self._agreement, "load()"):
@@ -191,6 +196,7 @@ class Checkpointer:
                 logger.warning("old checkpoints below %s could not be deleted: %s", self._storage.url, error)
 
 
+@only_checkpoint_errors()
 def save(
     url: str | os.PathLike[str], state: Mapping[str, Any], storage_options: Mapping[str, Any] | None = None
 ) -> None:
@@ -202,16 +208,18 @@ def save(
         with together(agreement, "save()"):
             storage = Storage.open(url, storage_options)
             contents = contents_of(state)
+            store = store_of_its_own()
             if agreement.rank == 0 and storage.list():
                 raise CheckpointError(
                     f"{storage.url} is not empty: checkpoints are never overwritten. Take another URL"
                 )
         plan = plan_save(agreement, 0, "", contents)
         name = f"dist_asgd/{secrets.token_hex(8)}" if agreement.rank == 0 else ""
-        meeting = Rendezvous(_store(), agreement.gather(name)[0], agreement.rank, agreement.world_size)
+        meeting = Rendezvous(store, agreement.gather(name)[0], agreement.rank, agreement.world_size)
         write(storage, plan, meeting, agreement.rank)
 
 
+@only_checkpoint_errors()
 def load(
     url: str | os.PathLike[str],
     state: Mapping[str, Any],
@@ -269,10 +277,3 @@ class _Background:
 def _check_step(step: object) -> None:
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 10**18:
         raise ValueError(f"step must be a whole number of at least 0, got {step!r}")
-
-
-def _store() -> dist.Store | None:
-    """The key-value store that all ranks have; there is no public way to ask for it."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return None
-    return dist.distributed_c10d._get_default_store()

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dist_asgd.checkpoint.consistency import Place, Wrong, check_overlaps, check_paths
+from dist_asgd.checkpoint.consistency import Place, Wrong, check_lengths, check_overlaps, check_paths
 from dist_asgd.checkpoint.cutting import tiles
 from dist_asgd.checkpoint.entries import CheckpointError, SavedTensor
 from dist_asgd.layout import Box
@@ -277,11 +277,11 @@ def _item(value: Any, files: Mapping[str, FileRecord]) -> Item:
     if not isinstance(name, str) or name not in files:
         raise Wrong(f"an item is in file {name!r}, which is not listed")
     offset, head, size, tail, block = (_count(field, f"an item in {name}") for field in fields[1:6])
+    check_lengths(head, tail, block)
     item = Item(name, offset, head, size, tail, block, *(_of(field, str, "a checksum") for field in fields[6:]))
     if item.stop > files[name].size:
         raise Wrong(f"an item ends at byte {item.stop} of {name}, which has {files[name].size}")
-    blocks = -(-size // block) if block else -1
-    if not re.fullmatch(f"[0-9a-f]{{{8 * blocks}}}" if blocks >= 0 else "(?!)", item.crc32):
+    if len(item.crc32) != 8 * -(-size // block) or not re.fullmatch("[0-9a-f]*", item.crc32):
         raise Wrong(f"the item at byte {offset} of {name} has not one checksum for each {block} of its {size} bytes")
     if not re.fullmatch("[0-9a-f]{16}", item.frame):
         raise Wrong(f"the item at byte {offset} of {name} has the frame's checksums {item.frame!r}")
@@ -290,9 +290,9 @@ def _item(value: Any, files: Mapping[str, FileRecord]) -> Item:
 
 def _tensor(key: str, value: Any, items: tuple[Item, ...]) -> TensorRecord:
     value = _of(value, dict, f"tensor {key!r}")
-    dtype = _DTYPES.get(value.get("dtype"))
+    dtype = _DTYPES.get(_of(value.get("dtype"), str, f"the dtype of {key!r}"))
     if dtype is None:
-        raise Wrong(f"tensor {key!r} has the dtype {value.get('dtype')!r}, which this torch does not have")
+        raise Wrong(f"tensor {key!r} has the dtype {value['dtype']!r}, which this torch does not have")
     saved = SavedTensor(_list_of(value.get("shape"), _count, f"the shape of {key!r}"), dtype)
     chunks = tuple(_chunk(chunk, key, dtype, items) for chunk in _of(value.get("chunks"), list, f"chunks of {key!r}"))
     if not chunks or not tiles([chunk.box for chunk in chunks], saved.shape):
@@ -331,8 +331,9 @@ def _paths_of_keys(values: Mapping[str, ValueRecord]) -> set[Place]:
 
 
 def _value(key: str, value: Any) -> ValueRecord:
-    value = _of(value, dict, f"value {key!r}")
-    return ValueRecord(value.get("value"), *_path_and_rank(value, key))
+    if "value" not in _of(value, dict, f"value {key!r}"):
+        raise Wrong(f"entry {key!r} has no value")
+    return ValueRecord(value["value"], *_path_and_rank(value, key))
 
 
 def _path_and_rank(value: Mapping[str, Any], key: str) -> tuple[tuple[str | int, ...], int | None]:

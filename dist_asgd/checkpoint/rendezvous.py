@@ -27,8 +27,19 @@ POLL = 0.02  # seconds
 @contextlib.contextmanager
 def together(agreement: Agreement, operation: str) -> Iterator[None]:
     """``Agreement.together`` whose errors are ``CheckpointError``, ``ValueError`` or ``TypeError``."""
-    with only_checkpoint_errors(), agreement.together(operation):
-        yield
+    own: Exception | None = None
+    with only_checkpoint_errors():
+        try:
+            with agreement.together(operation):
+                try:
+                    yield
+                except Exception as error:
+                    own = error
+                    raise
+        except Exception as error:
+            if own is None or own in (error, error.__cause__):
+                raise
+            raise CheckpointError(f"{own}. Nor could ranks tell one another so: {error}") from own
 
 
 @contextlib.contextmanager
@@ -42,11 +53,26 @@ def only_checkpoint_errors() -> Iterator[None]:
         raise CheckpointError(str(error)) from error
 
 
+def store_of_its_own() -> dist.Store | None:
+    """A connection to the key-value store that all ranks have; None where there is one rank.
+
+    One connection serves one thread at a time, and the training may wait in its own for longer than ``SILENCE``: for a
+    process group that other ranks make later, say.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    store = dist.distributed_c10d._get_default_store()  # there is no public way to ask for it
+    try:
+        return store.clone()  # type: ignore[attr-defined,no-any-return]  # torch's stubs lack it
+    except RuntimeError:  # a store that is written in Python need not have it
+        return store
+
+
 class Rendezvous:
     """The meeting of all ranks about one checkpoint. Used as a context manager around the rank's work.
 
     Args:
-        store: of all ranks; None where there is one.
+        store: ``store_of_its_own()``.
         name: the same on every rank, and never used before.
     """
 
@@ -59,7 +85,7 @@ class Rendezvous:
 
     def __enter__(self) -> Rendezvous:
         if self._world_size > 1:
-            self._store.set(f"beat/{self._rank}", "0")
+            self._store.add(f"beat/{self._rank}", 1)
             self._beats.start()
         return self
 
@@ -119,7 +145,7 @@ class Rendezvous:
 
     def _pulses(self, ranks: Sequence[int]) -> Iterator[None]:
         """Raises where one of the ranks, for ``SILENCE``, has shown no sign of life."""
-        last = {rank: (b"", time.monotonic()) for rank in ranks}
+        last = {rank: (0, time.monotonic()) for rank in ranks}
         looked = time.monotonic()
         while True:
             yield
@@ -127,19 +153,16 @@ class Rendezvous:
                 continue
             looked = now
             for rank, (seen, since) in last.items():
-                key = f"beat/{rank}"
-                beat = bytes(self._store.get(key)) if self._store.check([key]) else b""
+                beat = self._store.add(f"beat/{rank}", 0)  # get() would block if that rank has just left
                 if beat != seen:
                     last[rank] = beat, now
                 elif now - since > SILENCE:
                     raise Gone(f"rank {rank} has given no sign of life for {SILENCE:.0f} s: it died or hangs")
 
     def _beat(self) -> None:
-        count = 0
         while not self._stopped.wait(BEAT):
-            count += 1
             with contextlib.suppress(Exception):  # without a store, the others wait no longer than SILENCE
-                self._store.set(f"beat/{self._rank}", str(count))
+                self._store.add(f"beat/{self._rank}", 1)
 
 
 class Gone(CheckpointError):

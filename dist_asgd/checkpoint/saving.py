@@ -174,8 +174,9 @@ def write(storage: Storage, plan: Plan, meeting: Rendezvous, rank: int) -> None:
 
     No collectives. Raises on every rank if one has failed.
     """
-    objects = {} if plan.record is None else {key: decode(v.encoded, key) for key, v in plan.record.values.items()}
     with only_checkpoint_errors(), meeting:
+        values = {} if plan.record is None else plan.record.values
+        objects = {key: decode(value.encoded, key) for key, value in values.items()}
         written = write_parts(storage, plan.directory, rank, plan.parts, objects, meeting.check)
         meeting.bring(written.to_json())
         if plan.record is None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_asgd.checkpoint.consistency import LARGEST, SMALLEST
 from dist_asgd.checkpoint.cutting import cut, narrowed, whole
 from dist_asgd.checkpoint.distcp import item_head, item_tail, object_item
 from dist_asgd.checkpoint.manifest import NO_FRAME, SHARED, Item, in_directory
@@ -22,7 +23,6 @@ from dist_asgd.layout import Box
 PIECE = 8 * 2**20  # bytes that are copied at once from a device, or from memory that is not in order
 ASIDE = 2**18  # bytes from which a checksum is made in another thread, while this one writes
 BLOCKS = 512  # of an item that have a checksum of their own, if it is large enough
-SMALLEST, LARGEST = 2**12, 2**18  # bytes of a block
 
 
 @dataclass(frozen=True, slots=True)
