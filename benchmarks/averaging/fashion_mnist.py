@@ -3,10 +3,10 @@
     apt-get install dataset-fashion-mnist        # Debian, Ubuntu: 31 MB in /usr/share/datasets/fashion-mnist
     python -m benchmarks.averaging.fashion_mnist
 
-Images are scaled to length 1. Batches of 8, a constant learning rate but for ASGD's own decay, and an average that
-starts after a quarter of an epoch. The optimum of the same objective is found by L-BFGS. With the learning rate
-well chosen the iterates fluctuate around the optimum, and their average is near it; with one that is too small they
-are still on their way, the average lags behind, and loses.
+The mean image is subtracted, and images are scaled to a mean length of 1. Batches of 8, a learning rate that is
+constant but for ASGD's own decay, and an average that starts after a quarter of an epoch. L-BFGS finds the optimum of
+the same objective. With a well chosen learning rate the iterates fluctuate around the optimum, and their average is
+near it; with one that is too small they are still on their way to it, the average lags behind them, and loses.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ COLUMNS = {
     "last_2": "last iterate, %",
     "optimum": "L-BFGS, %",
 }
-Labelled = tuple[Tensor, Tensor]  # images (n, 784) of length 1, labels (n,)
+Labelled = tuple[Tensor, Tensor]  # images (n, 784), labels (n,)
 
 
 def main() -> None:
@@ -72,8 +72,7 @@ def _options() -> argparse.Namespace:
 
 def measure(folder: Path, seed: int, lr: float) -> dict[str, Any]:
     """Train on this process group; test errors after each epoch, and at times before, in percent."""
-    images, labels = _read(folder, "train")
-    test = _read(folder, "t10k")
+    (images, labels), test = _read(folder)
     model = _model()
     steps = len(images) // BATCH  # of an epoch
     optimizer = ShardedASGD(model.named_parameters(), lr=lr, lambd=LAMBD, t0=steps // 4)
@@ -99,7 +98,7 @@ def measure(folder: Path, seed: int, lr: float) -> dict[str, Any]:
 
 def solve(folder: Path, iterations: int = 400) -> dict[str, float]:
     """The optimum of what ``measure`` minimises: the mean cross-entropy of all images + lambd/2·|w|²."""
-    images, labels = _read(folder, "train")
+    (images, labels), test = _read(folder)
     model = _model()
     solver = torch.optim.LBFGS(
         model.parameters(), max_iter=iterations, history_size=20, tolerance_change=0.0, line_search_fn="strong_wolfe"
@@ -113,7 +112,7 @@ def solve(folder: Path, iterations: int = 400) -> dict[str, float]:
         return value
 
     solver.step(objective)
-    return {"objective": objective().item(), "error": _error(model, _read(folder, "t10k"))}
+    return {"objective": objective().item(), "error": _error(model, test)}
 
 
 def _model() -> nn.Linear:
@@ -130,16 +129,23 @@ def _error(model: nn.Linear, labelled: Labelled) -> float:
     return 100 * (model(images).argmax(1) != labels).sum().item() / len(labels)
 
 
-def _read(folder: Path, part: str) -> Labelled:
+def _read(folder: Path) -> tuple[Labelled, Labelled]:
+    """To train on, and to test on."""
     try:
-        images = _bytes(folder / f"{part}-images-idx3-ubyte.gz", header=16).view(-1, PIXELS).float()
-        labels = _bytes(folder / f"{part}-labels-idx1-ubyte.gz", header=8).long()
+        (images, labels), (test_images, test_labels) = (_part(folder, name) for name in ("train", "t10k"))
     except FileNotFoundError as error:
         raise SystemExit(
             f"{error.filename} is not there. On Debian and Ubuntu: apt-get install dataset-fashion-mnist. Elsewhere, "
             "get the .gz files of github.com/zalandoresearch/fashion-mnist, data/fashion, and give --data their folder."
         ) from None
-    return F.normalize(images), labels
+    mean = images.mean(0)
+    length = (images - mean).norm(dim=1).mean()
+    return ((images - mean) / length, labels), ((test_images - mean) / length, test_labels)
+
+
+def _part(folder: Path, name: str) -> Labelled:
+    images = _bytes(folder / f"{name}-images-idx3-ubyte.gz", header=16).view(-1, PIXELS).float()
+    return images, _bytes(folder / f"{name}-labels-idx1-ubyte.gz", header=8).long()
 
 
 def _bytes(path: Path, header: int) -> Tensor:

@@ -142,7 +142,7 @@ def averaged_sgd(seed: int) -> dict[str, Any]:
             curves["raw_curve"].append(task.bits_per_byte(task.test))
             with optimizer.averaged_parameters():
                 curves["average_curve"].append(task.bits_per_byte(task.test))
-            if started is None and trigger.fires(task.bits_per_byte(task.validation)):
+            if started is None and trigger.step(task.bits_per_byte(task.validation)):
                 optimizer.start_averaging()
                 started = step
         if started is not None and step == started + EPOCH:

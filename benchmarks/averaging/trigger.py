@@ -10,7 +10,7 @@ class NonMonotonicTrigger:
         self._n = n
         self._losses: list[float] = []
 
-    def fires(self, loss: float) -> bool:
+    def step(self, loss: float) -> bool:
         earlier = self._losses[: -self._n]
         self._losses.append(loss)
         return bool(earlier) and loss > min(earlier)
