@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,10 @@ def on_ranks(name: str, ranks: int, *arguments: str) -> dict[str, Any]:
     """Run the experiment of this name on so many ranks; returns what rank 0 reports."""
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     module, command = f"benchmarks.averaging.{name}", ["--worker", *arguments]
-    return start_ranks(module, command, prefixes=[[]] * ranks, environment=environment, timeout=TIMEOUT)[0]
+    started = time.monotonic()
+    result = start_ranks(module, command, prefixes=[[]] * ranks, environment=environment, timeout=TIMEOUT)[0]
+    print(f"{ranks} ranks, {' '.join(arguments)}: {time.monotonic() - started:.0f} s", flush=True)
+    return result
 
 
 def as_rank(measure: Callable[[], Mapping[str, Any]]) -> None:
