@@ -38,8 +38,8 @@ COLUMNS = {
     "noise_error": "noise: rms error",
 }
 FIGURES = ["drift", "noise_error"]
-# Two functions: one takes up what the parameter is now, the other returns the average so far, (ELEMENTS,), on rank 0.
-Average = tuple[Callable[[], Any], Callable[[], Tensor | None]]
+# Two functions: one takes up what the parameter is now, the other returns the average so far, (ELEMENTS,).
+Average = tuple[Callable[[], Any], Callable[[], Tensor]]
 
 
 def main() -> None:
@@ -78,7 +78,11 @@ def ours(model: Weight) -> Average:
         model.weight.grad = torch.zeros_like(model.weight)
         optimizer.step()
 
-    return step, lambda: optimizer.full_state_dict().get("state", {}).get(0, {}).get("ax")
+    def average() -> Tensor:  # NaN on all ranks but the first, which reports
+        full = optimizer.full_state_dict()
+        return full["state"][0]["ax"] if full else torch.full((ELEMENTS,), torch.nan)
+
+    return step, average
 
 
 def torch_asgd(model: Weight) -> Average:
@@ -124,7 +128,8 @@ def _follow(
             model.weight.copy_(iterate)
         take()
         total += iterate if count > skipped else 0
-        if count % every == 0 and (now := average()) is not None:
+        if count % every == 0:
+            now = average()
             curve.append(now.double().mean().item())
             error = (now - total / (count - skipped)).square().mean().sqrt()
     return error.item(), (total / (count - skipped)).mean().item(), curve

@@ -49,7 +49,8 @@ def on_ranks(name: str, ranks: int, *arguments: str) -> dict[str, Any]:
     module, command = f"benchmarks.averaging.{name}", ["--worker", *arguments]
     started = time.monotonic()
     result = start_ranks(module, command, prefixes=[[]] * ranks, environment=environment, timeout=TIMEOUT)[0]
-    print(f"{ranks} ranks, {' '.join(arguments)}: {time.monotonic() - started:.0f} s", flush=True)
+    figures = ", ".join(f"{key} {value:.6g}" for key, value in result.items() if isinstance(value, float))
+    print(f"{ranks} ranks, {' '.join(arguments)}, {time.monotonic() - started:.0f} s: {figures}", flush=True)
     return result
 
 

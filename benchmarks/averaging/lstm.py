@@ -18,6 +18,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -66,9 +68,8 @@ def main() -> None:
     results = [{"ranks": ranks, **on_ranks("lstm", ranks, seed)} for ranks in options.ranks]
     print(f"the number of ranks changes figures by {spread(results, ['test', 'raw_test']):.1e} at most")
     rows = [{"name": "SGD, then averaging", "lr": LEARNING_RATE, "part": None, **result} for result in results]
-    for lr, part in itertools.product(*GRID.values()):
-        arguments = (seed, f"--steps={results[0]['steps']}", f"--lr={lr}", f"--part={part}")
-        rows.append({"name": "SGD, decay", "ranks": 1, "lr": lr, "part": part, **on_ranks("lstm", 1, *arguments)})
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each is a process of one thread
+        rows += pool.map(lambda one: _decay_row(seed, results[0]["steps"], *one), itertools.product(*GRID.values()))
     best = min(rows[len(results) :], key=lambda row: row["validation"])
     best["name"] = "SGD, tuned decay"
     text = _read()
@@ -76,6 +77,11 @@ def main() -> None:
     print_figures(rows, COLUMNS, {"part": ".1f", "validation": ".4f", "test": ".4f", "raw_test": ".4f"})
     write_json_lines(options.json, rows)
     _plot(options, rows[0], best)
+
+
+def _decay_row(seed: str, steps: int, lr: float, part: float) -> dict[str, Any]:
+    result = on_ranks("lstm", 1, seed, f"--steps={steps}", f"--lr={lr}", f"--part={part}")
+    return {"name": "SGD, decay", "ranks": 1, "lr": lr, "part": part, **result}
 
 
 def _options() -> argparse.Namespace:
