@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import ASGD
 from torch.optim.swa_utils import AveragedModel
 
-from benchmarks.averaging.experiment import Curve, as_rank, draw, on_ranks, parser_of, print_figures, spread
+from benchmarks.averaging.experiment import Curve, as_rank, compare_ranks, draw, on_ranks, parser_of, print_figures
 from benchmarks.table import write_json_lines
 from dist_asgd import ShardedASGD
 
@@ -48,7 +48,7 @@ def main() -> None:
         as_rank(lambda: measure(ours, options.seed, skipped=1))
         return
     results = [on_ranks("bf16", ranks, f"--seed={options.seed}") for ranks in options.ranks]
-    print(f"the number of ranks changes figures by {spread(results, FIGURES):.1e} at most")
+    compare_ranks(results, FIGURES)
     rows = [{"name": "ours", "ranks": n, **result} for n, result in zip(options.ranks, results, strict=True)]
     rows.append({"name": "torch.optim.ASGD", "ranks": 1, **measure(torch_asgd, options.seed, skipped=1)})
     rows.append({"name": "torch AveragedModel", "ranks": 1, **measure(averaged_model, options.seed, skipped=0)})

@@ -71,9 +71,11 @@ def share_of(batch: int) -> slice:
     return slice(dist.get_rank() * rows, (dist.get_rank() + 1) * rows)
 
 
-def spread(results: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> float:
-    """The largest difference that the number of ranks makes to any of the figures."""
-    return max(max(r[key] for r in results) - min(r[key] for r in results) for key in keys)
+def compare_ranks(results: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
+    """Print the largest difference that the number of ranks makes to any of the figures."""
+    if len(results) > 1:
+        spread = max(max(r[key] for r in results) - min(r[key] for r in results) for key in keys)
+        print(f"the number of ranks changes figures by {spread:.1e} at most")
 
 
 def print_figures(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], formats: Mapping[str, str]) -> None:
@@ -96,12 +98,12 @@ def draw(path: Path, curves: Sequence[Curve], **axes: Any) -> None:
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": path.name})
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
     plot = figure.subplots()
     for curve in curves:
         plot.plot(curve.x, curve.y, curve.style, color=curve.color, label=curve.label, linewidth=1.5)
     plot.set(**axes)
-    plot.legend()
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     plot.grid(alpha=0.3)
     figure.savefig(path, format="svg", metadata={"Date": None})
     print(f"plotted in {path}")

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.averaging.experiment import Curve, as_rank, draw, on_ranks, parser_of, share_of, spread
+from benchmarks.averaging.experiment import Curve, as_rank, compare_ranks, draw, on_ranks, parser_of, share_of
 from benchmarks.table import print_table, write_json_lines
 from dist_asgd import ShardedASGD
 
@@ -58,7 +58,7 @@ def main() -> None:
         results = [on_ranks("fashion_mnist", ranks, *arguments) for ranks in numbers]
         for ranks, result in zip(numbers, results, strict=True):
             rows.append({"case": case, "lr": lr, "ranks": ranks, "optimum": optimum["error"], **result})
-        print(f"{case}: the number of ranks changes figures by {spread(results, figures):.3f} at most")
+        compare_ranks(results, figures)
     print(f"\nTest error, seed {options.seed}\n")
     print_table(rows, COLUMNS)
     write_json_lines(options.json, rows)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.averaging.experiment import Curve, as_rank, draw, on_ranks, parser_of, share_of, spread
+from benchmarks.averaging.experiment import Curve, as_rank, compare_ranks, draw, on_ranks, parser_of, share_of
 from benchmarks.table import print_table, write_json_lines
 from dist_asgd import ShardedASGD
 
@@ -65,7 +65,7 @@ def main() -> None:
         results = [on_ranks("least_squares", n, f"--seed={options.seed}", f"--case={name}") for n in numbers]
         for ranks, result in zip(numbers, results, strict=True):
             rows.append({"case": name, "lr": case.lr, "t0": case.t0, "ranks": ranks, **result})
-        print(f"{name}: the number of ranks changes figures by {spread(results, ['average', 'last']):.1e} at most")
+        compare_ranks(results, ["average", "last"])
     print(f"\nMean excess risk of {RUNS} runs after {STEPS * BATCH} samples each, seed {options.seed}\n")
     print_table(rows, COLUMNS)
     write_json_lines(options.json, rows)
@@ -118,16 +118,21 @@ def _risk(weight: Tensor, variances: Tensor, truth: Tensor) -> float:
 
 
 def _plot(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    curves = []
+    samples = rows[0]["samples"]
+    optimum = [FEATURES / n for n in samples]
+    curves = [Curve("σ²d/n", samples, optimum, "black", ":")]
     for row in rows:
         if row["ranks"] != options.ranks[0]:
             continue  # its curves are the same
         style, text = CASES[row["case"]].style, f"learning rate {row['case']}"
+        last, average = (
+            [r * best for r, best in zip(row[key], optimum, strict=True)] for key in ("last_curve", "average_curve")
+        )
         if not row["t0"]:  # it is the same with another
-            curves.append(Curve(f"last iterate, {text}", row["samples"], row["last_curve"], "tab:gray", style))
-        curves.append(Curve(f"average, {text}", row["samples"], row["average_curve"], "tab:blue", style))
-    axes = {"xscale": "log", "yscale": "log", "xlabel": "samples n", "ylabel": "excess risk / (σ²d/n)"}
-    draw(options.plot, curves, title="Least squares: 1 is the optimum", **axes)
+            curves.append(Curve(f"last iterate, {text}", samples, last, "tab:gray", style))
+        curves.append(Curve(f"average, {text}", samples, average, "tab:blue", style))
+    axes = {"xscale": "log", "yscale": "log", "xlabel": "samples n", "ylabel": "excess risk"}
+    draw(options.plot, curves, title="Least squares", **axes)
 
 
 if __name__ == "__main__":

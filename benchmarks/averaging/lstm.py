@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.averaging.experiment import Curve, as_rank, draw, on_ranks, parser_of, print_figures, spread
+from benchmarks.averaging.experiment import Curve, as_rank, compare_ranks, draw, on_ranks, parser_of, print_figures
 from benchmarks.averaging.trigger import NonMonotonicTrigger
 from benchmarks.table import write_json_lines
 from dist_asgd import ShardedASGD
@@ -66,7 +66,7 @@ def main() -> None:
         return
     seed = f"--seed={options.seed}"
     results = [{"ranks": ranks, **on_ranks("lstm", ranks, seed)} for ranks in options.ranks]
-    print(f"the number of ranks changes figures by {spread(results, ['test', 'raw_test']):.1e} at most")
+    compare_ranks(results, ["test", "raw_test"])
     rows = [{"name": "SGD, then averaging", "lr": LEARNING_RATE, "part": None, **result} for result in results]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # each is a process of one thread
         rows += pool.map(lambda one: _decay_row(seed, results[0]["steps"], *one), itertools.product(*GRID.values()))
