@@ -89,6 +89,25 @@ def nested(node: Node, entries: Mapping[str, Any]) -> Any:
     return {key: values[str(key)] for key in entries[node.key] if str(key) in values}
 
 
+def restored(value: Any, live: Any) -> Any:
+    """``value`` with the keys and the types of mappings that ``live`` has in the same places.
+
+    DCP makes dicts of all mappings, and strings of all keys.
+    """
+    if isinstance(value, dict) and isinstance(live, Mapping):
+        known = {str(key): key for key in live}
+        are_numbers = bool(live) and all(type(key) is int for key in live)
+        items: dict[Any, Any] = {}
+        for name, item in value.items():
+            key = known.get(name, int(name) if are_numbers and name.isdecimal() else name)
+            items[key] = restored(item, live.get(key))
+        kind: Any = type(live) if type(live) in (OrderedDict, Counter) else dict
+        return kind(items)
+    if isinstance(value, list) and isinstance(live, list):
+        return [restored(item, live[index] if index < len(live) else None) for index, item in enumerate(value)]
+    return value
+
+
 def has_state(value: Any) -> bool:
     """Whether it is a module, an optimizer, a scheduler or anything else with a state of its own."""
     return isinstance(value, (nn.Module, Stateful))

@@ -13,7 +13,6 @@ from dist_asgd.checkpoint.entries import SavedTensor
 from dist_asgd.checkpoint.named import NamedOptimizer
 from dist_asgd.checkpoint.nesting import Path, key_of, leaves
 from dist_asgd.checkpoint.plan import OPTIMIZERS, Plan, missing
-from dist_asgd.checkpoint.values import decode
 
 # Options that choose an implementation, and what is not an option: these stay as they are, whatever was saved.
 KEPT = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
@@ -102,7 +101,7 @@ def _compare_names(plan: Plan, where: Path, names: list[str]) -> None:
     if key not in plan.values:
         plan.lacks(key, f"expected a group of {len(names)} parameters")
         return
-    saved = decode(plan.values[key], key)
+    saved = plan.values[key]
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         plan.problems.wrong_dtype[key] = "expected a list of names"
         return

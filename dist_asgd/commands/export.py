@@ -18,8 +18,8 @@ from dist_asgd.checkpoint.export import (
     tensors_of,
     torch_file,
 )
-from dist_asgd.checkpoint.loading import open_checkpoint
 from dist_asgd.checkpoint.manifest import NAME, Manifest, read_manifest
+from dist_asgd.checkpoint.sources import open_checkpoint
 from dist_asgd.checkpoint.stores import Chunk
 from dist_asgd.commands.output import Progress, printable, progress_bar, readable, write
 from dist_asgd.commands.places import LOCAL, UsageError, checkpoint_at, file_at, options_of, protocol_of
