@@ -46,10 +46,14 @@ class Node:
 
     def entries(self) -> Iterator[str]:
         """Of all entries here and below."""
+        return (key for key, _ in self.places())
+
+    def places(self, path: Path = ()) -> Iterator[tuple[str, Path]]:
+        """The same with their paths, if that of this node is ``path``."""
         if self.key is not None:
-            yield self.key
-        for child in self.children.values():
-            yield from child.entries()
+            yield self.key, path
+        for name, child in self.children.items():
+            yield from child.places((*path, name))
 
 
 def leaves(state: Any, path: Path = ()) -> Iterator[Leaf]:
