@@ -297,7 +297,7 @@ def list_what_does_not_fit(folder):
     assert "  optim.param_groups.0.params: more: the parameter was not in this group" in lines
     assert "  optim.state.bias.ax: float32 [2], nothing here takes it" in lines
     assert not live.weight.any()
-    with pytest.raises(CheckpointError, match=r"has no manifest\.json, which is written"):
+    with pytest.raises(CheckpointError, match=r"neither manifest\.json nor \.metadata"):
         Checkpointer(folder.parent).load({}) or load(folder / "nothing", {})
 
 

@@ -78,21 +78,16 @@ class VerifiedItems(Verified):
         self._places: list[tuple[Tensor, int]] = []  # where it goes, and where it is kept
 
     def read(self) -> None:
-        for target, source in self._read():
+        for target, source in self._found():
             if not self._storage.is_local:
                 self._places.append((target, self._keep(memory(source.contiguous()))))
 
     def apply(self) -> None:
-        for target, source in self._read() if self._storage.is_local else self._read_again():
+        for target, source in self._found() if self._storage.is_local else self._read_again():
             target.copy_(source)
 
-    def _read(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(where it goes, what goes there) of each part of each need."""
-        for item, box, found in read_items(self._storage, self._directory, self._items):
-            for need in item.needs:
-                common = intersection(need.box, box)
-                if common is not None:
-                    yield narrowed(need.data, within(common, need.box)), narrowed(found, within(common, box))
+    def _found(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return _parts(self._storage, self._directory, self._items)
 
     def _read_again(self) -> Iterator[tuple[Tensor, Tensor]]:
         for target, at in self._places:
@@ -102,11 +97,26 @@ class VerifiedItems(Verified):
             yield target, source
 
 
-def read_items(storage: Storage, directory: str, items: Sequence[Item]) -> Iterator[tuple[Item, Box, Tensor]]:
-    """Each item in parts: a box of the chunk, and its elements. An item is verified when the next one comes.
+def fill(storage: Storage, directory: str, items: Sequence[Item]) -> None:
+    """Reads, verifies and writes item by item: for tensors that nobody looks at if it raises ``CheckpointError``."""
+    for target, source in _parts(storage, directory, items):
+        target.copy_(source)
+
+
+def _parts(storage: Storage, directory: str, items: Sequence[Item]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(where it goes, what goes there) of each part of each need. An item is verified when the next one comes.
 
     Raises CheckpointError for a damaged one, which parts may have been yielded of.
     """
+    for item, box, found in _read(storage, directory, items):
+        for need in item.needs:
+            common = intersection(need.box, box)
+            if common is not None:
+                yield narrowed(need.data, within(common, need.box)), narrowed(found, within(common, box))
+
+
+def _read(storage: Storage, directory: str, items: Sequence[Item]) -> Iterator[tuple[Item, Box, Tensor]]:
+    """Each item in parts: a box of the chunk, and its elements."""
     small = [item for item in items if not item.is_large]
     requests = joined([item.place for item in small], PIECE, GAP)
     ranges = [(in_directory(directory, name), start, stop) for (name, start, stop), _ in requests]
