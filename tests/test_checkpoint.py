@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import dist_asgd
 from dist_asgd import Checkpointer
-from dist_asgd.checkpoint import CheckpointError, RandomState
+from dist_asgd.checkpoint import CheckpointError, RandomState, manager
 from layouts import Model, build
 from ranks import Sent, message_of, run_alone, run_ranks
 from test_portability import LAST, OPTIONS, SAVED, check, reference, train
@@ -207,6 +207,27 @@ def test_retention_counts_committed_checkpoints_only(tmp_path):
     assert len(list(tmp_path.iterdir())) == 6
     for wrong in (0, -1, True, 2.5):
         message_of(lambda wrong=wrong: Checkpointer(tmp_path, keep_last=wrong), ValueError)
+
+
+@pytest.mark.parametrize("moment", ["found", "opened"])
+def test_a_checkpoint_that_is_deleted_while_it_is_loaded_gives_way_to_a_newer_one(tmp_path, monkeypatch, moment):
+    writer = Checkpointer(tmp_path, keep_last=1)
+    writer.save(1, {"x": torch.full((5,), 1.0)})
+    source_of = manager.source_of
+
+    def overtaken(agreement, storage, name, *args, **kwargs):
+        monkeypatch.setattr(manager, "source_of", source_of)
+        opened = source_of(agreement, storage, name, *args, **kwargs) if moment == "opened" else None
+        writer.save(2, {"x": torch.full((5,), 2.0)})
+        return opened or source_of(agreement, storage, name, *args, **kwargs)
+
+    state = {"x": torch.zeros(5)}
+    monkeypatch.setattr(manager, "source_of", overtaken)
+    assert Checkpointer(tmp_path).load(state) == 2
+    assert (state["x"] == 2).all()
+    monkeypatch.setattr(manager, "source_of", overtaken)
+    message = message_of(lambda: Checkpointer(tmp_path).load(state, step=2), CheckpointError)
+    assert "step-00000002" in message
 
 
 def test_one_error_lists_everything_and_nothing_changes(tmp_path):

@@ -242,6 +242,20 @@ def loaded(file):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_export_of_a_stock_checkpoint(tmp_path, capsys, suffix):
+    tied, other = torch.randn(50, 8), torch.randn(50, 8)
+    average, model = tied + 1, {"wte.weight": tied, "head.weight": tied.clone(), "other": other, "conv": other.mT}
+    state = {"model": model, "optimizer": {"state": {"wte.weight": {"ax": average}}}, "n": {"a": 7}}
+    dcp.save(state, checkpoint_id=tmp_path / "saved")
+    out = tmp_path / f"out{suffix}"
+    assert answer(capsys, "export", tmp_path / "saved", out)["step"] is None
+    assert {name: tensor.tolist() for name, tensor in loaded(out).items()} == {k: v.tolist() for k, v in model.items()}
+    found = answer(capsys, "export", tmp_path / "saved", out, "--average")
+    assert found["not_averaged"] == ["other", "conv"]
+    assert torch.equal(loaded(out)["wte.weight"], average) and torch.equal(loaded(out)["head.weight"], average)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize(("batch", "long"), [(export.BATCH, archives.LONG), (40_000, 30_000)])  # small: zip64, pieces
 def test_export(saved, tmp_path, capsys, monkeypatch, suffix, batch, long):
     monkeypatch.setattr(export, "BATCH", batch)

@@ -21,6 +21,7 @@ from dist_asgd.checkpoint.contents import Contents, contents_of, destination_of
 from dist_asgd.checkpoint.entries import SavedTensor
 from dist_asgd.checkpoint.problems import Problems
 from dist_asgd.checkpoint.random_state import RandomState
+from dist_asgd.checkpoint.values import Values, decode
 from layouts import Model, batch, build, give_gradients, named_parameters, place, train, whole
 from ranks import run_alone, run_ranks
 from test_fsdp1 import build as fsdp1_build
@@ -70,7 +71,8 @@ def _copied(contents: Contents) -> Contents:
 def load(state: Mapping[str, Any], saved: Saved, rank: int = 0, **options: Any) -> None:
     tensors, values, paths = saved
     shapes = {key: SavedTensor(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-    destination = destination_of(state, shapes, values[rank] if rank < len(values) else values[0], paths, **options)
+    mine = Values(values[rank] if rank < len(values) else values[0], decode)
+    destination = destination_of(state, shapes, mine, paths, **options)
     assert not destination.problems, destination.problems.message()
     for key, entries in destination.tensors.items():
         for entry in entries:

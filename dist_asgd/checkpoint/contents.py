@@ -17,12 +17,12 @@ from dist_asgd.checkpoint.blocks import is_sharded, to_save
 from dist_asgd.checkpoint.entries import SavedTensor, TensorEntry
 from dist_asgd.checkpoint.modules import module_state, plan_module
 from dist_asgd.checkpoint.named import named
-from dist_asgd.checkpoint.nesting import Keys, Leaf, Path, has_state, key_of, leaves, tree_of
+from dist_asgd.checkpoint.nesting import Keys, Leaf, Path, has_state, key_of, leaves, restored, tree_of
 from dist_asgd.checkpoint.optimizers import plan_optimizer
 from dist_asgd.checkpoint.plan import OTHERS, Finish, Plan, missing, plain_tensor
 from dist_asgd.checkpoint.problems import Problems
 from dist_asgd.checkpoint.random_state import RandomState, warn_unchanged
-from dist_asgd.checkpoint.values import decode, encode
+from dist_asgd.checkpoint.values import encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,7 @@ def destination_of(
     *,
     strict: bool = True,
     average: bool = False,
+    stock: bool = False,
 ) -> Destination:
     """Where this rank's part of a checkpoint goes in ``state``. Changes nothing. Collective under FSDP1 only.
 
@@ -97,17 +98,18 @@ def destination_of(
         state: as for ``contents_of``. Of the checkpoint only what has its top-level names is asked for. A dict in it
             that is empty takes all that the checkpoint has there; an empty state takes the whole checkpoint.
         saved: the tensors that the checkpoint has for this rank, by key.
-        values: the values that it has for this rank, encoded, by key.
+        values: the values that it has for this rank, by key. They are asked for as they are needed.
         paths: of all entries of the checkpoint, by key, also of those that only other ranks have.
         strict: whether entries that are missing or unexpected are problems.
         average: parameters of modules take the ``ax`` that the optimizer of the checkpoint has of them, if it has one,
             rounded once if it is wider.
+        stock: whether ``torch.distributed.checkpoint`` took the state apart.
 
     Raises:
-        CheckpointError: for damaged values.
+        CheckpointError: from ``values``.
         TypeError, ValueError: as ``contents_of``.
     """
-    plan = Plan(saved, values, tree_of(paths), strict)
+    plan = Plan(saved, values, tree_of(paths), strict, stock)
     for leaf in leaves(state) if state else [Leaf((), state, None, None)]:
         _plan_leaf(plan, leaf, state, average)
     plan.note_unexpected(set(map(str, state)))
@@ -153,16 +155,24 @@ def _plan_leaf(plan: Plan, leaf: Leaf, state: Mapping[str, Any], average: bool) 
 def _plan_stateful(plan: Plan, path: Path, target: Any) -> None:
     """All that was saved goes to its ``load_state_dict``, which knows what it wants."""
     node = plan.root.at(path)
-    if isinstance(target, RandomState) and not plan.has(node):
+    if isinstance(target, RandomState) and not plan.has(node.at(("generators",))):
         plan.used.update(node.entries())
         plan.finish_with(OTHERS, lambda: warn_unchanged(key_of(path)))
         return
-    if not list(node.entries()):
-        missing(plan, path, type(target).__name__)
+    if plan.is_stock and node.key is not None and not node.children:
+        plan.used.add(node.key)
+        plan.problems.wrong_dtype[node.key] = (
+            f"found a tensor or a value, expected the state of {type(target).__name__}"
+        )
         return
-    live: dict[str, Any] = {}
-    if any(key in plan.tensors for key in node.entries()):  # otherwise it is not asked: that may be expensive
-        live = {key_of(leaf.path): leaf.value for leaf in leaves(target.state_dict(), path)}
+    # Otherwise it is not asked: that may be expensive.
+    is_asked = plan.is_stock or any(key in plan.tensors for key in node.entries())
+    state = target.state_dict() if is_asked else {}
+    if not list(node.entries()):
+        if state or not plan.is_stock:
+            missing(plan, path, type(target).__name__)
+        return
+    live = {key_of(leaf.path): leaf.value for leaf in leaves(state, path)}
 
     def tensor_for(key: str, saved: SavedTensor) -> Tensor | None:
         known = live.get(key)
@@ -172,7 +182,7 @@ def _plan_stateful(plan: Plan, path: Path, target: Any) -> None:
 
     taken = plan.take(node, tensor_for)
     if taken is not None:
-        plan.finish_with(OTHERS, lambda: target.load_state_dict(taken()))
+        plan.finish_with(OTHERS, lambda: target.load_state_dict(restored(taken(), state) if plan.is_stock else taken()))
 
 
 def _alike(tensor: Tensor, saved: SavedTensor) -> bool:
@@ -183,7 +193,8 @@ def _plan_empty(plan: Plan, leaf: Leaf) -> None:
     """An empty dict takes all that there is."""
     node = plan.root.at(leaf.path)
     if leaf.path and not list(node.entries()):
-        plan.lacks(key_of(leaf.path), "expected a dict")
+        if not plan.is_stock:
+            plan.lacks(key_of(leaf.path), "expected a dict")
         return
     taken = plan.take(node, plain_tensor)
     if taken is not None:
@@ -191,10 +202,14 @@ def _plan_empty(plan: Plan, leaf: Leaf) -> None:
 
 
 def _plan_value(plan: Plan, leaf: Leaf) -> None:
-    key = key_of(leaf.path)
+    key, node = key_of(leaf.path), plan.root.at(leaf.path)
     plan.used.add(key)
-    if key in plan.values:
-        value = decode(plan.values[key], key)
+    if plan.is_stock and node.children:
+        taken = plan.take(node, plain_tensor)
+        if taken is not None:
+            plan.finish_with(OTHERS, lambda: _put(leaf, restored(taken(), leaf.value)))
+    elif key in plan.values:
+        value = plan.values[key]
         plan.finish_with(OTHERS, lambda: _put(leaf, value))
     elif key in plan.tensors:
         plan.problems.wrong_dtype[key] = f"found a tensor, expected a value like the {type(leaf.value).__name__} there"

@@ -8,7 +8,7 @@ import json
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,10 +25,13 @@ from dist_asgd.checkpoint.archives import (
 )
 from dist_asgd.checkpoint.cutting import cut, whole
 from dist_asgd.checkpoint.entries import Block, CheckpointError, TensorEntry
-from dist_asgd.checkpoint.manifest import Manifest, TensorRecord, dtype_name
+from dist_asgd.checkpoint.foreign import StockCheckpoint, read_stock_metadata
+from dist_asgd.checkpoint.manifest import STOCK, Manifest, TensorRecord, ValueRecord, dtype_name, in_directory
 from dist_asgd.checkpoint.modules import average_keys
 from dist_asgd.checkpoint.nesting import key_of, tree_of
 from dist_asgd.checkpoint.reader import fill, plan_reads
+from dist_asgd.checkpoint.stock import fill as fill_items
+from dist_asgd.checkpoint.stock import plan_items
 from dist_asgd.checkpoint.storage import Storage
 from dist_asgd.checkpoint.writer import memory
 from dist_asgd.layout import Box
@@ -101,7 +104,7 @@ def _exported(name: str, key: str, tensor: TensorRecord) -> Exported:
     return Exported(name, key, tensor.saved.shape, tensor.saved.dtype)
 
 
-def averaged(manifest: Manifest, tensors: Sequence[Exported]) -> list[Exported]:
+def averaged(source: Source, tensors: Sequence[Exported]) -> list[Exported]:
     """With the averages (``ax``) that optimizers of the checkpoint have of them, rounded to the dtypes of the tensors.
 
     Tied weights are saved under each of their names, and the optimizer knows one of them: a tensor without an average
@@ -110,6 +113,7 @@ def averaged(manifest: Manifest, tensors: Sequence[Exported]) -> list[Exported]:
     Raises:
         CheckpointError: none has an average, several optimizers have one, or it is of another shape.
     """
+    manifest = source.manifest
     root = tree_of({key: tensor.path for key, tensor in manifest.tensors.items() if tensor.rank is None})
     found: dict[str, str] = {}
     for tensor in tensors:
@@ -124,26 +128,23 @@ def averaged(manifest: Manifest, tensors: Sequence[Exported]) -> list[Exported]:
             found[tensor.key] = average
     if not found:
         raise CheckpointError("the checkpoint has no averages (entries like 'optimizer.state.<name>.ax') of them")
-    found |= _ties(manifest, [tensor.key for tensor in tensors if tensor.key not in found], found)
+    found |= _ties(source, [tensor.key for tensor in tensors if tensor.key not in found], found)
     return [replace(tensor, key=found.get(tensor.key, tensor.key)) for tensor in tensors]
 
 
-def _ties(manifest: Manifest, keys: Iterable[str], found: Mapping[str, str]) -> dict[str, str]:
+def _ties(source: Source, keys: Sequence[str], found: Mapping[str, str]) -> dict[str, str]:
+    tensors = source.manifest.tensors
+    alike = {tensors[key].saved for key in keys}
     by_content: dict[Any, list[str]] = {}
     for key, average in found.items():
-        by_content.setdefault(_content(manifest, key), []).append(average)
+        if tensors[key].saved in alike:
+            by_content.setdefault(source.content(key), []).append(average)
     ties = {}
-    for key in keys:
-        averages = by_content.get(_content(manifest, key), [])
-        if len({_content(manifest, average) for average in averages}) == 1:
+    for key in keys if by_content else ():
+        averages = by_content.get(source.content(key), [])
+        if len({source.content(average) for average in averages}) == 1:
             ties[key] = averages[0]
     return ties
-
-
-def _content(manifest: Manifest, key: str) -> Any:
-    """Equal for tensors with the same bytes that were cut in the same way."""
-    tensor = manifest.tensors[key]
-    return tensor.saved, tuple((chunk.box, manifest.items[chunk.item].crc32) for chunk in tensor.chunks)
 
 
 def safetensors_file(source: Source, tensors: Sequence[Exported]) -> Iterator[bytes | memoryview]:
@@ -197,6 +198,11 @@ class Source:
     directory: str
     manifest: Manifest
 
+    def content(self, key: str) -> Any:
+        """Equal for tensors with the same bytes that were cut in the same way."""
+        tensor = self.manifest.tensors[key]
+        return tensor.saved, tuple((chunk.box, self.manifest.items[chunk.item].crc32) for chunk in tensor.chunks)
+
     def payloads(self, tensors: Sequence[Exported]) -> Iterator[tuple[int, memoryview]]:
         """(number of the tensor, a part of its elements in row-major order), one after another, verified."""
         pending: deque[Future[list[tuple[int, memoryview]]]] = deque()
@@ -225,6 +231,9 @@ class Source:
                 size += box.numel * itemsize
         yield batch
 
+    def _fill(self, wanted: Sequence[tuple[str, TensorEntry]]) -> None:
+        fill(self.storage, self.directory, plan_reads(self.manifest, wanted))
+
     def _read(self, tensors: Sequence[Exported], batch: Sequence[tuple[int, Box]]) -> list[tuple[int, memoryview]]:
         wanted, parts = [], []
         for number, box in batch:
@@ -232,5 +241,43 @@ class Source:
             part = torch.empty(box.sizes, dtype=saved.dtype, device="cpu")
             parts.append((number, part))
             wanted.append((tensors[number].key, TensorEntry(saved.shape, saved.dtype, [Block(box, part)])))
-        fill(self.storage, self.directory, plan_reads(self.manifest, wanted))
+        self._fill(wanted)
         return [(number, memory(part.to(tensors[number].dtype))) for number, part in parts]
+
+
+@dataclass(frozen=True, slots=True)
+class StockSource(Source):
+    """One of ``torch.distributed.checkpoint``; its manifest tells paths, shapes and dtypes only.
+
+    Parts can be verified as a whole only, so tensors are read as a whole: some of them have to fit into memory.
+    """
+
+    stock: StockCheckpoint
+
+    @classmethod
+    def open(cls, storage: Storage, directory: str) -> StockSource:
+        stock = read_stock_metadata(storage.read(in_directory(directory, STOCK)))
+        tensors = {key: TensorRecord(tensor.saved, (), stock.paths[key]) for key, tensor in stock.tensors.items()}
+        values = {key: ValueRecord(None, stock.paths[key]) for key in stock.objects}
+        return cls(storage, directory, Manifest(0, 0, 0.0, {}, {}, (), tensors, values), stock)
+
+    def content(self, key: str) -> Any:
+        saved, crc = self.manifest.tensors[key].saved, 0
+        for _, data in self.payloads([_exported(key, key, self.manifest.tensors[key])]):
+            crc = zlib.crc32(data, crc)
+        return saved, crc
+
+    def _batches(self, tensors: Sequence[Exported]) -> Iterator[list[tuple[int, Box]]]:
+        batch: list[tuple[int, Box]] = []
+        size = 0
+        for number, tensor in enumerate(tensors):
+            saved = self.manifest.tensors[tensor.key].saved
+            if batch and size + payload_bytes(saved.dtype, saved.shape) > BATCH:
+                yield batch
+                batch, size = [], 0
+            batch.append((number, whole(saved.shape)))
+            size += payload_bytes(saved.dtype, saved.shape)
+        yield batch
+
+    def _fill(self, wanted: Sequence[tuple[str, TensorEntry]]) -> None:
+        fill_items(self.storage, self.directory, plan_items(self.stock.tensors, wanted))

@@ -10,12 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dist_asgd.checkpoint.distcp import StoredChunk, StoredObject
 from dist_asgd.checkpoint.entries import CheckpointError, SavedTensor
+from dist_asgd.checkpoint.manifest import MAX_DEPTH
 from dist_asgd.checkpoint.pickles import DTYPE_GLOBALS, DTYPES, Global, Node, read_pickle, short
 from dist_asgd.layout import Box
 
@@ -60,6 +61,7 @@ class StockCheckpoint:
 
     tensors: Mapping[str, StockTensor]
     objects: Mapping[str, StoredObject]
+    paths: Mapping[str, tuple[str | int, ...]]  # of both, in the nested state that was saved
 
 
 def read_stock_metadata(data: bytes, trust: bool = False) -> StockCheckpoint:
@@ -90,7 +92,18 @@ def read_stock_metadata(data: bytes, trust: bool = False) -> StockCheckpoint:
         if budget < 0:
             raise CheckpointError("the metadata lists more chunks than it has bytes: it is damaged, or made to do harm")
         tensors[key] = _tensor(key, tensor, places)
-    return StockCheckpoint(tensors, objects)
+    return StockCheckpoint(tensors, objects, _paths(fields.get("planner_data"), described))
+
+
+def _paths(found: Any, keys: Iterable[str]) -> dict[str, tuple[str | int, ...]]:
+    """By the planner's data. Where there are none, as of other planners, a key is the path of its entry."""
+    known = found if isinstance(found, dict) else {}
+    paths: dict[str, tuple[str | int, ...]] = {}
+    for key in keys:
+        path: Any = known.get(key)
+        is_path = isinstance(path, tuple) and len(path) <= MAX_DEPTH and all(type(part) in (str, int) for part in path)
+        paths[key] = path if is_path and ".".join(map(str, path)) == key else (key,)
+    return paths
 
 
 def _tensor(key: str, fields: Mapping[str, Any], places: _Places) -> StockTensor:

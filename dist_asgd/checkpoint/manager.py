@@ -19,8 +19,9 @@ from dist_asgd.checkpoint.contents import contents_of
 from dist_asgd.checkpoint.entries import CheckpointError
 from dist_asgd.checkpoint.loading import load_checkpoint
 from dist_asgd.checkpoint.rendezvous import Rendezvous, only_checkpoint_errors, store_of_its_own, together
-from dist_asgd.checkpoint.retention import Kept, directories, new_directory, newest_of, sweep
+from dist_asgd.checkpoint.retention import Directory, Kept, directories, new_directory, newest_of, sweep
 from dist_asgd.checkpoint.saving import Plan, plan_save, stage, write
+from dist_asgd.checkpoint.sources import source_of
 from dist_asgd.checkpoint.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,8 @@ class Checkpointer:
     ) -> int | None:
         """Loads the newest checkpoint into ``state``, and returns its step; None if there is none. Collective.
 
+        Nothing is unpickled, and there is no ``trust``: a ``Checkpointer`` sees only what ``Checkpointer`` has saved.
+
         Args:
             state: as in ``save``, or a part of it: just the model, just the optimizer. Modules, optimizers, tensors and
                 whatever has ``load_state_dict`` are filled; values are replaced in the dicts that hold them. The layout
@@ -142,12 +145,19 @@ class Checkpointer:
                 loaded then.
         """
         self._settle("load()")
-        with together(self._agreement, "load()"):
-            found = self._find(step) if self._agreement.rank == 0 else None
-        name = self._agreement.gather(found)[0]
-        if name is None:
-            return None
-        return load_checkpoint(self._agreement, self._storage, name, state, strict=strict, average=average).step
+        while True:
+            with together(self._agreement, "load()"):
+                found = self._find(step) if self._agreement.rank == 0 else None
+            directory = self._agreement.gather(found)[0]
+            if directory is None:
+                return None
+            try:
+                source = source_of(self._agreement, self._storage, directory.name, state, stock=False, trust=False)
+                load_checkpoint(self._agreement, source, state, strict=strict, average=average)
+                return directory.step
+            except CheckpointError:
+                if step is not None or not self._is_outdated(directory):
+                    raise
 
     def steps(self) -> list[int]:
         """The steps of all checkpoints, ascending. Asks the storage; not collective."""
@@ -179,13 +189,20 @@ class Checkpointer:
             if background is not None:
                 background.finish()
 
-    def _find(self, step: int | None) -> str | None:
+    def _find(self, step: int | None) -> Directory | None:
         found = newest_of(directories(self._storage))
         if step is None:
-            return found[max(found)].name if found else None
+            return found[max(found)] if found else None
         if step not in found:
             raise CheckpointError(f"{self._storage.url} has no checkpoint of step {step}; it has {sorted(found)}")
-        return found[step].name
+        return found[step]
+
+    def _is_outdated(self, directory: Directory) -> bool:
+        """Whether it was deleted while we read, by the retention of a run that still saves newer ones. Collective."""
+        with together(self._agreement, "load()"):
+            found = newest_of(directories(self._storage)).values() if self._agreement.rank == 0 else ()
+        outdated = bool(found) and all(other.name != directory.name for other in found)
+        return bool(self._agreement.gather(outdated)[0])
 
     def _write(self, plan: Plan, meeting: Rendezvous) -> None:
         write(self._storage, plan, meeting, self._agreement.rank)
@@ -227,15 +244,32 @@ def load(
     *,
     strict: bool = True,
     average: bool = False,
+    trust: bool = False,
 ) -> None:
     """Loads the checkpoint at ``url``, a directory, into ``state``. Collective.
 
-    Arguments and errors are as in ``Checkpointer.load``; a ``Checkpointer``'s directories can be loaded like this, too.
+    It may be one that ``save`` or a ``Checkpointer`` wrote, or what stock ``torch.distributed.checkpoint.save`` made of
+    ``model.state_dict()`` and ``get_optimizer_state_dict()``, under the names that ``state`` has for them. That has no
+    checksums but the CRC-32s in its archives, which are verified; a rank reads all of each stored part that it needs
+    some of.
+
+    Args:
+        url, state, storage_options, strict, average: as in ``Checkpointer``.
+        trust: of a stock checkpoint, unpickle the values: THIS CAN RUN ANY CODE that whoever wrote it has put there. By
+            default values are read where they are plain data: numbers, strings, bytes, containers of them, NumPy's
+            arrays, tensors. Of our own nothing is ever unpickled. The same on every rank.
+
+    Raises:
+        CheckpointError: as ``Checkpointer.load``; also for a value that is not plain, with its key and class.
+        ValueError: ranks disagree on ``strict``, ``average`` or ``trust``.
     """
     with _agreement_of_all() as agreement:
         with together(agreement, "load()"):
             storage = Storage.open(url, storage_options)
-        load_checkpoint(agreement, storage, "", state, strict=strict, average=average)
+        options = {"strict": strict, "average": average, "trust": trust}
+        agreement.require_equal("the arguments of load()", [(name, repr(value)) for name, value in options.items()])
+        source = source_of(agreement, storage, "", state, stock=True, trust=trust)
+        load_checkpoint(agreement, source, state, strict=strict, average=average)
 
 
 @contextlib.contextmanager

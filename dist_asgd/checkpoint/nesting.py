@@ -46,10 +46,14 @@ class Node:
 
     def entries(self) -> Iterator[str]:
         """Of all entries here and below."""
+        return (key for key, _ in self.places())
+
+    def places(self, path: Path = ()) -> Iterator[tuple[str, Path]]:
+        """The same with their paths, if that of this node is ``path``."""
         if self.key is not None:
-            yield self.key
-        for child in self.children.values():
-            yield from child.entries()
+            yield self.key, path
+        for name, child in self.children.items():
+            yield from child.places((*path, name))
 
 
 def leaves(state: Any, path: Path = ()) -> Iterator[Leaf]:
@@ -87,6 +91,25 @@ def nested(node: Node, entries: Mapping[str, Any]) -> Any:
     if node.key is None:
         return values
     return {key: values[str(key)] for key in entries[node.key] if str(key) in values}
+
+
+def restored(value: Any, live: Any) -> Any:
+    """``value`` with the keys and the types of mappings that ``live`` has in the same places.
+
+    DCP makes dicts of all mappings, and strings of all keys.
+    """
+    if isinstance(value, dict) and isinstance(live, Mapping):
+        known = {str(key): key for key in live}
+        are_numbers = bool(live) and all(type(key) is int for key in live)
+        items: dict[Any, Any] = {}
+        for name, item in value.items():
+            key = known.get(name, int(name) if are_numbers and name.isdecimal() else name)
+            items[key] = restored(item, live.get(key))
+        kind: Any = type(live) if type(live) in (OrderedDict, Counter) else dict
+        return kind(items)
+    if isinstance(value, list) and isinstance(live, list):
+        return [restored(item, live[index] if index < len(live) else None) for index, item in enumerate(value)]
+    return value
 
 
 def has_state(value: Any) -> bool:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from dist_asgd.checkpoint.blocks import is_sharded, new_like, share_memory
+from dist_asgd.checkpoint.dialects import by_names
 from dist_asgd.checkpoint.entries import SavedTensor
 from dist_asgd.checkpoint.named import NamedOptimizer
-from dist_asgd.checkpoint.nesting import Path, key_of, leaves
+from dist_asgd.checkpoint.nesting import Node, Path, key_of, leaves
 from dist_asgd.checkpoint.plan import OPTIMIZERS, Plan, missing
-from dist_asgd.checkpoint.values import decode
 
 # Options that choose an implementation, and what is not an option: these stay as they are, whatever was saved.
 KEPT = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
@@ -23,23 +23,28 @@ Taken = Callable[[], Any]  # what was read, once it was
 
 def plan_optimizer(plan: Plan, path: Path, target: NamedOptimizer) -> None:
     """All state that the checkpoint has of the optimizer's parameters is read; others will have none."""
-    node = plan.root.at(path)
-    if not list(node.entries()):
+    if not list(plan.root.at(path).entries()):
         missing(plan, path, type(target.optimizer).__name__)
         return
     live, params = target.state_dict(), target.params()
+    node, has_names = by_names(plan, path, live["param_groups"])
     saved_state = node.at(("state",))
     plan.used.update([] if saved_state.key is None else [saved_state.key])  # an empty one
     state: dict[str, Taken] = {}
     for name in [name for group in live["param_groups"] for name in group["params"]]:
         child = saved_state.at((name,))
         if list(child.entries()):
-            destinations = _Destinations(plan, (*path, "state", name), live["state"].get(name, {}), params[name])
+            destinations = _Destinations(plan, child, live["state"].get(name, {}), params[name])
             taken = plan.take(child, destinations.tensor_for)
             if taken is not None:
                 state[name] = taken
     defaults = target.optimizer.defaults
-    groups = [_plan_group(plan, path, number, group, defaults) for number, group in enumerate(live["param_groups"])]
+    groups = []
+    for number, group in enumerate(live["param_groups"]):
+        where = (*path, "param_groups", number)
+        groups.append(_plan_group(plan, where, node.at(("param_groups", number)), group, defaults))
+        if has_names:
+            _compare_names(plan, where, group["params"])
 
     def finish() -> None:
         loaded = {name: entry() for name, entry in state.items()}
@@ -51,9 +56,10 @@ def plan_optimizer(plan: Plan, path: Path, target: NamedOptimizer) -> None:
 class _Destinations:
     """Tensors for the entries of the state of one parameter."""
 
-    def __init__(self, plan: Plan, path: Path, live: Any, param: Tensor) -> None:
+    def __init__(self, plan: Plan, node: Node, live: Any, param: Tensor) -> None:
         self._plan, self._param = plan, param
-        self._live = {key_of(leaf.path): leaf.value for leaf in leaves(live, path)}
+        known = {key_of(leaf.path): leaf.value for leaf in leaves(live)}
+        self._live = {key: known.get(key_of(place)) for key, place in node.places()}
 
     def tensor_for(self, key: str, saved: SavedTensor) -> Tensor | None:
         """The live tensor; a new one where there is none, or where writing to it would change the parameter."""
@@ -69,15 +75,13 @@ class _Destinations:
 
 
 def _plan_group(
-    plan: Plan, path: Path, number: int, live: Mapping[str, Any], defaults: Mapping[str, Any]
+    plan: Plan, where: Path, node: Node, live: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> Callable[[], dict[str, Any]]:
     """The group as it is to be: the saved options, and the live ones that were not saved.
 
     Missing is an option of the optimizer that was not saved, unless it is None or False by default: a newer torch may
     have added that.
     """
-    where = (*path, "param_groups", number)
-    node = plan.root.at(where)
     options: dict[str, Taken] = {}
     for name, child in node.children.items():
         taken = plan.take(child, _beside(live.get(str(name))))
@@ -86,7 +90,6 @@ def _plan_group(
     for name, value in defaults.items():
         if name not in node.children and name not in KEPT and value is not None and value is not False:
             plan.lacks(key_of((*where, name)), f"expected a value like {value!r}")
-    _compare_names(plan, where, live["params"])
     return lambda: {**live, **{name: option() for name, option in options.items()}}
 
 
@@ -102,7 +105,7 @@ def _compare_names(plan: Plan, where: Path, names: list[str]) -> None:
     if key not in plan.values:
         plan.lacks(key, f"expected a group of {len(names)} parameters")
         return
-    saved = decode(plan.values[key], key)
+    saved = plan.values[key]
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         plan.problems.wrong_dtype[key] = "expected a list of names"
         return

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -242,7 +243,7 @@ def _call(machine: _Machine) -> None:
     if not (isinstance(called, Global) and isinstance(arguments, tuple)):
         raise TypeError(f"calls {short(called)}")
     ordered = called.name == "collections.OrderedDict" and not arguments
-    machine.stack.append({} if ordered else Node(called.name, arguments))
+    machine.stack.append(OrderedDict() if ordered else Node(called.name, arguments))
 
 
 def _build(machine: _Machine) -> None:

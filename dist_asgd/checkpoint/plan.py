@@ -13,7 +13,6 @@ from dist_asgd.checkpoint.blocks import to_fill
 from dist_asgd.checkpoint.entries import SavedTensor, TensorEntry
 from dist_asgd.checkpoint.nesting import Node, Path, key_of, nested
 from dist_asgd.checkpoint.problems import Problems
-from dist_asgd.checkpoint.values import decode
 
 Finish = Callable[[], None]
 MODULES, OPTIMIZERS, OTHERS = range(3)  # the order in which things are finished: optimizers may look at parameters
@@ -24,9 +23,10 @@ class Plan:
     """A load in the making. Nothing live changes."""
 
     tensors: Mapping[str, SavedTensor]  # of the checkpoint
-    values: Mapping[str, Any]  # of the checkpoint, encoded
+    values: Mapping[str, Any]  # of the checkpoint; an access may raise CheckpointError
     root: Node  # of the checkpoint
     strict: bool
+    is_stock: bool  # taken apart by DCP: all keys are strings, and what is empty is left out
     fills: dict[str, list[TensorEntry]] = field(default_factory=dict)
     problems: Problems = field(default_factory=Problems)
     finishers: list[tuple[int, Finish]] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Plan:
         saved = self.tensors.get(key)
         if saved is None:
             if key in self.values:
-                found = f"found the value {_short(decode(self.values[key], key))}"
+                found = f"found the value {_short(self.values[key])}"
                 self.problems.wrong_dtype[key] = f"{found}, expected {_described(tensor)}"
             else:
                 self.lacks(key, f"expected {_described(tensor)}")
@@ -85,7 +85,7 @@ class Plan:
                 self.fill(key, tensor)
                 entries[key] = tensor
             elif key in self.values:
-                entries[key] = decode(self.values[key], key)
+                entries[key] = self.values[key]
             else:
                 self.lacks(key, "only other ranks have it")
                 complete = False

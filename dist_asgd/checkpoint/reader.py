@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,13 +12,13 @@ from dist_asgd.checkpoint.cutting import cut_to_extents, extent, intersection, n
 from dist_asgd.checkpoint.entries import Block, CheckpointError, TensorEntry
 from dist_asgd.checkpoint.manifest import Chunk, Item, Manifest, in_directory
 from dist_asgd.checkpoint.storage import Storage
+from dist_asgd.checkpoint.verified import Verified
 from dist_asgd.checkpoint.writer import memory
 from dist_asgd.layout import Box
 
 EXTENT = 8 * 2**20  # bytes of a chunk that are read at once
 REQUEST = 16 * 2**20  # bytes at most that extents are joined to
 GAP = 2**14  # bytes that are rather read than left out by another request
-IN_MEMORY = 2**24  # bytes that wait in memory; more wait in a temporary file
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,33 +109,21 @@ def _needs(key: str, item: Item, chunk: Chunk, block: Block) -> Iterator[Need]:
         yield Need(key, item, sizes, part, data, blocks)
 
 
-class Verified:
-    """What was read and found whole, on its way to live tensors. Used as a context manager.
-
-    Bytes of a store wait in a temporary file, so that neither memory nor the network has to take them twice. Those of
-    a local file are read, and verified, a second time.
-    """
+class VerifiedBlocks(Verified):
+    """The requests, by the checksums of the manifest."""
 
     def __init__(self, storage: Storage, directory: str, requests: Sequence[Request]) -> None:
-        self._storage, self._directory, self._requests = storage, directory, requests
-        self._spool = tempfile.SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115
-        self._places: dict[int, int] = {}  # where in the spool each request's bytes begin
-
-    def __enter__(self) -> Verified:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._spool.close()
+        super().__init__(storage, directory, sum(request.stop - request.start for request in requests))
+        self._requests = requests
+        self._places: dict[int, int] = {}  # where each request's bytes are kept
 
     def read(self) -> None:
-        """Reads and verifies everything. Changes nothing."""
         for index, data in self._read():
             if not self._storage.is_local:
-                self._keep(index, data)
+                self._places[index] = self._keep(data)
 
     def apply(self) -> None:
-        """Writes everything to where it belongs."""
-        for index, data in self._read() if self._storage.is_local else self._kept():
+        for index, data in self._read() if self._storage.is_local else self._read_again():
             request = self._requests[index]
             for need in request.needs:
                 _write(need, memoryview(data), request.start)
@@ -150,23 +136,9 @@ class Verified:
             verify(self._requests[index], data)
             yield index, data
 
-    def _keep(self, index: int, data: bytes) -> None:
-        self._places[index] = self._spool.tell()
-        try:
-            self._spool.write(data)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            size = sum(request.stop - request.start for request in self._requests)
-            raise CheckpointError(
-                f"{tempfile.gettempdir()} has no room for the {size} bytes that this rank reads: they wait there until "
-                "all ranks have verified theirs. Let TMPDIR name a larger directory"
-            ) from error
-
-    def _kept(self) -> Iterator[tuple[int, bytes]]:
+    def _read_again(self) -> Iterator[tuple[int, bytes]]:
         for index, place in self._places.items():
-            self._spool.seek(place)
-            yield index, self._spool.read(self._requests[index].stop - self._requests[index].start)
+            yield index, self._kept(place, self._requests[index].stop - self._requests[index].start)
 
 
 def verify(request: Request, data: bytes | memoryview) -> None:

@@ -13,7 +13,7 @@ import re
 import struct
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,25 @@ _NUMPY_DTYPE = re.compile(r"[<>|=][biufcSUmM]\d{1,4}(\[\w{1,9}\])?")
 _TORCH_DTYPES = {
     str(value).removeprefix("torch."): value for value in vars(torch).values() if type(value) is torch.dtype
 }
+
+
+class Values(Mapping[str, Any]):
+    """Values by key, each made when it is asked for: what nobody takes may be damaged, or unreadable."""
+
+    def __init__(self, found: Mapping[str, Any], make: Callable[[Any, str], Any]) -> None:
+        self._found, self._make = found, make
+
+    def __getitem__(self, key: str) -> Any:
+        return self._make(self._found[key], key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 def encode(value: Any, name: str) -> Any:

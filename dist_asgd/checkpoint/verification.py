@@ -13,6 +13,7 @@ from dist_asgd.checkpoint.entries import CheckpointError, SavedTensor
 from dist_asgd.checkpoint.foreign import StockCheckpoint, read_stock_metadata
 from dist_asgd.checkpoint.items import check_item
 from dist_asgd.checkpoint.manifest import NAME, STOCK, Chunk, Item, Manifest, in_directory, read_manifest
+from dist_asgd.checkpoint.ranges import FileRange, Place, joined
 from dist_asgd.checkpoint.storage import Storage
 from dist_asgd.checkpoint.values import decode
 
@@ -37,7 +38,7 @@ class Blocks:
     blocks: range
 
     @property
-    def place(self) -> tuple[str, int, int]:
+    def place(self) -> Place:
         return self.item.file, *self.item.reach(self.blocks)
 
     def damages(self, data: bytes) -> Iterator[tuple[int, int, str]]:
@@ -51,7 +52,7 @@ class Archive:
     """An item of a stock checkpoint, and of a value in ours: it has checksums of its own."""
 
     key: str
-    place: tuple[str, int, int]  # file, start, stop
+    place: Place
     expected: SavedTensor | None
 
     def damages(self, data: bytes) -> Iterator[tuple[int, int, str]]:
@@ -206,11 +207,12 @@ def _damages(storage: Storage, directory: str, parts: Sequence[Part], report: Re
     """Reads the parts, which stand in the order of their places."""
     total = sum(part.place[2] - part.place[1] for part in parts)
     damages: list[Damage] = []
-    requests = _joined(parts)
+    small = [part for part in parts if not _is_large(part)]
+    requests = joined([part.place for part in small], PIECE)
     ranges = [(in_directory(directory, name), start, stop) for (name, start, stop), _ in requests]
     for index, data in storage.read_ranges(ranges):
-        (name, first, _), joined = requests[index]
-        for part in joined:
+        (name, first, _), indices = requests[index]
+        for part in (small[number] for number in indices):
             _, start, stop = part.place
             found = part.damages(data[start - first : stop - first])
             damages += [(name, low, high, text, part.key) for low, high, text in found]
@@ -218,7 +220,7 @@ def _damages(storage: Storage, directory: str, parts: Sequence[Part], report: Re
     for part in parts:
         if isinstance(part, Archive) and _is_large(part):
             name, start, stop = part.place
-            with _Range(storage, in_directory(directory, name), start, stop) as raw:
+            with FileRange(storage, in_directory(directory, name), start, stop) as raw:
                 file = cast(BinaryIO, io.BufferedReader(raw, PIECE))
                 damages += [(name, low, high, text, part.key) for low, high, text in part.damages_of(file)]
             report(stop - start, total)
@@ -226,24 +228,7 @@ def _damages(storage: Storage, directory: str, parts: Sequence[Part], report: Re
 
 
 def _is_large(part: Part) -> bool:
-    return part.place[2] - part.place[1] > 2 * PIECE
-
-
-def _joined(parts: Sequence[Part]) -> list[tuple[tuple[str, int, int], list[Part]]]:
-    """Requests of some megabytes, each with the parts that it has. Large archives are left out."""
-    requests: list[tuple[tuple[str, int, int], list[Part]]] = []
-    for part in parts:
-        name, start, stop = part.place
-        if isinstance(part, Archive) and _is_large(part):
-            continue
-        if requests:
-            (last, first, end), joined = requests[-1]
-            if name == last and start == end and stop - first <= PIECE:
-                requests[-1] = (name, first, stop), joined
-                joined.append(part)
-                continue
-        requests.append((part.place, [part]))
-    return requests
+    return isinstance(part, Archive) and part.place[2] - part.place[1] > 2 * PIECE
 
 
 def _merged(damages: Sequence[Damage]) -> list[Fault]:
@@ -255,31 +240,3 @@ def _merged(damages: Sequence[Damage]) -> list[Fault]:
         else:
             merged.append((file, start, stop, text, key))
     return [Fault(file, key, f"bytes {start} to {stop} {text}") for file, start, stop, text, key in merged]
-
-
-class _Range(io.RawIOBase):
-    """Bytes ``[start, stop)`` of a file, as a file."""
-
-    def __init__(self, storage: Storage, path: str, start: int, stop: int) -> None:
-        self._storage, self._path = storage, path
-        self._start, self._stop, self._at = start, stop, start
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        origin = {io.SEEK_SET: self._start, io.SEEK_CUR: self._at, io.SEEK_END: self._stop}[whence]
-        self._at = max(self._start, origin + offset)
-        return self._at - self._start
-
-    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
-        stop = min(self._stop, self._at + len(buffer))
-        if stop <= self._at:
-            return 0
-        ((_, data),) = self._storage.read_ranges([(self._path, self._at, stop)])
-        self._at = stop
-        buffer[: len(data)] = data
-        return len(data)

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from dist_asgd.checkpoint.entries import CheckpointError
 from dist_asgd.checkpoint.export import (
     Exported,
     Source,
+    StockSource,
     averaged,
     entries,
     matching,
@@ -18,11 +18,11 @@ from dist_asgd.checkpoint.export import (
     tensors_of,
     torch_file,
 )
-from dist_asgd.checkpoint.loading import open_checkpoint
 from dist_asgd.checkpoint.manifest import NAME, Manifest, read_manifest
+from dist_asgd.checkpoint.sources import open_checkpoint
 from dist_asgd.checkpoint.stores import Chunk
 from dist_asgd.commands.output import Progress, printable, progress_bar, readable, write
-from dist_asgd.commands.places import LOCAL, UsageError, checkpoint_at, file_at, options_of, protocol_of
+from dist_asgd.commands.places import LOCAL, Place, UsageError, checkpoint_at, file_at, options_of, protocol_of
 
 FORMATS = {"torch": torch_file, "safetensors": safetensors_file}
 SUFFIXES = {".pt": "torch", ".pth": "torch", ".bin": "torch", ".safetensors": "safetensors"}
@@ -35,19 +35,15 @@ def run(arguments: argparse.Namespace) -> int:
     source, out = protocol_of(arguments.url), protocol_of(arguments.out)
     target, name = file_at(arguments.out, options if out != LOCAL and source in (out, LOCAL) else {})
     place = checkpoint_at(arguments.url, {} if source == LOCAL != out else options, arguments.step)
-    if NAME not in place.sizes():
-        raise CheckpointError(
-            f"{place.url} is a checkpoint of torch.distributed.checkpoint without {NAME}: export it by "
-            "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
-        )
-    manifest = read_manifest(open_checkpoint(place.storage, place.directory))
+    checkpoint, step = _opened(place)
+    manifest = checkpoint.manifest
     raw = _chosen(manifest, arguments)
-    tensors = averaged(manifest, raw) if arguments.average else raw
+    tensors = averaged(checkpoint, raw) if arguments.average else raw
     with progress_bar("exported", hidden=arguments.json) as progress:
-        chunks = file_of(Source(place.storage, place.directory, manifest), tensors)
+        chunks = file_of(checkpoint, tensors)
         size = target.write(name, _watched(chunks, sum(tensor.nbytes for tensor in tensors), progress))
     unchanged = [tensor.name for tensor, before in zip(tensors, raw, strict=True) if tensor == before]
-    done = {"out": f"{target.url}/{name}", "bytes": size, "step": manifest.step, "tensors": len(tensors)}
+    done = {"out": f"{target.url}/{name}", "bytes": size, "step": step, "tensors": len(tensors)}
     left_out = [] if arguments.keys else _values_below(manifest, arguments.entry or DEFAULT)
     if arguments.json:
         write({**done, "not_averaged": unchanged if arguments.average else None, "left_out": left_out})
@@ -55,10 +51,19 @@ def run(arguments: argparse.Namespace) -> int:
     of_these = (
         f", {len(unchanged)} of them not averages: {_listed(unchanged)}" if unchanged and arguments.average else ""
     )
-    write(printable(f"{done['out']}: {len(tensors)} tensors of step {manifest.step}, {readable(size)}{of_these}"))
+    of_step = "" if step is None else f" of step {step}"
+    write(printable(f"{done['out']}: {len(tensors)} tensors{of_step}, {readable(size)}{of_these}"))
     if left_out:
         print(f"dist-asgd: left out, as they are no tensors: {printable(_listed(left_out))}", file=sys.stderr)
     return 0
+
+
+def _opened(place: Place) -> tuple[Source, int | None]:
+    """A checkpoint, and its step if it tells."""
+    if NAME not in place.sizes():
+        return StockSource.open(place.storage, place.directory), None
+    manifest = read_manifest(open_checkpoint(place.storage, place.directory))
+    return Source(place.storage, place.directory, manifest), manifest.step
 
 
 def _format_by(out: str) -> str:
