@@ -24,16 +24,10 @@ typedef struct {
 } Python;  // as look.py packs it
 
 typedef struct {
-    void *const *objects;
-    const int64_t *hints;      // where PyTorch has the rest of each: only prefetched
-    const int64_t *addresses;  // of their elements
-    const int64_t *dims;       // of each: how many; then size and stride of each
-    void *like;                // a tensor of their dtype and on their device
+    const int64_t *dims;  // of each tensor: how many; then size and stride of each
+    void *like;           // a tensor of their dtype and on their device
     int64_t count;
-} Params;  // as look.py packs it
-
-#define AHEAD 8         // objects
-#define HINTED_LINES 4  // of a cache, of 64 bytes
+} Expected;  // as look.py packs it
 
 // Whether there are so many dims, of these sizes and strides. Of one element or none, or one along a dim, strides say
 // nothing.
@@ -48,52 +42,45 @@ static int fits(const DLTensor *view, const int64_t *dims) {
     return empty || (dense && view->data);
 }
 
-static int alike(const DLTensor *one, const DLTensor *other) {
-    return !memcmp(&one->device, &other->device, sizeof one->device) && !memcmp(&one->dtype, &other->dtype, sizeof one->dtype);
-}
-
 static int64_t address_of(const DLTensor *view) {
     return (int64_t)((intptr_t)view->data + view->byte_offset);
 }
 
-// Of the next ones, what will be read first: after a backward, none of it is in the caches.
-static inline void fetch_ahead(const Params *p, int64_t k) {
-    if (k >= p->count) return;
-    __builtin_prefetch(p->objects[k]);
-    for (int line = 0; line < HINTED_LINES; line++) __builtin_prefetch((const char *)p->hints[k] + 64 * line);
+// Whether it lies as expected.
+static int is(const DLTensor *view, const DLTensor *like, const int64_t *dims) {
+    return !memcmp(&view->device, &like->device, sizeof view->device) &&
+        !memcmp(&view->dtype, &like->dtype, sizeof view->dtype) && fits(view, dims);
 }
 
-// Appends the gradients of `params`, and writes their addresses. Returns 1; 0 at the first parameter or gradient that
-// does not lie as expected; -1 if an exception was set.
-int64_t look(const Python *python, const Params *params, void *grad, void *found, int64_t *addresses) {
-    DLTensor like, param, own;
-    if (python->view(params->like, &like)) return -1;
-    const int64_t *dims = params->dims;
-    for (int64_t k = 0; k < params->count; k++) {
-        fetch_ahead(params, k + AHEAD);
-        void *object = python->get(params->objects[k], grad);
-        if (!object) return -1;
-        int failed = python->append(found, object);
-        python->release(object);  // the list has it
-        if (failed || python->view(params->objects[k], &param) || python->view(object, &own)) return -1;
-        if (address_of(&param) != params->addresses[k] || !alike(&param, &like) || !alike(&own, &like)) return 0;
-        if (!fits(&param, dims) || !fits(&own, dims)) return 0;
-        dims += 1 + 2 * own.ndim;
-        addresses[k] = address_of(&own);
+// Writes the addresses of tensors. Returns 1; 0 at the first that does not lie as expected; -1 if an exception was set.
+int64_t look(const Python *python, const Expected *expected, void *const *tensors, int64_t *addresses) {
+    DLTensor like, view;
+    if (python->view(expected->like, &like)) return -1;
+    const int64_t *dims = expected->dims;
+    for (int64_t k = 0; k < expected->count; k++, dims += 1 + 2 * *dims) {
+        if (python->view(tensors[k], &view)) return -1;
+        if (!is(&view, &like, dims)) return 0;
+        addresses[k] = address_of(&view);
     }
     return 1;
 }
 
-// The same of tensors themselves, and nothing else.
-int64_t look_at(const Python *python, const Params *params, void *const *objects, int64_t *addresses) {
-    DLTensor like, own;
-    if (python->view(params->like, &like)) return -1;
-    const int64_t *dims = params->dims;
-    for (int64_t k = 0; k < params->count; k++) {
-        if (python->view(objects[k], &own)) return -1;
-        if (!alike(&own, &like) || !fits(&own, dims)) return 0;
-        dims += 1 + 2 * own.ndim;
-        addresses[k] = address_of(&own);
+// The same of the gradients of `params`, which it appends to the list `found`. The parameters, too, have to lie as
+// expected, and at `places`. Both by one walk, since after a backward none of this is in the caches.
+int64_t look_at_gradients(
+    const Python *python, const Expected *expected, void *const *params, const int64_t *places, void *grad, void *found,
+    int64_t *addresses) {
+    DLTensor like, param, view;
+    if (python->view(expected->like, &like)) return -1;
+    const int64_t *dims = expected->dims;
+    for (int64_t k = 0; k < expected->count; k++, dims += 1 + 2 * *dims) {
+        void *object = python->get(params[k], grad);
+        if (!object) return -1;
+        int failed = python->append(found, object);
+        python->release(object);  // the list has it
+        if (failed || python->view(params[k], &param) || python->view(object, &view)) return -1;
+        if (address_of(&param) != places[k] || !is(&param, &like, dims) || !is(&view, &like, dims)) return 0;
+        addresses[k] = address_of(&view);
     }
     return 1;
 }

@@ -13,6 +13,7 @@ import operator
 import subprocess
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,70 +42,77 @@ class _Python(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("view", "get", "append", "release")]
 
 
-class _Params(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("objects", "hints", "addresses", "dims", "like")] + [
-        ("count", ctypes.c_int64)
-    ]
+class _Expected(ctypes.Structure):
+    _fields_ = [("dims", ctypes.c_void_p), ("like", ctypes.c_void_p), ("count", ctypes.c_int64)]
+
+
+Functions = tuple[Callable[..., int], Callable[..., int]]  # look and look_at_gradients of look.c
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where parameters are, and their elements."""
+
+    params: tuple[Tensor, ...]
+    ids: array[int]
+    addresses: array[int]
+
+    @classmethod
+    def of(cls, params: tuple[Tensor, ...]) -> Places:
+        return cls(params, array("q", map(id, params)), array("q", map(Tensor.data_ptr, params)))
+
+    @property
+    def hold(self) -> bool:
+        return array("q", map(Tensor.data_ptr, self.params)) == self.addresses
 
 
 class Look:
-    """At parameters, and at their gradients.
+    """At tensors that are expected to lie in a certain way.
 
     Args:
-        shapes, strides: of each parameter, and of a gradient that lies as it does.
+        shapes, strides: of each.
         like: a tensor of their dtype and on their device.
-        functions: ``look`` and ``look_at`` of look.c; None to ask each tensor.
+        functions: None to ask each tensor.
     """
 
     def __init__(
         self,
-        params: Sequence[Tensor],
         shapes: Sequence[tuple[int, ...]],
         strides: Sequence[tuple[int, ...]],
         like: Tensor,
-        functions: tuple[Callable[..., int], Callable[..., int]] | None,
+        functions: Functions | None,
     ) -> None:
-        self._params, self._shapes, self._strides, self._like = params, shapes, strides, like.new_empty(0)
-        self._functions = functions
-        dims = array("q")
+        self._shapes, self._strides, self._like, self._functions = shapes, strides, like.new_empty(0), functions
+        self._dims = array("q")
         for sizes, steps in zip(shapes, strides, strict=True):
-            dims.extend((len(sizes), *(number for pair in zip(sizes, steps, strict=True) for number in pair)))
-        ids, hints = array("q", map(id, params)), array("q", [param._cdata for param in params])
-        self._addresses = array("q", map(Tensor.data_ptr, params))
-        self._tables = (ids, hints, self._addresses, dims)  # of which only the addresses are packed
-        self._packed = _Params(*map(_pointer, self._tables), id(self._like), len(params))
+            self._dims.extend((len(sizes), *(number for pair in zip(sizes, steps, strict=True) for number in pair)))
+        self._expected = _Expected(_pointer(self._dims), id(self._like), len(shapes))
         self._singles = [position for position, sizes in enumerate(shapes) if set(sizes) <= {1}]
 
     @classmethod
-    def of(
-        cls,
-        params: Sequence[Tensor],
-        shapes: Sequence[tuple[int, ...]],
-        strides: Sequence[tuple[int, ...]],
-        like: Tensor,
-    ) -> Look:
-        return cls(params, shapes, strides, like, _functions())
-
-    def at_gradients(self) -> Gradients | None:
-        """Those of the parameters, if each has one that lies as it does, and still is what and where it was itself."""
-        if self._functions is None:
-            same = array("q", map(Tensor.data_ptr, self._params)) == self._addresses
-            return self._asked_each([param.grad for param in self._params]) if same else None
-        found: list[Tensor] = []
-        return self._plain(found, self._call(self._functions[0], id(GRAD), id(found)))
+    def of(cls, shapes: Sequence[tuple[int, ...]], strides: Sequence[tuple[int, ...]], like: Tensor) -> Look:
+        return cls(shapes, strides, like, _functions())
 
     def at(self, tensors: Sequence[Tensor]) -> Gradients | None:
-        """``tensors``, if each lies as its parameter was expected to."""
+        """``tensors``, if all lie as expected."""
         if self._functions is None:
             return self._asked_each(tensors)
         ids = array("q", map(id, tensors))
-        return self._plain(tensors, self._call(self._functions[1], _pointer(ids)))
+        return self._plain(tensors, self._call(self._functions[0], _pointer(ids)))
+
+    def at_gradients(self, places: Places) -> Gradients | None:
+        """Those of parameters, if all are there and lie as expected, as the parameters do themselves, at ``places``."""
+        if self._functions is None:
+            return self._asked_each([param.grad for param in places.params]) if places.hold else None
+        found: list[Tensor] = []
+        where = (_pointer(places.ids), _pointer(places.addresses))
+        return self._plain(found, self._call(self._functions[1], *where, id(GRAD), id(found)))
 
     def _call(self, function: Callable[..., int], *arguments: int) -> array[int] | None:
         """The addresses it writes. What ``arguments`` point to must live until it returns."""
-        addresses = array("q", bytes(8 * len(self._params)))
+        addresses = array("q", bytes(8 * len(self._shapes)))
         try:
-            as_expected = function(ctypes.byref(self._packed), *arguments, _pointer(addresses))
+            as_expected = function(ctypes.byref(self._expected), *arguments, _pointer(addresses))
         except Exception:  # for None, and what has no memory: whoever asks each of them can say more
             return None
         return addresses if as_expected else None
@@ -149,7 +157,7 @@ def _pointer(table: array[int]) -> int:
 
 
 @functools.cache
-def _functions() -> tuple[Callable[..., int], Callable[..., int]] | None:
+def _functions() -> Functions | None:
     """None where there is no C compiler, or PyTorch has no exchange API."""
     capsule, found = getattr(Tensor, CAPSULE, None), compiler()
     if capsule is None or found is None:
@@ -161,35 +169,35 @@ def _functions() -> tuple[Callable[..., int], Callable[..., int]] | None:
         return None
     try:
         library = compiled(found, [*FLAGS, str(SOURCE)], ctypes.PyDLL)  # which holds Python's lock
-        look, look_at = library.look, library.look_at
+        functions = (library.look, library.look_at_gradients)
     except (OSError, subprocess.SubprocessError, AttributeError):
         return None
     asked = (ctypes.pythonapi.PyObject_GetAttr, ctypes.pythonapi.PyList_Append, ctypes.pythonapi.Py_DecRef)
     python = ctypes.pointer(_Python(api.view, *(ctypes.cast(function, ctypes.c_void_p) for function in asked)))
-    pointers = (ctypes.POINTER(_Python), ctypes.POINTER(_Params))
-    look.argtypes, look_at.argtypes = [*pointers, *[ctypes.c_void_p] * 3], [*pointers, *[ctypes.c_void_p] * 2]
-    look.restype = look_at.restype = ctypes.c_int64
-    functions = (functools.partial(look, python), functools.partial(look_at, python))
-    return functions if _work(functions) else None
+    for function, count in zip(functions, (2, 5), strict=True):
+        function.argtypes = [ctypes.POINTER(_Python), ctypes.POINTER(_Expected), *[ctypes.c_void_p] * count]
+        function.restype = ctypes.c_int64
+    bound = (functools.partial(functions[0], python), functools.partial(functions[1], python))
+    return bound if _work(bound) else None
 
 
-def _work(functions: tuple[Callable[..., int], Callable[..., int]]) -> bool:
+def _work(functions: Functions) -> bool:
     """Whether they see what they should. Asked before they are used."""
-    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3,), (2, 4), ())]
+    params = tuple(torch.nn.Parameter(torch.zeros(shape)) for shape in ((3,), (2, 4), ()))
     shapes, strides = [tuple(param.shape) for param in params], [param.stride() for param in params]
-    look = Look(params, shapes, strides, params[0].detach(), functions)
+    look, places = Look(shapes, strides, params[0].detach(), functions), Places.of(params)
     grads = [torch.zeros_like(param) for param in params]
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
-    seen = look.at_gradients()
+    seen = look.at_gradients(places)
     if seen is None or not all(map(operator.is_, seen.tensors, grads)) or look.at(grads) is None:
         return False
     if seen.addresses != Gradients.of(grads).addresses:
         return False
     for other in (None, torch.zeros(4, 2).t(), torch.zeros(1, 4).expand(2, 4), torch.zeros(2, 4).to_sparse()):
         params[1].grad = other
-        if look.at_gradients() is not None:
+        if look.at_gradients(places) is not None:
             return False
     wrong = (torch.zeros(2, 4, dtype=torch.int32), torch.zeros(8), torch.zeros(2, 5), torch.zeros(2, 4, device="meta"))
     params[1].grad, params[1].data = grads[1], torch.zeros(2, 4)
-    return look.at_gradients() is None and all(look.at([grads[0], other, grads[2]]) is None for other in wrong)
+    return look.at_gradients(places) is None and all(look.at([grads[0], other, grads[2]]) is None for other in wrong)

@@ -26,8 +26,9 @@ from dist_asgd.gradients import PlacedGradient
 from dist_asgd.hooks import register_hook, remove_hooks
 from dist_asgd.layout import BucketLayout, Piece
 from dist_asgd.local import PlacedParameters, gradient_is_placed, local_gradient, local_of, place_gradient
+from dist_asgd.look import Look
 from dist_asgd.packing import Batch, Batches, Packer
-from dist_asgd.parts import as_real
+from dist_asgd.parts import Gradients, as_real
 from dist_asgd.pieces import Placement, local_tensor
 from dist_asgd.replicas import Sharing, family_of
 from dist_asgd.rule import Hyperparameters, Scaling
@@ -70,8 +71,9 @@ class PlacedBucket(Bucket):
         # Where replicas do not share, the first of them speaks for all.
         self._counts = sharing is None or collectives is not None or sharing.ranks[0] == setting.rank
         self._family = family_of(params[0]) if isinstance(params[0], DTensor) else None
-        self._all_present = False  # what the last check of gradients found
-        self._shapes = [placement.shape for placement in placements]
+        shapes, strides = [placement.shape for placement in placements], [placement.strides for placement in placements]
+        self._look = Look.of(shapes, strides, self._parameters.flats[0])
+        self._plain: Gradients | None = None  # from when all were found until the step
         self._addresses = [flat.data_ptr() for flat in self._parameters.flats]
         self._packer = Packer(layout, placements, self._parameters.flats[0])
         fuses = self.shard.fuses and all(type(flat) is Tensor for flat in self._parameters.flats)
@@ -110,30 +112,29 @@ class PlacedBucket(Bucket):
     # Gradients -------------------------------------------------------------------------------------------------------
 
     def check_gradients(self) -> list[bool]:
-        self._all_present = self._are_as_expected([param.grad for param in self.params])
-        if self._all_present:
+        self._plain = self._found([param.grad for param in self.params])
+        if self._plain is not None:
             return [True] * len(self.params)
         self._check_each_gradient()
         # Slices without elements, of which FSDP makes no gradient, take every step.
         return [param.grad is not None or (self.uneven and not param.numel()) for param in self.params]
 
-    def _are_as_expected(self, grads: list[Any]) -> bool:
-        """Whether all gradients are there, DTensors like their parameters. Asked of all at once, as every step asks."""
+    def let_go(self) -> None:
+        self._plain = None
+
+    def _found(self, grads: list[Any]) -> Gradients | None:
+        """All gradients, if they are there and lie as the parameters; DTensors are placed as they are, too."""
         if self._family is None:
-            return False
+            return None if any(grad is None for grad in grads) else self._look.at(grads)
         try:
             local = list(map(local_tensor, grads))
             places = [grad.placements for grad in grads]
             meshes = [grad.device_mesh for grad in grads]
         except AttributeError:  # None, or a plain tensor
-            return False
+            return None
         count = len(grads)
-        return (
-            places.count(self._family[1]) == count
-            and meshes.count(self._family[0]) == count
-            and list(map(type, local)).count(Tensor) == count
-            and all(map(operator.eq, map(operator.attrgetter("shape"), local), self._shapes))
-        )
+        placed = places.count(self._family[1]) == count and meshes.count(self._family[0]) == count
+        return self._look.at(local) if placed else None
 
     def _check_each_gradient(self) -> None:
         for name, param, placement in zip(self.names, self.params, self.placements, strict=True):
@@ -164,11 +165,11 @@ class PlacedBucket(Bucket):
 
     def has_misplaced(self) -> list[bool]:
         """For each parameter, whether its gradient has another placement: a partial one that was not reduced yet."""
-        return [not (self._all_present or self.uneven or gradient_is_placed(param)) for param in self.params]
+        return [not (self._plain is not None or self.uneven or gradient_is_placed(param)) for param in self.params]
 
     def place_gradients(self) -> None:
         """Brings those to the placements of their parameters. Collective where there are any."""
-        for param in [] if self._all_present or self.uneven else self.params:
+        for param in [] if self._plain is not None or self.uneven else self.params:
             place_gradient(param)
 
     def arrive(self, param: DTensor) -> None:
@@ -196,12 +197,16 @@ class PlacedBucket(Bucket):
     def update(self, h: Hyperparameters, active: Sequence[bool] | None, scaling: Scaling | None = None) -> None:
         self.wait()
         self.shard.update(h, active, self._slices, scaling)
+        self.let_go()
         # What is written to a local tensor does not show in the DTensor's version, by which autograd refuses a backward
         # through old values.
         torch.autograd.graph.increment_version(self.params)
 
     def _slices(self, run: Run) -> Iterator[UpdateSlice]:
         for batch in self._batches.of(run.first, run.stop):
+            if batch.parts is not None and self._plain is not None:
+                yield PartsSlice(batch.start, batch.stop, batch.parts, self._packer.chosen(batch, self._plain))
+                continue
             grads: list[Any] = [self.params[position].grad for position in batch.positions]  # checked before the step
             if not self.uneven:
                 grads = list(map(local_tensor, grads))

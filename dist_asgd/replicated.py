@@ -8,7 +8,6 @@ rank, or somebody else has reduced them) ``p.grad`` stays what it is in torch an
 
 from __future__ import annotations
 
-from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -19,7 +18,7 @@ from dist_asgd.buckets import Bucket, Setting, describe, require_dense, require_
 from dist_asgd.collectives import Collectives, Reduction, Transfer
 from dist_asgd.gradients import GradientPiece
 from dist_asgd.layout import BucketLayout, Piece, Span
-from dist_asgd.look import Look
+from dist_asgd.look import Look, Places
 from dist_asgd.packing import Batches, Packer
 from dist_asgd.parts import Gradients, as_real
 from dist_asgd.pieces import Placement
@@ -86,10 +85,10 @@ class ReplicatedBucket(Bucket):
         self.meets = self.may_lag = collectives is not None
         if collectives is not None and not self.reduces:
             self.mirrors = range(collectives.world_size)
-        self._addresses = array("q", map(Tensor.data_ptr, self.params))
+        self._places = Places.of(self.params)
         self._gradient_wire = setting.precision.gradient_wire(self.dtype)
         shapes, strides = [placement.shape for placement in placements], [placement.strides for placement in placements]
-        self._look = Look.of(self.params, shapes, strides, self.buffer)
+        self._look = Look.of(shapes, strides, self.buffer)
         self._plain: Gradients | None = None  # from when all were found until the step
         self._owned = list(self.shard.pieces.values())
         self.grad: Tensor | None = None
@@ -104,10 +103,10 @@ class ReplicatedBucket(Bucket):
 
     def holds(self, position: int) -> bool:
         """Whether the parameter still is a view of the bucket."""
-        return self.params[position].data_ptr() == self._addresses[position]
+        return self.params[position].data_ptr() == self._places.addresses[position]
 
     def check_parameters(self) -> None:
-        if array("q", map(Tensor.data_ptr, self.params)) == self._addresses:
+        if self._places.hold:
             return
         for position, (name, param) in enumerate(zip(self.names, self.params, strict=True)):
             if not self.holds(position):
@@ -150,7 +149,7 @@ class ReplicatedBucket(Bucket):
         ]
 
     def find_gradients(self) -> bool:
-        self._plain = self._look.at_gradients() if self.whole_gradients else None
+        self._plain = self._look.at_gradients(self._places) if self.whole_gradients else None
         return self._plain is not None
 
     def let_go(self) -> None:

@@ -21,4 +21,4 @@ for dtype in (torch.bfloat16, torch.float16):
     for gradient in (dtype, torch.float32):
         native_update(dtype, gradient, True, dtype, False)
         native_update(dtype, gradient, False, dtype, False)
-Look.of([], [], [], torch.zeros(0))
+Look.of([], [], torch.zeros(0))

@@ -1,4 +1,5 @@
-"""Real stores for tests, on free ports of 127.0.0.1: SeaweedFS (S3), Azurite (Azure), OpenSSH (sftp); a bad network.
+"""Real stores for tests, on free ports of 127.0.0.1: SeaweedFS (S3), Azurite (Azure), OpenSSH (sftp), an emulator of
+Google Cloud Storage; a bad network.
 
 A test module that imports the fixtures has them. A server is started when a test first needs it, once in
 each pytest process, and dies with that. What cannot be started is skipped with the reason; where CI=true, it fails.
@@ -230,6 +231,30 @@ def azure_server() -> Iterator[Server]:
 def azure_options(endpoint: str) -> dict[str, Any]:
     parts = ["DefaultEndpointsProtocol=http", f"AccountName={AZURE_ACCOUNT}", f"AccountKey={AZURE_KEY}"]
     return {"connection_string": ";".join([*parts, f"BlobEndpoint={endpoint}"])}
+
+
+# Google Cloud Storage
+
+
+@pytest.fixture(scope="session")
+def gcs_server() -> Iterator[Server]:
+    needed("gcsfs")
+    needed("gcp_storage_emulator")
+    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # or gcsfs asks by gRPC, which the emulator has not
+    folder = tempfile.mkdtemp(prefix="gcs-")
+    (port,) = free_ports(1)
+    endpoint = f"http://127.0.0.1:{port}"
+    server = Server(
+        root="gs://bucket-of-tests",
+        options={"endpoint_url": endpoint, "token": "anon"},
+        address=("127.0.0.1", port),
+        command=[sys.executable, str(Path(__file__).with_name("gcs_server.py")), str(port), "bucket-of-tests"],
+        environment=dict(os.environ),
+        folder=folder,
+        ready=lambda: answers(endpoint),
+    )
+    with running(server):
+        yield server
 
 
 # sftp

@@ -26,7 +26,7 @@ from oracle import check_dense_state, same_bits
 from ranks import run_ranks
 
 OPTIONS: dict[str, Any] = {"lr": 0.05, "lambd": 1e-3, "t0": 10}
-LAST = 115
+LAST = 60
 
 
 def reference(steps: int, given: bool = True, **options: Any) -> tuple[Model, torch.optim.ASGD]:

@@ -92,9 +92,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-@pytest.mark.parametrize(("layout", "world_size"), EVERYWHERE)
-def test_any_layout_goes_on_from_any_other(saved: str, layout: str, world_size: int) -> None:
-    run_ranks(world_size, load, saved, layout, EVERYWHERE, {}, timeout=120)
+@pytest.mark.parametrize("target", range(len(EVERYWHERE)))
+def test_any_layout_goes_on_from_any_other(saved: str, target: int) -> None:
+    """From each layout on one number of ranks, another one for each target."""
+    layout, world_size = EVERYWHERE[target]
+    sources = [(source, sizes[target % len(sizes)]) for source, sizes in WORLD_SIZES.items()]
+    run_ranks(world_size, load, saved, layout, sources, {}, timeout=120)
 
 
 @pytest.mark.parametrize("way", ["flatten_optimizer_state_dict", "cpu_offload"])

@@ -25,7 +25,7 @@ def test_masters_and_averages_equal_an_fp32_run(world_size: int, gradients: str,
         specs = low_specs(dtype)
         for options in ({"t0": 0, "lambd": 0.01}, {"t0": 3, "weight_decay": 0.1, "maximize": True}, {"t0": 1e6}):
             pair = Pair(make_parameters(specs), lr=0.01, gradients=gradients, bucket_bytes=256, **options)
-            for step in range(40):
+            for step in range(20):
                 pair.backward(random_gradients(specs, world_size, step))
                 pair.step()
                 pair.zero_grad()

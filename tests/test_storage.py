@@ -24,9 +24,9 @@ from dist_asgd.checkpoint import storage as storage_module
 from dist_asgd.checkpoint.storage import Storage, StorageError
 from dist_asgd.checkpoint.targets import target_of
 from ranks import RankError, message_of, run_alone
-from stores import AZURE_KEY, azure_server, proxied, running, s3_server, seaweedfs, sftp_server  # noqa: F401
+from stores import AZURE_KEY, azure_server, gcs_server, proxied, running, s3_server, seaweedfs, sftp_server  # noqa: F401
 
-STORES = ["file", "memory", "s3", "azure", "sftp"]
+STORES = ["file", "memory", "s3", "azure", "gcs", "sftp"]
 UNSAFE = ["", "/etc/passwd", "../x", "a/../../x", "a//b", "a/", "./a", "a\\b", "a\0b", "a*", "a?b", "a[0-9]", "a\nb"]
 
 
@@ -218,7 +218,7 @@ def cut(data, *sizes):
 
 
 @pytest.mark.parametrize("size", [PART - 1, PART, PART + 1, 2 * PART, 6 * PART + 7])
-@pytest.mark.parametrize("store", ["s3", "azure"])
+@pytest.mark.parametrize("store", ["s3", "azure", "gcs"])
 def test_parts_make_the_file(request, tmp_path, small_parts, store, size):
     storage = Storage.open(*opened(request, tmp_path, store))
     data = random.Random(size).randbytes(size)
@@ -231,7 +231,7 @@ def test_parts_make_the_file(request, tmp_path, small_parts, store, size):
     assert storage.abort_uploads("", -5) == 0
 
 
-@pytest.mark.parametrize("store", ["s3", "azure", "sftp", "file"])
+@pytest.mark.parametrize("store", ["s3", "azure", "gcs", "sftp", "file"])
 def test_an_upload_that_ends_half_way_leaves_nothing(request, tmp_path, small_parts, store):
     storage = Storage.open(*opened(request, tmp_path, store))
     for kind in (ZeroDivisionError, KeyboardInterrupt):
@@ -294,7 +294,7 @@ def test_the_store_dies_in_the_middle_of_an_upload(monkeypatch, small_parts):
 
 
 @pytest.mark.parametrize("fault", ["cut_requests", "cut_answers"])
-@pytest.mark.parametrize("store", ["s3", "azure", "sftp"])
+@pytest.mark.parametrize("store", ["s3", "azure", "gcs", "sftp"])
 def test_connections_that_break_are_made_again(request, tmp_path, monkeypatch, small_parts, store, fault):
     """Also when a request was carried out and only its answer was lost: then a create finds its own file."""
     monkeypatch.setattr(retries, "FIRST_DELAY", 0.02)
@@ -322,7 +322,7 @@ def test_connections_that_break_are_made_again(request, tmp_path, monkeypatch, s
     assert Storage.open(storage.url, server.options).sizes() == {"manifest": 4}
 
 
-@pytest.mark.parametrize("store", ["s3", "azure", "sftp"])
+@pytest.mark.parametrize("store", ["s3", "azure", "gcs", "sftp"])
 def test_a_network_that_stays_away_is_told_without_credentials(request, monkeypatch, caplog, capfd, store):
     monkeypatch.setattr(retries, "FIRST_DELAY", 0.01)
     server = request.getfixturevalue(f"{store}_server")

@@ -230,7 +230,7 @@ def test_choices_belong_to_elements_and_infinite_values_stay() -> None:
     assert not Rounding(torch.bfloat16).at(3, 4).first
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_small_steps_add_up(world_size: int) -> None:
     """500 steps of 4e-4 from 1 to 0.8, each a tenth of what bf16 can tell apart there."""
 

@@ -15,7 +15,8 @@ from fsspec.core import url_to_fs
 from dist_asgd.checkpoint.retries import Requests, StorageError
 from dist_asgd.checkpoint.targets import Target
 
-EXTRAS = {"s3": "s3", "s3a": "s3", "abfs": "azure", "abfss": "azure", "az": "azure", "sftp": "sftp", "ssh": "sftp"}
+EXTRAS = {"s3": "s3", "s3a": "s3", "abfs": "azure", "abfss": "azure", "az": "azure", "gs": "gcs", "gcs": "gcs"}
+EXTRAS |= {"sftp": "sftp", "ssh": "sftp"}
 
 
 class Connection:

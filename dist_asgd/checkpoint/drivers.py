@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dist_asgd.checkpoint.azure import AzureUploads, azure_options, prepare_azure
 from dist_asgd.checkpoint.connections import Connection
+from dist_asgd.checkpoint.gcs import GcsUploads, gcs_options, prepare_gcs
 from dist_asgd.checkpoint.local import LocalStore
 from dist_asgd.checkpoint.remote import RemoteStore
-from dist_asgd.checkpoint.retries import Requests, StorageError
+from dist_asgd.checkpoint.retries import Requests
 from dist_asgd.checkpoint.s3 import S3Uploads, prepare_s3, s3_options
 from dist_asgd.checkpoint.stores import Store
 from dist_asgd.checkpoint.targets import AZURE, Target
@@ -28,9 +29,8 @@ def store_of(target: Target) -> Store:
         connection = Connection(target, azure_options(target.options), prepare_azure)
         return RemoteStore(connection, AzureUploads(connection))
     if target.protocol in GCS:
-        raise StorageError(
-            "gs:// cannot hold checkpoints yet: copying and deleting, as a rename there does, is not atomic"
-        )
+        connection = Connection(target, gcs_options(target.options), prepare_gcs)
+        return RemoteStore(connection, GcsUploads(connection))
     connection = Connection(target, target.options)
     if target.protocol == "memory":
         return RemoteStore(connection, MemoryUploads(connection))

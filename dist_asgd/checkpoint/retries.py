@@ -38,8 +38,10 @@ CLASSES_TRANSIENT = {
     "botocore.exceptions.ReadTimeoutError",
     "botocore.exceptions.ResponseStreamingError",
     "botocore.parsers.ResponseParserError",
+    "google.auth.exceptions.TransportError",
     "paramiko.ssh_exception.NoValidConnectionsError",
     "paramiko.ssh_exception.SSHException",
+    "requests.exceptions.ConnectionError",  # gcsfs: 502
 }
 CLASSES_PERMANENT = {
     "aiohttp.client_exceptions.ClientSSLError",
