@@ -5,10 +5,47 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from dist_asgd.buckets import Bucket
+from dist_asgd.parallel import ParallelModules
+from dist_asgd.reducer import PATIENCE
+
+
+def start_averaging(groups: Sequence[dict[str, Any]], buckets: Sequence[Sequence[Bucket]]) -> None:
+    """Sets ``t0`` of each of the ``groups`` to the steps that its ``buckets`` have taken."""
+    for group, of_group in zip(groups, buckets, strict=True):
+        steps = [run.scalars.read().step for bucket in of_group for run in bucket.shard.runs]
+        group["t0"] = float(max(steps, default=0))
+
+
+class Swap:
+    """Whether averages are in for the parameters now, and how they come there."""
+
+    def __init__(self) -> None:
+        self._inside = False
+
+    def refuse(self, what: str) -> None:
+        """Raises ``RuntimeError`` while they are in."""
+        if self._inside:
+            raise RuntimeError(f"{what} is not possible inside averaged_parameters(): leave the with block first")
+
+    @contextlib.contextmanager
+    def averages_in(self, buckets: Sequence[Bucket], modules: ParallelModules) -> Iterator[None]:
+        """Inside, the parameters of ``buckets`` are their averages; after it, exactly what they were. Collective.
+
+        Where the block raised, waits ``PATIENCE`` seconds for the other ranks. What they have not sent by then is
+        waited for before the parameters are used by the optimizer again.
+        """
+        try:
+            self._inside = True
+            with averages_swapped_in(buckets, PATIENCE):
+                yield
+        finally:
+            modules.drop_copies()
+            self._inside = False
 
 
 @contextlib.contextmanager

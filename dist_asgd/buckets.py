@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_asgd.averages import Average
 from dist_asgd.collectives import Collectives
 from dist_asgd.gradients import Reducing
 from dist_asgd.layout import BucketLayout
@@ -27,6 +28,7 @@ class Setting:
     Attributes:
         rank, world_size: this rank among those of the optimizer.
         group: those ranks; None for one.
+        averages: by name; the first is ``ax``.
         reducing: what gradients ask of the optimizer.
     """
 
@@ -34,6 +36,7 @@ class Setting:
     world_size: int
     group: dist.ProcessGroup | None
     precision: Precision
+    averages: Mapping[str, Average]
     bucket_bytes: int
     reducing: Reducing
     made: dict[str, Collectives] = field(default_factory=dict, init=False)  # by device type
@@ -77,18 +80,19 @@ class Bucket(ABC):
         parameters: ShardParameters,
         rank: int,
         collectives: Collectives | None,
-        precision: Precision,
+        setting: Setting,
     ) -> None:
         self.params, self.names, self.layout = tuple(named), tuple(named.values()), layout
         self.positions = {id(param): position for position, param in enumerate(self.params)}
         self.placements = tuple(placements)
         self.dtype, self.device = self.params[0].dtype, self.params[0].device
-        self.collectives = collectives if layout.numel else None
+        self.collectives, precision = collectives if layout.numel else None, setting.precision
         self.wire = precision.wire(self.dtype)
         # The same wherever shards are cut; another for another bucket, or another block of the parameters.
         seed = zlib.crc32(repr((self.names[0], self.placements[0].offsets)).encode())
         rounding = precision.rounding(self.dtype, self.collectives is not None, seed)
-        self.shard = Shard(parameters, layout, self.placements, rank, precision, rounding)
+        kind = next(iter(setting.averages.values()))
+        self.shard = Shard(parameters, layout, self.placements, rank, precision, rounding, kind)
 
     def requires_grad(self) -> list[bool]:
         return [param.requires_grad for param in self.params]

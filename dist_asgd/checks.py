@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from dist_asgd.agreement import Facts, fingerprint
+from dist_asgd.averages import average_of
 from dist_asgd.buckets import Bucket
 from dist_asgd.local import is_placed, local_of
 from dist_asgd.pieces import Placement
@@ -74,24 +74,6 @@ def check_arguments(
             "stochastic_rounding is for bf16 parameters without masters: pass master_weights=False. With masters, "
             "rounding loses nothing"
         )
-
-
-def clip_arguments(max_norm: Any, norm_type: Any) -> tuple[float, float, Exception | None]:
-    """The arguments of ``clip_grad_norm_`` as torch's takes them (``"inf"`` and tensors too), and the error in them."""
-    limit, order = _number(max_norm), _number(norm_type)
-    error = None
-    if not order > 0:
-        error = ValueError(f"norm_type must be a number > 0, got {norm_type!r}")
-    if not limit >= 0:
-        error = ValueError(f"max_norm must be a number >= 0, got {max_norm!r}")
-    return limit, order, error
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):  # the last from tensors of several elements
-        return math.nan
 
 
 def check_last_group(groups: Groups, ranks: Sequence[int]) -> None:
@@ -270,7 +252,7 @@ def argument_facts(arguments: Mapping[str, object], groups: Groups, first: int) 
     """What must be the same on every rank to build the groups from ``first`` on."""
     facts = [(name, repr(value)) for name, value in arguments.items()]
     for number, group in enumerate(groups[first:], start=first):
-        facts += option_facts(Hyperparameters.of(group), number)
+        facts += [*option_facts(Hyperparameters.of(group), number), (f"average of group {number}", average_of(group))]
         families = list(dict.fromkeys(family_of(param) for param in group["params"] if isinstance(param, DTensor)))
         for name, param in zip(parameter_names(group, number), group["params"], strict=True):
             kind = f"{param.dtype} on {param.device.type}"

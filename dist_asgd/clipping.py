@@ -3,15 +3,60 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_asgd.buckets import Bucket
+from dist_asgd.checks import Groups
 from dist_asgd.collectives import all_gather
 from dist_asgd.rule import compute_dtype
+from dist_asgd.settlement import Settlement
+
+
+def clip_(
+    settlement: Settlement,
+    groups: Groups,
+    buckets: Sequence[Bucket],
+    arguments: tuple[Any, Any],
+    group: dist.ProcessGroup | None,
+    error: Exception | None,
+) -> Tensor:
+    """``ShardedASGD.clip_grad_norm_``, with its ``arguments``, for all ``buckets`` of its ``groups``. Collective.
+
+    An ``error`` of this rank becomes that of all.
+    """
+    max_norm, norm_type, bad = clip_arguments(*arguments)
+    error = error or bad
+    operation = f"clip_grad_norm_({max_norm=}, {norm_type=})"  # which must be the same on every rank
+    if all(bucket.whole_gradients for bucket in buckets):
+        settlement.align(operation, buckets, error)
+        params = [param for of_group in groups for param in of_group["params"] if param.numel()]
+        return nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+    settlement.settle(operation, groups, buckets, error)
+    return clip_sharded_(buckets, max_norm, norm_type, group)
+
+
+def clip_arguments(max_norm: Any, norm_type: Any) -> tuple[float, float, Exception | None]:
+    """The arguments of ``clip_grad_norm_`` as torch's takes them (``"inf"`` and tensors too), and the error in them."""
+    limit, order = _number(max_norm), _number(norm_type)
+    error = None
+    if not order > 0:
+        error = ValueError(f"norm_type must be a number > 0, got {norm_type!r}")
+    if not limit >= 0:
+        error = ValueError(f"max_norm must be a number >= 0, got {max_norm!r}")
+    return limit, order, error
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # the last from tensors of several elements
+        return math.nan
 
 
 def clip_sharded_(

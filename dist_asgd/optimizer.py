@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_asgd.agreement import Agreement, default_group, group_of_its_own
-from dist_asgd.averaging import averages_swapped_in
+from dist_asgd.averages import Average, check_average, group_options, named_averages
+from dist_asgd.averaging import Swap, start_averaging
 from dist_asgd.buckets import Bucket, Setting
 from dist_asgd.capture import check_capturable, scaling_of
 from dist_asgd.checks import (
@@ -22,16 +23,15 @@ from dist_asgd.checks import (
     check_arguments,
     check_last_group,
     check_state_dict,
-    clip_arguments,
     drop_duplicates,
     parameter_names,
 )
-from dist_asgd.clipping import clip_sharded_
+from dist_asgd.clipping import clip_
 from dist_asgd.construction import build_buckets
 from dist_asgd.overlap import ForwardWaits
 from dist_asgd.parallel import ParallelModules
 from dist_asgd.precision import Precision
-from dist_asgd.reducer import PATIENCE, Reducer
+from dist_asgd.reducer import Reducer
 from dist_asgd.replicas import Replicas
 from dist_asgd.settlement import Settlement
 from dist_asgd.state import TORCH_OPTIONS, StateView, full_state_dict, passed_through, plan_load, sharded_state_dict
@@ -52,7 +52,8 @@ class ShardedASGD(torch.optim.Optimizer):
             build the optimizer after ``model.to(...)``, ``fully_shard(...)`` and the like. ``model.named_parameters()``
             gives errors and checkpoints names.
         lr, lambd, alpha, t0, weight_decay, maximize: as in ``torch.optim.ASGD``; groups may have their own.
-            Averaging starts ``t0`` steps into training. Numbers >= 0; ``t0=math.inf`` never averages.
+            Averaging starts ``t0`` steps into training: by default 1e6, or 0 where ``average`` is given. Numbers >= 0;
+            ``t0=math.inf`` never averages.
         gradients: of plain parameters. ``"local"``: each rank has gradients of its own; they are averaged by a
             reduce-scatter that runs during backward, and a bucket's whole gradients are freed as it goes (ZeRO-2).
             Parameters start as rank 0's. ``"reduced"``: DistributedDataParallel has averaged them; only state and
@@ -64,6 +65,7 @@ class ShardedASGD(torch.optim.Optimizer):
         bucket_bytes: size of the buckets in which gradients and parameters travel.
         master_weights: keep fp32 masters of bf16 and fp16 parameters. Without, updates in fp32 are rounded once.
         average_dtype: dtype of ``ax``; None for fp32 or the parameter's dtype, whichever is wider.
+        average: its kind, ``Uniform``, ``EMA``, ``PolynomialDecay`` or ``Tail``; None for torch's, the uniform one.
         wire_dtype: in which gradients of plain parameters are sent, and parameters if it is narrower than theirs:
             ``torch.bfloat16`` halves the bytes. Sums are fp32; parameters become roundings of fp32 masters.
         stochastic_rounding: round bf16 parameters without masters by chance, so that the smallest steps still add up.
@@ -85,7 +87,7 @@ class ShardedASGD(torch.optim.Optimizer):
         lr: float | Tensor = 1e-2,
         lambd: float = 1e-4,
         alpha: float = 0.75,
-        t0: float = 1e6,
+        t0: float | None = None,
         weight_decay: float = 0,
         *,
         maximize: bool = False,
@@ -95,6 +97,7 @@ class ShardedASGD(torch.optim.Optimizer):
         bucket_bytes: int = 25 * 2**20,
         master_weights: bool = True,
         average_dtype: torch.dtype | None = None,
+        average: Average | None = None,
         wire_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
         shard_replicas: bool = True,
@@ -102,25 +105,20 @@ class ShardedASGD(torch.optim.Optimizer):
         module: nn.Module | None = None,
         **unknown: NoReturn,  # refused in the body, where every rank hears of it
     ) -> None:
-        agreement = self._agreement = Agreement(group := default_group(process_group))
         arguments: dict[str, Any] = {"gradients": gradients, "find_unused_parameters": find_unused_parameters}
         precision = Precision(master_weights, average_dtype, wire_dtype, stochastic_rounding, capturable)
         arguments |= {"bucket_bytes": bucket_bytes, "shard_replicas": shard_replicas, **asdict(precision)}
-        self._buckets: list[list[Bucket]] = []  # by group
-        self._params: list[list[Tensor]] = []  # by group, as they were added
-        self._reducer, self._waits, self._modules = Reducer(), ForwardWaits(module), ParallelModules(module)
-        self._alone, self._arguments, self._built, self._swapped = group is None, arguments, False, False
-        self._settlement = Settlement(agreement, self._reducer, self._waits, find_unused_parameters)
-        self._replicas = Replicas(agreement, group, shard_replicas and not capturable)  # no exchange in a graph
-        ranks = (agreement.rank, agreement.world_size, group_of_its_own(group))
-        self._step_supports_amp_scaling = capturable  # by which GradScaler knows that step() takes scaled gradients
-        self._setting = Setting(*ranks, precision, bucket_bytes, weakref.proxy(self._settlement))
-        with agreement.together("ShardedASGD()"):
+        ranks = self._prepare(default_group(process_group), arguments, module)
+        t0 = t0 if t0 is not None else 1e6 if average is None else 0
+        options: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
+        options |= {"maximize": maximize, **TORCH_OPTIONS, "capturable": capturable}
+        with self._agreement.together("ShardedASGD()"):
             check_arguments(**arguments, module=module, unknown=unknown)
-            options = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
-            super().__init__(params, {**options, "maximize": maximize, **TORCH_OPTIONS, "capturable": capturable})
+            averages = named_averages(average)
+            self._setting = Setting(*ranks, precision, averages, bucket_bytes, weakref.proxy(self._settlement))
+            super().__init__(params, options | group_options(averages))
             facts = argument_facts(arguments, self.param_groups, 0)
-        agreement.require_equal("the arguments of the optimizer", facts)
+        self._agreement.require_equal("the arguments of the optimizer", facts)
         self._build(0)
         self.state = StateView(self.param_groups, self._buckets)  # type: ignore[assignment]
 
@@ -155,7 +153,7 @@ class ShardedASGD(torch.optim.Optimizer):
             RuntimeError, ValueError: on every rank the same, where any rank has a gradient missing, sparse or of
                 another shape, a parameter that became one of another kind, or options of its own. Nothing has changed.
         """
-        self._refuse_swapped("step()")
+        self._swap.refuse("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -200,15 +198,8 @@ class ShardedASGD(torch.optim.Optimizer):
         Raises:
             RuntimeError, ValueError: on every rank the same; as ``step``, and for arguments out of range.
         """
-        max_norm, norm_type, bad = clip_arguments(max_norm, norm_type)
-        error = self._misuse() or bad
-        operation = f"clip_grad_norm_({max_norm=}, {norm_type=})"  # which must be the same on every rank
-        if all(bucket.whole_gradients for bucket in self._all_buckets()):
-            self._settlement.align(operation, self._all_buckets(), error)
-            params = [param for group in self.param_groups for param in group["params"] if param.numel()]
-            return nn.utils.clip_grad_norm_(params, max_norm, norm_type)
-        self._settlement.settle(operation, self.param_groups, self._all_buckets(), error)
-        return clip_sharded_(self._all_buckets(), max_norm, norm_type, self._setting.group)
+        buckets, group, error = self._all_buckets(), self._setting.group, self._misuse()
+        return clip_(self._settlement, self.param_groups, buckets, (max_norm, norm_type), group, error)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -228,18 +219,13 @@ class ShardedASGD(torch.optim.Optimizer):
         average yet keep their own values. Inside, ``step()`` and ``load_state_dict()`` are refused, and backward
         accumulates as in ``no_sync()``. Extra memory: 1/N of the parameters.
         """
-        self._refuse_swapped("averaged_parameters()")
+        self._swap.refuse("averaged_parameters()")
         self._complete()
         error = self._misuse() or self._modules.unknown_copies([param for params in self._params for param in params])
         self._settlement.align("averaged_parameters()", self._all_buckets(), error)
-        self._swapped = True
-        try:
-            # no_sync: the reductions of a backward on one rank only must not come between the all-gathers of all.
-            with averages_swapped_in(self._all_buckets(), PATIENCE), self._reducer.suspended():
-                yield
-        finally:
-            self._modules.drop_copies()
-            self._swapped = False
+        # no_sync: the reductions of a backward on one rank only must not come between the all-gathers of all.
+        with self._swap.averages_in(self._all_buckets(), self._modules), self._reducer.suspended():
+            yield
 
     def start_averaging(self) -> None:
         """Starts the average now: sets ``t0`` of every group to the steps taken so far. Every rank must do so.
@@ -247,9 +233,7 @@ class ShardedASGD(torch.optim.Optimizer):
         As in torch with that ``t0``, the second step from now is the first that the average holds. An average that was
         under way starts afresh.
         """
-        for group, buckets in zip(self.param_groups, self._buckets, strict=True):
-            steps = [run.scalars.read().step for bucket in buckets for run in bucket.shard.runs]
-            group["t0"] = float(max(steps, default=0))
+        start_averaging(self.param_groups, self._buckets)
 
     def synchronize(self) -> None:
         """Waits until all parameters are complete. Needed only with ``module``, before they are read elsewhere."""
@@ -292,7 +276,7 @@ class ShardedASGD(torch.optim.Optimizer):
         self._complete()
         self._settlement.align("load_state_dict()", self._all_buckets(), self._misuse())
         with self._agreement.together("load_state_dict()"):
-            self._refuse_swapped("load_state_dict()")
+            self._swap.refuse("load_state_dict()")
             check_state_dict(state_dict)
             state_dict = passed_through(self._optimizer_load_state_dict_pre_hooks, self, dict(state_dict))
             loaded = plan_load(self.param_groups, self._buckets, state_dict)
@@ -309,6 +293,24 @@ class ShardedASGD(torch.optim.Optimizer):
 
     # Internals -------------------------------------------------------------------------------------------------------
 
+    def _prepare(
+        self, group: dist.ProcessGroup | None, arguments: dict[str, Any], module: nn.Module | None
+    ) -> tuple[int, int, dist.ProcessGroup | None]:
+        """Makes what needs no parameters: first of all, that by which ranks agree. Collective.
+
+        Returns the rank among the ranks of the optimizer, their number, and a group of them.
+        """
+        agreement = self._agreement = Agreement(group)
+        self._buckets: list[list[Bucket]] = []  # by group
+        self._params: list[list[Tensor]] = []  # by group, as they were added
+        self._reducer, self._waits, self._modules = Reducer(), ForwardWaits(module), ParallelModules(module)
+        self._alone, self._arguments, self._built, self._swap = group is None, arguments, False, Swap()
+        self._settlement = Settlement(agreement, self._reducer, self._waits, arguments["find_unused_parameters"])
+        capturable = arguments["capturable"]
+        self._replicas = Replicas(agreement, group, arguments["shard_replicas"] and not capturable)  # none in a graph
+        self._step_supports_amp_scaling = capturable  # by which GradScaler knows that step() takes scaled gradients
+        return agreement.rank, agreement.world_size, group_of_its_own(group)
+
     def _all_buckets(self) -> list[Bucket]:
         return [bucket for buckets in self._buckets for bucket in buckets]
 
@@ -320,10 +322,6 @@ class ShardedASGD(torch.optim.Optimizer):
         self.synchronize()
         self._modules.drop_copies()
 
-    def _refuse_swapped(self, what: str) -> None:
-        if self._swapped:
-            raise RuntimeError(f"{what} is not possible inside averaged_parameters(): leave the with block first")
-
     def _add_checked(self, param_group: dict[str, Any]) -> None:
         """torch's own checks, then ours. Nothing is added where one fails."""
         count = len(self.param_groups)
@@ -331,6 +329,7 @@ class ShardedASGD(torch.optim.Optimizer):
             super().add_param_group(param_group)
             drop_duplicates(self.param_groups[-1])
             check_last_group(self.param_groups, self._agreement.ranks)
+            check_average(self.param_groups[-1], count, self._setting.averages)
             check_capturable(self.param_groups[-1], count, self._setting.precision, self._agreement.world_size)
         except Exception:
             del self.param_groups[count:]

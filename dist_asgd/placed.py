@@ -64,7 +64,7 @@ class PlacedBucket(Bucket):
         collectives = None if sharing is None else sharing.collectives(params[0].device)
         rank = 0 if collectives is None or sharing is None else sharing.ranks.index(setting.rank)
         self._parameters = PlacedParameters(params, layout, placements, rank)
-        super().__init__(named, layout, placements, self._parameters, rank, collectives, setting.precision)
+        super().__init__(named, layout, placements, self._parameters, rank, collectives, setting)
         self.group, self.reducing = setting.group, setting.reducing
         self.mirrors = () if sharing is None else sharing.mirrors
         self.uneven = sharing is None

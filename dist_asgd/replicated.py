@@ -78,7 +78,7 @@ class ReplicatedBucket(Bucket):
             collectives.broadcast(as_real(self.buffer))
         start, stop = layout.shard(setting.rank)
         parameters = FlatParameters(self.buffer[start:stop])
-        super().__init__(named, layout, placements, parameters, setting.rank, collectives, setting.precision)
+        super().__init__(named, layout, placements, parameters, setting.rank, collectives, setting)
         self.group, self.reduces = setting.group, reduces
         self.reducing = setting.reducing if reduces else None
         self.whole_gradients = not self.reduces

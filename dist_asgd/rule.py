@@ -11,7 +11,7 @@ Bottou, "Large-scale machine learning with stochastic gradient descent", 2010). 
     ax  = p                      if mu == 1
     ax  = ax + (p - ax) * mu     else; three roundings: lerp or addcmul would change 16 % of the elements
     eta = lr / (1 + lambd * lr * s) ** alpha      used at step s + 1
-    mu  = 1 / max(1, s - t0)                      used at step s + 1
+    mu  = 1 / max(1, s - t0)                      used at step s + 1; that of other averages: averages.py
 
 ``eta`` and ``mu`` are computed in double from the current ``lr`` and rounded to fp32, as torch stores them.
 """
@@ -27,6 +27,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from dist_asgd.averages import Average, Uniform
+
+UNIFORM = Uniform()  # torch's average
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +96,11 @@ def first_scalars(h: Hyperparameters) -> Scalars:
     return Scalars(step=0, eta=_round_scalar(float(h.lr)), mu=1.0)
 
 
-def next_scalars(h: Hyperparameters, step: int) -> Scalars:
+def next_scalars(h: Hyperparameters, step: int, average: Average = UNIFORM) -> Scalars:
     """The state after ``step`` steps, in the double arithmetic and the rounding of torch."""
     count = float(step)
     eta = h.lr / ((1 + h.lambd * h.lr * count) ** h.alpha)
-    mu = 1 / max(1, count - h.t0)
+    mu = average.mu(step, h.t0)
     return Scalars(step=step, eta=_round_scalar(float(eta)), mu=_round_scalar(float(mu)))
 
 

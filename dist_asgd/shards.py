@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dist_asgd.averages import Average
 from dist_asgd.layout import BucketLayout, Piece
 from dist_asgd.pieces import Placement, StatePiece
 from dist_asgd.precision import Precision
@@ -68,6 +69,7 @@ class Shard:
         placements: of the parameters, by position in ``layout.spans``.
         rank: whose shard it is.
         rounding: of the parameters, the first in ``layout`` being number 0.
+        kind: of average.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Shard:
         rank: int,
         precision: Precision,
         rounding: Rounding,
+        kind: Average,
     ) -> None:
         self.parameters, self.dtype, self.rounding = parameters, parameters.dtype, rounding
         self.layout, self.placements = layout, tuple(placements)
@@ -88,7 +91,7 @@ class Shard:
             self.master = parameters.read().to(compute_dtype(self.dtype), copy=True)
         self._raw: Tensor | None = None  # the parameters themselves while their averages are swapped in
         self.average_dtype = precision.average(self.dtype)
-        self._capturable, self.average = precision.capturable, None
+        self._capturable, self._kind, self.average = precision.capturable, kind, None
         if self._capturable:
             self.average = self._iterate().to(self.average_dtype, copy=True)
         # Whether its parameters are updated in one pass, wherever they lie.
@@ -137,16 +140,17 @@ class Shard:
             return run
         known = run.scalars if run.scalars.step else first_scalars(h)
         self._update(known, h, slices(run))
-        following = next_scalars(h, known.step + 1)
+        following = next_scalars(h, known.step + 1, self._kind)
         if following.mu != 1 and self.average is None:
             # Now, not in the next step: what is written to the parameters in between is no part of the average.
             self.average = self.average_copy()
         return replace(run, scalars=following)
 
     def _update(self, scalars: AnyScalars, h: Hyperparameters, slices: Iterable[UpdateSlice]) -> None:
+        idle = isinstance(scalars, Scalars) and scalars.mu == 0  # the average does not take this iterate
         for part in slices:
             where = slice(part.start, part.stop)
-            average = None if self.average is None else self.average[where]
+            average = None if self.average is None or idle else self.average[where]
             rounding = self.rounding.at(self.start + part.start, scalars)
             part.update_(average, None if self.master is None else self.master[where], h, scalars, rounding)
 

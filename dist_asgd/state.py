@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_asgd.agreement import Agreement, Facts
+from dist_asgd.averages import average_of
 from dist_asgd.buckets import Bucket
 from dist_asgd.checks import option_facts, some_of
 from dist_asgd.pieces import Placement, ScalarCopy
@@ -150,6 +151,7 @@ def plan_load(groups: Groups, buckets: GroupBuckets, state_dict: Mapping[str, An
         for param, key in zip(group["params"], group_keys, strict=True)
         if saved_state.get(key)
     }
+    _check_averages(groups, saved_groups, states.values())
     options = [_loaded_options(group, saved) for group, saved in zip(groups, saved_groups, strict=True)]
     plans = []
     for bucket in (bucket for of_group in buckets for bucket in of_group):
@@ -210,8 +212,19 @@ def _saved_ids(groups: Groups, saved: Sequence[Mapping[str, Any]]) -> list[list[
     return [list(group["params"]) for group in saved]
 
 
+def _check_averages(groups: Groups, saved: Sequence[Mapping[str, Any]], states: Iterable[Mapping[str, Any]]) -> None:
+    """Raises ``ValueError`` where the state has begun averages that are not those of the optimizer."""
+    for index, (group, other) in enumerate(zip(groups, saved, strict=True)):
+        found, expected = average_of(other), average_of(group)
+        if found != expected and any(state.get("mu", 1) != 1 for state in states):
+            raise ValueError(
+                f"parameter group {index} of the state dict averages by {found}, the optimizer by {expected}: build it "
+                "with the average of the state dict (average=), or load a state from before averaging began"
+            )
+
+
 def _loaded_options(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {"params", "param_names", *TORCH_OPTIONS}
+    kept = {"params", "param_names", "average", *TORCH_OPTIONS}
     options = copy.deepcopy({key: value for key, value in saved.items() if key not in kept})
     Hyperparameters.of({**group, **options})  # raises where they are out of range
     return options

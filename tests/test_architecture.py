@@ -11,6 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import only modules that stand before it.
 ORDER = [
+    "averages",
     "rule",
     "parts",
     "probe",
@@ -29,6 +30,7 @@ ORDER = [
     "precision",
     "shards",
     "agreement",
+    "trigger",
     "collectives",
     "buckets",
     "replicated",
@@ -37,14 +39,14 @@ ORDER = [
     "placed",
     "reducer",
     "construction",
-    "averaging",
     "parallel",
-    "clipping",
+    "averaging",
     "overlap",
     "comparison",
     "checks",
     "capture",
     "settlement",
+    "clipping",
     "state",
     "optimizer",
     "checkpoint",

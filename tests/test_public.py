@@ -4,7 +4,8 @@ from importlib.metadata import version
 
 import dist_asgd
 
-PUBLIC = {"Checkpointer", "ShardedASGD", "__version__", "load", "save"}
+PUBLIC = {"Checkpointer", "NonMonotonicTrigger", "ShardedASGD", "__version__", "load", "save"}
+PUBLIC |= {"EMA", "PolynomialDecay", "Tail", "Uniform"}
 
 
 def test_exported_names():

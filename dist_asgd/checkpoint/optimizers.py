@@ -15,8 +15,11 @@ from dist_asgd.checkpoint.named import NamedOptimizer
 from dist_asgd.checkpoint.nesting import Node, Path, key_of, leaves
 from dist_asgd.checkpoint.plan import OPTIMIZERS, Plan, missing
 
+# Which average ``ax`` is. It must be as it was, since an average cannot go on as one of another kind.
+AVERAGE = "average"
+
 # Options that choose an implementation, and what is not an option: these stay as they are, whatever was saved.
-KEPT = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
+KEPT = {"params", "param_names", AVERAGE, "foreach", "fused", "capturable", "differentiable"}
 
 Taken = Callable[[], Any]  # what was read, once it was
 
@@ -90,7 +93,17 @@ def _plan_group(
     for name, value in defaults.items():
         if name not in node.children and name not in KEPT and value is not None and value is not False:
             plan.lacks(key_of((*where, name)), f"expected a value like {value!r}")
+    _compare_averages(plan, where, live)
     return lambda: {**live, **{name: option() for name, option in options.items()}}
+
+
+def _compare_averages(plan: Plan, where: Path, live: Mapping[str, Any]) -> None:
+    key = key_of((*where, AVERAGE))
+    if key not in plan.values:
+        if AVERAGE in live:
+            plan.lacks(key, f"expected {live[AVERAGE]}")
+    elif (saved := plan.values[key]) != live.get(AVERAGE):
+        plan.problems.wrong_dtype[key] = f"found {saved}, expected {live.get(AVERAGE, 'the uniform average')}"
 
 
 def _beside(live: Any) -> Callable[[str, SavedTensor], Tensor]:
