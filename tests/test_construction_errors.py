@@ -22,8 +22,9 @@ BAD_NUMBERS = {
     ],
     "lambd": [NAN, -1e-4, "1e-4", None, [1e-4]],
     "alpha": [NAN, -0.75, "x", None],
-    "t0": [NAN, -1, "x", None, 1j, 10**400],
+    "t0": [NAN, -1, "x", 1j, 10**400],
     "weight_decay": [NAN, -0.1, "x", None],
+    "eta_decay": [NAN, INF, -0.1, "x", True],
 }
 
 
@@ -74,6 +75,9 @@ def test_an_infinite_t0_means_never() -> None:
         ({"average_dtype": "float32"}, "average_dtype"),
         ({"module": 3}, "module"),
         ({"capturable": 1}, "capturable"),
+        ({"lr_on_time": 1}, "lr_on_time"),
+        ({"lr_on_time": None}, "lr_on_time"),
+        ({"lr_on_time": True, "capturable": True}, "lr_on_time=True with capturable=True"),
         ({"process_group": "world"}, "process_group"),
     ],
     ids=str,
@@ -288,6 +292,8 @@ DISAGREEMENTS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
             ("t0", 1e6, 0),
             ("weight_decay", 0, 0.1),
             ("maximize", False, True),
+            ("lr_on_time", False, True),
+            ("eta_decay", None, 1e-4),
             ("gradients", "local", "reduced"),
             ("find_unused_parameters", False, True),
             ("bucket_bytes", 1024, 4096),
