@@ -1,11 +1,8 @@
-"""A checkpoint's tensors as one file, that of ``torch.save`` or safetensors, verified and in bounded memory."""
+"""A checkpoint's tensors, or their averages, for files of other formats: verified, and in bounded memory."""
 
 from __future__ import annotations
 
 import fnmatch
-import itertools
-import json
-import struct
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,18 +12,12 @@ from typing import Any
 
 import torch
 
-from dist_asgd.checkpoint.archives import (
-    Stub,
-    beginning,
-    description,
-    directory,
-    payload_bytes,
-    payload_record,
-)
-from dist_asgd.checkpoint.cutting import cut, whole
+from dist_asgd.checkpoint.archives import payload_bytes
+from dist_asgd.checkpoint.cutting import batches, whole
 from dist_asgd.checkpoint.entries import Block, CheckpointError, TensorEntry
 from dist_asgd.checkpoint.foreign import StockCheckpoint, read_stock_metadata
-from dist_asgd.checkpoint.manifest import STOCK, Manifest, TensorRecord, ValueRecord, dtype_name, in_directory
+from dist_asgd.checkpoint.formats import Exported
+from dist_asgd.checkpoint.manifest import STOCK, Manifest, TensorRecord, ValueRecord, in_directory
 from dist_asgd.checkpoint.modules import average_keys
 from dist_asgd.checkpoint.nesting import key_of, tree_of
 from dist_asgd.checkpoint.reader import fill, plan_reads
@@ -38,37 +29,6 @@ from dist_asgd.layout import Box
 
 BATCH = 16 * 2**20  # bytes that are read together
 AHEAD = 2  # batches that are read while one is written
-
-# The names of dtypes in safetensors: those that its library for torch reads.
-SAFETENSORS = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "complex64": "C64",
-    "bool": "BOOL",
-    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
-    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
-}
-ALIGNMENT = 8  # bytes, of the header of safetensors
-
-
-@dataclass(frozen=True, slots=True)
-class Exported:
-    """A tensor of the file."""
-
-    name: str
-    key: str  # in the checkpoint
-    shape: tuple[int, ...]
-    dtype: torch.dtype  # in the file; the checkpoint may have a wider one
-
-    @property
-    def nbytes(self) -> int:
-        return payload_bytes(self.dtype, self.shape)
 
 
 def tensors_of(manifest: Manifest, entry: str) -> list[Exported]:
@@ -147,49 +107,6 @@ def _ties(source: Source, keys: Sequence[str], found: Mapping[str, str]) -> dict
     return ties
 
 
-def safetensors_file(source: Source, tensors: Sequence[Exported]) -> Iterator[bytes | memoryview]:
-    """A file of safetensors: https://huggingface.co/docs/safetensors. Larger elements stand first: all are aligned.
-
-    Raises:
-        CheckpointError: for dtypes and names that the format does not have, and for damaged bytes.
-    """
-    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for tensor in tensors:
-        kind = SAFETENSORS.get(dtype_name(tensor.dtype))
-        if kind is None or tensor.name in header:
-            wrong = "is a name that safetensors keeps for itself" if kind else f"is {dtype_name(tensor.dtype)}"
-            raise CheckpointError(f"{tensor.name!r} {wrong}, which safetensors cannot hold: export it for torch")
-        offsets = [at, at := at + tensor.nbytes]
-        header[tensor.name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": offsets}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    yield struct.pack("<Q", len(text)) + text
-    for _, data in source.payloads(tensors):
-        yield data
-
-
-def torch_file(source: Source, tensors: Sequence[Exported]) -> Iterator[bytes | memoryview]:
-    """What ``torch.save`` makes of a dict of the tensors. Raises ``CheckpointError`` for damaged bytes."""
-    stubs = {tensor.name: Stub(number, tensor.dtype, tensor.shape) for number, tensor in enumerate(tensors)}
-    head, records = beginning(description(stubs))
-    yield head
-    at, parts = len(head), source.payloads(tensors)
-    for number, pieces in itertools.groupby(parts, key=lambda part: part[0]):
-        record = payload_record(number, at, tensors[number].nbytes)
-        yield record.local_header()
-        crc = 0
-        for _, data in pieces:
-            crc = zlib.crc32(data, crc)
-            yield data
-        record = replace(record, crc32=crc)
-        yield record.descriptor()
-        records.append(record)
-        at += len(record.local_header()) + record.nbytes + len(record.descriptor())
-    yield directory(records, at)
-
-
 @dataclass(frozen=True, slots=True)
 class Source:
     """A checkpoint that is read from."""
@@ -219,17 +136,8 @@ class Source:
                     future.cancel()
 
     def _batches(self, tensors: Sequence[Exported]) -> Iterator[list[tuple[int, Box]]]:
-        batch: list[tuple[int, Box]] = []
-        size = 0
-        for number, tensor in enumerate(tensors):
-            itemsize = self.manifest.tensors[tensor.key].saved.dtype.itemsize
-            for box in cut(whole(tensor.shape), BATCH // itemsize):
-                if size + box.numel * itemsize > BATCH:
-                    yield batch
-                    batch, size = [], 0
-                batch.append((number, box))
-                size += box.numel * itemsize
-        yield batch
+        saved = [self.manifest.tensors[tensor.key].saved for tensor in tensors]
+        return batches([(tensor.shape, tensor.dtype.itemsize) for tensor in saved], BATCH)
 
     def _fill(self, wanted: Sequence[tuple[str, TensorEntry]]) -> None:
         fill(self.storage, self.directory, plan_reads(self.manifest, wanted))
