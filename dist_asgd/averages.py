@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -146,6 +147,9 @@ class Tail(Average):
 
 
 TORCHS = repr(Uniform())
+FIRST = "average"  # the name of the first, if it was given none
+
+_NAMED = re.compile(r"(\w+)=(?=\w+\()")  # how the text of averages begins whose first one has a name
 
 
 def named_averages(average: object) -> dict[str, Average]:
@@ -154,18 +158,25 @@ def named_averages(average: object) -> dict[str, Average]:
         average = Uniform()
     if not isinstance(average, Average):
         raise TypeError(f"average must be None or an average (dist_asgd.EMA(0.999), ...), got {average!r}")
-    return {"average": average}
+    return {FIRST: average}
 
 
 def group_options(averages: Mapping[str, Average]) -> dict[str, str]:
     """What param groups, and so state dicts, say of the averages: nothing, if it is torch's."""
-    text = ", ".join(repr(kind) if name == "average" else f"{name}={kind!r}" for name, kind in averages.items())
+    named = len(averages) > 1 or FIRST not in averages
+    text = ", ".join(f"{name}={kind!r}" if named else repr(kind) for name, kind in averages.items())
     return {} if text == TORCHS else {"average": text}
 
 
 def average_of(group: Mapping[str, Any]) -> str:
     """What a param group says of the averages."""
     return str(group.get("average", TORCHS))
+
+
+def first_name(text: str) -> str:
+    """The name of the first of the averages that a param group has as ``text``."""
+    found = _NAMED.match(text)
+    return FIRST if found is None else found[1]
 
 
 def check_average(group: Mapping[str, Any], number: int, averages: Mapping[str, Average]) -> None:

@@ -597,6 +597,21 @@ def test_averages_are_loaded_into_the_model(layout: str) -> None:
     assert torch.equal(model.inside.weight, saved[0]["model.inside.weight"])
 
 
+def test_one_of_several_averages_is_loaded_by_its_name() -> None:
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    names = dict(model.named_parameters())
+    state = {name: {"ax": p.detach() + 1, "ax_ema": p.detach() + 2} for name, p in names.items()}
+    for text, first in (("mean=Uniform(every=1), ema=EMA(every=1, decay=0.9)", "mean"), ("EMA(every=2)", "average")):
+        groups = [{"params": list(names), "average": text}]
+        saved = save({"model": model, "teacher": other, "optimizer": {"state": state, "param_groups": groups}})
+        for average, more in ((True, 1), (first, 1), ("ema", 2)):
+            targets = {"model": nn.Linear(3, 2), "teacher": nn.Linear(3, 2)}
+            load(targets, saved, average=average)
+            check_same(bits(targets["model"]), {name: p.detach() + more for name, p in names.items()})
+        with pytest.raises(ValueError, match=f"no average 'other', it has .'{first}', 'ema'."):
+            load(targets, saved, average="other")
+
+
 def test_averages_wider_than_tied_parameters_are_rounded_once() -> None:
     model = Tied().to(torch.bfloat16)
     optimizer = ShardedASGD(model.named_parameters(), **OPTIONS)

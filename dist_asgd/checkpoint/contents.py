@@ -89,7 +89,7 @@ def destination_of(
     paths: Mapping[str, Path],
     *,
     strict: bool = True,
-    average: bool = False,
+    average: bool | str = False,
     stock: bool = False,
 ) -> Destination:
     """Where this rank's part of a checkpoint goes in ``state``. Changes nothing. Collective under FSDP1 only.
@@ -102,7 +102,7 @@ def destination_of(
         paths: of all entries of the checkpoint, by key, also of those that only other ranks have.
         strict: whether entries that are missing or unexpected are problems.
         average: parameters of modules take the ``ax`` that the optimizer of the checkpoint has of them, if it has one,
-            rounded once if it is wider.
+            rounded once if it is wider; a name: that one of several averages.
         stock: whether ``torch.distributed.checkpoint`` took the state apart.
 
     Raises:
@@ -133,7 +133,7 @@ def _parts(leaf: Leaf, state: Mapping[str, Any]) -> Iterator[Leaf]:
     return iter([leaf])
 
 
-def _plan_leaf(plan: Plan, leaf: Leaf, state: Mapping[str, Any], average: bool) -> None:
+def _plan_leaf(plan: Plan, leaf: Leaf, state: Mapping[str, Any], average: bool | str) -> None:
     value, path = leaf.value, leaf.path
     if isinstance(value, nn.Module):
         plan_module(plan, path, value, average)

@@ -15,7 +15,7 @@ from dist_asgd.checkpoint.sources import Source, named
 
 
 def load_checkpoint(
-    agreement: Agreement, source: Source, state: Mapping[str, Any], *, strict: bool, average: bool
+    agreement: Agreement, source: Source, state: Mapping[str, Any], *, strict: bool, average: bool | str
 ) -> None:
     """Fills ``state`` from a checkpoint. Collective; every rank gets the same one.
 

@@ -123,7 +123,7 @@ class Checkpointer:
         *,
         step: int | None = None,
         strict: bool = True,
-        average: bool = False,
+        average: bool | str = False,
     ) -> int | None:
         """Loads the newest checkpoint into ``state``, and returns its step; None if there is none. Collective.
 
@@ -135,7 +135,8 @@ class Checkpointer:
                 and the number of ranks may be others than they were.
             step: load this one instead.
             strict: False: leave what the checkpoint has not as it is, and ignore what ``state`` has no place for.
-            average: load an optimizer's averages (``ax``) into the parameters of modules.
+            average: load an optimizer's averages (``ax``) into the parameters of modules; of several, those that have
+                this name.
 
         Raises:
             CheckpointError: on every rank, with nothing changed: there is no such step; something is missing,
@@ -242,7 +243,7 @@ def load(
     storage_options: Mapping[str, Any] | None = None,
     *,
     strict: bool = True,
-    average: bool = False,
+    average: bool | str = False,
     trust: bool = False,
 ) -> None:
     """Loads the checkpoint at ``url``, a directory, into ``state``. Collective.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,11 +12,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_asgd.averages import first_name
 from dist_asgd.checkpoint.nesting import Node, Path, key_of
 from dist_asgd.checkpoint.plan import MODULES, Plan, plain_tensor
 
 # What torch.compile, FSDP1 and activation checkpointing put into names; DistributedDataParallel's is a usual word.
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+NO_VALUES: Mapping[str, Any] = MappingProxyType({})
 
 
 def fqn_of(module: nn.Module, name: str) -> str:
@@ -66,10 +70,10 @@ def module_state(module: nn.Module) -> dict[str, Any]:
     return {fqn_of(module, name): value for name, value in module.state_dict().items()}
 
 
-def plan_module(plan: Plan, path: Path, module: nn.Module, average: bool) -> None:
+def plan_module(plan: Plan, path: Path, module: nn.Module, average: bool | str) -> None:
     """The module's tensors are read in place, then ``load_state_dict`` is called with them: hooks may want that."""
     state = module_state(module)
-    averages = _averages(plan, path, module) if average else {}
+    averages = _averages(plan, path, module, None if average is True else average) if average else {}
     loaded: dict[str, Any] = {}
     for name, value in state.items():
         key = key_of((*path, name))
@@ -108,29 +112,55 @@ def _fill_average(plan: Plan, key: str, param: Tensor) -> Tensor | None:
     return tensor
 
 
-def _averages(plan: Plan, path: Path, module: nn.Module) -> dict[str, str]:
+def _averages(plan: Plan, path: Path, module: nn.Module, average: str | None) -> dict[str, str]:
     """The key of the average of each parameter that has one, by the parameter's name.
 
-    Raises ``ValueError`` where several optimizers have one.
+    Raises ``ValueError`` where several optimizers have one, or none of the checkpoint has one of the name ``average``.
     """
+    if average is not None and average not in (known := average_names(plan.root, plan.values)):
+        raise ValueError(f"the checkpoint has no average {average!r}, it has {known}")
     by_param: dict[int, list[str]] = {}
     for name, param in parameter_names(module).items():
         by_param.setdefault(id(param), []).append(name)
     found: dict[str, str] = {}
     for names in by_param.values():
-        keys = {key for name in names for key in average_keys(plan.root, path, name)}
+        keys = {key for name in names for key in average_keys(plan.root, path, name, average, plan.values)}
         if len(keys) > 1:
             raise ValueError(f"several optimizers of the checkpoint have an average of {names[0]}: {sorted(keys)}")
         found |= {name: key for name in names for key in keys}
     return found
 
 
-def average_keys(root: Node, path: Path, name: str) -> list[str]:
-    """What optimizers below ``root`` have as averages of the parameter ``name`` of the module at ``path``."""
-    nodes = (
-        child.at(("state", known, "ax")) for child in root.children.values() for known in (name, key_of((*path, name)))
-    )
-    return [node.key for node in nodes if node.key is not None]
+def average_keys(
+    root: Node, path: Path, name: str, average: str | None = None, values: Mapping[str, Any] = NO_VALUES
+) -> list[str]:
+    """What optimizers below ``root`` have as averages of the parameter ``name`` of the module at ``path``.
+
+    Args:
+        average: the name of one of several; None for the first, which is ``ax`` whatever its name.
+        values: of the checkpoint, by key. What they say of the groups of an optimizer tells the name of its first.
+    """
+    found = []
+    for child in root.children.values():
+        entry = "ax" if average in (None, _first_name(child, values)) else f"ax_{average}"
+        found += [child.at(("state", known, entry)) for known in (name, key_of((*path, name)))]
+    return [node.key for node in found if node.key is not None]
+
+
+def average_names(root: Node, values: Mapping[str, Any] = NO_VALUES) -> list[str]:
+    """The names of the averages that optimizers below ``root`` have; ``values`` as for ``average_keys``."""
+    names: dict[str, None] = {}
+    for child in root.children.values():
+        for state in child.at(("state",)).children.values():
+            first = ["ax"] if state.at(("ax",)).key is not None else []
+            others = [str(key) for key in state.children if str(key).startswith("ax_")]
+            names |= dict.fromkeys([_first_name(child, values) for _ in first])
+            names |= dict.fromkeys([key.removeprefix("ax_") for key in others])
+    return list(names)
+
+
+def _first_name(optimizer: Node, values: Mapping[str, Any]) -> str:
+    return first_name(str(values.get(str(optimizer.at(("param_groups", 0, "average")).key), "")))
 
 
 def names_in(modules: Mapping[Path, nn.Module]) -> dict[int, tuple[Path, str]]:
