@@ -90,7 +90,14 @@ def _add_export(commands: Any) -> None:
         "URL is a path",
     )
     parser.add_argument("--format", choices=[*export.FORMATS, export.DIRECTORY], help="default: by OUT's suffix")
-    parser.add_argument("--average", action="store_true", help="optimizers' averages in place of parameters")
+    parser.add_argument(
+        "--average",
+        nargs="?",
+        default=False,
+        const=True,
+        metavar="NAME",
+        help="optimizers' averages in place of parameters; of several the first, or that of the NAME",
+    )
     parser.add_argument(
         "--max-shard-size",
         type=_bytes,

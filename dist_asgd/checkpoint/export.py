@@ -18,7 +18,7 @@ from dist_asgd.checkpoint.entries import Block, CheckpointError, TensorEntry
 from dist_asgd.checkpoint.foreign import StockCheckpoint, read_stock_metadata
 from dist_asgd.checkpoint.formats import Exported
 from dist_asgd.checkpoint.manifest import STOCK, Manifest, TensorRecord, ValueRecord, in_directory
-from dist_asgd.checkpoint.modules import average_keys
+from dist_asgd.checkpoint.modules import average_keys, average_names
 from dist_asgd.checkpoint.nesting import key_of, tree_of
 from dist_asgd.checkpoint.reader import fill, plan_reads
 from dist_asgd.checkpoint.stock import fill as fill_items
@@ -64,28 +64,36 @@ def _exported(name: str, key: str, tensor: TensorRecord) -> Exported:
     return Exported(name, key, tensor.saved.shape, tensor.saved.dtype)
 
 
-def averaged(source: Source, tensors: Sequence[Exported]) -> list[Exported]:
+def averaged(source: Source, tensors: Sequence[Exported], average: str | None = None) -> list[Exported]:
     """With the averages (``ax``) that optimizers of the checkpoint have of them, rounded to the dtypes of the tensors.
 
     Tied weights are saved under each of their names, and the optimizer knows one of them: a tensor without an average
     that has the same bytes as one with an average takes it, too. Others, such as buffers, stay as they are.
 
+    Args:
+        average: the name of one of several averages; None for the first.
+
     Raises:
-        CheckpointError: none has an average, several optimizers have one, or it is of another shape.
+        CheckpointError: none has an average, or one of that name; several optimizers have one, or it is of another
+            shape.
     """
     manifest = source.manifest
-    root = tree_of({key: tensor.path for key, tensor in manifest.tensors.items() if tensor.rank is None})
+    of_all: dict[str, TensorRecord | ValueRecord] = {**manifest.tensors, **manifest.values}
+    root = tree_of({key: entry.path for key, entry in of_all.items() if entry.rank is None})
+    values = {key: value.encoded for key, value in manifest.values.items()}
+    if average is not None and average not in (known := average_names(root, values)):
+        raise CheckpointError(f"the checkpoint has no average {average!r}, it has {known}")
     found: dict[str, str] = {}
     for tensor in tensors:
         path = manifest.tensors[tensor.key].path
         splits = [(path[:depth], key_of(path[depth:])) for depth in range(1, len(path))]
-        averages = {average for above, name in splits for average in average_keys(root, above, name)}
-        if len(averages) > 1:
-            raise CheckpointError(f"several optimizers have an average of {tensor.key!r}: {sorted(averages)}")
-        for average in averages:
-            if manifest.tensors[average].saved.shape != tensor.shape:
-                raise CheckpointError(f"{average!r} is no average of {tensor.key!r}: their shapes differ")
-            found[tensor.key] = average
+        keys = {key for above, name in splits for key in average_keys(root, above, name, average, values)}
+        if len(keys) > 1:
+            raise CheckpointError(f"several optimizers have an average of {tensor.key!r}: {sorted(keys)}")
+        for key in keys:
+            if manifest.tensors[key].saved.shape != tensor.shape:
+                raise CheckpointError(f"{key!r} is no average of {tensor.key!r}: their shapes differ")
+            found[tensor.key] = key
     if not found:
         raise CheckpointError("the checkpoint has no averages (entries like 'optimizer.state.<name>.ax') of them")
     found |= _ties(source, [tensor.key for tensor in tensors if tensor.key not in found], found)

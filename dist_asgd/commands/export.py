@@ -35,7 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
     place, target, name = _places(arguments, kind)
     checkpoint, step = _opened(place)
     raw = _chosen(checkpoint.manifest, arguments)
-    tensors = averaged(checkpoint, raw) if arguments.average else raw
+    are_averages = arguments.average is not False
+    name_of = None if arguments.average is True else arguments.average
+    tensors = averaged(checkpoint, raw, name_of) if are_averages else raw
     with progress_bar("exported", hidden=arguments.json) as progress:
         file_of = _watched(FORMATS.get(kind, safetensors_file), sum(tensor.nbytes for tensor in tensors), progress)
         if kind == DIRECTORY:
@@ -49,11 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
     unchanged = [tensor.name for tensor, before in zip(tensors, raw, strict=True) if tensor == before]
     left_out = [] if arguments.keys else _values_below(checkpoint.manifest, arguments.entry or DEFAULT)
     if arguments.json:
-        write({**done, "not_averaged": unchanged if arguments.average else None, "left_out": left_out})
+        write({**done, "not_averaged": unchanged if are_averages else None, "left_out": left_out})
         return 0
-    of_these = (
-        f", {len(unchanged)} of them not averages: {_listed(unchanged)}" if unchanged and arguments.average else ""
-    )
+    of_these = f", {len(unchanged)} of them not averages: {_listed(unchanged)}" if unchanged and are_averages else ""
     of_step = "" if step is None else f" of step {step}"
     write(printable(f"{done['out']}: {len(tensors)} tensors{of_step}, {readable(size)}{of_these}"))
     if left_out:
