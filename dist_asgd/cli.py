@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dist_asgd import __version__
-from dist_asgd.checkpoint.entries import CheckpointError
+from dist_asgd.checkpoint.entries import CheckpointError, NotCommitted
 from dist_asgd.checkpoint.retention import GRACE
 from dist_asgd.commands import export, gc, listing, plan, show, verify
 from dist_asgd.commands.output import OutputError, printable
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if isinstance(error.__cause__, BrokenPipeError) else _failed(f"cannot write the output: {error}", 1)
     except UsageError as error:
         return _failed(error, 2)
-    except NotFound as error:
+    except (NotFound, NotCommitted) as error:
         return _failed(error, 3)
     except (CheckpointError, OSError) as error:
         return _failed(error, 1)

@@ -33,6 +33,7 @@ from dist_asgd.parallel import ParallelModules
 from dist_asgd.precision import Precision
 from dist_asgd.reducer import Reducer
 from dist_asgd.replicas import Replicas
+from dist_asgd.rule import own_options
 from dist_asgd.settlement import Settlement
 from dist_asgd.state import TORCH_OPTIONS, StateView, full_state_dict, passed_through, plan_load, sharded_state_dict
 
@@ -54,6 +55,8 @@ class ShardedASGD(torch.optim.Optimizer):
         lr, lambd, alpha, t0, weight_decay, maximize: as in ``torch.optim.ASGD``; groups may have their own.
             Averaging starts ``t0`` steps into training: by default 1e6, or 0 where ``average`` is given. Numbers >= 0;
             ``t0=math.inf`` never averages.
+        lr_on_time: whether an ``lr`` that is set acts in the next step; in torch it does in the one after that.
+        eta_decay: what ``lambd`` is to the step size, ``lr / (1 + eta_decay * lr * steps) ** alpha``; None: ``lambd``.
         gradients: of plain parameters. ``"local"``: each rank has gradients of its own; they are averaged by a
             reduce-scatter that runs during backward, and a bucket's whole gradients are freed as it goes (ZeRO-2).
             Parameters start as rank 0's. ``"reduced"``: DistributedDataParallel has averaged them; only state and
@@ -91,6 +94,8 @@ class ShardedASGD(torch.optim.Optimizer):
         weight_decay: float = 0,
         *,
         maximize: bool = False,
+        lr_on_time: bool = False,
+        eta_decay: float | None = None,
         gradients: Literal["local", "reduced", "sharded"] = "local",
         process_group: dist.ProcessGroup | None = None,
         find_unused_parameters: bool = False,
@@ -116,7 +121,7 @@ class ShardedASGD(torch.optim.Optimizer):
             check_arguments(**arguments, module=module, unknown=unknown)
             averages = named_averages(average)
             self._setting = Setting(*ranks, precision, averages, bucket_bytes, weakref.proxy(self._settlement))
-            super().__init__(params, options | group_options(averages))
+            super().__init__(params, options | own_options(lr_on_time, eta_decay) | group_options(averages))
             facts = argument_facts(arguments, self.param_groups, 0)
         self._agreement.require_equal("the arguments of the optimizer", facts)
         self._build(0)
@@ -124,7 +129,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as ``torch.optim.Optimizer`` does; also after training began. Collective."""
-        if not self._built:
+        if not self._params:  # in the constructor
             self._add_checked(param_group)
             return
         first = len(self.param_groups)
@@ -304,7 +309,7 @@ class ShardedASGD(torch.optim.Optimizer):
         self._buckets: list[list[Bucket]] = []  # by group
         self._params: list[list[Tensor]] = []  # by group, as they were added
         self._reducer, self._waits, self._modules = Reducer(), ForwardWaits(module), ParallelModules(module)
-        self._alone, self._arguments, self._built, self._swap = group is None, arguments, False, Swap()
+        self._alone, self._arguments, self._swap = group is None, arguments, Swap()
         self._settlement = Settlement(agreement, self._reducer, self._waits, arguments["find_unused_parameters"])
         capturable = arguments["capturable"]
         self._replicas = Replicas(agreement, group, arguments["shard_replicas"] and not capturable)  # none in a graph
@@ -323,17 +328,13 @@ class ShardedASGD(torch.optim.Optimizer):
         self._modules.drop_copies()
 
     def _add_checked(self, param_group: dict[str, Any]) -> None:
-        """torch's own checks, then ours. Nothing is added where one fails."""
+        """torch's own checks, then ours, after which it may have to be taken away again."""
         count = len(self.param_groups)
-        try:
-            super().add_param_group(param_group)
-            drop_duplicates(self.param_groups[-1])
-            check_last_group(self.param_groups, self._agreement.ranks)
-            check_average(self.param_groups[-1], count, self._setting.averages)
-            check_capturable(self.param_groups[-1], count, self._setting.precision, self._agreement.world_size)
-        except Exception:
-            del self.param_groups[count:]
-            raise
+        super().add_param_group(param_group)
+        drop_duplicates(self.param_groups[-1])
+        check_last_group(self.param_groups, self._agreement.ranks)
+        check_average(self.param_groups[-1], count, self._setting.averages)
+        check_capturable(self.param_groups[-1], count, self._setting.precision, self._agreement.world_size)
 
     def _build(self, first: int) -> None:
         """Makes the buckets of the groups from ``first`` on."""
@@ -345,4 +346,3 @@ class ShardedASGD(torch.optim.Optimizer):
             self._waits.attach(buckets)
             self._reducer.add(buckets)
         self._settlement.start_again()
-        self._built = True

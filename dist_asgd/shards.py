@@ -31,7 +31,7 @@ from dist_asgd.rule import (
     Scalars,
     Scaling,
     compute_dtype,
-    first_scalars,
+    current_scalars,
     followed,
     next_scalars,
 )
@@ -138,7 +138,7 @@ class Shard:
             self._update(scalars, h, slices(run))
             advance_(scalars, h)
             return run
-        known = run.scalars if run.scalars.step else first_scalars(h)
+        known = current_scalars(h, run.scalars)
         self._update(known, h, slices(run))
         following = next_scalars(h, known.step + 1, self._kind)
         if following.mu != 1 and self.average is None:
@@ -316,8 +316,7 @@ class Shard:
 
 
 def _scalars(run: Run, h: Hyperparameters) -> Scalars:
-    scalars = run.scalars.read()
-    return scalars if scalars.step else first_scalars(h)
+    return current_scalars(h, run.scalars.read())
 
 
 def _check_scalars(state: Mapping[str, Any]) -> None:

@@ -20,15 +20,15 @@ import torch.distributed.checkpoint as dcp
 from fsspec.implementations.memory import MemoryFileSystem
 from torch import nn
 
-from dist_asgd import Checkpointer, ShardedASGD, save
-from dist_asgd.checkpoint import archives, export, verification
+from dist_asgd import Checkpointer, ShardedASGD, load, save
+from dist_asgd.checkpoint import CheckpointError, archives, export, verification
 from dist_asgd.checkpoint.entries import SavedTensor
 from dist_asgd.checkpoint.foreign import read_stock_metadata
 from dist_asgd.checkpoint.manifest import FileRecord, read_manifest, write_manifest
 from dist_asgd.checkpoint.storage import Storage
 from dist_asgd.cli import main
 from format_reader import read_checkpoint
-from ranks import run_ranks
+from ranks import message_of, run_ranks
 from stores import *  # noqa: F403 fixtures
 
 AWKWARD = {"pair": (1, float("inf")), "bytes": b"\x00\xff", "large": 2**70, "named": {3: "three"}, "none": None}
@@ -155,7 +155,7 @@ def test_verify_reads_every_byte(run, capsys):
     folder = newest(run)
     status, out, _ = called(capsys, "verify", run)
     assert status == 0 and "as they were saved" in out
-    stock = read_stock_metadata((folder / ".metadata").read_bytes())
+    stock = read_stock_metadata((folder / ".metadata").read_bytes(), committed=True)
     manifest = read_manifest((folder / "manifest.json").read_bytes())
     edges = [
         (folder / item.file, at)
@@ -411,6 +411,16 @@ def test_where_there_is_no_checkpoint(tmp_path, capsys, command):
     assert called(capsys, command, tmp_path / "nothing", *arguments[2:])[0] == 3
 
 
+@pytest.mark.parametrize("command", ["show", "verify", "export"])
+def test_what_was_not_committed_is_no_checkpoint(run, tmp_path, capsys, command):
+    """Although stock readers would take it."""
+    (newest(run) / "manifest.json").rename(newest(run) / "manifest.json.old")
+    out = [tmp_path / "out.pt"] if command == "export" else []
+    status, text, err = called(capsys, command, newest(run), *out)
+    assert status == 3 and not text and "has no manifest.json" in err and list(tmp_path.iterdir()) == [run]
+    assert called(capsys, command, run, *out, "--step", 5)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -490,6 +500,10 @@ def test_on_a_store(s3_server, saved, tmp_path, capsys):
     exported = safetensors.torch.load(storage.read("exports/model.safetensors"))
     assert all(torch.equal(exported[name], tensor) for name, tensor in saved[1].items())
     assert len(answer(capsys, "gc", url, "--keep-last", 1, *common)["deleted"]) == 1
+    left = f"{url}/{next(iter(Storage.open(url, s3_server.options).list()))}"
+    Storage.open(left, s3_server.options).remove("manifest.json")
+    assert called(capsys, "verify", left, *common)[0] == called(capsys, "verify", url, *common)[0] == 3
+    assert "no manifest.json" in message_of(lambda: load(left, {}, s3_server.options), CheckpointError)
     options.write_text(json.dumps({**s3_server.options, "secret": "sesame-of-tests"}))
     status, text, err = called(capsys, "ls", url, *common)
     assert status == 1 and "sesame" not in text + err and url in err

@@ -17,6 +17,7 @@ BUCKET = 512 * 1024  # bytes
 IN_FLIGHT = 2 * 2 * BUCKET  # two buckets, each with the gradients it sends and those it receives
 SMALL = 1024  # bytes per bucket that are allowed for everything but the figures below
 SLACK = 4 * 2**20  # resident bytes: activations, Python's, those of gloo's two groups, the kernel's rounding
+REUSED = 2**19  # resident bytes that were free before: memory which Python and malloc had kept
 OBJECTS = 10 * 1024  # resident bytes per parameter: Python's and autograd's objects, blocks rounded to pages
 
 build = partial(contestants.ours, overlap=False, bucket_bytes=BUCKET)
@@ -41,7 +42,7 @@ def test_the_rulers_know_torch() -> None:
     size = 4 * one["parameters"]
     assert one["before_t0"] == one["averaging"] == size + 3 * 4 * TENSORS  # ax; step, eta and mu
     assert one["gradients"] == size
-    assert size <= one["backward_peak"] <= size + SLACK
+    assert size - REUSED <= one["backward_peak"] <= size + SLACK
     assert 2 * size <= one["rest"] <= 2 * size + SLACK + OBJECTS * TENSORS  # the parameters and ax
 
 

@@ -30,9 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.averaging.experiment import Curve, as_rank, compare_ranks, draw, on_ranks, parser_of, print_figures
-from benchmarks.averaging.trigger import NonMonotonicTrigger
 from benchmarks.table import write_json_lines
-from dist_asgd import ShardedASGD
+from dist_asgd import NonMonotonicTrigger, ShardedASGD
 from launch import data
 from launch.model import build_model
 

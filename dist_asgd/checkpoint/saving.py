@@ -219,7 +219,7 @@ def _manifest(record: Record, parts: Sequence[Written]) -> tuple[Manifest, bytes
     objects = {key: StoredObject(file, at, size) for written in parts for key, file, at, size in written.objects}
     paths = {key: _stock_path(tensor.path, tensor.rank) for key, tensor in tensors.items()}
     paths |= {key: _stock_path(value.path, value.rank) for key, value in record.values.items()}
-    stock = stock_metadata(stored, objects, paths)
+    stock = stock_metadata(stored, objects, paths, committed_by=NAME)
     files = {name: FileRecord(size) for written in parts for name, size in written.files.items()}
     files[STOCK] = FileRecord(len(stock), hashlib.sha256(stock).hexdigest())
     versions = {"torch": torch.__version__, "python": platform.python_version()}
