@@ -77,6 +77,7 @@ def test_under_every_layout(layout: str, world_size: int, tmp_path: Path, monkey
             export(tmp_path / "averaged.pt", model)
             export(f"{tmp_path}/averaged", model, max_shard_bytes=2000)
             dense = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            assert rank == 0 or dense == {}
             dense = {name: tensor.clone() for name, tensor in dense.items()}  # they may be the parameters themselves
             dist_asgd.save(tmp_path / "shards", {"model": model})
         assert all(torch.equal(whole(param), raw[name]) for name, param in named_parameters(model).items())
