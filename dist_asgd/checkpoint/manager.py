@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_asgd.agreement import Agreement, default_group
+from dist_asgd.agreement import Agreement, agreement_of_all, default_group
 from dist_asgd.checkpoint.background import Background
 from dist_asgd.checkpoint.contents import contents_of
 from dist_asgd.checkpoint.entries import CheckpointError
@@ -223,7 +222,7 @@ def save(
 
     ``state``, errors and what is written are as in ``Checkpointer.save``.
     """
-    with _agreement_of_all() as agreement:
+    with agreement_of_all() as agreement:
         with together(agreement, "save()"):
             storage = Storage.open(url, storage_options)
             contents = contents_of(state)
@@ -265,23 +264,13 @@ def load(
         CheckpointError: as ``Checkpointer.load``; also for a value that is not plain, with its key and class.
         ValueError: ranks disagree on ``strict``, ``average`` or ``trust``.
     """
-    with _agreement_of_all() as agreement:
+    with agreement_of_all() as agreement:
         with together(agreement, "load()"):
             storage = Storage.open(url, storage_options)
         options = {"strict": strict, "average": average, "trust": trust}
         agreement.require_equal("the arguments of load()", [(name, repr(value)) for name, value in options.items()])
         source = source_of(agreement, storage, "", state, stock=True, trust=trust)
         load_checkpoint(agreement, source, state, strict=strict, average=average)
-
-
-@contextlib.contextmanager
-def _agreement_of_all() -> Iterator[Agreement]:
-    agreement = Agreement(default_group(None))
-    try:
-        yield agreement
-    finally:
-        if agreement.group is not None:
-            dist.destroy_process_group(agreement.group)
 
 
 def _check_step(step: object) -> None:

@@ -79,11 +79,12 @@ def plan_save(agreement: Agreement, step: int, directory: str | None, contents: 
         if agreement.rank == 0:
             record, shares = _plan(step, everyone)
             answers = [(directory, share) for share in shares]
-    answer = _scatter(agreement, answers)
+    answer = scatter(agreement, answers)
     return Plan(answer[0], _parts(answer[1], contents, agreement.rank), record)
 
 
-def _scatter(agreement: Agreement, answers: Sequence[Any]) -> Any:
+def scatter(agreement: Agreement, answers: Sequence[Any]) -> Any:
+    """Of the ``answers`` that rank 0 has, by rank, this one's."""
     if agreement.group is None:
         return answers[0]
     mine: list[Any] = [None]
