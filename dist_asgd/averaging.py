@@ -106,7 +106,6 @@ def refused_inside(why: str = LEAVE) -> Callable[[Callable[Concatenate[Any, P], 
 def averages_in(
     buckets: Sequence[Bucket],
     settlement: Settlement,
-    reducer: Reducer,
     modules: ParallelModules,
     error: Exception | None,
 ) -> Iterator[None]:
@@ -138,17 +137,16 @@ def _swapped(buckets: Sequence[Bucket], modules: ParallelModules) -> Iterator[No
     try:
         for bucket in buckets:
             bucket.shard.keep()
-        _each(to_swap, lambda bucket: bucket.shard.swap_in())
-        _wait(buckets, None)
+        _each(to_swap, lambda bucket: bucket.shard.swap_in(), in_turn=True)
         modules.refuse_old_graphs()
         torch.clear_autocast_cache()  # it would go on with what it has cast
         yield
         seconds = None
     finally:
         try:
-            _restore(to_swap, to_restore, modules)
+            _restore(to_swap, to_restore, modules, in_turn=seconds is None)
         except BaseException:  # KeyboardInterrupt
-            _restore(to_swap, to_restore, modules)
+            _restore(to_swap, to_restore, modules, in_turn=seconds is None)
             raise
         finally:
             for bucket in to_restore:  # it failed: what is this rank's own, at least
@@ -158,7 +156,7 @@ def _swapped(buckets: Sequence[Bucket], modules: ParallelModules) -> Iterator[No
         _wait(buckets, seconds)
 
 
-def _restore(to_swap: list[Bucket], to_restore: list[Bucket], modules: ParallelModules) -> None:
+def _restore(to_swap: list[Bucket], to_restore: list[Bucket], modules: ParallelModules, *, in_turn: bool) -> None:
     """May be called again where it was interrupted: both lists hold what is still to do."""
     if not dist.is_initialized() and any(bucket.collectives is not None for bucket in to_restore):
         raise RuntimeError(
@@ -172,21 +170,28 @@ def _restore(to_swap: list[Bucket], to_restore: list[Bucket], modules: ParallelM
             bucket.check_parameters()  # takes up what model.to() has moved: else its values would stay
         except RuntimeError as caught:
             error = error or caught
-    _each(to_swap, lambda bucket: bucket.shard.swap_out())  # the other ranks expect their all-gathers
-    _each(to_restore, lambda bucket: bucket.shard.swap_out())
+    _each(to_swap, lambda bucket: bucket.shard.swap_out(), in_turn)  # the other ranks expect their all-gathers
+    _each(to_restore, lambda bucket: bucket.shard.swap_out(), in_turn)
     if error is not None:
         raise error
 
 
 @torch.no_grad()
-def _each(to_do: list[Bucket], change: Callable[[Bucket], None]) -> None:
-    """Changes the shards of ``to_do`` and starts their all-gathers; the list loses what is done."""
+def _each(to_do: list[Bucket], change: Callable[[Bucket], None], in_turn: bool) -> None:
+    """Changes the shards of ``to_do`` and starts their all-gathers; the list loses what is done.
+
+    Args:
+        in_turn: wait for each: one that is under way takes the memory of a bucket, in gloo or here.
+    """
     while to_do:
-        to_do[0].wait()  # an all-gather that is under way would overwrite the change
+        bucket = to_do[0]
+        bucket.wait()  # an all-gather that is under way would overwrite the change
         with _uninterrupted():  # no rank may start an all-gather twice
-            change(to_do[0])
-            to_do[0].start_gather(exact=True)
+            change(bucket)
+            bucket.start_gather(exact=True)
             del to_do[0]
+        if in_turn:
+            bucket.wait()
 
 
 @contextlib.contextmanager

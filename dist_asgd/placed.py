@@ -223,7 +223,7 @@ class PlacedBucket(Bucket):
         torch.autograd.graph.increment_version(self.params)
         if self.collectives is None:
             return
-        if len(self._in_flight) >= (1 if exact else MAX_IN_FLIGHT):  # still, if another rank lets this one wait in vain
+        if len(self._in_flight) == MAX_IN_FLIGHT:  # more, once another rank has let this one wait in vain
             self._in_flight[0].wait(PATIENCE)
         received = torch.empty(self.layout.numel, dtype=self.dtype if exact else self.wire, device=self.device)
         own = received[self.shard.start : self.shard.stop]

@@ -1,6 +1,7 @@
 """`averaged_parameters()` cannot go wrong: what happens inside is refused or right, and what was before comes back."""
 
 import contextlib
+import re
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict
+from torch.optim.swa_utils import update_bn
 
 import dist_asgd
 import test_fsdp1
@@ -567,3 +569,61 @@ def test_leaving_after_the_process_group_was_destroyed() -> None:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the harness
 
     run_ranks(2, ranks)
+
+
+# BatchNorm
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.inside, self.norm, self.outside = nn.Linear(7, 10), nn.BatchNorm1d(10), nn.Linear(10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outside(torch.tanh(self.norm(self.inside(x))))
+
+
+RECIPE = re.search(r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs/averaging.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [("zero", 1), ("zero", 2), ("ddp", 2), ("fsdp", 2)])
+def test_statistics_of_the_average_as_the_docs_have_it(layout: str, world_size: int) -> None:
+    """The recipe of docs/averaging.md, beside a plain model that holds the averages; every rank has its own batches."""
+
+    def ranks(rank: int) -> None:
+        torch.set_default_dtype(torch.float64)
+        model, expected = Normed(), Normed()
+        if layout == "fsdp":
+            dist.fsdp.fully_shard(model)
+        net = nn.parallel.DistributedDataParallel(model) if layout == "ddp" else model
+        options = {"gradients": "reduced" if layout == "ddp" else "local", "module": model}
+        opt = ShardedASGD(model.named_parameters(), **options, **OPTIONS)
+        batches = [batch(step, rank, world_size)[0].double() for step in range(6)]
+        for x in batches:
+            net(x).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        names = dict(expected.named_parameters())
+        expected.load_state_dict(dict(zip(names, averages_of(opt), strict=True)), strict=False)
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        assert before["norm.num_batches_tracked"] == 6
+        update_bn(batches, expected)
+        expected.eval()
+        seen = []
+
+        def evaluate(evaluated: nn.Module) -> None:
+            assert not evaluated.training
+            for (name, buffer), other in zip(evaluated.named_buffers(), expected.buffers(), strict=True):
+                assert torch.allclose(buffer, other, rtol=1e-12, atol=1e-14), name
+                assert not torch.equal(buffer, before[name]) or "num" in name
+            seen.append(torch.allclose(evaluated(batches[0]), expected(batches[0]), rtol=1e-12))
+
+        assert RECIPE is not None
+        model.eval()
+        exec(RECIPE.group(1), {"model": model, "opt": opt, "batches": batches, "evaluate": evaluate})
+        assert seen == [True] and not model.training
+        assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+    run_ranks(world_size, ranks)
