@@ -26,6 +26,13 @@ class PlacedParameters:
         self.flats = [placement.flatten(own) for own, placement in zip(self.local, placements, strict=True)]  # 1-D
 
     def read(self, where: slice = slice(None)) -> Tensor:
+        parts = self._parts(where)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def copy(self) -> Tensor:
+        return torch.cat(self._parts(slice(None)))
+
+    def _parts(self, where: slice) -> list[Tensor]:
         start, stop, _ = where.indices(self.layout.shard_numel)
         parts, end = [], start
         for piece in self._within(start, stop):
@@ -35,7 +42,7 @@ class PlacedParameters:
             end = piece.shard_stop
         if stop > end or not parts:
             parts.append(self._gap(stop - end))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return parts
 
     def own(self, piece: Piece) -> Tensor:
         flat = self.flats[piece.position]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dist_asgd.agreement import Agreement, default_group, group_of_its_own
 from dist_asgd.averages import Average, check_average, group_options, named_averages
-from dist_asgd.averaging import Swap, start_averaging
+from dist_asgd.averaging import NOT_BOTH, Swap, averages_in, refused_inside, start_averaging
 from dist_asgd.buckets import Bucket, Setting
 from dist_asgd.capture import check_capturable, scaling_of
 from dist_asgd.checks import (
@@ -127,6 +127,7 @@ class ShardedASGD(torch.optim.Optimizer):
         self._build(0)
         self.state = StateView(self.param_groups, self._buckets)  # type: ignore[assignment]
 
+    @refused_inside()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as ``torch.optim.Optimizer`` does; also after training began. Collective."""
         if not self._params:  # in the constructor
@@ -145,6 +146,7 @@ class ShardedASGD(torch.optim.Optimizer):
             raise
         self._build(first)
 
+    @refused_inside()
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: waits for each bucket's gradients, updates this rank's shard, starts its all-gather. Collective.
@@ -158,7 +160,6 @@ class ShardedASGD(torch.optim.Optimizer):
             RuntimeError, ValueError: on every rank the same, where any rank has a gradient missing, sparse or of
                 another shape, a parameter that became one of another kind, or options of its own. Nothing has changed.
         """
-        self._swap.refuse("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -220,16 +221,13 @@ class ShardedASGD(torch.optim.Optimizer):
         """Inside, parameters hold their averages; after it, exactly what they held before. Collective.
 
         If the block raises on one rank only, that rank waits some seconds for the others to leave theirs, then lets it
-        out; its parameters are complete when they have (``synchronize()`` waits for that). Parameters that have no
-        average yet keep their own values. Inside, ``step()`` and ``load_state_dict()`` are refused, and backward
-        accumulates as in ``no_sync()``. Extra memory: 1/N of the parameters.
+        out; its parameters are complete when they have (``synchronize()`` waits for that). Parameters without an
+        average keep their values. What is written to any inside is dropped. Backward accumulates as in ``no_sync()``.
+        Steps, loading and whatever reads the state to save it raise ``RuntimeError`` inside; so does this in another
+        thread while they run. Before it, as before a step, wait for what still copies parameters in the background
+        (``async_save`` with a stager that does). Extra memory: 1/N of the parameters.
         """
-        self._swap.refuse("averaged_parameters()")
-        self._complete()
-        error = self._misuse() or self._modules.unknown_copies([param for params in self._params for param in params])
-        self._settlement.align("averaged_parameters()", self._all_buckets(), error)
-        # no_sync: the reductions of a backward on one rank only must not come between the all-gathers of all.
-        with self._swap.averages_in(self._all_buckets(), self._modules), self._reducer.suspended():
+        with self._swap.entered(), averages_in(self._all_buckets(), self._settlement, self._modules, self._misuse()):
             yield
 
     def start_averaging(self) -> None:
@@ -247,6 +245,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
     # State dicts -----------------------------------------------------------------------------------------------------
 
+    @refused_inside(NOT_BOTH)
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with ``ax`` (and ``master``) as this rank's pieces. No communication.
 
@@ -264,6 +263,7 @@ class ShardedASGD(torch.optim.Optimizer):
         state_dict = sharded_state_dict(self.param_groups, self._buckets)
         return passed_through(self._optimizer_state_dict_post_hooks, self, state_dict)
 
+    @refused_inside(NOT_BOTH)
     def full_state_dict(self) -> dict[str, Any]:
         """A plain ``torch.optim.ASGD`` state dict of whole CPU tensors on rank 0, ``{}`` on the others. Collective."""
         self._complete()
@@ -272,6 +272,7 @@ class ShardedASGD(torch.optim.Optimizer):
             return self._modules.full_state_dict(self, self._agreement.rank)
         return full_state_dict(self.param_groups, self._buckets, self._agreement)
 
+    @refused_inside()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads ``state_dict()``, ``full_state_dict()`` (every rank passes it) or ``torch.optim.ASGD``'s. Collective.
 
@@ -281,7 +282,6 @@ class ShardedASGD(torch.optim.Optimizer):
         self._complete()
         self._settlement.align("load_state_dict()", self._all_buckets(), self._misuse())
         with self._agreement.together("load_state_dict()"):
-            self._swap.refuse("load_state_dict()")
             check_state_dict(state_dict)
             state_dict = passed_through(self._optimizer_load_state_dict_pre_hooks, self, dict(state_dict))
             loaded = plan_load(self.param_groups, self._buckets, state_dict)

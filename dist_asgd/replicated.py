@@ -39,6 +39,9 @@ class FlatParameters:
     def read(self, where: slice = slice(None)) -> Tensor:
         return self.shard[where]
 
+    def copy(self) -> Tensor:
+        return self.shard.clone()
+
     def own(self, piece: Piece) -> Tensor:
         return self.shard[piece.shard_start : piece.shard_stop]
 

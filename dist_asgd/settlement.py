@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from dist_asgd.agreement import Agreement, DifferentOperations, fingerprint
@@ -68,6 +69,10 @@ class Settlement:
     def enabled(self) -> bool:
         """False inside ``no_sync()``."""
         return self._reducer.enabled
+
+    def suspended(self) -> AbstractContextManager[None]:
+        """Inside, gradients stay on this rank."""
+        return self._reducer.suspended()
 
     def align(self, operation: str, buckets: Sequence[Bucket] = (), error: Exception | None = None) -> None:
         """Comes before the collectives of any ``operation`` but a step. Collective.

@@ -50,6 +50,9 @@ class ShardParameters(Protocol):
     def read(self, where: slice = slice(None)) -> Tensor:
         """1-D. It may be the parameters themselves: not to be written to."""
 
+    def copy(self) -> Tensor:
+        """All of it, in memory of its own."""
+
     def own(self, piece: Piece) -> Tensor:
         """A part of it, 1-D and contiguous: the parameters themselves."""
 
@@ -89,7 +92,7 @@ class Shard:
         self.master: Tensor | None = None
         if precision.needs_master(self.dtype, rounding.dtype):
             self.master = parameters.read().to(compute_dtype(self.dtype), copy=True)
-        self._raw: Tensor | None = None  # the parameters themselves while their averages are swapped in
+        self._raw: Tensor | None = None  # the parameters themselves while others are swapped in
         self.average_dtype = precision.average(self.dtype)
         self._capturable, self._kind, self.average = precision.capturable, kind, None
         if self._capturable:
@@ -165,15 +168,18 @@ class Shard:
             return self.average.clone()
         return self._iterate().to(self.average_dtype, copy=True)
 
+    def keep(self) -> None:
+        """Copies the parameters, for ``swap_out``."""
+        self._raw = self.parameters.copy()
+
     def swap_in(self) -> None:
         """Overwrites the parameters that have an average of their own by it, rounded once."""
-        self._raw = self.parameters.read().clone()
         for run in self.runs:
             if run.scalars.read().mu != 1 and self.average is not None:
                 self.parameters.write(self.slice_of(run), self.average[self.slice_of(run)])
 
     def swap_out(self) -> None:
-        """Makes the parameters exactly what they were before ``swap_in``."""
+        """Makes the parameters exactly what they were when they were kept, if they were."""
         if self._raw is not None:
             self.parameters.write(slice(None), self._raw)
             self._raw = None

@@ -78,3 +78,22 @@ def test_one_rank_holds_no_more_than_torch() -> None:
     assert ours["before_t0"] < small(4 * ours["parameters"])
     assert ours["averaging"] <= torchs["averaging"] + SMALL
     assert ours["peak"] <= torchs["peak"] + SLACK
+
+
+def swap_figures(rank: int, how: str, world_size: int) -> dict[str, int]:
+    ways = {"zero": build, "fsdp": contestants.ours_fsdp2, "hsdp": partial(contestants.ours_fsdp2, replicas=2)}
+    return memory.measure_swap(partial(ways[how], bucket_bytes=SWAPPED), 16e6, WIDTH)
+
+
+SWAPPED = 8 * 2**20  # bytes of a bucket: more than SLACK, so that a second one is noticed
+
+
+@pytest.mark.parametrize(
+    ("how", "world_size"), [("zero", 2), ("zero", 4), ("fsdp", 2), ("fsdp", 4), ("hsdp", 2), ("hsdp", 4)]
+)
+def test_a_swap_takes_a_share_of_the_parameters_and_a_bucket(how: str, world_size: int) -> None:
+    for rank in run_ranks(world_size, swap_figures, how, world_size, timeout=180):
+        share = rank["whole"] / world_size
+        assert rank["average"] < share + small(rank["whole"])
+        # SLACK: without activations, still that of gloo, which copies parts of what it sends; Python's, the kernel's.
+        assert 0.9 * share < rank["swap_peak"] < share + SWAPPED + SLACK
