@@ -72,8 +72,8 @@ typedef struct {
     const void *object;           // the gradient, to Python
 } Seen;  // by the last look
 
-// Asks the caches for what lies around a shape: ahead, so that the memory is waited for once and not for one tensor after
-// the other, which takes a third off the look after a backward. Nothing is read, so it may be gone.
+// Asks the caches for what lies around a shape: ahead, so that memory is not waited for anew with each tensor, which
+// takes a third off the look after a backward. Nothing is read, so it may be gone.
 static void fetch(const int64_t *shape) {
     for (int line = -1; line <= 2; line++) __builtin_prefetch((const void *)((intptr_t)shape + 64 * line));
 }

@@ -196,6 +196,24 @@ def test_state_dicts_go_to_torch_and_back() -> None:
     run_alone(alone)
 
 
+@pytest.mark.parametrize("saved_by", ["ShardedASGD", "torch"])
+def test_a_checkpoint_without_these_options_leaves_them(tmp_path: Path, saved_by: str) -> None:
+    def alone() -> None:
+        params, optimizer = build()
+        if saved_by == "torch":
+            optimizer = torch.optim.ASGD(named(params), lr=0.3)
+        put_gradients(params, 0)
+        optimizer.step()
+        dist_asgd.save(str(tmp_path / "c"), {"optimizer": optimizer})
+        _, other = build(lr_on_time=True, eta_decay=0.5)
+        dist_asgd.load(str(tmp_path / "c"), {"optimizer": other})
+        group = other.param_groups[0]
+        assert group["lr_on_time"] is True and group["eta_decay"] == 0.5
+        assert group["lr"] == optimizer.param_groups[0]["lr"]
+
+    run_alone(alone)
+
+
 @pytest.mark.parametrize("way", ["state dict", "checkpoint"])
 def test_a_resumed_run_has_the_bits_of_one_without_a_stop(tmp_path: Path, way: str) -> None:
     """And an lr that is set after loading acts at once."""

@@ -21,6 +21,9 @@ AVERAGE = "average"
 # Options that choose an implementation, and what is not an option: these stay as they are, whatever was saved.
 KEPT = {"params", "param_names", AVERAGE, "foreach", "fused", "capturable", "differentiable"}
 
+# Options of ASGD that torch's does not have, nor a group that does as torch does. If not saved, they stay as they are.
+OPTIONAL = {"lr_on_time", "eta_decay"}
+
 Taken = Callable[[], Any]  # what was read, once it was
 
 
@@ -91,7 +94,8 @@ def _plan_group(
         if taken is not None and name not in KEPT:
             options[str(name)] = taken
     for name, value in defaults.items():
-        if name not in node.children and name not in KEPT and value is not None and value is not False:
+        needed = name not in KEPT | OPTIONAL and value is not None and value is not False
+        if needed and name not in node.children:
             plan.lacks(key_of((*where, name)), f"expected a value like {value!r}")
     _compare_averages(plan, where, live)
     return lambda: {**live, **{name: option() for name, option in options.items()}}
