@@ -137,7 +137,7 @@ def test_ties_buffers_and_dtypes(world_size: int, tmp_path: Path) -> None:
         averages = averages_of(optimizer, [name for name, _ in model.named_parameters()])
         with optimizer.averaged_parameters():
             for name in ("a.pt", "a.safetensors", "a/"):
-                export(f"{tmp_path}/{name}", torch.compile(model))
+                export(f"{tmp_path}/{name}", torch.compile(model) if world_size == 2 else model)
         return raw, averages
 
     raw, averages = run_ranks(world_size, ranks)[0]
@@ -326,6 +326,9 @@ WRONG = {
     twice: "has weights already: model.safetensors",
     lambda rank, model, folder: export(folder / "x.pt", model.state_dict()): "model must be a torch.nn.Module",
     lambda rank, model, folder: export("ftp2://x/y.pt", model): "ftp2",
+    lambda rank, model, folder: export("memory://x.pt", model): "names no file in a folder",
+    lambda rank, model, folder: export(Path(__file__) / "x.pt", model): "Not a directory",
+    lambda rank, model, folder: export(Path(__file__), model): "Not a directory",
     lambda rank, model, folder: export("", model): "expected a URL or a path",
 }
 
