@@ -360,6 +360,20 @@ def test_a_rank_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert {file.name for file in tmp_path.iterdir()} == {"0.txt", "2.txt"}
 
 
+def test_a_rank_that_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "BATCH", 8)
+
+    def ranks(rank: int) -> str:
+        model = fully_shard(nn.Linear(1000, 300))
+        if rank == 0:
+            threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        return message_of(lambda: export(tmp_path / "x.pt", model), CheckpointError, KeyboardInterrupt)
+
+    mine, others = run_ranks(2, ranks)
+    assert mine == "KeyboardInterrupt: " and others.startswith("CheckpointError: ")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_no_tensor_is_left_out_aloud(tmp_path: Path) -> None:
     class Extra(nn.Linear):
         def get_extra_state(self) -> Any:
