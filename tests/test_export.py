@@ -137,7 +137,7 @@ def test_ties_buffers_and_dtypes(world_size: int, tmp_path: Path) -> None:
         averages = averages_of(optimizer, [name for name, _ in model.named_parameters()])
         with optimizer.averaged_parameters():
             for name in ("a.pt", "a.safetensors", "a/"):
-                export(f"{tmp_path}/{name}", torch.compile(model))
+                export(f"{tmp_path}/{name}", torch.compile(model) if world_size == 2 else model)
         return raw, averages
 
     raw, averages = run_ranks(world_size, ranks)[0]
@@ -326,6 +326,9 @@ WRONG = {
     twice: "has weights already: model.safetensors",
     lambda rank, model, folder: export(folder / "x.pt", model.state_dict()): "model must be a torch.nn.Module",
     lambda rank, model, folder: export("ftp2://x/y.pt", model): "ftp2",
+    lambda rank, model, folder: export("memory://x.pt", model): "names no file in a folder",
+    lambda rank, model, folder: export(Path(__file__) / "x.pt", model): "Not a directory",
+    lambda rank, model, folder: export(Path(__file__), model): "Not a directory",
     lambda rank, model, folder: export("", model): "expected a URL or a path",
 }
 
@@ -355,6 +358,20 @@ def test_a_rank_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(RankError):
         run_ranks(3, ranks)
     assert {file.name for file in tmp_path.iterdir()} == {"0.txt", "2.txt"}
+
+
+def test_a_rank_that_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "BATCH", 8)
+
+    def ranks(rank: int) -> str:
+        model = fully_shard(nn.Linear(1000, 300))
+        if rank == 0:
+            threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        return message_of(lambda: export(tmp_path / "x.pt", model), CheckpointError, KeyboardInterrupt)
+
+    mine, others = run_ranks(2, ranks)
+    assert mine == "KeyboardInterrupt: " and others.startswith("CheckpointError: ")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_no_tensor_is_left_out_aloud(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def folder_and_name(url: str) -> tuple[str, str]:
     address, question, query = url.partition("?") if "://" in url else (url, "", "")
     folder, slash, name = address.rpartition("/")
     if not name or folder.endswith(":/"):
-        raise ValueError("it is no file: give the path or URL of one")
+        raise ValueError("the path or URL names no file in a folder or bucket")
     above = folder or (slash if slash else os.curdir)
     return above + question + query, name
 
