@@ -4,21 +4,59 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from dist_asgd.agreement import Agreement
+from dist_asgd.averages import Average, suffix_of
 from dist_asgd.buckets import Bucket
 from dist_asgd.parallel import ParallelModules
 from dist_asgd.reducer import PATIENCE
+from dist_asgd.settlement import Settlement
+
+Groups = Sequence[dict[str, Any]]  # optimizer.param_groups
 
 
-def start_averaging(groups: Sequence[dict[str, Any]], buckets: Sequence[Sequence[Bucket]]) -> None:
+def start_averaging(groups: Groups, buckets: Sequence[Sequence[Bucket]]) -> None:
     """Sets ``t0`` of each of the ``groups`` to the steps that its ``buckets`` have taken."""
     for group, of_group in zip(groups, buckets, strict=True):
         steps = [run.scalars.read().step for bucket in of_group for run in bucket.shard.runs]
         group["t0"] = float(max(steps, default=0))
+        group |= {"restarted": False} if "restarted" in group else {}
+
+
+def restart_averaging(groups: Groups, buckets: Sequence[Sequence[Bucket]]) -> None:
+    """The same, and forgets what there is of averages; those that would begin later by themselves begin now, too."""
+    start_averaging(groups, buckets)
+    for group, of_group in zip(groups, buckets, strict=True):
+        group |= {"restarted": True} if "restarted" in group else {}
+        for bucket in of_group:
+            bucket.shard.forget_averages()
+
+
+def agreed_average(
+    settlement: Settlement,
+    agreement: Agreement,
+    buckets: Sequence[Bucket],
+    averages: Mapping[str, Average],
+    name: str | None,
+    error: Exception | None,
+) -> str:
+    """The suffix of the average of that ``name``, once every rank is to swap that in. Collective.
+
+    Raises the same error on every rank, for an ``error`` of any of them as well.
+    """
+    suffix = ""
+    try:
+        suffix = suffix_of(averages, name)
+    except (TypeError, ValueError) as caught:
+        error = error or caught
+    settlement.align("averaged_parameters()", buckets, error)
+    if len(averages) > 1:
+        agreement.require_equal("the average to swap in", [("state", f"ax{suffix}")])
+    return suffix
 
 
 class Swap:
@@ -33,7 +71,7 @@ class Swap:
             raise RuntimeError(f"{what} is not possible inside averaged_parameters(): leave the with block first")
 
     @contextlib.contextmanager
-    def averages_in(self, buckets: Sequence[Bucket], modules: ParallelModules) -> Iterator[None]:
+    def averages_in(self, buckets: Sequence[Bucket], suffix: str, modules: ParallelModules) -> Iterator[None]:
         """Inside, the parameters of ``buckets`` are their averages; after it, exactly what they were. Collective.
 
         Where the block raised, waits ``PATIENCE`` seconds for the other ranks. What they have not sent by then is
@@ -41,7 +79,7 @@ class Swap:
         """
         try:
             self._inside = True
-            with averages_swapped_in(buckets, PATIENCE):
+            with averages_swapped_in(buckets, suffix, PATIENCE):
                 yield
         finally:
             modules.drop_copies()
@@ -49,21 +87,22 @@ class Swap:
 
 
 @contextlib.contextmanager
-def averages_swapped_in(buckets: Sequence[Bucket], patience: float) -> Iterator[None]:
+def averages_swapped_in(buckets: Sequence[Bucket], suffix: str, patience: float) -> Iterator[None]:
     """Inside, the parameters of ``buckets`` are their averages; after it, exactly what they were before. Collective.
 
     Each rank keeps its shard of the parameters: 1/N of their memory. Buckets in which nothing averages yet cost
     nothing: there, the average is the parameter.
 
     Args:
+        suffix: which average, as in ``averages.by_suffix``.
         patience: seconds to wait for the other ranks where the block raised. What they have not sent by then is waited
             for before the parameters are used by the optimizer again.
     """
-    averaging = [bucket for bucket in buckets if bucket.shard.averages]
+    averaging = [bucket for bucket in buckets if bucket.shard.has_average(suffix)]
     to_swap, to_restore = list(averaging), list(averaging)
     seconds: float | None = patience
     try:
-        _each(to_swap, lambda bucket: bucket.shard.swap_in())
+        _each(to_swap, lambda bucket: bucket.shard.swap_in(suffix))
         _wait(averaging, None)
         yield
         seconds = None

@@ -21,7 +21,7 @@ from __future__ import annotations
 import ctypes
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,13 +44,15 @@ class Hyperparameters:
     weight_decay: float
     maximize: bool
     capturable: bool = False  # a tensor lr is read on its device, when a step is computed
+    restarted: bool = False  # averages begin at t0, not later; groups need not have it
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Hyperparameters:
-        missing = [name for name in cls.__slots__ if name not in group]
+        needed = [name for name in cls.__slots__ if name != "restarted"]
+        missing = [name for name in needed if name not in group]
         if missing:
-            raise ValueError(f"the param_group has no {missing[0]}; every group needs {', '.join(cls.__slots__)}")
-        return cls(**{name: group[name] for name in cls.__slots__})
+            raise ValueError(f"the param_group has no {missing[0]}; every group needs {', '.join(needed)}")
+        return cls(**{name: group[name] for name in cls.__slots__ if name in group})
 
     def __post_init__(self) -> None:
         """Raises ``ValueError`` (``TypeError`` for a non-number) that names the option, its value and its range."""
@@ -66,8 +68,9 @@ class Hyperparameters:
         # t0 = inf is a way to say "never average", so infinity is welcome there and nowhere else.
         _check_number("t0", self.t0, low=0.0, finite=False)
         _check_number("weight_decay", self.weight_decay, low=0.0)
-        if not isinstance(self.maximize, bool):
-            raise TypeError(f"maximize must be True or False, got {self.maximize!r}")
+        for name in ("maximize", "restarted"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
     @property
     def device_lr(self) -> Tensor | None:
@@ -83,6 +86,12 @@ class Scalars:
     step: int  # an int, since torch's fp32 counter stops at 2**24
     eta: float
     mu: float
+    further: tuple[float, ...] = ()  # mu of the averages beside the first
+
+    @property
+    def mus(self) -> tuple[float, ...]:
+        """Of all averages."""
+        return self.mu, *self.further
 
     def read(self) -> Scalars:
         return self
@@ -96,12 +105,12 @@ def first_scalars(h: Hyperparameters) -> Scalars:
     return Scalars(step=0, eta=_round_scalar(float(h.lr)), mu=1.0)
 
 
-def next_scalars(h: Hyperparameters, step: int, average: Average = UNIFORM) -> Scalars:
+def next_scalars(h: Hyperparameters, step: int, averages: Sequence[Average] = (UNIFORM,)) -> Scalars:
     """The state after ``step`` steps, in the double arithmetic and the rounding of torch."""
     count = float(step)
     eta = h.lr / ((1 + h.lambd * h.lr * count) ** h.alpha)
-    mu = average.mu(step, h.t0)
-    return Scalars(step=step, eta=_round_scalar(float(eta)), mu=_round_scalar(float(mu)))
+    mu, *further = (_round_scalar(float(average.mu(step, h.t0, h.restarted))) for average in averages)
+    return Scalars(step, _round_scalar(float(eta)), mu, tuple(further))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

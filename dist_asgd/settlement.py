@@ -21,7 +21,7 @@ from dist_asgd.checks import (
 from dist_asgd.comparison import gradient_sample, require_same_gradients
 from dist_asgd.overlap import ForwardWaits
 from dist_asgd.reducer import Reducer
-from dist_asgd.rule import Hyperparameters
+from dist_asgd.rule import Hyperparameters, Scaling
 
 # Steps in a row without a gradient, after which it is said: of all parameters; of one (models may use them in turns).
 NONE_USED, ONE_UNUSED = 3, 100
@@ -40,6 +40,20 @@ class Settled:
 
     options: list[Hyperparameters]  # by group
     active: Flags  # which parameters take the step
+
+
+def take(settled: Settled, buckets: Sequence[Sequence[Bucket]], scaling: Scaling | None) -> None:
+    """Takes the step: updates the ``buckets``, by group, and starts their all-gathers. Collective.
+
+    From the last bucket: its parameters are those that the next forward asks for first.
+    """
+    options = [(h, bucket) for h, of_group in zip(settled.options, buckets, strict=True) for bucket in of_group]
+    for h, bucket in reversed(options):
+        flags = settled.active[bucket]
+        if any(flags):
+            bucket.update(h, None if all(flags) else flags, scaling)
+        if any(flags) or bucket.always_gathers:
+            bucket.start_gather()
 
 
 class Settlement:
