@@ -220,7 +220,7 @@ def first_name(text: str) -> str:
 
 
 def same_averages(text: str, other: str) -> bool:
-    """Whether what two param groups say means the same state: whatever the name of the first, and others in any order."""
+    """Whether what two param groups say means the same state: the first has any name, others stand in any order."""
     (first, *rest), (second, *others) = (re.split(_NEXT, said) for said in (text, other))
     first, second = (said.removeprefix(f"{first_name(said)}=") for said in (first, second))
     return first == second and sorted(rest) == sorted(others)
