@@ -149,8 +149,9 @@ class Shard:
             return
         where, factor = self.slice_of(run), 2 if self.dtype.is_complex else 1
         iterates: ShardParameters = self.parameters if self.master is None else FlatParameters(self.master)
+        most = PASS_BYTES["cpu" if iterates.device.type == "cpu" else "others"]
         itemsize = torch.promote_types(self.average_dtype, iterates.dtype).itemsize
-        for start, iterate in iterates.blocks(where, PASS_BYTES[iterates.device.type] // itemsize):
+        for start, iterate in iterates.blocks(where, most // itemsize):
             real = as_real(iterate)
             for average, mu in moving:
                 average_step_(average[factor * start : factor * start + len(real)], real, mu)

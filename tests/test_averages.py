@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -55,14 +56,16 @@ def gradients(specs: Sequence[Spec], step: int) -> list[Any]:
     return random_gradients(specs, 1, step)[0]
 
 
-def iterates(specs: Sequence[Spec]) -> list[list[torch.Tensor]]:
-    """By torch, on masters of those in low precision."""
+def iterates(
+    specs: Sequence[Spec], out: Mapping[int, Sequence[int]] = MappingProxyType({})
+) -> list[list[torch.Tensor]]:
+    """By torch, on masters of those in low precision. ``out``: steps without a gradient, by parameter."""
     params = [torch.nn.Parameter(wide(p.detach())) for p in make_parameters(specs)]
     optimizer = torch.optim.ASGD(params, lr=0.05, foreach=False)
     found = []
     for step in range(STEPS):
-        for p, g in zip(params, gradients(specs, step), strict=True):
-            p.grad = wide(g)
+        for index, (p, g) in enumerate(zip(params, gradients(specs, step), strict=True)):
+            p.grad = None if step in out.get(index, ()) else wide(g)
         optimizer.step()
         found.append([p.detach().clone() for p in params])
     return found
@@ -192,6 +195,25 @@ def test_without_masters_averages_beside_the_first_take_the_parameters(
             check_means(SEVERAL, {**entry, "ax": entry["ax_kind0"]}, taken, index)
 
     run_ranks(2, ranks)
+
+
+def test_steps_that_a_parameter_sits_out_are_in_none_of_its_averages() -> None:
+    """Each parameter counts its own, so that their scalars differ from some step on."""
+    out = {0: (9, 10), 2: (5, 6, 11), 4: (0, 1)}  # steps without a gradient, by parameter
+    averages = {name: kind for name, kind in SEVERAL.items() if kind != Tail(0.25, STEPS)}  # which counts from the end
+
+    def ranks(rank: int) -> None:
+        params, found = make_parameters(SPECS), iterates(SPECS, out)
+        optimizer = build(params, averages)
+        for step in range(STEPS):
+            for index, (p, g) in enumerate(zip(params, gradients(SPECS, step), strict=True)):
+                p.grad = None if step in out.get(index, ()) else g
+            optimizer.step()
+        for index, entry in optimizer.full_state_dict().get("state", {}).items():
+            own = [values[index] for step, values in enumerate(found) if step not in out.get(index, ())]
+            check_means(averages, entry, own[T0 + 1 :], index)
+
+    run_ranks(3, ranks)
 
 
 PLACES = [("zero", 2), ("ddp", 2), ("fsdp", 3), ("hsdp", 4), ("tp", 2), ("fsdp+tp", 4)]
@@ -362,6 +384,17 @@ def test_what_cannot_be_several_averages_is_the_same_error_on_every_rank() -> No
         return texts
 
     assert len(set(map(tuple, run_ranks(2, ranks)))) == 1
+
+
+def test_on_the_device_there_is_only_torchs_average() -> None:
+    def alone() -> None:
+        params = make_parameters(SPECS)
+        text = message_of(functools.partial(build, params, STARTED, capturable=True), ValueError)
+        assert "average mean=Uniform" in text and "with capturable=True" in text
+        text = message_of(functools.partial(build, params, {"mean": Uniform()}, capturable=True), ValueError)
+        assert "needs parameters on a CUDA device" in text
+
+    run_alone(alone)
 
 
 def test_an_average_that_is_not_there_or_not_the_same_everywhere_is_not_swapped_in() -> None:
