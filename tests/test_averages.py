@@ -427,8 +427,9 @@ def test_an_average_that_is_not_there_or_not_the_same_everywhere_is_not_swapped_
     assert "no average 'ema'" in texts[4] and "'average'" in texts[4]
 
 
-def test_each_average_takes_its_share_of_memory_and_nothing_before_it_begins() -> None:
-    numel, size = 3 * 2**20, 2
+@pytest.mark.parametrize(("gradients_are", "owners"), [("reduced", 2), ("sharded", 1)])
+def test_each_average_takes_its_share_of_memory_and_nothing_before_it_begins(gradients_are: str, owners: int) -> None:
+    numel = 3 * 2**20
 
     class Largest(TorchDispatchMode):
         """Of what operators make: bytes."""
@@ -445,7 +446,7 @@ def test_each_average_takes_its_share_of_memory_and_nothing_before_it_begins() -
     def ranks(rank: int) -> list[int]:
         model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(numel))])
         averages = {"ema": EMA(0.9), "tail": Tail(0.5, 8), "thin": Uniform(every=2)}
-        optimizer = ShardedASGD(model.named_parameters(), t0=1, average=averages, gradients="reduced")
+        optimizer = ShardedASGD(model.named_parameters(), t0=1, average=averages, gradients=gradients_are)
         model[0].grad, held = torch.ones(numel), []
         for _ in range(6):
             optimizer.step()
@@ -456,8 +457,8 @@ def test_each_average_takes_its_share_of_memory_and_nothing_before_it_begins() -
         optimizer.restart_averaging()
         return [*held, reachable(optimizer, model) - 4 * numel]
 
-    share = 4 * numel // size
-    for held in run_ranks(size, ranks):
+    share = 4 * numel // owners
+    for held in run_ranks(2, ranks):
         kept = [round(each / share, 3) for each in held]
         assert kept == [0, 0, 2, 2, 3, 3, 0]  # steps 3 and 5 find more than one iterate
 
@@ -471,6 +472,7 @@ def test_restarted_averages_forget_at_once_and_hold_the_second_step_from_then() 
         optimizer = build(params, SEVERAL)
         train(params, range(again), optimizer)
         optimizer.restart_averaging()
+        assert all(entry[key] == 1 for entry in optimizer.state.values() for key in entry if key.startswith("mu"))
         for name in SEVERAL:
             with optimizer.averaged_parameters(name):
                 assert all(same_bits(p, q.to(p.dtype)) for p, q in zip(params, found[again - 1], strict=True))
