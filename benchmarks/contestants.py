@@ -99,6 +99,16 @@ def fsdp2(model: nn.Module, t0: float, *, reshard: bool) -> tuple[nn.Module, Opt
     return model, ASGD(model.parameters(), lr=LR, t0=t0)
 
 
+def ours_fsdp2(model: nn.Module, t0: float, *, replicas: int = 1, **options: Any) -> tuple[nn.Module, Optimizer]:
+    size = dist.get_world_size()
+    shape, names = ((size,), ("shards",)) if replicas == 1 else ((replicas, size // replicas), ("replicas", "shards"))
+    mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
+    for block in model.children():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, ShardedASGD(model.named_parameters(), lr=LR, t0=t0, module=model, **options)
+
+
 CONTESTANTS: dict[str, Build] = {
     "ours": partial(ours, overlap=True),
     "ours, without module=": partial(ours, overlap=False),
@@ -110,5 +120,7 @@ CONTESTANTS: dict[str, Build] = {
     "DDP (bucket views) + ZeroRedundancyOptimizer": partial(zero, view=True),
     "FSDP2 + ASGD": partial(fsdp2, reshard=True),
     "FSDP2 (no reshard) + ASGD": partial(fsdp2, reshard=False),
+    "FSDP2 + ours": ours_fsdp2,
+    "HSDP (2 replicas) + ours": partial(ours_fsdp2, replicas=2),
 }
 CONTESTANTS |= {f"ours, {n} MiB buckets": partial(ours, overlap=True, bucket_bytes=n * 2**20) for n in (1, 4, 8, 25)}

@@ -337,7 +337,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     native_update(torch.float32, torch.float32, False, torch.float32, False)  # compiled once, for all ranks
-    Look.of([], [], [], torch.zeros(0))
+    Look.of([], [], torch.zeros(0))
     found = find(arguments.faults, arguments.seed)
     print(f"{len(found)} faults, seed {arguments.seed}\n")
     print_table(summary(found), COLUMNS)

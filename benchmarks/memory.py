@@ -1,6 +1,7 @@
 """Memory per rank, ours beside the peers in the same run: optimizer bytes, and the real peak while training.
 
     python -m benchmarks.memory --parameters 27e6 --ranks 2 4
+    python -m benchmarks.memory --tables swap
 
 Two ways of looking, because each has a blind spot:
 
@@ -14,6 +15,7 @@ Two ways of looking, because each has a blind spot:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import types
@@ -25,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from benchmarks import contestants
 from benchmarks.processes import end_cleanly, free_port, report, start_ranks
@@ -53,6 +56,24 @@ COLUMNS = {
     "peak": "peak",
     "ours_over_peak": "ours/peak",
 }
+# Ways of evaluating the average, and of training for it.
+SWAPS = {
+    "ours": "ours",
+    "ours, 4 MiB buckets": "ours, 4 MiB buckets",
+    "FSDP2 + ours": "FSDP2 + ours",
+    "HSDP (2 replicas) + ours": "HSDP (2 replicas) + ours",
+    "DDP + ASGD, by hand": "DDP + ASGD",
+    "FSDP2 + ASGD, by hand": "FSDP2 + ASGD",
+    "DDP + AveragedModel": "DDP + ASGD",
+}
+SWAP_COLUMNS = {
+    "ranks": "ranks",
+    "name": "",
+    "parameters": "the rank's parameters",
+    "average": "average held",
+    "swap_peak": "+ peak of the swap",
+    "of_average": "of 1/N of all",
+}
 ITERATIONS = 3  # the peaks are the highest of these
 MIB = 2**20
 
@@ -60,16 +81,35 @@ MIB = 2**20
 def main() -> None:
     options = _arguments()
     if options.worker is not None:
-        _worker(options.worker, options.parameters)
+        _worker(options.worker, options.tables[0], options.parameters)
         return
     end_cleanly()
-    rows = [_row(ranks, name, options.parameters) for ranks in options.ranks for name in options.names]
+    rows = []
+    if "training" in options.tables:
+        rows += _print_training(options)
+    if "swap" in options.tables:
+        rows += _print_swap(options)
+    write_json_lines(options.json, rows)
+
+
+def _print_training(options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = [_row(ranks, name, "training", options.parameters) for ranks in options.ranks for name in options.names]
     for row in rows:
         ours = [one["peak"] for one in rows if one["name"] == "ours" and one["ranks"] == row["ranks"]]
         row["ours_over_peak"] = round(ours[0] / row["peak"], 2) if ours else None
     print(f"\n{rows[0]['parameters']} fp32 parameters = {rows[0]['parameters'] * 4 / MIB:.1f} MiB; MiB per rank\n")
     print_table([row | {key: _mib(row[key]) for key in _SIZES} for row in rows], COLUMNS)
-    write_json_lines(options.json, rows)
+    return rows
+
+
+def _print_swap(options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = [_row(ranks, name, "swap", options.parameters) for ranks in options.ranks for name in SWAPS]
+    for row in rows:
+        row["of_average"] = round(row["swap_peak"] * row["ranks"] / row["whole"], 2)
+    print(f"\nfp32 parameters of {_mib(rows[0]['whole'])} MiB; MiB per rank\n")
+    sizes = ("parameters", "average", "swap_peak")
+    print_table([row | {key: _mib(row[key]) for key in sizes} for row in rows], SWAP_COLUMNS)
+    return rows
 
 
 _SIZES = ("before_t0", "averaging", "gradients", "rest", "backward_peak", "step_peak", "peak")
@@ -85,22 +125,26 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--json", type=Path, default=Path(__file__).with_name("memory.jsonl"), metavar="FILE")
     parser.add_argument("--names", nargs="+", default=NAMES, choices=list(contestants.CONTESTANTS), metavar="NAME")
+    parser.add_argument("--tables", nargs="+", default=["training", "swap"], choices=["training", "swap"])
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def _row(ranks: int, name: str, parameters: float) -> dict[str, Any]:
+def _row(ranks: int, name: str, table: str, parameters: float) -> dict[str, Any]:
     """The figures of ``name``, in bytes: of the rank with most of each."""
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
-    arguments = ["--worker", name, f"--parameters={parameters}"]
+    arguments = ["--worker", name, f"--tables={table}", f"--parameters={parameters}"]
     results = start_ranks("benchmarks.memory", arguments, prefixes=[[]] * ranks, environment=environment)
     return {"ranks": ranks, "name": name} | {key: max(result[key] for result in results) for key in results[0]}
 
 
-def _worker(name: str, parameters: float) -> None:
+def _worker(name: str, table: str, parameters: float) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    report(measure(contestants.CONTESTANTS[name], parameters))
+    if table == "swap":
+        report(measure_swap(contestants.CONTESTANTS[SWAPS[name]], parameters, averaged=name.endswith("AveragedModel")))
+    else:
+        report(measure(contestants.CONTESTANTS[name], parameters))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -133,6 +177,61 @@ def measure(build: contestants.Build, parameters: float, width: int = contestant
         result["gradients"] = peaks[-1].pop("held") - at_rest
     result |= {key: max(one[key] for one in peaks) for key in peaks[0]}
     return result | {"rest": rest, "peak": rest + max(result["backward_peak"], result["step_peak"])}
+
+
+def measure_swap(
+    build: contestants.Build, parameters: float, width: int = contestants.WIDTH, *, averaged: bool = False
+) -> dict[str, int]:
+    """What it takes to have the average in the model, in bytes of this rank.
+
+    ``whole``, ``parameters``: of the model, and of the rank's part of it. ``average``: held all the time for it, by the
+    optimizer or, if ``averaged``, by ``AveragedModel``. ``swap_peak``: the highest growth of resident memory while it
+    is swapped in and out; without a forward.
+    """
+    map_large_blocks()
+    batch = contestants.make_batch(dist.get_rank(), width, rows=1)
+    model = contestants.make_model(parameters, width)
+    whole = contestants.parameter_bytes(model)
+    model, optimizer = build(model, 0.0)
+    for _ in range(3):  # averaging starts with the second step
+        contestants.iterate(model, optimizer, batch)
+    copied = AveragedModel(model.module) if averaged else None
+    for _ in range(2):  # the first time, gloo allocates what it keeps
+        _settle(optimizer)
+        start = reset_peak()
+        dist.barrier()
+        if copied is None:
+            with swapped(optimizer):
+                pass
+        peak = peak_resident() - start
+    own = sum(_local(param).nbytes for param in model.parameters())
+    return {
+        "whole": whole,
+        "parameters": own,
+        "average": contestants.parameter_bytes(copied) if copied else reachable(optimizer, model),
+        "swap_peak": peak,
+    }
+
+
+@contextlib.contextmanager
+def swapped(optimizer: Optimizer) -> Iterator[None]:
+    """The average in the parameters: by ours, or as one does it by hand with torch.optim.ASGD."""
+    if isinstance(optimizer, ShardedASGD):
+        with optimizer.averaged_parameters():
+            yield
+        return
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    with torch.no_grad():
+        kept = [param.detach().clone() for param in params]
+        for param in params:
+            param.copy_(optimizer.state[param]["ax"])
+        yield
+        for param, own in zip(params, kept, strict=True):
+            param.copy_(own)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, dist.tensor.DTensor) else tensor
 
 
 def _touch_everything(build: contestants.Build, model: nn.Module, batch: Tensor) -> None:

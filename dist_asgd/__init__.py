@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from dist_asgd.averages import EMA, PolynomialDecay, Tail, Uniform
 from dist_asgd.checkpoint import Checkpointer, load, save
+from dist_asgd.checkpoint.shipping import export
 from dist_asgd.optimizer import ShardedASGD
 from dist_asgd.trigger import NonMonotonicTrigger
 
@@ -16,6 +17,7 @@ __all__ = [
     "Tail",
     "Uniform",
     "__version__",
+    "export",
     "load",
     "save",
 ]

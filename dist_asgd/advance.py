@@ -41,5 +41,5 @@ def advance_(scalars: DeviceScalars, h: Hyperparameters) -> None:
     found_inf = None if scalars.scaling is None else scalars.scaling.found_inf
     with torch.cuda.device_of(scalars.step):
         advance_kernel[(1,)](
-            scalars.step, scalars.eta, scalars.mu, *bits(lr, h.lambd, h.alpha, h.t0), h.device_lr, found_inf, **OPTIONS
+            scalars.step, scalars.eta, scalars.mu, *bits(lr, h.decay, h.alpha, h.t0), h.device_lr, found_inf, **OPTIONS
         )

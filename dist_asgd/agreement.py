@@ -165,6 +165,17 @@ def default_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     return None
 
 
+@contextlib.contextmanager
+def agreement_of_all() -> Iterator[Agreement]:
+    """Of all ranks, for as long as the block takes; collective."""
+    agreement = Agreement(default_group(None))
+    try:
+        yield agreement
+    finally:
+        if agreement.group is not None:
+            dist.destroy_process_group(agreement.group)
+
+
 def _check_group(group: object) -> None:
     if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("this rank is not in process_group; only its members build the optimizer")

@@ -281,11 +281,15 @@ def step_facts(options: Options, shared: Mapping[Bucket, Sequence[int]]) -> Fact
 def step_code(options: Options, shared: Mapping[Bucket, Sequence[int]], begun: Sequence[Sequence[int]]) -> int:
     """A fingerprint of the same and of the passes in which gradients were ``begun``, cheap enough for every step."""
     known = [h if h.device_lr is None else replace(h, lr=0.0) for h in options]  # a step does not wait for a device
-    values = [[float(getattr(h, name)) for name in h.__slots__] for h in known]
+    values = [_values(h) for h in known]
     # Together: the buckets of DTensors may end elsewhere on ranks that have fewer rows.
     return fingerprint((values, b"".join(map(bytes, shared.values())), begun))
 
 
 def option_facts(h: Hyperparameters, number: int) -> Facts:
     """The options of group ``number``."""
-    return [(f"{name} of group {number}", repr(float(getattr(h, name)))) for name in h.__slots__]
+    return [(f"{name} of group {number}", repr(value)) for name, value in zip(h.__slots__, _values(h), strict=True)]
+
+
+def _values(h: Hyperparameters) -> list[float | None]:
+    return [None if (value := getattr(h, name)) is None else float(value) for name in h.__slots__]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from dist_asgd import __version__
-from dist_asgd.checkpoint.entries import CheckpointError
+from dist_asgd.checkpoint.entries import CheckpointError, NotCommitted
 from dist_asgd.checkpoint.retention import GRACE
 from dist_asgd.commands import export, gc, listing, plan, show, verify
 from dist_asgd.commands.output import OutputError, printable
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if isinstance(error.__cause__, BrokenPipeError) else _failed(f"cannot write the output: {error}", 1)
     except UsageError as error:
         return _failed(error, 2)
-    except NotFound as error:
+    except (NotFound, NotCommitted) as error:
         return _failed(error, 3)
     except (CheckpointError, OSError) as error:
         return _failed(error, 1)
@@ -77,16 +78,33 @@ def _add_verify(commands: Any) -> None:
 
 
 def _add_export(commands: Any) -> None:
-    text = "write tensors of a checkpoint to one file, for torch.load or safetensors"
+    text = (
+        "write tensors of a checkpoint to one file, for torch.load or safetensors, or to a directory for transformers"
+    )
     parser = _add(commands, "export", export.run, text, EITHER)
     parser.add_argument(
         "out",
         metavar="OUT",
-        help="path or URL of the file; replaced if it is there. Storage options are for URL, and for OUT "
-        "where both are on one kind of store or URL is a path",
+        help="path or URL of the file; replaced if it is there. Or, with a / at its end, of a directory, which gets "
+        "the layout of Hugging Face. Storage options are for URL, and for OUT where both are on one kind of store or "
+        "URL is a path",
     )
-    parser.add_argument("--format", choices=export.FORMATS, help="default: by OUT's suffix")
-    parser.add_argument("--average", action="store_true", help="optimizers' averages in place of parameters")
+    parser.add_argument("--format", choices=[*export.FORMATS, export.DIRECTORY], help="default: by OUT's suffix")
+    parser.add_argument(
+        "--average",
+        nargs="?",
+        default=False,
+        const=True,
+        metavar="NAME",
+        help="optimizers' averages in place of parameters; of several the first, or that of the NAME",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=_bytes,
+        metavar="SIZE",
+        help="of tensors in one file of a directory: bytes, or as 500MB, 2GiB (default: 5GB)",
+    )
+    parser.add_argument("--config", metavar="FILE", help="becomes config.json of a directory: checkpoints have none")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--entry", metavar="NAME", help="of what was saved; keys lose this prefix (default: model)")
     which.add_argument("--keys", metavar="GLOB", help="tensors with such keys, which stay whole, as 'model.layers.*'")
@@ -124,6 +142,8 @@ def _add_plan(commands: Any) -> None:
     parser.set_defaults(run=plan.run)
 
 
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 RUN = "a path or fsspec URL: the directory of a run"
 EITHER = "a path or fsspec URL: of one checkpoint, or the directory of a run"
 
@@ -164,6 +184,14 @@ def _shape(text: str) -> tuple[int, ...]:
     if min(shape) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no shape: write positive sizes joined by x, as 1000x1000 or 10")
     return shape
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch("([0-9]{1,18})([KMGT]i?B|)", text)
+    size = int(found[1]) * UNITS[found[2]] if found else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 5GB, 500MB, 2GiB, or a number of bytes")
+    return size
 
 
 def _positive(text: str) -> int:

@@ -28,7 +28,11 @@ class PlacedParameters:
 
     def read(self, where: slice = slice(None)) -> Tensor:
         start, stop, _ = where.indices(self.layout.shard_numel)
-        return self._joined(self._within(start, stop), start, stop)
+        parts = self._parts(self._within(start, stop), start, stop)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def copy(self) -> Tensor:
+        return torch.cat(self._parts(self.pieces, 0, self.layout.shard_numel))
 
     def blocks(self, where: slice, size: int) -> Iterator[tuple[int, Tensor]]:
         start, stop, _ = where.indices(self.layout.shard_numel)
@@ -66,9 +70,10 @@ class PlacedParameters:
 
     def _block(self, pieces: Sequence[Piece]) -> tuple[int, Tensor]:
         start, stop = pieces[0].shard_start, pieces[-1].shard_stop
-        return start, self._joined(pieces, start, stop)
+        parts = self._parts(pieces, start, stop)
+        return start, torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _joined(self, pieces: Iterable[Piece], start: int, stop: int) -> Tensor:
+    def _parts(self, pieces: Iterable[Piece], start: int, stop: int) -> list[Tensor]:
         parts, end = [], start
         for piece in pieces:
             if piece.shard_start > end:
@@ -77,7 +82,7 @@ class PlacedParameters:
             end = piece.shard_stop
         if stop > end or not parts:
             parts.append(self._gap(stop - end))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return parts
 
     def _within(self, start: int, stop: int) -> list[Piece]:
         return [piece for piece in self.pieces if start <= piece.shard_start and piece.shard_stop <= stop]

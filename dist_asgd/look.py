@@ -51,15 +51,17 @@ Functions = tuple[Callable[..., int], Callable[..., int]]  # look and look_at_gr
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where parameters are, and their elements."""
+    """Where parameters are, and their elements; ``seen`` is where look.c last saw them and their gradients."""
 
     params: tuple[Tensor, ...]
     ids: array[int]
     addresses: array[int]
+    seen: array[int]
 
     @classmethod
     def of(cls, params: tuple[Tensor, ...]) -> Places:
-        return cls(params, array("q", map(id, params)), array("q", map(Tensor.data_ptr, params)))
+        seen = array("q", bytes(3 * 8 * len(params)))
+        return cls(params, array("q", map(id, params)), array("q", map(Tensor.data_ptr, params)), seen)
 
     @property
     def hold(self) -> bool:
@@ -105,7 +107,7 @@ class Look:
         if self._functions is None:
             return self._asked_each([param.grad for param in places.params]) if places.hold else None
         found: list[Tensor] = []
-        where = (_pointer(places.ids), _pointer(places.addresses))
+        where = map(_pointer, (places.ids, places.addresses, places.seen))
         return self._plain(found, self._call(self._functions[1], *where, id(GRAD), id(found)))
 
     def _call(self, function: Callable[..., int], *arguments: int) -> array[int] | None:
@@ -174,7 +176,7 @@ def _functions() -> Functions | None:
         return None
     asked = (ctypes.pythonapi.PyObject_GetAttr, ctypes.pythonapi.PyList_Append, ctypes.pythonapi.Py_DecRef)
     python = ctypes.pointer(_Python(api.view, *(ctypes.cast(function, ctypes.c_void_p) for function in asked)))
-    for function, count in zip(functions, (2, 5), strict=True):
+    for function, count in zip(functions, (2, 6), strict=True):
         function.argtypes = [ctypes.POINTER(_Python), ctypes.POINTER(_Expected), *[ctypes.c_void_p] * count]
         function.restype = ctypes.c_int64
     bound = (functools.partial(functions[0], python), functools.partial(functions[1], python))

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from dist_asgd.adding import add_agreed, add_checked
 from dist_asgd.agreement import Agreement, default_group, group_of_its_own
 from dist_asgd.averages import Average, group_options, named_averages
-from dist_asgd.averaging import Swap, agreed_average, restart_averaging, start_averaging
+from dist_asgd.averaging import (
+    NOT_BOTH,
+    Chosen,
+    Swap,
+    averages_in,
+    refused_inside,
+    restart_averaging,
+    start_averaging,
+)
 from dist_asgd.buckets import Bucket, Setting
 from dist_asgd.capture import scaling_of
 from dist_asgd.checks import (
@@ -32,6 +40,7 @@ from dist_asgd.parallel import ParallelModules
 from dist_asgd.precision import Precision
 from dist_asgd.reducer import Reducer
 from dist_asgd.replicas import Replicas
+from dist_asgd.rule import own_options
 from dist_asgd.settlement import Settlement, take
 from dist_asgd.state import TORCH_OPTIONS, StateView, full_state_dict, passed_through, plan_load, sharded_state_dict
 
@@ -53,6 +62,8 @@ class ShardedASGD(torch.optim.Optimizer):
         lr, lambd, alpha, t0, weight_decay, maximize: as in ``torch.optim.ASGD``; groups may have their own.
             Averaging starts ``t0`` steps into training: by default 1e6, or 0 where ``average`` is given. Numbers >= 0;
             ``t0=math.inf`` never averages.
+        lr_on_time: whether an ``lr`` that is set acts in the next step; in torch it does in the one after that.
+        eta_decay: what ``lambd`` is to the step size, ``lr / (1 + eta_decay * lr * steps) ** alpha``; None: ``lambd``.
         gradients: of plain parameters. ``"local"``: each rank has gradients of its own; they are averaged by a
             reduce-scatter that runs during backward, and a bucket's whole gradients are freed as it goes (ZeRO-2).
             Parameters start as rank 0's. ``"reduced"``: DistributedDataParallel has averaged them; only state and
@@ -91,6 +102,8 @@ class ShardedASGD(torch.optim.Optimizer):
         weight_decay: float = 0,
         *,
         maximize: bool = False,
+        lr_on_time: bool = False,
+        eta_decay: float | None = None,
         gradients: Literal["local", "reduced", "sharded"] = "local",
         process_group: dist.ProcessGroup | None = None,
         find_unused_parameters: bool = False,
@@ -116,15 +129,16 @@ class ShardedASGD(torch.optim.Optimizer):
             check_arguments(**arguments, module=module, unknown=unknown)
             averages = named_averages(average)
             self._setting = Setting(*ranks, precision, averages, bucket_bytes, weakref.proxy(self._settlement))
-            super().__init__(params, options | group_options(averages))
+            super().__init__(params, options | own_options(lr_on_time, eta_decay) | group_options(averages))
             facts = argument_facts(arguments, self.param_groups, 0)
         self._agreement.require_equal("the arguments of the optimizer", facts)
         self._build(0)
         self.state = StateView(self.param_groups, self._buckets)  # type: ignore[assignment]
 
+    @refused_inside()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as ``torch.optim.Optimizer`` does; also after training began. Collective."""
-        if not self._built:
+        if not self._params:  # in the constructor
             add_checked(self, param_group, self._setting, self._agreement)
             return
         first = len(self.param_groups)
@@ -133,6 +147,7 @@ class ShardedASGD(torch.optim.Optimizer):
         add_agreed(self, param_group, self._setting, self._agreement, self._arguments)
         self._build(first)
 
+    @refused_inside()
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: waits for each bucket's gradients, updates this rank's shard, starts its all-gather. Collective.
@@ -146,7 +161,6 @@ class ShardedASGD(torch.optim.Optimizer):
             RuntimeError, ValueError: on every rank the same, where any rank has a gradient missing, sparse or of
                 another shape, a parameter that became one of another kind, or options of its own. Nothing has changed.
         """
-        self._swap.refuse("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -200,24 +214,20 @@ class ShardedASGD(torch.optim.Optimizer):
         """Inside, parameters hold their averages; after it, exactly what they held before. Collective.
 
         If the block raises on one rank only, that rank waits some seconds for the others to leave theirs, then lets it
-        out; its parameters are complete when they have (``synchronize()`` waits for that). Parameters that have no
-        average yet keep their own values. Inside, ``step()`` and ``load_state_dict()`` are refused, and backward
-        accumulates as in ``no_sync()``. Extra memory: 1/N of the parameters.
+        out; its parameters are complete when they have (``synchronize()`` waits for that). Parameters without an
+        average keep their values. What is written to any inside is dropped. Backward accumulates as in ``no_sync()``.
+        Steps, loading and whatever reads the state to save it raise ``RuntimeError`` inside; so does this in another
+        thread while they run. Before it, as before a step, wait for what still copies parameters in the background
+        (``async_save`` with a stager that does). Extra memory: 1/N of the parameters.
 
         Args:
-            name: of one of several averages; None for the first.
+            name: of one of several averages, the same on every rank; None for the first.
 
         Raises:
-            ValueError, RuntimeError: on every rank the same, with nothing changed: there is no average of that name, or
-                ranks ask for different ones.
+            ValueError, RuntimeError: on every rank the same, with nothing changed.
         """
-        self._swap.refuse("averaged_parameters()")
-        self._complete()
-        error = self._misuse() or self._modules.unknown_copies([param for params in self._params for param in params])
-        buckets, averages = self._all_buckets(), self._setting.averages
-        suffix = agreed_average(self._settlement, self._agreement, buckets, averages, name, error)
-        # no_sync: the reductions of a backward on one rank only must not come between the all-gathers of all.
-        with self._swap.averages_in(buckets, suffix, self._modules), self._reducer.suspended():
+        chosen, buckets, error = Chosen(self._setting.averages, name), self._all_buckets(), self._misuse()
+        with self._swap.entered(), averages_in(buckets, chosen, self._settlement, self._modules, error):
             yield
 
     def start_averaging(self) -> None:
@@ -228,6 +238,7 @@ class ShardedASGD(torch.optim.Optimizer):
         """
         start_averaging(self.param_groups, self._buckets)
 
+    @refused_inside()
     def restart_averaging(self) -> None:
         """Forgets all averages, and starts them afresh now, as after a change of data or learning rate. Collective.
 
@@ -235,7 +246,6 @@ class ShardedASGD(torch.optim.Optimizer):
         holds, averages are the parameters themselves and take no memory. And all of them: a ``Tail`` begins now, too,
         and those of parameters that are frozen by now are forgotten with the others.
         """
-        self._swap.refuse("restart_averaging()")
         self._settlement.align("restart_averaging()", self._all_buckets(), self._misuse())
         restart_averaging(self.param_groups, self._buckets)
 
@@ -246,6 +256,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
     # State dicts -----------------------------------------------------------------------------------------------------
 
+    @refused_inside(NOT_BOTH)
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, with ``ax`` (and ``master``) as this rank's pieces. No communication.
 
@@ -263,6 +274,7 @@ class ShardedASGD(torch.optim.Optimizer):
         state_dict = sharded_state_dict(self.param_groups, self._buckets)
         return passed_through(self._optimizer_state_dict_post_hooks, self, state_dict)
 
+    @refused_inside(NOT_BOTH)
     def full_state_dict(self) -> dict[str, Any]:
         """A plain ``torch.optim.ASGD`` state dict of whole CPU tensors on rank 0, ``{}`` on the others. Collective."""
         self._complete()
@@ -271,6 +283,7 @@ class ShardedASGD(torch.optim.Optimizer):
             return self._modules.full_state_dict(self, self._agreement.rank)
         return full_state_dict(self.param_groups, self._buckets, self._agreement)
 
+    @refused_inside()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads ``state_dict()``, ``full_state_dict()`` (every rank passes it) or ``torch.optim.ASGD``'s. Collective.
 
@@ -280,7 +293,6 @@ class ShardedASGD(torch.optim.Optimizer):
         self._complete()
         self._settlement.align("load_state_dict()", self._all_buckets(), self._misuse())
         with self._agreement.together("load_state_dict()"):
-            self._swap.refuse("load_state_dict()")
             check_state_dict(state_dict)
             state_dict = passed_through(self._optimizer_load_state_dict_pre_hooks, self, dict(state_dict))
             loaded = plan_load(self.param_groups, self._buckets, state_dict)
@@ -308,7 +320,7 @@ class ShardedASGD(torch.optim.Optimizer):
         self._buckets: list[list[Bucket]] = []  # by group
         self._params: list[list[Tensor]] = []  # by group, as they were added
         self._reducer, self._waits, self._modules = Reducer(), ForwardWaits(module), ParallelModules(module)
-        self._alone, self._arguments, self._built, self._swap = group is None, arguments, False, Swap()
+        self._alone, self._arguments, self._swap = group is None, arguments, Swap()
         self._settlement = Settlement(agreement, self._reducer, self._waits, arguments["find_unused_parameters"])
         capturable = arguments["capturable"]
         self._replicas = Replicas(agreement, group, arguments["shard_replicas"] and not capturable)  # none in a graph
@@ -336,4 +348,3 @@ class ShardedASGD(torch.optim.Optimizer):
             self._waits.attach(buckets)
             self._reducer.add(buckets)
         self._settlement.start_again()
-        self._built = True

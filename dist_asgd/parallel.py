@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -36,6 +37,17 @@ class ParallelModules:
             elif isinstance(module, FullyShardedDataParallel) and _is_sharded(module):
                 # FSDP1 has no public way, and keeps the copies of the outermost module after a forward.
                 _reshard(module, module._handle, free_unsharded_flat_param=True)
+
+    def refuse_old_graphs(self) -> None:
+        """Parameters have changed: from now on autograd refuses a backward of a forward from before.
+
+        Elsewhere it does so by itself. FSDP2 gathers anew for backward what it has freed since, and that has changed.
+        """
+        for module in [] if self._module is None else self._module.modules():
+            if isinstance(module, FSDPModule):
+                # Those that were made in inference mode have no version. Nor had their forward a graph.
+                gathered = [tensor for tensor in _gathered(module) if not tensor.is_inference()]
+                torch.autograd.graph.increment_version(gathered)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -91,6 +103,14 @@ class ParallelModules:
             "FSDP may have whole copies of parameters from the last forward, which have to be dropped when averages "
             "are swapped in and out: pass module= (the model that FSDP has wrapped) to ShardedASGD"
         )
+
+
+def _gathered(module: FSDPModule) -> list[Tensor]:
+    """What a forward under FSDP2 computes with, once there was one. PyTorch has no public way to it."""
+    state: Any = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # of newer versions
+    params = [param for group in groups or [state._fsdp_param_group] if group for param in group.fsdp_params]
+    return [param._unsharded_param for param in params if hasattr(param, "_unsharded_param")]
 
 
 def _is_sharded(module: FullyShardedDataParallel) -> bool:

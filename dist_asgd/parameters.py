@@ -20,6 +20,9 @@ class ShardParameters(Protocol):
     def read(self, where: slice = slice(None)) -> Tensor:
         """1-D. It may be the parameters themselves: not to be written to."""
 
+    def copy(self) -> Tensor:
+        """All of it, in memory of its own."""
+
     def own(self, piece: Piece) -> Tensor:
         """A part of it, 1-D and contiguous: the parameters themselves."""
 
@@ -41,6 +44,9 @@ class FlatParameters:
 
     def read(self, where: slice = slice(None)) -> Tensor:
         return self.shard[where]
+
+    def copy(self) -> Tensor:
+        return self.shard.clone()
 
     def own(self, piece: Piece) -> Tensor:
         return self.shard[piece.shard_start : piece.shard_stop]

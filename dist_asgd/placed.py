@@ -198,9 +198,6 @@ class PlacedBucket(Bucket):
         self.wait()
         self.shard.update(h, active, self._slices, scaling)
         self.let_go()
-        # What is written to a local tensor does not show in the DTensor's version, by which autograd refuses a backward
-        # through old values.
-        torch.autograd.graph.increment_version(self.params)
 
     def _slices(self, run: Run) -> Iterator[UpdateSlice]:
         for batch in self._batches.of(run.first, run.stop):
@@ -221,6 +218,9 @@ class PlacedBucket(Bucket):
 
     @torch.no_grad()
     def start_gather(self, exact: bool = False) -> None:
+        # What is written to a local tensor does not show in the DTensor's version, by which autograd refuses a backward
+        # through old values.
+        torch.autograd.graph.increment_version(self.params)
         if self.collectives is None:
             return
         if len(self._in_flight) == MAX_IN_FLIGHT:  # more, once another rank has let this one wait in vain

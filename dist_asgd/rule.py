@@ -13,7 +13,9 @@ Bottou, "Large-scale machine learning with stochastic gradient descent", 2010). 
     eta = lr / (1 + lambd * lr * s) ** alpha      used at step s + 1
     mu  = 1 / max(1, s - t0)                      used at step s + 1; that of other averages: averages.py
 
-``eta`` and ``mu`` are computed in double from the current ``lr`` and rounded to fp32, as torch stores them.
+``eta`` and ``mu`` are computed in double from the current ``lr`` and rounded to fp32, as torch stores them. So an
+``lr`` that is set between two steps acts one step late. With ``lr_on_time``, ``eta`` is computed when its step begins,
+by the same formula; with ``eta_decay``, that stands in the formula instead of ``lambd``.
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ from dist_asgd.averages import Average, Uniform
 
 UNIFORM = Uniform()  # torch's average
 
+# Options that torch.optim.ASGD does not have, and the values that say what it does.
+OWN_OPTIONS = {"lr_on_time": False, "eta_decay": None}
+
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
@@ -44,11 +49,13 @@ class Hyperparameters:
     weight_decay: float
     maximize: bool
     capturable: bool = False  # a tensor lr is read on its device, when a step is computed
-    restarted: bool = False  # averages begin at t0, not later; groups need not have it
+    lr_on_time: bool = False  # eta is that of the lr when the step begins
+    eta_decay: float | None = None  # by how much eta falls from step to step; None: as lambd says
+    restarted: bool = False  # averages begin at t0, not later
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Hyperparameters:
-        needed = [name for name in cls.__slots__ if name != "restarted"]
+        needed = [name for name in cls.__slots__ if name not in (*OWN_OPTIONS, "restarted")]
         missing = [name for name in needed if name not in group]
         if missing:
             raise ValueError(f"the param_group has no {missing[0]}; every group needs {', '.join(needed)}")
@@ -68,9 +75,25 @@ class Hyperparameters:
         # t0 = inf is a way to say "never average", so infinity is welcome there and nowhere else.
         _check_number("t0", self.t0, low=0.0, finite=False)
         _check_number("weight_decay", self.weight_decay, low=0.0)
-        for name in ("maximize", "restarted"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.eta_decay is not None:
+            _check_number("eta_decay", self.eta_decay, low=0.0)
+        for name, value in (
+            ("maximize", self.maximize),
+            ("lr_on_time", self.lr_on_time),
+            ("restarted", self.restarted),
+        ):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
+        if self.lr_on_time and self.capturable:
+            raise ValueError(
+                "lr_on_time=True with capturable=True: a CUDA graph computes eta at the end of a step, on the device. "
+                "Leave out one of the two"
+            )
+
+    @property
+    def decay(self) -> float:
+        """Of ``eta``."""
+        return self.lambd if self.eta_decay is None else self.eta_decay
 
     @property
     def device_lr(self) -> Tensor | None:
@@ -100,6 +123,12 @@ class Scalars:
         return self
 
 
+def own_options(*values: object) -> dict[str, object]:
+    """What param groups, and so state dicts, say of OWN_OPTIONS: nothing of those by which torch's rule stays."""
+    given = zip(OWN_OPTIONS.items(), values, strict=True)
+    return {name: value for (name, torchs), value in given if value is not torchs}
+
+
 def first_scalars(h: Hyperparameters) -> Scalars:
     """The state of a parameter before its first step: its ``eta`` is the ``lr`` that holds when that step comes."""
     return Scalars(step=0, eta=_round_scalar(float(h.lr)), mu=1.0)
@@ -107,10 +136,20 @@ def first_scalars(h: Hyperparameters) -> Scalars:
 
 def next_scalars(h: Hyperparameters, step: int, averages: Sequence[Average] = (UNIFORM,)) -> Scalars:
     """The state after ``step`` steps, in the double arithmetic and the rounding of torch."""
-    count = float(step)
-    eta = h.lr / ((1 + h.lambd * h.lr * count) ** h.alpha)
     mu, *further = (_round_scalar(float(average.mu(step, h.t0, h.restarted))) for average in averages)
-    return Scalars(step, _round_scalar(float(eta)), mu, tuple(further))
+    return Scalars(step, _eta(h, step), mu, tuple(further))
+
+
+def current_scalars(h: Hyperparameters, scalars: Scalars) -> Scalars:
+    """The state with which a step would begin now."""
+    if not scalars.step:
+        return replace(scalars, eta=first_scalars(h).eta)
+    return replace(scalars, eta=_eta(h, scalars.step)) if h.lr_on_time else scalars
+
+
+def _eta(h: Hyperparameters, step: int) -> float:
+    """Of the step after ``step`` steps."""
+    return _round_scalar(float(h.lr / ((1 + h.decay * h.lr * float(step)) ** h.alpha)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

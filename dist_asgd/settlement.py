@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from dist_asgd.agreement import Agreement, DifferentOperations, fingerprint
@@ -66,7 +67,8 @@ class Settlement:
     """
 
     def __init__(self, agreement: Agreement, reducer: Reducer, waits: ForwardWaits, find_unused: bool) -> None:
-        self._agreement, self._reducer, self._waits = agreement, reducer, waits
+        self.agreement = agreement
+        self._reducer, self._waits = reducer, waits
         self._find_unused = find_unused
         self._comparisons = 0
         self._started = False  # whether ranks have agreed on a step since parameters were added
@@ -82,6 +84,10 @@ class Settlement:
     def enabled(self) -> bool:
         """False inside ``no_sync()``."""
         return self._reducer.enabled
+
+    def suspended(self) -> AbstractContextManager[None]:
+        """Inside, gradients stay on this rank."""
+        return self._reducer.suspended()
 
     def align(self, operation: str, buckets: Sequence[Bucket] = (), error: Exception | None = None) -> None:
         """Comes before the collectives of any ``operation`` but a step. Collective.
@@ -142,7 +148,7 @@ class Settlement:
             options = [Hyperparameters.of(group) for group in groups]
             refuse_capture(options, self._started, buckets)
             present = self._check(buckets)
-            if self._agreement.world_size > 1:
+            if self.agreement.world_size > 1:
                 shared = {bucket: self._shared(bucket, present[bucket]) for bucket in buckets}
                 code = step_code(options, shared, [bucket.begun(self._reducer.passes) for bucket in reducing])
         except Exception as caught:
@@ -157,7 +163,7 @@ class Settlement:
         unreduced = any(bucket.has_unreduced() for bucket in reducing)
         high, minus_low, any_unreduced = self._meet(operation, [code, -code, unreduced], error)
         if high != -minus_low:
-            self._agreement.require_equal("this step", step_facts(options, shared))
+            self.agreement.require_equal("this step", step_facts(options, shared))
             raise RuntimeError(
                 "the gradients of different ranks were begun in different backwards, so they do not belong together: "
                 "ranks dropped them (zero_grad(), p.grad = ...) between different backwards, or only some did. Drop "
@@ -176,7 +182,7 @@ class Settlement:
         if self._started:
             return
         some = any(map(any, present.values()))
-        samples, found = zip(*self._agreement.gather((gradient_sample(buckets), some)), strict=True)
+        samples, found = zip(*self.agreement.gather((gradient_sample(buckets), some)), strict=True)
         self._comparisons += 1
         told_apart = require_same_gradients(samples) or self._comparisons >= MAX_COMPARISONS
         self._started = told_apart and any(found)
@@ -194,13 +200,13 @@ class Settlement:
         """
         mine = [self._reducer.passes, error is not None, self._unmet, -self._unmet, *values]
         try:
-            passes, failed, high, minus_low, *result = self._agreement.maximum(operation, mine)
+            passes, failed, high, minus_low, *result = self.agreement.maximum(operation, mine)
         except DifferentOperations as different:  # each of them begins here
             self._reducer.catch_up(different.values[0])
             raise
         self._reducer.catch_up(passes)
         if failed:
-            self._agreement.maximum(operation, error=error)
+            self.agreement.maximum(operation, error=error)
         self._unmet = 0
         if high != -minus_low:
             raise RuntimeError(
@@ -233,7 +239,7 @@ class Settlement:
 
     def _union(self, flags: Flags) -> Flags:
         reducing = {bucket: own for bucket, own in flags.items() if bucket.reduces}
-        union = iter(self._agreement.union([flag for own in reducing.values() for flag in own]))
+        union = iter(self.agreement.union([flag for own in reducing.values() for flag in own]))
         return flags | {bucket: [next(union) for _ in own] for bucket, own in reducing.items()}
 
     def warn_if_orphaned(self, settled: Settled) -> None:

@@ -34,7 +34,7 @@ from dist_asgd.rule import (
     Scaling,
     average_step_,
     compute_dtype,
-    first_scalars,
+    current_scalars,
     followed,
     next_scalars,
 )
@@ -71,7 +71,7 @@ class Shard:
         self.master: Tensor | None = None
         if precision.needs_master(self.dtype, rounding.dtype):
             self.master = parameters.read().to(compute_dtype(self.dtype), copy=True)
-        self._raw: Tensor | None = None  # the parameters themselves while their averages are swapped in
+        self._raw: Tensor | None = None  # the parameters themselves while others are swapped in
         self.average_dtype = precision.average(self.dtype)
         self.averages: dict[str, Tensor | None] = dict.fromkeys(kinds)
         self._capturable, self._kinds = precision.capturable, tuple(kinds.values())
@@ -122,7 +122,7 @@ class Shard:
             self._update(scalars, h, slices(run))
             advance_(scalars, h)
             return run
-        known = _scalars(run, h)
+        known = current_scalars(h, run.scalars)
         self._update(known, h, slices(run))
         self._update_further(run, known)
         following = next_scalars(h, known.step + 1, self._kinds)
@@ -176,16 +176,19 @@ class Shard:
             else:
                 self.averages[suffix] = None
 
+    def keep(self) -> None:
+        """Copies the parameters, for ``swap_out``."""
+        self._raw = self.parameters.copy()
+
     def swap_in(self, suffix: str) -> None:
         """Overwrites the parameters that have an average of their own by it, rounded once."""
-        self._raw = self.parameters.read().clone()
         average, number = self.averages[suffix], list(self.averages).index(suffix)
         for run in self.runs:
             if run.scalars.read().mus[number] != 1 and average is not None:
                 self.parameters.write(self.slice_of(run), average[self.slice_of(run)])
 
     def swap_out(self) -> None:
-        """Makes the parameters exactly what they were before ``swap_in``."""
+        """Makes the parameters exactly what they were when they were kept, if they were."""
         if self._raw is not None:
             self.parameters.write(slice(None), self._raw)
             self._raw = None
@@ -301,8 +304,7 @@ class Shard:
 
 
 def _scalars(run: Run, h: Hyperparameters) -> Scalars:
-    scalars = run.scalars.read()
-    return scalars if scalars.step else replace(scalars, eta=first_scalars(h).eta)
+    return current_scalars(h, run.scalars.read())
 
 
 def _begun(runs: Sequence[Run], number: int) -> bool:

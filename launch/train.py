@@ -75,6 +75,7 @@ class Args:
     out: str = option("runs/train", "directory or URL for metrics.jsonl and loss.png")
     checkpoint_dir: str = option("", "directory or URL for checkpoints; without, none are made")
     checkpoint_every: int = option(400, "save every so many steps; also at the end and at a signal")
+    export: str = option("", "directory, .pt or .safetensors file, or URL of one, for the averaged weights at the end")
     parallel: str = option("zero", "how the ranks share the model; see parallel.py", choices=MODES)
     resume: str = option(
         "auto", "'auto': go on from the newest in --checkpoint-dir, if any; or the URL of a checkpoint"
@@ -319,6 +320,10 @@ def train(run: Run, stop: StopSignal) -> None:
             say(world, f"Stopped by a signal after step {step}.")
             return
     say(world, world.from_rank_zero(metrics.plot))
+    if args.export:
+        with run.optimizer.averaged_parameters():
+            dist_asgd.export(args.export, run.model)
+        say(world, f"Exported the average of step {progress.step}: {args.export}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

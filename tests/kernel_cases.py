@@ -173,7 +173,7 @@ def advances():
     for number, (lr, lambd, alpha, t0) in enumerate(
         itertools.product((0.3, 1e-3), (0.0, 0.37), (0.0, 0.75, 2.0), (0.0, 5.0, math.inf))
     ):
-        h = options(lr=lr, lambd=lambd, alpha=alpha, t0=t0)
+        h = options(lr=lr, lambd=lambd, alpha=alpha, t0=t0, eta_decay=(None, 0.02)[number % 2])
         scalars = on_device(Scalars(0, 0.0, 1.0))
         first = 10 ** (number % 8)  # 10,000,000: where fp32 could hardly count
         scalars.set_(Scalars(first, 0.0, 1.0))

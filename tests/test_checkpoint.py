@@ -1,7 +1,9 @@
 """Checkpointer, save and load: what is saved by some ranks is loaded by others, bit for bit, or nothing changes."""
 
 import json
+import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -20,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import dist_asgd
 from dist_asgd import Checkpointer
-from dist_asgd.checkpoint import CheckpointError, RandomState, manager
+from dist_asgd.checkpoint import CheckpointError, RandomState, manager, progress
 from layouts import Model, build
 from ranks import Sent, message_of, run_alone, run_ranks
 from test_portability import LAST, OPTIONS, SAVED, check, reference, train
@@ -294,6 +296,46 @@ def test_each_rank_gets_its_own_values_back(tmp_path):
     expected = run_ranks(2, own_values, url, 2)
     found = run_ranks(3, own_values, url, 3)
     assert all(torch.equal(one, other) for one, other in zip(expected, found[:2], strict=True))
+
+
+class Lines(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+def told(rank, url):
+    """What the log has of a save and a load: as they are, and if anything took long."""
+    lines = Lines()
+    logging.getLogger("dist_asgd").addHandler(lines)
+    logging.getLogger("dist_asgd").setLevel(logging.INFO)
+    state = {"x": torch.ones(3 * 2**20)}
+    with Checkpointer(url) as checkpointer:
+        checkpointer.save(1, state)
+        checkpointer.load(state)
+        short = list(lines.lines)
+        progress.EVERY = 0
+        checkpointer.save(2, state)
+        checkpointer.load(state)
+    return short, lines.lines[len(short) :]
+
+
+@pytest.mark.parametrize("protocol", ["file", "memory"])
+def test_what_takes_long_is_told_by_the_first_rank(tmp_path, protocol):
+    if protocol == "memory":
+        (answer,) = [run_alone(told, 0, "memory://progress")]
+    else:
+        answer, *others = run_ranks(2, told, str(tmp_path))
+        assert others == [([], [])]
+    short, long = answer
+    assert short == []
+    share = 12.0 if protocol == "memory" else 6.0
+    for doing, mib in [("saving", share), ("reading and verifying", 12.0), ("loading", 12.0)]:
+        (*_, last) = [line for line in long if line.startswith(f"{doing} ")]
+        assert re.search(rf"step-00000002-0001-\w+: {mib} of {mib} MiB of rank 0's share, [\d.]+ MiB/s$", last), long
 
 
 def background(rank, url):

@@ -20,15 +20,15 @@ import torch.distributed.checkpoint as dcp
 from fsspec.implementations.memory import MemoryFileSystem
 from torch import nn
 
-from dist_asgd import Checkpointer, ShardedASGD, save
-from dist_asgd.checkpoint import archives, export, verification
+from dist_asgd import Checkpointer, ShardedASGD, load, save
+from dist_asgd.checkpoint import CheckpointError, archives, export, verification
 from dist_asgd.checkpoint.entries import SavedTensor
 from dist_asgd.checkpoint.foreign import read_stock_metadata
 from dist_asgd.checkpoint.manifest import FileRecord, read_manifest, write_manifest
 from dist_asgd.checkpoint.storage import Storage
 from dist_asgd.cli import main
 from format_reader import read_checkpoint
-from ranks import run_ranks
+from ranks import message_of, run_ranks
 from stores import *  # noqa: F403 fixtures
 
 AWKWARD = {"pair": (1, float("inf")), "bytes": b"\x00\xff", "large": 2**70, "named": {3: "three"}, "none": None}
@@ -155,7 +155,7 @@ def test_verify_reads_every_byte(run, capsys):
     folder = newest(run)
     status, out, _ = called(capsys, "verify", run)
     assert status == 0 and "as they were saved" in out
-    stock = read_stock_metadata((folder / ".metadata").read_bytes())
+    stock = read_stock_metadata((folder / ".metadata").read_bytes(), committed=True)
     manifest = read_manifest((folder / "manifest.json").read_bytes())
     edges = [
         (folder / item.file, at)
@@ -318,14 +318,70 @@ def test_elements_are_aligned(tmp_path, capsys, monkeypatch):
             assert data[start + entry.file_size :].startswith(b"PK\x07\x08" + descriptor + b"PK")
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("out", ["hf/", "hf"])
+def test_export_to_a_directory_for_transformers(saved, tmp_path, capsys, out):
+    folder, model, averages = saved
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    options = ["--format", "huggingface", "--config", tmp_path / "config.json", "--max-shard-size", "1KiB"]
+    _, _, err = called(capsys, "export", folder, f"{tmp_path}/one/", "--average")
+    assert "no config.json" in err and {file.name for file in (tmp_path / "one").iterdir()} == {"model.safetensors"}
+    done = answer(capsys, "export", folder, f"{tmp_path}/{out}", "--average", *options)
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    names = {f"model-{n:05}-of-00005.safetensors" for n in range(1, 6)}
+    assert set(index["weight_map"].values()) == names and index["weight_map"].keys() == model.keys()
+    files = {file.name: file.stat().st_size for file in (tmp_path / "hf").iterdir()}
+    assert files.keys() == {*names, "config.json", "model.safetensors.index.json"}
+    assert sum(files.values()) == done["bytes"] and done["out"] == f"{tmp_path}/hf/"
+    assert (tmp_path / "hf" / "config.json").read_text() == '{"model_type": "gpt2"}'
+    averages = {**averages, "head.weight": averages["wte.weight"]}
+    for name, tensor in model.items():
+        found = loaded(tmp_path / "hf" / index["weight_map"][name])[name]
+        assert found.dtype == tensor.dtype and torch.equal(found, averages.get(name, tensor).to(tensor.dtype))
+    assert loaded(tmp_path / "one" / "model.safetensors").keys() == model.keys()
+    status, _, err = called(capsys, "export", folder, f"{tmp_path}/{out}", *options)
+    assert status == 1 and "has weights already" in err
+
+
+def test_export_of_one_of_several_averages(tmp_path, capsys):
+    def averages(number):
+        return {"ax": torch.full((2,), number), "ax_ema": torch.full((2,), number + 1)}
+
+    groups = [{"average": "mean=Uniform(every=1), ema=EMA(every=1, decay=0.9, warmup=True)"}]
+    optimizer = {"state": {"w": averages(5.0), "v": averages(7.0)}, "param_groups": groups}
+    save(tmp_path / "saved", {"model": {"w": torch.ones(2), "v": torch.ones(2)}, "optimizer": optimizer})
+    for name, number in ((None, 5.0), ("mean", 5.0), ("ema", 6.0)):
+        assert (
+            called(capsys, "export", tmp_path / "saved", tmp_path / "x.pt", "--average", *filter(None, [name]))[0] == 0
+        )
+        assert {key: value[0].item() for key, value in loaded(tmp_path / "x.pt").items()} == {
+            "w": number,
+            "v": number + 2,
+        }
+    status, _, err = called(capsys, "export", tmp_path / "saved", tmp_path / "y.pt", "--average", "other")
+    assert status == 1 and "has no average 'other', it has ['mean', 'ema']" in err
+
+
+def test_sizes_are_read(tmp_path, capsys):
+    model = {"a": torch.zeros(1000, dtype=torch.uint8), "b": torch.zeros(24, dtype=torch.uint8)}
+    save(tmp_path / "saved", {"model": model})
+    for text, files in (("1KB", 3), ("1023", 3), ("1024", 1), ("1KiB", 1), ("1MB", 1), ("5TiB", 1)):  # 3: with an index
+        assert called(capsys, "export", tmp_path / "saved", f"{tmp_path}/{text}/", "--max-shard-size", text)[0] == 0
+        assert len(list((tmp_path / text).iterdir())) == files, text
+    for text in ("", "0", "-1", "5gb", "5 GB", "GB", "5B", "1.5GB", "٣GB"):
+        with pytest.raises(SystemExit):
+            main(["export", "run", "out/", f"--max-shard-size={text}"])
+        assert "is no size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", "/"])
 def test_damage_leaves_no_file(run, tmp_path, capsys, suffix):
     manifest = read_manifest((newest(run) / "manifest.json").read_bytes())
     item = manifest.items[manifest.tensors["model.wte.weight"].chunks[-1].item]
     flip(newest(run) / item.file, item.start + item.size // 2)
-    out = tmp_path / f"out{suffix}"
+    out = f"{tmp_path}/out{suffix}"
     status, _, err = called(capsys, "export", run, out)
-    assert status == 1 and "model.wte.weight" in err and "damaged" in err and list(tmp_path.iterdir()) == [run]
+    assert status == 1 and "model.wte.weight" in err and "damaged" in err
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and run not in file.parents]
     assert called(capsys, "export", run, out, "--keys", "model.low.*")[0] == 0  # does not read it
 
 
@@ -355,12 +411,25 @@ def test_where_there_is_no_checkpoint(tmp_path, capsys, command):
     assert called(capsys, command, tmp_path / "nothing", *arguments[2:])[0] == 3
 
 
+@pytest.mark.parametrize("command", ["show", "verify", "export"])
+def test_what_was_not_committed_is_no_checkpoint(run, tmp_path, capsys, command):
+    """Although stock readers would take it."""
+    (newest(run) / "manifest.json").rename(newest(run) / "manifest.json.old")
+    out = [tmp_path / "out.pt"] if command == "export" else []
+    status, text, err = called(capsys, command, newest(run), *out)
+    assert status == 3 and not text and "has no manifest.json" in err and list(tmp_path.iterdir()) == [run]
+    assert called(capsys, command, run, *out, "--step", 5)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["show", "{run}", "--step", "7"], "has no checkpoint of step 7; it has [5, 10]"),
         (["show", "{newest}", "--step", "5"], "is one checkpoint"),
         (["export", "{run}", "out"], "say --format"),
+        (["export", "{run}", "out.pt", "--max-shard-size", "5GB"], "are for --format huggingface"),
+        (["export", "{run}", "out/", "--config", "{run}/none.json"], "cannot read"),
+        (["export", "{run}", "out/", "--average", "ema"], "has no average 'ema', it has ['average']"),
         (["export", "{run}", "out.pt", "--entry", "nothing"], "it has ['data', 'model', 'optimizer']"),
         (["export", "{run}", "out.pt", "--entry", "data", "--average"], "no averages"),
         (["gc", "{run}", "--pin", "5"], "--keep-last"),
@@ -431,6 +500,10 @@ def test_on_a_store(s3_server, saved, tmp_path, capsys):
     exported = safetensors.torch.load(storage.read("exports/model.safetensors"))
     assert all(torch.equal(exported[name], tensor) for name, tensor in saved[1].items())
     assert len(answer(capsys, "gc", url, "--keep-last", 1, *common)["deleted"]) == 1
+    left = f"{url}/{next(iter(Storage.open(url, s3_server.options).list()))}"
+    Storage.open(left, s3_server.options).remove("manifest.json")
+    assert called(capsys, "verify", left, *common)[0] == called(capsys, "verify", url, *common)[0] == 3
+    assert "no manifest.json" in message_of(lambda: load(left, {}, s3_server.options), CheckpointError)
     options.write_text(json.dumps({**s3_server.options, "secret": "sesame-of-tests"}))
     status, text, err = called(capsys, "ls", url, *common)
     assert status == 1 and "sesame" not in text + err and url in err

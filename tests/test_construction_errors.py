@@ -22,8 +22,9 @@ BAD_NUMBERS = {
     ],
     "lambd": [NAN, -1e-4, "1e-4", None, [1e-4]],
     "alpha": [NAN, -0.75, "x", None],
-    "t0": [NAN, -1, "x", None, 1j, 10**400],
+    "t0": [NAN, -1, "x", 1j, 10**400],
     "weight_decay": [NAN, -0.1, "x", None],
+    "eta_decay": [NAN, INF, -0.1, "x", True],
 }
 
 
@@ -32,11 +33,13 @@ def test_a_hyperparameter_that_is_no_sensible_number(option: str, value: Any) ->
     def alone() -> None:
         p, q = make_parameters(PLAIN[:2])
         optimizer = ShardedASGD([p])
-        for build in (
-            lambda: ShardedASGD([q], **{option: value}),
+        builds = [
             lambda: ShardedASGD([{"params": [q], option: value}]),
             lambda: optimizer.add_param_group({"params": [q], option: value}),
-        ):
+        ]
+        if (option, value) != ("t0", None):  # that is the default: which number it is depends on average=
+            builds.append(lambda: ShardedASGD([q], **{option: value}))
+        for build in builds:
             text = message_of(build, ValueError, TypeError)
             said = "learning rate" in text or "lr" in text if option == "lr" else option in text
             assert said, text
@@ -74,6 +77,9 @@ def test_an_infinite_t0_means_never() -> None:
         ({"average_dtype": "float32"}, "average_dtype"),
         ({"module": 3}, "module"),
         ({"capturable": 1}, "capturable"),
+        ({"lr_on_time": 1}, "lr_on_time"),
+        ({"lr_on_time": None}, "lr_on_time"),
+        ({"lr_on_time": True, "capturable": True}, "lr_on_time=True with capturable=True"),
         ({"process_group": "world"}, "process_group"),
     ],
     ids=str,
@@ -288,6 +294,8 @@ DISAGREEMENTS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
             ("t0", 1e6, 0),
             ("weight_decay", 0, 0.1),
             ("maximize", False, True),
+            ("lr_on_time", False, True),
+            ("eta_decay", None, 1e-4),
             ("gradients", "local", "reduced"),
             ("find_unused_parameters", False, True),
             ("bucket_bytes", 1024, 4096),

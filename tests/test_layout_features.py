@@ -52,7 +52,9 @@ def all_same(some: list[Tensor], others: list[Tensor]) -> bool:
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> bool:
-    return bool((found - expected).norm() <= tolerance * expected.norm())
+    # Gradients are sums of numbers around 1: in a bias that is all but 0, their rounding shows without end.
+    size = max(float(expected.norm()), 1e-2 * expected.numel() ** 0.5)
+    return bool((found - expected).norm() <= tolerance * size)
 
 
 # FSDP2's policies: equal to torch.optim.ASGD under the same policy, bit for bit

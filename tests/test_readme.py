@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from dist_asgd import ShardedASGD
 from ranks import run_ranks
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-TRAIN, SHARD, RESUME = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TRAIN, SHIP, SHARD, RESUME = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]])
@@ -38,6 +39,22 @@ def test_sharding_on_two_replicas_of_one_shard():
         return [p.placements[0].is_replicate() for p in model.parameters()]
 
     assert all(run_ranks(2, ranks)[0])
+
+
+def test_shipping_the_average(tmp_path):
+    def ranks(rank):
+        model = torch.nn.Linear(7, 5)
+        opt = ShardedASGD(model.named_parameters(), lr=0.1, t0=0)
+        for _ in range(5):
+            opt.zero_grad()
+            model(torch.ones(3, 7)).square().mean().backward()
+            opt.step()
+        exec(SHIP.replace('"shipped"', repr(f"{tmp_path}/shipped")), {"model": model, "opt": opt})
+        return opt.full_state_dict()
+
+    state = run_ranks(2, ranks)[0]["state"]
+    found = safetensors.torch.load_file(tmp_path / "shipped" / "model.safetensors")
+    assert torch.equal(found["weight"], state[0]["ax"]) and torch.equal(found["bias"], state[1]["ax"])
 
 
 def test_saving_on_two_ranks_and_resuming_on_three(tmp_path):

@@ -259,9 +259,20 @@ def test_a_resume_between_two_evaluations(texts: str, tmp_path: Path) -> None:
 
 
 def test_one_process_goes_on_where_two_ranks_were(texts: str, uninterrupted: Path, tmp_path: Path) -> None:
-    alone(options(texts, tmp_path, "--resume", directory(uninterrupted / "checkpoints", 100)))
+    saved = directory(uninterrupted / "checkpoints", 100)
+    alone(options(texts, tmp_path, "--resume", saved, "--export", f"{tmp_path}/average.pt"))
     for mine, other in zip(curves(tmp_path), curves(uninterrupted)[5:], strict=True):
         assert mine == pytest.approx(other, abs=3e-4)
+    exported = torch.load(tmp_path / "average.pt", weights_only=True)
+    expected = run_alone(averages, directory(tmp_path / "checkpoints", STEPS))
+    assert exported.keys() == expected.keys()
+    assert all(torch.equal(exported[name], average) for name, average in expected.items())
+
+
+def averages(url: str) -> dict[str, torch.Tensor]:
+    model = train.build_model("gpt", width=16, layers=1, heads=4, context=16, dropout=0)
+    dist_asgd.load(url, {"model": model}, average=True)
+    return model.state_dict()
 
 
 def test_an_lstm_with_dropout_resumes_with_the_same_bits(texts: str, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def assign(offers: Sequence[Mapping[str, Offer]]) -> list[Share]:
     loads = _Loads(len(offers))
     for key, by_rank in _by_key(offers).items():
         first = next(iter(by_rank.values()))
-        holders = _holders(key, first, by_rank)
+        holders = holders_of(key, first, by_rank)
         for box, ranks in holders.items():
             for part in _parts(box, len(ranks), first.dtype.itemsize):
                 rank = loads.least(ranks) if part.numel * first.dtype.itemsize > OF_FIRST else ranks[0]
@@ -61,7 +61,8 @@ def _by_key(offers: Sequence[Mapping[str, Offer]]) -> dict[str, dict[int, Offer]
     return dict(sorted(keys.items()))
 
 
-def _holders(key: str, first: Offer, by_rank: Mapping[int, Offer]) -> dict[Box, list[int]]:
+def holders_of(key: str, first: Offer, by_rank: Mapping[int, Offer]) -> dict[Box, list[int]]:
+    """Which ranks have each block of the tensor ``key``, as ``first`` is one. Raises as ``assign``."""
     holders: dict[Box, list[int]] = {}
     for rank, offer in by_rank.items():
         if (offer.shape, offer.dtype) != (first.shape, first.dtype):

@@ -45,6 +45,23 @@ def cut(box: Box, most: int) -> Iterator[Box]:
         yield from cut(part, most)
 
 
+def batches(tensors: Sequence[tuple[Sequence[int], int]], most: int) -> Iterator[list[tuple[int, Box]]]:
+    """All elements of ``tensors`` (shape, bytes of an element), in order, in batches of at most ``most`` bytes.
+
+    A batch has (number of the tensor, a box of it); of a tensor without elements an empty box.
+    """
+    batch: list[tuple[int, Box]] = []
+    size = 0
+    for number, (shape, itemsize) in enumerate(tensors):
+        for box in cut(whole(shape), max(1, most // itemsize)):
+            if batch and size + box.numel * itemsize > most:
+                yield batch
+                batch, size = [], 0
+            batch.append((number, box))
+            size += box.numel * itemsize
+    yield batch
+
+
 def share(box: Box, count: int) -> list[Box]:
     """The box in at most ``count`` parts that are as equal as cuts across one dim make them."""
     dim = next((dim for dim, size in enumerate(box.sizes) if size > 1), None)

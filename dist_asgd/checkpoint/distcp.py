@@ -36,6 +36,7 @@ from dist_asgd.checkpoint.entries import CheckpointError
 from dist_asgd.layout import Box
 
 MAX_PAYLOAD = 2**30  # bytes of one item: far below the 4 GiB from which an archive needs the zip64 format
+COMMITTED_BY = "committed_by"  # an attribute that DCP's Metadata does not have, and DCP does not look at
 QUANTIZED = (torch.qint8, torch.qint32, torch.quint8, torch.quint4x2, torch.quint2x4)
 
 
@@ -86,12 +87,14 @@ def stock_metadata(
     tensors: Mapping[str, tuple[torch.dtype, Sequence[int], Sequence[StoredChunk]]],
     objects: Mapping[str, StoredObject],
     paths: Mapping[str, tuple[str | int, ...]],
+    committed_by: str | None = None,
 ) -> bytes:
     """The file ``.metadata``, from which stock ``dcp.load`` learns what is where.
 
     ``tensors`` gives each key's dtype, whole shape and chunks, which cover it without overlapping; ``paths`` gives the
-    way to each key through the nested state dict, as ``flatten_state_dict`` does. Chunks of several keys may lie at
-    the same place. Equal arguments in equal order give equal bytes.
+    way to each key through the nested state dict, as ``flatten_state_dict`` does; ``committed_by`` the file without
+    which there is no checkpoint, for our own readers. Chunks of several keys may lie at the same place. Equal arguments
+    in equal order give equal bytes.
     """
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
@@ -114,6 +117,8 @@ def stock_metadata(
     }
     metadata = Metadata(state_dict_metadata=entries, planner_data=ways, storage_data=places)
     metadata.version = sys.intern("1.0.0")  # by assignment, as torch does: not a field in all releases
+    if committed_by is not None:
+        setattr(metadata, COMMITTED_BY, committed_by)
     return pickle.dumps(metadata, protocol=4)
 
 

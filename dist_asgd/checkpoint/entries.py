@@ -22,6 +22,10 @@ class CheckpointError(Exception):
     """A checkpoint could not be saved or loaded. Says which file and which key, and what to do."""
 
 
+class NotCommitted(CheckpointError):
+    """Something of a checkpoint is there, but it never was finished, or is being deleted: it does not exist."""
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     box: Box

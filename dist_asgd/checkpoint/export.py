@@ -1,11 +1,8 @@
-"""A checkpoint's tensors as one file, that of ``torch.save`` or safetensors, verified and in bounded memory."""
+"""A checkpoint's tensors, or their averages, for files of other formats: verified, and in bounded memory."""
 
 from __future__ import annotations
 
 import fnmatch
-import itertools
-import json
-import struct
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,19 +12,13 @@ from typing import Any
 
 import torch
 
-from dist_asgd.checkpoint.archives import (
-    Stub,
-    beginning,
-    description,
-    directory,
-    payload_bytes,
-    payload_record,
-)
-from dist_asgd.checkpoint.cutting import cut, whole
+from dist_asgd.checkpoint.archives import payload_bytes
+from dist_asgd.checkpoint.cutting import batches, whole
 from dist_asgd.checkpoint.entries import Block, CheckpointError, TensorEntry
 from dist_asgd.checkpoint.foreign import StockCheckpoint, read_stock_metadata
-from dist_asgd.checkpoint.manifest import STOCK, Manifest, TensorRecord, ValueRecord, dtype_name, in_directory
-from dist_asgd.checkpoint.modules import average_keys
+from dist_asgd.checkpoint.formats import Exported
+from dist_asgd.checkpoint.manifest import STOCK, Manifest, TensorRecord, ValueRecord, in_directory
+from dist_asgd.checkpoint.modules import average_keys, average_names
 from dist_asgd.checkpoint.nesting import key_of, tree_of
 from dist_asgd.checkpoint.reader import fill, plan_reads
 from dist_asgd.checkpoint.stock import fill as fill_items
@@ -38,37 +29,6 @@ from dist_asgd.layout import Box
 
 BATCH = 16 * 2**20  # bytes that are read together
 AHEAD = 2  # batches that are read while one is written
-
-# The names of dtypes in safetensors: those that its library for torch reads.
-SAFETENSORS = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "complex64": "C64",
-    "bool": "BOOL",
-    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
-    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
-}
-ALIGNMENT = 8  # bytes, of the header of safetensors
-
-
-@dataclass(frozen=True, slots=True)
-class Exported:
-    """A tensor of the file."""
-
-    name: str
-    key: str  # in the checkpoint
-    shape: tuple[int, ...]
-    dtype: torch.dtype  # in the file; the checkpoint may have a wider one
-
-    @property
-    def nbytes(self) -> int:
-        return payload_bytes(self.dtype, self.shape)
 
 
 def tensors_of(manifest: Manifest, entry: str) -> list[Exported]:
@@ -104,28 +64,36 @@ def _exported(name: str, key: str, tensor: TensorRecord) -> Exported:
     return Exported(name, key, tensor.saved.shape, tensor.saved.dtype)
 
 
-def averaged(source: Source, tensors: Sequence[Exported]) -> list[Exported]:
+def averaged(source: Source, tensors: Sequence[Exported], average: str | None = None) -> list[Exported]:
     """With the averages (``ax``) that optimizers of the checkpoint have of them, rounded to the dtypes of the tensors.
 
     Tied weights are saved under each of their names, and the optimizer knows one of them: a tensor without an average
     that has the same bytes as one with an average takes it, too. Others, such as buffers, stay as they are.
 
+    Args:
+        average: the name of one of several averages; None for the first.
+
     Raises:
-        CheckpointError: none has an average, several optimizers have one, or it is of another shape.
+        CheckpointError: none has an average, or one of that name; several optimizers have one, or it is of another
+            shape.
     """
     manifest = source.manifest
-    root = tree_of({key: tensor.path for key, tensor in manifest.tensors.items() if tensor.rank is None})
+    of_all: dict[str, TensorRecord | ValueRecord] = {**manifest.tensors, **manifest.values}
+    root = tree_of({key: entry.path for key, entry in of_all.items() if entry.rank is None})
+    values = {key: value.encoded for key, value in manifest.values.items()}
+    if average is not None and average not in (known := average_names(root, values)):
+        raise CheckpointError(f"the checkpoint has no average {average!r}, it has {known}")
     found: dict[str, str] = {}
     for tensor in tensors:
         path = manifest.tensors[tensor.key].path
         splits = [(path[:depth], key_of(path[depth:])) for depth in range(1, len(path))]
-        averages = {average for above, name in splits for average in average_keys(root, above, name)}
-        if len(averages) > 1:
-            raise CheckpointError(f"several optimizers have an average of {tensor.key!r}: {sorted(averages)}")
-        for average in averages:
-            if manifest.tensors[average].saved.shape != tensor.shape:
-                raise CheckpointError(f"{average!r} is no average of {tensor.key!r}: their shapes differ")
-            found[tensor.key] = average
+        keys = {key for above, name in splits for key in average_keys(root, above, name, average, values)}
+        if len(keys) > 1:
+            raise CheckpointError(f"several optimizers have an average of {tensor.key!r}: {sorted(keys)}")
+        for key in keys:
+            if manifest.tensors[key].saved.shape != tensor.shape:
+                raise CheckpointError(f"{key!r} is no average of {tensor.key!r}: their shapes differ")
+            found[tensor.key] = key
     if not found:
         raise CheckpointError("the checkpoint has no averages (entries like 'optimizer.state.<name>.ax') of them")
     found |= _ties(source, [tensor.key for tensor in tensors if tensor.key not in found], found)
@@ -145,49 +113,6 @@ def _ties(source: Source, keys: Sequence[str], found: Mapping[str, str]) -> dict
         if len({source.content(average) for average in averages}) == 1:
             ties[key] = averages[0]
     return ties
-
-
-def safetensors_file(source: Source, tensors: Sequence[Exported]) -> Iterator[bytes | memoryview]:
-    """A file of safetensors: https://huggingface.co/docs/safetensors. Larger elements stand first: all are aligned.
-
-    Raises:
-        CheckpointError: for dtypes and names that the format does not have, and for damaged bytes.
-    """
-    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for tensor in tensors:
-        kind = SAFETENSORS.get(dtype_name(tensor.dtype))
-        if kind is None or tensor.name in header:
-            wrong = "is a name that safetensors keeps for itself" if kind else f"is {dtype_name(tensor.dtype)}"
-            raise CheckpointError(f"{tensor.name!r} {wrong}, which safetensors cannot hold: export it for torch")
-        offsets = [at, at := at + tensor.nbytes]
-        header[tensor.name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": offsets}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    yield struct.pack("<Q", len(text)) + text
-    for _, data in source.payloads(tensors):
-        yield data
-
-
-def torch_file(source: Source, tensors: Sequence[Exported]) -> Iterator[bytes | memoryview]:
-    """What ``torch.save`` makes of a dict of the tensors. Raises ``CheckpointError`` for damaged bytes."""
-    stubs = {tensor.name: Stub(number, tensor.dtype, tensor.shape) for number, tensor in enumerate(tensors)}
-    head, records = beginning(description(stubs))
-    yield head
-    at, parts = len(head), source.payloads(tensors)
-    for number, pieces in itertools.groupby(parts, key=lambda part: part[0]):
-        record = payload_record(number, at, tensors[number].nbytes)
-        yield record.local_header()
-        crc = 0
-        for _, data in pieces:
-            crc = zlib.crc32(data, crc)
-            yield data
-        record = replace(record, crc32=crc)
-        yield record.descriptor()
-        records.append(record)
-        at += len(record.local_header()) + record.nbytes + len(record.descriptor())
-    yield directory(records, at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,17 +144,8 @@ class Source:
                     future.cancel()
 
     def _batches(self, tensors: Sequence[Exported]) -> Iterator[list[tuple[int, Box]]]:
-        batch: list[tuple[int, Box]] = []
-        size = 0
-        for number, tensor in enumerate(tensors):
-            itemsize = self.manifest.tensors[tensor.key].saved.dtype.itemsize
-            for box in cut(whole(tensor.shape), BATCH // itemsize):
-                if size + box.numel * itemsize > BATCH:
-                    yield batch
-                    batch, size = [], 0
-                batch.append((number, box))
-                size += box.numel * itemsize
-        yield batch
+        saved = [self.manifest.tensors[tensor.key].saved for tensor in tensors]
+        return batches([(tensor.shape, tensor.dtype.itemsize) for tensor in saved], BATCH)
 
     def _fill(self, wanted: Sequence[tuple[str, TensorEntry]]) -> None:
         fill(self.storage, self.directory, plan_reads(self.manifest, wanted))

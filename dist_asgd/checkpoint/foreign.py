@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dist_asgd.checkpoint.distcp import StoredChunk, StoredObject
-from dist_asgd.checkpoint.entries import CheckpointError, SavedTensor
-from dist_asgd.checkpoint.manifest import MAX_DEPTH
+from dist_asgd.checkpoint.distcp import COMMITTED_BY, StoredChunk, StoredObject
+from dist_asgd.checkpoint.entries import CheckpointError, NotCommitted, SavedTensor
+from dist_asgd.checkpoint.manifest import MAX_DEPTH, NAME
 from dist_asgd.checkpoint.pickles import DTYPE_GLOBALS, DTYPES, Global, Node, read_pickle, short
 from dist_asgd.layout import Box
 
@@ -64,19 +64,26 @@ class StockCheckpoint:
     paths: Mapping[str, tuple[str | int, ...]]  # of both, in the nested state that was saved
 
 
-def read_stock_metadata(data: bytes, trust: bool = False) -> StockCheckpoint:
+def read_stock_metadata(data: bytes, trust: bool = False, *, committed: bool = False) -> StockCheckpoint:
     """What a stock checkpoint holds, from the bytes of its ``.metadata``. Nothing in it is run, whatever ``trust`` is.
 
     Args:
         data: the file. It may be of any release of torch from 2.0 on.
         trust: do not refuse what names classes that DCP itself does not write, as planners of others may.
+        committed: it is that of a checkpoint of ours, and the manifest is there.
 
-    Raises CheckpointError when it is damaged, names such classes, or contradicts itself: boxes that overlap, leave
-    gaps or lie outside of their tensor, files outside of the checkpoint, chunks with no place or one too small.
+    Raises NotCommitted when it is of ours otherwise; CheckpointError when it is damaged, names such classes, or
+    contradicts itself: boxes that overlap, leave gaps or lie outside of their tensor, files outside of the checkpoint,
+    chunks with no place or one too small.
     """
     if len(data) > MAX_METADATA:
         raise CheckpointError(f"the metadata has {len(data)} bytes, more than {MAX_METADATA}")
     fields = _fields(read_pickle(data, _ALLOWED, trust=trust), "Metadata", "the metadata")
+    if COMMITTED_BY in fields and not committed:
+        raise NotCommitted(
+            f"this checkpoint of dist_asgd has no {NAME}, which is written when all ranks have saved, and deleted "
+            "first: it was never finished, or is being deleted"
+        )
     described = _expect(fields.get("state_dict_metadata"), dict, "state_dict_metadata")
     places = _places(_expect(fields.get("storage_data"), dict, "storage_data"))
     tensors: dict[str, StockTensor] = {}

@@ -10,6 +10,7 @@ from dist_asgd.agreement import Agreement
 from dist_asgd.checkpoint.contents import destination_of
 from dist_asgd.checkpoint.entries import CheckpointError
 from dist_asgd.checkpoint.problems import Problems
+from dist_asgd.checkpoint.progress import Progress
 from dist_asgd.checkpoint.rendezvous import together
 from dist_asgd.checkpoint.sources import Source, named
 
@@ -35,9 +36,9 @@ def load_checkpoint(
     wanted = [(key, entry) for key, entries in destination.tensors.items() for entry in entries]
     with source.reading(wanted) as verified:
         with together(agreement, "load()"), named(source.url):
-            verified.read()
+            verified.read(Progress(f"reading and verifying {source.url}", verified.size, agreement.rank))
         with together(agreement, "load()"), named(source.url):
-            verified.apply()
+            verified.apply(Progress(f"loading {source.url}", verified.size, agreement.rank))
     with together(agreement, "load()"), _taken(source.url):
         destination.finish()
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import secrets
-import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_asgd.agreement import Agreement, default_group
+from dist_asgd.agreement import Agreement, agreement_of_all, default_group
+from dist_asgd.checkpoint.background import Background
 from dist_asgd.checkpoint.contents import contents_of
 from dist_asgd.checkpoint.entries import CheckpointError
 from dist_asgd.checkpoint.loading import load_checkpoint
@@ -64,7 +63,7 @@ class Checkpointer:
             self._storage = Storage.open(url, storage_options)
             self._kept = Kept(keep_last, keep_every, frozenset(pinned))
             self._store = store_of_its_own()
-        self._background: _Background | None = None
+        self._background: Background | None = None
         self._buffer: Tensor | None = None  # staged copies of the last asynchronous save
         self._last: Rendezvous | None = None
 
@@ -82,7 +81,7 @@ class Checkpointer:
         if error is None:
             self.close()
         elif self._background is not None:  # others may never come: finish what needs none of them
-            self._background.join()
+            self._background.end()
 
     @only_checkpoint_errors()
     def save(self, step: int, state: Mapping[str, Any], *, wait: bool = True) -> str:
@@ -114,7 +113,7 @@ class Checkpointer:
             with together(self._agreement, "save()"):
                 staged, self._buffer = stage(plan.parts, self._buffer)
             plan = Plan(plan.directory, staged, plan.record)
-            self._background = _Background(lambda: self._write(plan, meeting))
+            self._background = Background(lambda: self._write(plan, meeting))
         return f"{self._storage.url}/{plan.directory}"
 
     @only_checkpoint_errors()
@@ -185,9 +184,10 @@ class Checkpointer:
         return self._agreement.rank, self._agreement.world_size
 
     def _settle(self, operation: str) -> None:
-        background, self._background = self._background, None
         with together(self._agreement, operation):
-            if background is not None:
+            if self._background is not None:
+                self._background.join()  # while it writes, its buffer is not free: also if this is interrupted
+                background, self._background = self._background, None
                 background.finish()
 
     def _find(self, step: int | None) -> Directory | None:
@@ -222,7 +222,7 @@ def save(
 
     ``state``, errors and what is written are as in ``Checkpointer.save``.
     """
-    with _agreement_of_all() as agreement:
+    with agreement_of_all() as agreement:
         with together(agreement, "save()"):
             storage = Storage.open(url, storage_options)
             contents = contents_of(state)
@@ -264,49 +264,13 @@ def load(
         CheckpointError: as ``Checkpointer.load``; also for a value that is not plain, with its key and class.
         ValueError: ranks disagree on ``strict``, ``average`` or ``trust``.
     """
-    with _agreement_of_all() as agreement:
+    with agreement_of_all() as agreement:
         with together(agreement, "load()"):
             storage = Storage.open(url, storage_options)
         options = {"strict": strict, "average": average, "trust": trust}
         agreement.require_equal("the arguments of load()", [(name, repr(value)) for name, value in options.items()])
         source = source_of(agreement, storage, "", state, stock=True, trust=trust)
         load_checkpoint(agreement, source, state, strict=strict, average=average)
-
-
-@contextlib.contextmanager
-def _agreement_of_all() -> Iterator[Agreement]:
-    agreement = Agreement(default_group(None))
-    try:
-        yield agreement
-    finally:
-        if agreement.group is not None:
-            dist.destroy_process_group(agreement.group)
-
-
-class _Background:
-    """A save that is under way in a thread."""
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        self._work = work
-        self._error: BaseException | None = None
-        # Not a daemon: a process that ends by itself, or by a signal that it handles, finishes the save first.
-        self._thread = threading.Thread(target=self._run, name="dist_asgd checkpoint", daemon=False)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._work()
-        except BaseException as error:
-            self._error = error
-
-    def join(self) -> None:
-        self._thread.join()
-
-    def finish(self) -> None:
-        """Waits; raises what went wrong."""
-        self._thread.join()
-        if self._error is not None:
-            raise CheckpointError(f"the last save, in the background, has failed: {self._error}") from self._error
 
 
 def _check_step(step: object) -> None:

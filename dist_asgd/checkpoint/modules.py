@@ -33,6 +33,13 @@ def fqn_of(module: nn.Module, name: str) -> str:
     return ".".join(kept)
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What the wrappers around ``module`` itself are wrapped around."""
+    names = {"module"} if isinstance(module, DistributedDataParallel) else WRAPPERS & module._modules.keys()
+    inner = module._modules[names.pop()] if names else None
+    return module if inner is None else unwrapped(inner)
+
+
 def without_wrappers(name: str) -> str:
     """A name that may have those of wrappers in it, where the module is not there to tell."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
@@ -41,6 +48,15 @@ def without_wrappers(name: str) -> str:
 def parameter_names(module: nn.Module) -> dict[str, Tensor]:
     """Parameters by name; tied ones under each of theirs."""
     return {fqn_of(module, name): param for name, param in module.named_parameters(remove_duplicate=False)}
+
+
+def tied_names(module: nn.Module) -> list[list[str]]:
+    """For each parameter and buffer that has several names, all of them, in the order of the modules."""
+    names: dict[int, list[str]] = {}
+    for find in (module.named_parameters, module.named_buffers):
+        for name, tensor in find(remove_duplicate=False):
+            names.setdefault(id(tensor), []).append(fqn_of(module, name))
+    return [tied for tied in names.values() if len(tied) > 1]
 
 
 def is_fsdp1(module: nn.Module) -> bool:

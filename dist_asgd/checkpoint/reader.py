@@ -11,6 +11,7 @@ from torch import Tensor
 from dist_asgd.checkpoint.cutting import cut_to_extents, extent, intersection, narrowed, strides, whole, within
 from dist_asgd.checkpoint.entries import Block, CheckpointError, TensorEntry
 from dist_asgd.checkpoint.manifest import Chunk, Item, Manifest, in_directory
+from dist_asgd.checkpoint.progress import Progress
 from dist_asgd.checkpoint.storage import Storage
 from dist_asgd.checkpoint.verified import Verified
 from dist_asgd.checkpoint.writer import memory
@@ -117,16 +118,18 @@ class VerifiedBlocks(Verified):
         self._requests = requests
         self._places: dict[int, int] = {}  # where each request's bytes are kept
 
-    def read(self) -> None:
+    def read(self, progress: Progress) -> None:
         for index, data in self._read():
             if not self._storage.is_local:
                 self._places[index] = self._keep(data)
+            progress.add(len(data))
 
-    def apply(self) -> None:
+    def apply(self, progress: Progress) -> None:
         for index, data in self._read() if self._storage.is_local else self._read_again():
             request = self._requests[index]
             for need in request.needs:
                 _write(need, memoryview(data), request.start)
+            progress.add(len(data))
 
     def _read(self) -> Iterator[tuple[int, bytes]]:
         ranges = [

@@ -26,8 +26,11 @@ POLL = 0.02  # seconds
 
 @contextlib.contextmanager
 def together(agreement: Agreement, operation: str) -> Iterator[None]:
-    """``Agreement.together`` whose errors are ``CheckpointError``, ``ValueError`` or ``TypeError``."""
-    own: Exception | None = None
+    """``Agreement.together`` whose errors are ``CheckpointError``, ``ValueError`` or ``TypeError``.
+
+    A rank that is interrupted tells the others before it goes its way.
+    """
+    own: BaseException | None = None
     with only_checkpoint_errors():
         try:
             with agreement.together(operation):
@@ -36,7 +39,12 @@ def together(agreement: Agreement, operation: str) -> Iterator[None]:
                 except Exception as error:
                     own = error
                     raise
+                except BaseException as error:
+                    own = error
+                    raise CheckpointError(f"{operation} was interrupted by {type(error).__name__}") from error
         except Exception as error:
+            if own is not None and not isinstance(own, Exception):
+                raise own from None
             if own is None or own in (error, error.__cause__):
                 raise
             raise CheckpointError(f"{own}. Nor could ranks tell one another so: {error}") from own

@@ -79,11 +79,12 @@ def plan_save(agreement: Agreement, step: int, directory: str | None, contents: 
         if agreement.rank == 0:
             record, shares = _plan(step, everyone)
             answers = [(directory, share) for share in shares]
-    answer = _scatter(agreement, answers)
+    answer = scatter(agreement, answers)
     return Plan(answer[0], _parts(answer[1], contents, agreement.rank), record)
 
 
-def _scatter(agreement: Agreement, answers: Sequence[Any]) -> Any:
+def scatter(agreement: Agreement, answers: Sequence[Any]) -> Any:
+    """Of the ``answers`` that rank 0 has, by rank, this one's."""
     if agreement.group is None:
         return answers[0]
     mine: list[Any] = [None]
@@ -218,7 +219,7 @@ def _manifest(record: Record, parts: Sequence[Written]) -> tuple[Manifest, bytes
     objects = {key: StoredObject(file, at, size) for written in parts for key, file, at, size in written.objects}
     paths = {key: _stock_path(tensor.path, tensor.rank) for key, tensor in tensors.items()}
     paths |= {key: _stock_path(value.path, value.rank) for key, value in record.values.items()}
-    stock = stock_metadata(stored, objects, paths)
+    stock = stock_metadata(stored, objects, paths, committed_by=NAME)
     files = {name: FileRecord(size) for written in parts for name, size in written.files.items()}
     files[STOCK] = FileRecord(len(stock), hashlib.sha256(stock).hexdigest())
     versions = {"torch": torch.__version__, "python": platform.python_version()}

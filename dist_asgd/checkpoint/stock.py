@@ -21,6 +21,7 @@ from dist_asgd.checkpoint.entries import CheckpointError, SavedTensor, TensorEnt
 from dist_asgd.checkpoint.foreign import StockTensor
 from dist_asgd.checkpoint.items import NO_CRCS, Layout, item_layout, item_tensor
 from dist_asgd.checkpoint.manifest import in_directory
+from dist_asgd.checkpoint.progress import Progress
 from dist_asgd.checkpoint.ranges import FileRange, Place, joined
 from dist_asgd.checkpoint.storage import Storage
 from dist_asgd.checkpoint.verified import Verified
@@ -77,14 +78,16 @@ class VerifiedItems(Verified):
         self._items = items
         self._places: list[tuple[Tensor, int]] = []  # where it goes, and where it is kept
 
-    def read(self) -> None:
+    def read(self, progress: Progress) -> None:
         for target, source in self._found():
             if not self._storage.is_local:
                 self._places.append((target, self._keep(memory(source.contiguous()))))
+            progress.add(source.numel() * source.element_size())
 
-    def apply(self) -> None:
+    def apply(self, progress: Progress) -> None:
         for target, source in self._found() if self._storage.is_local else self._read_again():
             target.copy_(source)
+            progress.add(source.numel() * source.element_size())
 
     def _found(self) -> Iterator[tuple[Tensor, Tensor]]:
         return _parts(self._storage, self._directory, self._items)

@@ -56,6 +56,16 @@ def target_of(url: str | os.PathLike[str], options: Mapping[str, Any] | None) ->
     return Target(protocol, f"{protocol}://{rest}", f"{protocol}://{shown}", options, tuple(kept))
 
 
+def folder_and_name(url: str) -> tuple[str, str]:
+    """The URL or path of the folder of a file, and the file's name. Raises ValueError where it is no file's."""
+    address, question, query = url.partition("?") if "://" in url else (url, "", "")
+    folder, slash, name = address.rpartition("/")
+    if not name or folder.endswith(":/"):
+        raise ValueError("it is no file: give the path or URL of one")
+    above = folder or (slash if slash else os.curdir)
+    return above + question + query, name
+
+
 def _local(path: str, options: Mapping[str, Any]) -> Target:
     if re.match(r"[a-z0-9+]{2,}:/", path):
         raise ValueError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 from dist_asgd.checkpoint.distcp import StoredChunk
-from dist_asgd.checkpoint.entries import CheckpointError, SavedTensor
+from dist_asgd.checkpoint.entries import CheckpointError, NotCommitted, SavedTensor
 from dist_asgd.checkpoint.foreign import StockCheckpoint, read_stock_metadata
 from dist_asgd.checkpoint.items import check_item
 from dist_asgd.checkpoint.manifest import NAME, STOCK, Chunk, Item, Manifest, in_directory, read_manifest
@@ -84,7 +84,7 @@ def verify(storage: Storage, directory: str, report: Report) -> list[Fault]:
     if STOCK in present:
         data = storage.read(in_directory(directory, STOCK))
         if hashlib.sha256(data).hexdigest() == manifest.files[STOCK].sha256:
-            stock, problem = _stock(data)
+            stock, problem = _stock(data, committed=True)
             faults += problem
         else:
             faults.append(Fault(STOCK, "", f"it does not have the sha256 that {NAME} has of it"))
@@ -96,9 +96,12 @@ def verify(storage: Storage, directory: str, report: Report) -> list[Fault]:
 
 
 def verify_stock(storage: Storage, directory: str, report: Report) -> list[Fault]:
-    """The same for a checkpoint of ``torch.distributed.checkpoint``, by the CRC-32s in its archives."""
+    """The same for a checkpoint of ``torch.distributed.checkpoint``, by the CRC-32s in its archives.
+
+    Raises ``NotCommitted`` for one of ours.
+    """
     sizes = storage.sizes(directory)
-    stock, faults = _stock(storage.read(in_directory(directory, STOCK)))
+    stock, faults = _stock(storage.read(in_directory(directory, STOCK)), committed=False)
     parts = []
     for part in _archives(stock) if stock is not None else ():
         name, _, stop = part.place
@@ -110,9 +113,11 @@ def verify_stock(storage: Storage, directory: str, report: Report) -> list[Fault
     return sorted(faults + _damages(storage, directory, parts, report))
 
 
-def _stock(data: bytes) -> tuple[StockCheckpoint | None, list[Fault]]:
+def _stock(data: bytes, committed: bool) -> tuple[StockCheckpoint | None, list[Fault]]:
     try:
-        return read_stock_metadata(data), []
+        return read_stock_metadata(data, committed=committed), []
+    except NotCommitted:
+        raise
     except CheckpointError as error:
         return None, [Fault(STOCK, "", str(error))]
 

@@ -7,6 +7,7 @@ import tempfile
 from abc import ABC, abstractmethod
 
 from dist_asgd.checkpoint.entries import CheckpointError
+from dist_asgd.checkpoint.progress import Progress
 from dist_asgd.checkpoint.storage import Storage
 from dist_asgd.checkpoint.stores import Chunk
 
@@ -20,11 +21,11 @@ class Verified(ABC):
     network has to take them twice. Those of a local file are read, and verified, a second time.
 
     Args:
-        size: bytes that may have to wait, for errors.
+        size: bytes that are read, and may have to wait.
     """
 
     def __init__(self, storage: Storage, directory: str, size: int) -> None:
-        self._storage, self._directory, self._size = storage, directory, size
+        self._storage, self._directory, self.size = storage, directory, size
         self._spool = tempfile.SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115
 
     def __enter__(self) -> Verified:
@@ -34,11 +35,11 @@ class Verified(ABC):
         self._spool.close()
 
     @abstractmethod
-    def read(self) -> None:
+    def read(self, progress: Progress) -> None:
         """Reads and verifies everything. Changes nothing. Raises ``CheckpointError``."""
 
     @abstractmethod
-    def apply(self) -> None:
+    def apply(self, progress: Progress) -> None:
         """Writes everything to where it belongs."""
 
     def _keep(self, data: Chunk) -> int:
@@ -50,7 +51,7 @@ class Verified(ABC):
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise CheckpointError(
-                f"{tempfile.gettempdir()} has no room for the {self._size} bytes that this rank reads: they wait there "
+                f"{tempfile.gettempdir()} has no room for the {self.size} bytes that this rank reads: they wait there "
                 "until all ranks have verified theirs. Let TMPDIR name a larger directory"
             ) from error
         return at

@@ -17,6 +17,7 @@ from dist_asgd.checkpoint.consistency import LARGEST, SMALLEST
 from dist_asgd.checkpoint.cutting import cut, narrowed, whole
 from dist_asgd.checkpoint.distcp import item_head, item_tail, object_item
 from dist_asgd.checkpoint.manifest import NO_FRAME, SHARED, Item, in_directory
+from dist_asgd.checkpoint.progress import Progress
 from dist_asgd.checkpoint.storage import Storage
 from dist_asgd.layout import Box
 
@@ -72,8 +73,10 @@ def write_parts(
     """
     name, written = f"__{rank}_0.distcp", Written()
     if parts or objects:
+        total = sum(part.data.numel() * part.data.element_size() for part in parts)
+        progress = Progress(f"saving {in_directory(storage.url, directory)}", total, rank)
         with ThreadPoolExecutor(1, "dist_asgd-checksums") as aside:
-            file = _File(name, written, check, aside)
+            file = _File(name, written, check, aside, progress)
             written.files[name] = storage.write(in_directory(directory, name), file.chunks(parts, objects))
     return written
 
@@ -81,8 +84,11 @@ def write_parts(
 class _File:
     """A file under way: makes its bytes, and keeps the record of them."""
 
-    def __init__(self, name: str, written: Written, check: Callable[[], None], aside: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, name: str, written: Written, check: Callable[[], None], aside: ThreadPoolExecutor, progress: Progress
+    ) -> None:
         self._name, self._written, self._check, self._aside = name, written, check, aside
+        self._progress = progress
         self._position = 0
         self._small: dict[tuple[torch.dtype, tuple[int, ...], bytes], int] = {}  # items that may be shared
 
@@ -112,6 +118,7 @@ class _File:
                 added = self._aside.submit(sums.add, piece)
                 yield piece
                 added.result()
+            self._progress.add(len(piece))
         tail = item_tail(dtype, sizes, sums.last)
         frame = f"{zlib.crc32(head):08x}{zlib.crc32(tail):08x}"
         item = Item(self._name, self._position, len(head), size, len(tail), sums.block, sums.text(), frame)

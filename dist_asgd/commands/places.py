@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from dist_asgd.checkpoint.manifest import NAME, STOCK
 from dist_asgd.checkpoint.retention import directories, newest_of
 from dist_asgd.checkpoint.storage import Storage
+from dist_asgd.checkpoint.targets import folder_and_name
 
 LOCAL = "file"
 
@@ -64,12 +64,11 @@ def checkpoint_at(url: str, options: Mapping[str, Any], step: int | None) -> Pla
 
 def file_at(url: str, options: Mapping[str, Any]) -> tuple[Storage, str]:
     """The folder of a file that is to be written, and the file's name."""
-    address, question, query = url.partition("?") if "://" in url else (url, "", "")
-    folder, slash, name = address.rpartition("/")
-    if not name or folder.endswith(":/"):
-        raise UsageError("OUT is no file: give the path or URL of one")
-    above = folder or (slash if slash else os.curdir)
-    return opened(above + question + query, options), name
+    try:
+        folder, name = folder_and_name(url)
+    except ValueError as error:
+        raise UsageError(f"OUT: {error}") from error
+    return opened(folder, options), name
 
 
 def options_of(pairs: Sequence[tuple[str, Any]], file: str | None) -> dict[str, Any]:
