@@ -7,17 +7,20 @@ import functools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from dist_asgd.averages import Average, suffix_of
 from dist_asgd.buckets import Bucket
 from dist_asgd.parallel import ParallelModules
 from dist_asgd.reducer import PATIENCE
 from dist_asgd.settlement import Settlement
 
+Groups = Sequence[dict[str, Any]]  # optimizer.param_groups
 LEAVE = "leave the with block first"
 
 # Why the state of the optimizer is not to be had inside.
@@ -30,11 +33,29 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def start_averaging(groups: Sequence[dict[str, Any]], buckets: Sequence[Sequence[Bucket]]) -> None:
+def start_averaging(groups: Groups, buckets: Sequence[Sequence[Bucket]]) -> None:
     """Sets ``t0`` of each of the ``groups`` to the steps that its ``buckets`` have taken."""
     for group, of_group in zip(groups, buckets, strict=True):
         steps = [run.scalars.read().step for bucket in of_group for run in bucket.shard.runs]
         group["t0"] = float(max(steps, default=0))
+        group |= {"restarted": False} if "restarted" in group else {}
+
+
+def restart_averaging(groups: Groups, buckets: Sequence[Sequence[Bucket]]) -> None:
+    """The same, and forgets what there is of averages; those that would begin later by themselves begin now, too."""
+    start_averaging(groups, buckets)
+    for group, of_group in zip(groups, buckets, strict=True):
+        group |= {"restarted": True} if "restarted" in group else {}
+        for bucket in of_group:
+            bucket.shard.forget_averages()
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """An average by its name, of those that there are; None for the first."""
+
+    averages: Mapping[str, Average]
+    name: str | None
 
 
 class Swap:
@@ -105,26 +126,34 @@ def refused_inside(why: str = LEAVE) -> Callable[[Callable[Concatenate[Any, P], 
 @contextlib.contextmanager
 def averages_in(
     buckets: Sequence[Bucket],
+    chosen: Chosen,
     settlement: Settlement,
     modules: ParallelModules,
     error: Exception | None,
 ) -> Iterator[None]:
     """Inside, the parameters of ``buckets`` are their averages; after it, exactly what they were before. Collective.
 
-    Raises the same error on every rank where any rank brings an ``error`` or cannot swap.
+    Raises the same error on every rank where any rank brings an ``error``, cannot swap, or chose another average.
     """
     for bucket in buckets:
         bucket.wait()
     modules.drop_copies()
     error = error or modules.unknown_copies([param for bucket in buckets for param in bucket.params])
+    suffix = ""
+    try:
+        suffix = suffix_of(chosen.averages, chosen.name)
+    except (TypeError, ValueError) as caught:
+        error = error or caught
     settlement.align("averaged_parameters()", buckets, error)
+    if len(chosen.averages) > 1:
+        settlement.agreement.require_equal("the average to swap in", [("state", f"ax{suffix}")])
     # suspended: the reductions of a backward on one rank only must not come between the all-gathers of all.
-    with _swapped(buckets, modules), settlement.suspended():
+    with _swapped(buckets, suffix, modules), settlement.suspended():
         yield
 
 
 @contextlib.contextmanager
-def _swapped(buckets: Sequence[Bucket], modules: ParallelModules) -> Iterator[None]:
+def _swapped(buckets: Sequence[Bucket], suffix: str, modules: ParallelModules) -> Iterator[None]:
     """The swap itself. Each rank keeps its shard of the parameters: 1/N of their memory.
 
     What does not average yet is kept as well: what the block writes to parameters is no part of the training.
@@ -132,12 +161,12 @@ def _swapped(buckets: Sequence[Bucket], modules: ParallelModules) -> Iterator[No
     Where the block raised, waits ``PATIENCE`` seconds for the other ranks. What they have not sent by then is waited
     for before the parameters are used by the optimizer again.
     """
-    to_swap, to_restore = [bucket for bucket in buckets if bucket.shard.averages], list(buckets)
+    to_swap, to_restore = [bucket for bucket in buckets if bucket.shard.has_average(suffix)], list(buckets)
     seconds: float | None = PATIENCE
     try:
         for bucket in buckets:
             bucket.shard.keep()
-        _each(to_swap, lambda bucket: bucket.shard.swap_in(), in_turn=True)
+        _each(to_swap, lambda bucket: bucket.shard.swap_in(suffix), in_turn=True)
         modules.refuse_old_graphs()
         torch.clear_autocast_cache()  # it would go on with what it has cast
         yield

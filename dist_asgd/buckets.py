@@ -11,14 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_asgd.averages import Average
+from dist_asgd.averages import Average, by_suffix
 from dist_asgd.collectives import Collectives
 from dist_asgd.gradients import Reducing
 from dist_asgd.layout import BucketLayout
+from dist_asgd.parameters import ShardParameters
 from dist_asgd.pieces import Placement
 from dist_asgd.precision import Precision
 from dist_asgd.rule import Hyperparameters, Scaling
-from dist_asgd.shards import Shard, ShardParameters
+from dist_asgd.shards import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +92,8 @@ class Bucket(ABC):
         # The same wherever shards are cut; another for another bucket, or another block of the parameters.
         seed = zlib.crc32(repr((self.names[0], self.placements[0].offsets)).encode())
         rounding = precision.rounding(self.dtype, self.collectives is not None, seed)
-        kind = next(iter(setting.averages.values()))
-        self.shard = Shard(parameters, layout, self.placements, rank, precision, rounding, kind)
+        kinds = by_suffix(setting.averages)
+        self.shard = Shard(parameters, layout, self.placements, rank, precision, rounding, kinds)
 
     def requires_grad(self) -> list[bool]:
         return [param.requires_grad for param in self.params]

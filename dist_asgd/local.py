@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 from dist_asgd.layout import BucketLayout, Piece
+from dist_asgd.parameters import blocks_of
 from dist_asgd.pieces import Placement, local_tensor
 
 
@@ -26,23 +27,26 @@ class PlacedParameters:
         self.flats = [placement.flatten(own) for own, placement in zip(self.local, placements, strict=True)]  # 1-D
 
     def read(self, where: slice = slice(None)) -> Tensor:
-        parts = self._parts(where)
+        start, stop, _ = where.indices(self.layout.shard_numel)
+        parts = self._parts(self._within(start, stop), start, stop)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def copy(self) -> Tensor:
-        return torch.cat(self._parts(slice(None)))
+        return torch.cat(self._parts(self.pieces, 0, self.layout.shard_numel))
 
-    def _parts(self, where: slice) -> list[Tensor]:
+    def blocks(self, where: slice, size: int) -> Iterator[tuple[int, Tensor]]:
         start, stop, _ = where.indices(self.layout.shard_numel)
-        parts, end = [], start
+        small: list[Piece] = []  # neighbours, to be read together
         for piece in self._within(start, stop):
-            if piece.shard_start > end:
-                parts.append(self._gap(piece.shard_start - end))
-            parts.append(self.own(piece))
-            end = piece.shard_stop
-        if stop > end or not parts:
-            parts.append(self._gap(stop - end))
-        return parts
+            if small and piece.shard_stop - small[0].shard_start > size:
+                yield self._block(small)
+                small = []
+            if piece.stop - piece.start <= size:
+                small.append(piece)
+            else:
+                yield from blocks_of(self.own(piece), piece.shard_start, size)
+        if small:
+            yield self._block(small)
 
     def own(self, piece: Piece) -> Tensor:
         flat = self.flats[piece.position]
@@ -63,6 +67,22 @@ class PlacedParameters:
         return DTensor.from_local(
             own, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
         )
+
+    def _block(self, pieces: Sequence[Piece]) -> tuple[int, Tensor]:
+        start, stop = pieces[0].shard_start, pieces[-1].shard_stop
+        parts = self._parts(pieces, start, stop)
+        return start, torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _parts(self, pieces: Iterable[Piece], start: int, stop: int) -> list[Tensor]:
+        parts, end = [], start
+        for piece in pieces:
+            if piece.shard_start > end:
+                parts.append(self._gap(piece.shard_start - end))
+            parts.append(self.own(piece))
+            end = piece.shard_stop
+        if stop > end or not parts:
+            parts.append(self._gap(stop - end))
+        return parts
 
     def _within(self, start: int, stop: int) -> list[Piece]:
         return [piece for piece in self.pieces if start <= piece.shard_start and piece.shard_stop <= stop]

@@ -12,18 +12,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_asgd.adding import add_agreed, add_checked
 from dist_asgd.agreement import Agreement, default_group, group_of_its_own
-from dist_asgd.averages import Average, check_average, group_options, named_averages
-from dist_asgd.averaging import NOT_BOTH, Swap, averages_in, refused_inside, start_averaging
+from dist_asgd.averages import Average, group_options, named_averages
+from dist_asgd.averaging import (
+    NOT_BOTH,
+    Chosen,
+    Swap,
+    averages_in,
+    refused_inside,
+    restart_averaging,
+    start_averaging,
+)
 from dist_asgd.buckets import Bucket, Setting
-from dist_asgd.capture import check_capturable, scaling_of
+from dist_asgd.capture import scaling_of
 from dist_asgd.checks import (
     argument_facts,
     built_for_another,
     check_arguments,
-    check_last_group,
     check_state_dict,
-    drop_duplicates,
     parameter_names,
 )
 from dist_asgd.clipping import clip_
@@ -34,7 +41,7 @@ from dist_asgd.precision import Precision
 from dist_asgd.reducer import Reducer
 from dist_asgd.replicas import Replicas
 from dist_asgd.rule import own_options
-from dist_asgd.settlement import Settlement
+from dist_asgd.settlement import Settlement, take
 from dist_asgd.state import TORCH_OPTIONS, StateView, full_state_dict, passed_through, plan_load, sharded_state_dict
 
 
@@ -68,7 +75,8 @@ class ShardedASGD(torch.optim.Optimizer):
         bucket_bytes: size of the buckets in which gradients and parameters travel.
         master_weights: keep fp32 masters of bf16 and fp16 parameters. Without, updates in fp32 are rounded once.
         average_dtype: dtype of ``ax``; None for fp32 or the parameter's dtype, whichever is wider.
-        average: its kind, ``Uniform``, ``EMA``, ``PolynomialDecay`` or ``Tail``; None for torch's, the uniform one.
+        average: its kind, ``Uniform``, ``EMA``, ``PolynomialDecay`` or ``Tail``; None for torch's, the uniform one. A
+            mapping of names to kinds keeps several: the first is ``ax``, others have their names, as ``ax_ema``.
         wire_dtype: in which gradients of plain parameters are sent, and parameters if it is narrower than theirs:
             ``torch.bfloat16`` halves the bytes. Sums are fp32; parameters become roundings of fp32 masters.
         stochastic_rounding: round bf16 parameters without masters by chance, so that the smallest steps still add up.
@@ -102,7 +110,7 @@ class ShardedASGD(torch.optim.Optimizer):
         bucket_bytes: int = 25 * 2**20,
         master_weights: bool = True,
         average_dtype: torch.dtype | None = None,
-        average: Average | None = None,
+        average: Average | Mapping[str, Average] | None = None,
         wire_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
         shard_replicas: bool = True,
@@ -131,19 +139,12 @@ class ShardedASGD(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as ``torch.optim.Optimizer`` does; also after training began. Collective."""
         if not self._params:  # in the constructor
-            self._add_checked(param_group)
+            add_checked(self, param_group, self._setting, self._agreement)
             return
         first = len(self.param_groups)
         self.synchronize()
         self._settlement.align("add_param_group()", self._all_buckets(), self._misuse())
-        try:
-            with self._agreement.together("add_param_group()"):
-                self._add_checked(param_group)
-                facts = argument_facts(self._arguments, self.param_groups, first)
-            self._agreement.require_equal("the arguments of the optimizer", facts)
-        except Exception:
-            del self.param_groups[first:]
-            raise
+        add_agreed(self, param_group, self._setting, self._agreement, self._arguments)
         self._build(first)
 
     @refused_inside()
@@ -166,15 +167,7 @@ class ShardedASGD(torch.optim.Optimizer):
                 loss = closure()
         settled = self._settlement.settle("step()", self.param_groups, self._all_buckets(), self._misuse())
         self._settlement.warn_if_orphaned(settled)
-        scaling = scaling_of(self)
-        options = [h for h, buckets in zip(settled.options, self._buckets, strict=True) for _ in buckets]
-        # From the last: its parameters are those that the next forward asks for first.
-        for h, bucket in reversed(list(zip(options, self._all_buckets(), strict=True))):
-            flags = settled.active[bucket]
-            if any(flags):
-                bucket.update(h, None if all(flags) else flags, scaling)
-            if any(flags) or bucket.always_gathers:
-                bucket.start_gather()
+        take(settled, self._buckets, scaling_of(self))
         for bucket in self._all_buckets():
             if not self._waits.covers(bucket):
                 bucket.wait()
@@ -217,7 +210,7 @@ class ShardedASGD(torch.optim.Optimizer):
             yield
 
     @contextlib.contextmanager
-    def averaged_parameters(self) -> Iterator[None]:
+    def averaged_parameters(self, name: str | None = None) -> Iterator[None]:
         """Inside, parameters hold their averages; after it, exactly what they held before. Collective.
 
         If the block raises on one rank only, that rank waits some seconds for the others to leave theirs, then lets it
@@ -226,17 +219,35 @@ class ShardedASGD(torch.optim.Optimizer):
         Steps, loading and whatever reads the state to save it raise ``RuntimeError`` inside; so does this in another
         thread while they run. Before it, as before a step, wait for what still copies parameters in the background
         (``async_save`` with a stager that does). Extra memory: 1/N of the parameters.
+
+        Args:
+            name: of one of several averages, the same on every rank; None for the first.
+
+        Raises:
+            ValueError, RuntimeError: on every rank the same, with nothing changed.
         """
-        with self._swap.entered(), averages_in(self._all_buckets(), self._settlement, self._modules, self._misuse()):
+        chosen, buckets, error = Chosen(self._setting.averages, name), self._all_buckets(), self._misuse()
+        with self._swap.entered(), averages_in(buckets, chosen, self._settlement, self._modules, error):
             yield
 
     def start_averaging(self) -> None:
         """Starts the average now: sets ``t0`` of every group to the steps taken so far. Every rank must do so.
 
         As in torch with that ``t0``, the second step from now is the first that the average holds. An average that was
-        under way starts afresh.
+        under way starts afresh with that step, and is what it was until then. A ``Tail`` that would begin later does.
         """
         start_averaging(self.param_groups, self._buckets)
+
+    @refused_inside()
+    def restart_averaging(self) -> None:
+        """Forgets all averages, and starts them afresh now, as after a change of data or learning rate. Collective.
+
+        Unlike ``start_averaging()``, at once: until the second step from now, which is the first that each average
+        holds, averages are the parameters themselves and take no memory. And all of them: a ``Tail`` begins now, too,
+        and those of parameters that are frozen by now are forgotten with the others.
+        """
+        self._settlement.align("restart_averaging()", self._all_buckets(), self._misuse())
+        restart_averaging(self.param_groups, self._buckets)
 
     def synchronize(self) -> None:
         """Waits until all parameters are complete. Needed only with ``module``, before they are read elsewhere."""
@@ -326,15 +337,6 @@ class ShardedASGD(torch.optim.Optimizer):
         """Before parameters are looked at or changed other than by a step."""
         self.synchronize()
         self._modules.drop_copies()
-
-    def _add_checked(self, param_group: dict[str, Any]) -> None:
-        """torch's own checks, then ours, after which it may have to be taken away again."""
-        count = len(self.param_groups)
-        super().add_param_group(param_group)
-        drop_duplicates(self.param_groups[-1])
-        check_last_group(self.param_groups, self._agreement.ranks)
-        check_average(self.param_groups[-1], count, self._setting.averages)
-        check_capturable(self.param_groups[-1], count, self._setting.precision, self._agreement.world_size)
 
     def _build(self, first: int) -> None:
         """Makes the buckets of the groups from ``first`` on."""

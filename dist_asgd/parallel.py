@@ -73,7 +73,9 @@ class ParallelModules:
                 "slices do not know the parameters that they are parts of: pass module= (the model that FSDP has "
                 "wrapped) to ShardedASGD, or ask get_optimizer_state_dict(model, optimizer)"
             )
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        # With cpu_offload, FSDP1 does not copy what is on the CPU: all tensors of a parameter would be the last one.
+        copies = any(param.device.type != "cpu" for group in optimizer.param_groups for param in group["params"])
+        options = StateDictOptions(full_state_dict=True, cpu_offload=copies)
         named: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=options)
         if rank != 0:
             return {}

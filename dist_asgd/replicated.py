@@ -17,9 +17,10 @@ from torch import Tensor
 from dist_asgd.buckets import Bucket, Setting, describe, require_dense, require_fitting
 from dist_asgd.collectives import Collectives, Reduction, Transfer
 from dist_asgd.gradients import GradientPiece
-from dist_asgd.layout import BucketLayout, Piece, Span
+from dist_asgd.layout import BucketLayout, Span
 from dist_asgd.look import Look, Places
 from dist_asgd.packing import Batches, Packer
+from dist_asgd.parameters import FlatParameters
 from dist_asgd.parts import Gradients, as_real
 from dist_asgd.pieces import Placement
 from dist_asgd.rule import Hyperparameters, Scaling, compute_dtype
@@ -28,28 +29,6 @@ from dist_asgd.update import FlatSlice, PartsSlice, UpdateSlice
 
 # ``GradientPiece.begun`` of a gradient that was dropped, and of one that only this rank knows yet: after every pass.
 DROPPED, UNREDUCED = 2**62, 2**61
-
-
-class FlatParameters:
-    """``ShardParameters`` in one 1-D tensor, ``shard``."""
-
-    def __init__(self, shard: Tensor) -> None:
-        self.shard, self.dtype, self.device = shard, shard.dtype, shard.device
-
-    def read(self, where: slice = slice(None)) -> Tensor:
-        return self.shard[where]
-
-    def copy(self) -> Tensor:
-        return self.shard.clone()
-
-    def own(self, piece: Piece) -> Tensor:
-        return self.shard[piece.shard_start : piece.shard_stop]
-
-    def write(self, where: slice, values: Tensor) -> None:
-        self.shard[where].copy_(values)
-
-    def wrap(self, position: int, local: Tensor) -> Tensor:
-        return local
 
 
 class ReplicatedBucket(Bucket):

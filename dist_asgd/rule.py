@@ -23,7 +23,7 @@ from __future__ import annotations
 import ctypes
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,10 +51,11 @@ class Hyperparameters:
     capturable: bool = False  # a tensor lr is read on its device, when a step is computed
     lr_on_time: bool = False  # eta is that of the lr when the step begins
     eta_decay: float | None = None  # by how much eta falls from step to step; None: as lambd says
+    restarted: bool = False  # averages begin at t0, not later
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Hyperparameters:
-        needed = [name for name in cls.__slots__ if name not in OWN_OPTIONS]
+        needed = [name for name in cls.__slots__ if name not in (*OWN_OPTIONS, "restarted")]
         missing = [name for name in needed if name not in group]
         if missing:
             raise ValueError(f"the param_group has no {missing[0]}; every group needs {', '.join(needed)}")
@@ -76,7 +77,11 @@ class Hyperparameters:
         _check_number("weight_decay", self.weight_decay, low=0.0)
         if self.eta_decay is not None:
             _check_number("eta_decay", self.eta_decay, low=0.0)
-        for name, value in (("maximize", self.maximize), ("lr_on_time", self.lr_on_time)):
+        for name, value in (
+            ("maximize", self.maximize),
+            ("lr_on_time", self.lr_on_time),
+            ("restarted", self.restarted),
+        ):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
         if self.lr_on_time and self.capturable:
@@ -104,6 +109,12 @@ class Scalars:
     step: int  # an int, since torch's fp32 counter stops at 2**24
     eta: float
     mu: float
+    further: tuple[float, ...] = ()  # mu of the averages beside the first
+
+    @property
+    def mus(self) -> tuple[float, ...]:
+        """Of all averages."""
+        return self.mu, *self.further
 
     def read(self) -> Scalars:
         return self
@@ -123,15 +134,16 @@ def first_scalars(h: Hyperparameters) -> Scalars:
     return Scalars(step=0, eta=_round_scalar(float(h.lr)), mu=1.0)
 
 
-def next_scalars(h: Hyperparameters, step: int, average: Average = UNIFORM) -> Scalars:
+def next_scalars(h: Hyperparameters, step: int, averages: Sequence[Average] = (UNIFORM,)) -> Scalars:
     """The state after ``step`` steps, in the double arithmetic and the rounding of torch."""
-    return Scalars(step=step, eta=_eta(h, step), mu=_round_scalar(float(average.mu(step, h.t0))))
+    mu, *further = (_round_scalar(float(average.mu(step, h.t0, h.restarted))) for average in averages)
+    return Scalars(step, _eta(h, step), mu, tuple(further))
 
 
 def current_scalars(h: Hyperparameters, scalars: Scalars) -> Scalars:
     """The state with which a step would begin now."""
     if not scalars.step:
-        return first_scalars(h)
+        return replace(scalars, eta=first_scalars(h).eta)
     return replace(scalars, eta=_eta(h, scalars.step)) if h.lr_on_time else scalars
 
 

@@ -22,7 +22,7 @@ from dist_asgd.checks import (
 from dist_asgd.comparison import gradient_sample, require_same_gradients
 from dist_asgd.overlap import ForwardWaits
 from dist_asgd.reducer import Reducer
-from dist_asgd.rule import Hyperparameters
+from dist_asgd.rule import Hyperparameters, Scaling
 
 # Steps in a row without a gradient, after which it is said: of all parameters; of one (models may use them in turns).
 NONE_USED, ONE_UNUSED = 3, 100
@@ -43,6 +43,20 @@ class Settled:
     active: Flags  # which parameters take the step
 
 
+def take(settled: Settled, buckets: Sequence[Sequence[Bucket]], scaling: Scaling | None) -> None:
+    """Takes the step: updates the ``buckets``, by group, and starts their all-gathers. Collective.
+
+    From the last bucket: its parameters are those that the next forward asks for first.
+    """
+    options = [(h, bucket) for h, of_group in zip(settled.options, buckets, strict=True) for bucket in of_group]
+    for h, bucket in reversed(options):
+        flags = settled.active[bucket]
+        if any(flags):
+            bucket.update(h, None if all(flags) else flags, scaling)
+        if any(flags) or bucket.always_gathers:
+            bucket.start_gather()
+
+
 class Settlement:
     """The one point of a step at which ranks talk about anything but gradients and parameters.
 
@@ -53,7 +67,8 @@ class Settlement:
     """
 
     def __init__(self, agreement: Agreement, reducer: Reducer, waits: ForwardWaits, find_unused: bool) -> None:
-        self._agreement, self._reducer, self._waits = agreement, reducer, waits
+        self.agreement = agreement
+        self._reducer, self._waits = reducer, waits
         self._find_unused = find_unused
         self._comparisons = 0
         self._started = False  # whether ranks have agreed on a step since parameters were added
@@ -133,7 +148,7 @@ class Settlement:
             options = [Hyperparameters.of(group) for group in groups]
             refuse_capture(options, self._started, buckets)
             present = self._check(buckets)
-            if self._agreement.world_size > 1:
+            if self.agreement.world_size > 1:
                 shared = {bucket: self._shared(bucket, present[bucket]) for bucket in buckets}
                 code = step_code(options, shared, [bucket.begun(self._reducer.passes) for bucket in reducing])
         except Exception as caught:
@@ -148,7 +163,7 @@ class Settlement:
         unreduced = any(bucket.has_unreduced() for bucket in reducing)
         high, minus_low, any_unreduced = self._meet(operation, [code, -code, unreduced], error)
         if high != -minus_low:
-            self._agreement.require_equal("this step", step_facts(options, shared))
+            self.agreement.require_equal("this step", step_facts(options, shared))
             raise RuntimeError(
                 "the gradients of different ranks were begun in different backwards, so they do not belong together: "
                 "ranks dropped them (zero_grad(), p.grad = ...) between different backwards, or only some did. Drop "
@@ -167,7 +182,7 @@ class Settlement:
         if self._started:
             return
         some = any(map(any, present.values()))
-        samples, found = zip(*self._agreement.gather((gradient_sample(buckets), some)), strict=True)
+        samples, found = zip(*self.agreement.gather((gradient_sample(buckets), some)), strict=True)
         self._comparisons += 1
         told_apart = require_same_gradients(samples) or self._comparisons >= MAX_COMPARISONS
         self._started = told_apart and any(found)
@@ -185,13 +200,13 @@ class Settlement:
         """
         mine = [self._reducer.passes, error is not None, self._unmet, -self._unmet, *values]
         try:
-            passes, failed, high, minus_low, *result = self._agreement.maximum(operation, mine)
+            passes, failed, high, minus_low, *result = self.agreement.maximum(operation, mine)
         except DifferentOperations as different:  # each of them begins here
             self._reducer.catch_up(different.values[0])
             raise
         self._reducer.catch_up(passes)
         if failed:
-            self._agreement.maximum(operation, error=error)
+            self.agreement.maximum(operation, error=error)
         self._unmet = 0
         if high != -minus_low:
             raise RuntimeError(
@@ -224,7 +239,7 @@ class Settlement:
 
     def _union(self, flags: Flags) -> Flags:
         reducing = {bucket: own for bucket, own in flags.items() if bucket.reduces}
-        union = iter(self._agreement.union([flag for own in reducing.values() for flag in own]))
+        union = iter(self.agreement.union([flag for own in reducing.values() for flag in own]))
         return flags | {bucket: [next(union) for _ in own] for bucket, own in reducing.items()}
 
     def warn_if_orphaned(self, settled: Settled) -> None:

@@ -3,24 +3,26 @@
 [Note: the tensors of a shard] All are 1-D, of ``layout.shard_numel`` elements and indexed alike:
 - the shard of the parameters themselves, which ``ShardParameters`` reads and writes.
 - ``master``: for bf16 and fp16 parameters, the fp32 values of which they are the rounding; else None.
-- ``average``: ``ax``. None until a parameter of the bucket starts averaging: before that, ``ax`` *is* the parameter.
-  With ``capturable`` it is there from the beginning, since a CUDA graph can make nothing.
+- ``averages``: ``ax``, and ``ax_ema`` and the like of others beside it, by suffix. None until a parameter of the bucket
+  starts that average: before that, it *is* the parameter. With ``capturable`` it is there from the beginning, since a
+  CUDA graph can make nothing.
 """
 
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from dist_asgd.averages import Average
+from dist_asgd.fitting import check_state
 from dist_asgd.layout import BucketLayout, Piece
+from dist_asgd.parameters import FlatParameters, ShardParameters
+from dist_asgd.parts import as_real
 from dist_asgd.pieces import Placement, StatePiece
 from dist_asgd.precision import Precision
 from dist_asgd.rule import (
@@ -30,37 +32,14 @@ from dist_asgd.rule import (
     Rounding,
     Scalars,
     Scaling,
+    average_step_,
     compute_dtype,
     current_scalars,
     followed,
     next_scalars,
 )
 from dist_asgd.runs import Run, merge_runs, select_runs
-from dist_asgd.update import UpdateSlice, advance_, can_fuse
-
-FRESH = Scalars(step=0, eta=0.0, mu=1.0)  # of a parameter that has taken no step
-
-
-class ShardParameters(Protocol):
-    """The parameters of a shard, wherever they lie, indexed as the shard."""
-
-    dtype: torch.dtype
-    device: torch.device
-
-    def read(self, where: slice = slice(None)) -> Tensor:
-        """1-D. It may be the parameters themselves: not to be written to."""
-
-    def copy(self) -> Tensor:
-        """All of it, in memory of its own."""
-
-    def own(self, piece: Piece) -> Tensor:
-        """A part of it, 1-D and contiguous: the parameters themselves."""
-
-    def write(self, where: slice, values: Tensor) -> None:
-        """``where`` begins and ends between parameters."""
-
-    def wrap(self, position: int, local: Tensor) -> Tensor:
-        """``local``, all that the parameter has on this rank, as a tensor that is placed as the parameter is."""
+from dist_asgd.update import PASS_BYTES, UpdateSlice, advance_, can_fuse
 
 
 class Shard:
@@ -72,7 +51,7 @@ class Shard:
         placements: of the parameters, by position in ``layout.spans``.
         rank: whose shard it is.
         rounding: of the parameters, the first in ``layout`` being number 0.
-        kind: of average.
+        kinds: of averages, by suffix; the first, whose suffix is empty, is updated in one pass with the parameters.
     """
 
     def __init__(
@@ -83,7 +62,7 @@ class Shard:
         rank: int,
         precision: Precision,
         rounding: Rounding,
-        kind: Average,
+        kinds: Mapping[str, Average],
     ) -> None:
         self.parameters, self.dtype, self.rounding = parameters, parameters.dtype, rounding
         self.layout, self.placements = layout, tuple(placements)
@@ -94,13 +73,15 @@ class Shard:
             self.master = parameters.read().to(compute_dtype(self.dtype), copy=True)
         self._raw: Tensor | None = None  # the parameters themselves while others are swapped in
         self.average_dtype = precision.average(self.dtype)
-        self._capturable, self._kind, self.average = precision.capturable, kind, None
+        self.averages: dict[str, Tensor | None] = dict.fromkeys(kinds)
+        self._capturable, self._kinds = precision.capturable, tuple(kinds.values())
         if self._capturable:
-            self.average = self._iterate().to(self.average_dtype, copy=True)
+            self.averages = {suffix: self.average_copy(suffix) for suffix in kinds}
         # Whether its parameters are updated in one pass, wherever they lie.
         self.fuses = can_fuse(parameters.device, self.dtype, self.average_dtype, self.master is not None, rounding)
         self.runs: list[Run] = []
-        self._set_runs([Run(0, len(self.placements), FRESH)])
+        self._fresh = Scalars(0, 0.0, 1.0, (1.0,) * (len(kinds) - 1))  # of a parameter that has taken no step
+        self._set_runs([Run(0, len(self.placements), self._fresh)])
 
     def slice_of(self, run: Run) -> slice:
         """Where the parameters of ``run`` lie in the shard; empty where they lie elsewhere."""
@@ -124,9 +105,9 @@ class Shard:
         runs = []
         for run, is_active in select_runs(self.runs, active):
             runs.append(self._step(run, h, slices, scaling) if is_active else run)
-        averaged = self._capturable or any(run.scalars.read().mu != 1 for run in [*self.runs, *runs])
-        if active is None and not averaged:
-            self.average = None  # every parameter has just become its own average
+        for number, suffix in enumerate(() if self._capturable or active is not None else self.averages):
+            if not _begun([*self.runs, *runs], number):
+                self.averages[suffix] = None  # every parameter has just become its own average
         self.runs = merge_runs(runs)
 
     def _step(
@@ -143,40 +124,68 @@ class Shard:
             return run
         known = current_scalars(h, run.scalars)
         self._update(known, h, slices(run))
-        following = next_scalars(h, known.step + 1, self._kind)
-        if following.mu != 1 and self.average is None:
-            # Now, not in the next step: what is written to the parameters in between is no part of the average.
-            self.average = self.average_copy()
+        self._update_further(run, known)
+        following = next_scalars(h, known.step + 1, self._kinds)
+        for suffix, mu in zip(self.averages, following.mus, strict=True):
+            if mu != 1 and self.averages[suffix] is None:
+                # Now, not in the next step: what is written to the parameters in between is no part of the average.
+                self.averages[suffix] = self.average_copy(suffix)
         return replace(run, scalars=following)
 
     def _update(self, scalars: AnyScalars, h: Hyperparameters, slices: Iterable[UpdateSlice]) -> None:
         idle = isinstance(scalars, Scalars) and scalars.mu == 0  # the average does not take this iterate
+        ax = None if idle else self.averages[""]
         for part in slices:
             where = slice(part.start, part.stop)
-            average = None if self.average is None or idle else self.average[where]
+            average = None if ax is None else ax[where]
             rounding = self.rounding.at(self.start + part.start, scalars)
             part.update_(average, None if self.master is None else self.master[where], h, scalars, rounding)
 
-    @property
-    def averages(self) -> bool:
-        """Whether a parameter of the bucket has an average of its own; the same on every rank."""
-        return any(run.scalars.read().mu != 1 for run in self.runs)
+    def _update_further(self, run: Run, scalars: Scalars) -> None:
+        """After the step of ``run``: the averages beside the first take what it has made of the parameters."""
+        pairs = zip(list(self.averages.values())[1:], scalars.further, strict=True)
+        moving = [(as_real(average), mu) for average, mu in pairs if average is not None and mu != 0]
+        if not moving:
+            return
+        where, factor = self.slice_of(run), 2 if self.dtype.is_complex else 1
+        iterates: ShardParameters = self.parameters if self.master is None else FlatParameters(self.master)
+        most = PASS_BYTES["cpu" if iterates.device.type == "cpu" else "others"]
+        itemsize = torch.promote_types(self.average_dtype, iterates.dtype).itemsize
+        for start, iterate in iterates.blocks(where, most // itemsize):
+            real = as_real(iterate)
+            for average, mu in moving:
+                average_step_(average[factor * start : factor * start + len(real)], real, mu)
 
-    def average_copy(self) -> Tensor:
+    def has_average(self, suffix: str) -> bool:
+        """Whether a parameter of the bucket has an average of its own; the same on every rank."""
+        return _begun(self.runs, list(self.averages).index(suffix))
+
+    def average_copy(self, suffix: str) -> Tensor:
         """The average of every element, in ``average_dtype``; where there is none yet, that is the parameter."""
-        if self.average is not None:
-            return self.average.clone()
-        return self._iterate().to(self.average_dtype, copy=True)
+        average = self.averages[suffix]
+        return self._iterate().to(self.average_dtype, copy=True) if average is None else average.clone()
+
+    def forget_averages(self) -> None:
+        """As before they began, also of parameters that take no step any more."""
+        read = [run.scalars.read() for run in self.runs]
+        fresh = [replace(self._fresh, step=scalars.step, eta=scalars.eta) for scalars in read]
+        self._set_runs([replace(run, scalars=scalars) for run, scalars in zip(self.runs, fresh, strict=True)])
+        for suffix, average in self.averages.items():
+            if self._capturable and average is not None:
+                average.copy_(self._iterate())  # where graphs have it
+            else:
+                self.averages[suffix] = None
 
     def keep(self) -> None:
         """Copies the parameters, for ``swap_out``."""
         self._raw = self.parameters.copy()
 
-    def swap_in(self) -> None:
+    def swap_in(self, suffix: str) -> None:
         """Overwrites the parameters that have an average of their own by it, rounded once."""
+        average, number = self.averages[suffix], list(self.averages).index(suffix)
         for run in self.runs:
-            if run.scalars.read().mu != 1 and self.average is not None:
-                self.parameters.write(self.slice_of(run), self.average[self.slice_of(run)])
+            if run.scalars.read().mus[number] != 1 and average is not None:
+                self.parameters.write(self.slice_of(run), average[self.slice_of(run)])
 
     def swap_out(self) -> None:
         """Makes the parameters exactly what they were when they were kept, if they were."""
@@ -202,15 +211,20 @@ class Shard:
     def state_of(self, position: int) -> dict[str, Tensor]:
         """The tensors of one parameter by torch's names."""
         where = self._where(position)
-        ax = self._iterate(where).to(self.average_dtype, copy=True) if self.average is None else self.average[where]
-        state = {"ax": self._as_piece(ax, position)}
+        state = {}
+        for suffix, average in self.averages.items():
+            ax = self._iterate(where).to(self.average_dtype, copy=True) if average is None else average[where]
+            state[f"ax{suffix}"] = self._as_piece(ax, position)
         if self.master is not None:
             state["master"] = self._as_piece(self._iterate(where), position)
         return state
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state of the whole shard by torch's names. Copies, but for ``ax`` once averaging has started."""
-        state = {"ax": self.average_copy() if self.average is None else self.average}
+        """The state of the whole shard by torch's names. Copies, but for averages that have started."""
+        state = {
+            f"ax{suffix}": self.average_copy(suffix) if average is None else average
+            for suffix, average in self.averages.items()
+        }
         if self.master is not None:
             state["master"] = self._iterate()
         return state
@@ -238,69 +252,37 @@ class Shard:
 
     def check_state(self, position: int, state: Mapping[str, Any]) -> None:
         """Raises ``ValueError`` where ``state`` is not that of the parameter, saying what is wrong."""
-        placement, piece = self.placements[position], self.pieces.get(position)
-        missing = {"step", "eta", "mu", "ax"} - state.keys()
-        if missing:
-            raise ValueError(f"has no {', '.join(sorted(missing))}: it is not that of an ASGD optimizer")
-        _check_scalars(state)
-        for name, dtype in (("ax", self.average_dtype), ("master", compute_dtype(self.dtype))):
-            value = state.get(name)
-            if value is None and name == "master":
-                continue
-            if not isinstance(value, Tensor) or value.shape != placement.whole:
-                found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"has {name} of shape {found}, the parameter is {placement.whole}")
-            if value.layout is not torch.strided or value.is_meta:
-                raise ValueError(
-                    f"has {name} of layout {value.layout} on {value.device}: it must be dense, with values"
-                )
-            exact = value.is_floating_point() or value.is_complex()
-            if not exact or torch.promote_types(value.dtype, dtype) != dtype:
-                raise ValueError(f"has {name} of {value.dtype}, the optimizer keeps it in {dtype}: convert it first")
-            if isinstance(value, DTensor) and not placement.same_block(Placement.of(value)):
-                raise ValueError(
-                    f"has {name} as a DTensor with {value.placements} on {value.device_mesh}, of which this rank has "
-                    "another block than of the parameter. torch.distributed.checkpoint moves state between placements"
-                )
-            if isinstance(value, StatePiece) and not placement.same_block(value.placement):
-                raise ValueError(
-                    f"has a piece of the block at {value.placement.offsets} of {name}, this rank has the one at "
-                    f"{placement.offsets}: it was saved under another placement, or by another rank. "
-                    "torch.distributed.checkpoint and full_state_dict() move state between ranks"
-                )
-            if isinstance(value, StatePiece) and value.placement.order != placement.order:
-                raise ValueError(
-                    f"has {name} in the memory order of dims {value.placement.order}, the parameter has "
-                    f"{placement.order}. torch.distributed.checkpoint and full_state_dict() move state between them"
-                )
-            if isinstance(value, StatePiece) and piece is not None:
-                stop = value.start + len(value.local)
-                if (value.start, stop) != (piece.start, piece.stop):
-                    raise ValueError(
-                        f"has elements [{value.start}, {stop}) of {name}, this rank needs [{piece.start}, "
-                        f"{piece.stop}): it was saved by another rank, or by another number of ranks. "
-                        "torch.distributed.checkpoint and full_state_dict() move state between ranks"
-                    )
+        dtypes = {f"ax{suffix}": self.average_dtype for suffix in self.averages}
+        dtypes |= {"master": compute_dtype(self.dtype)}
+        check_state(state, dtypes, self.placements[position], self.pieces.get(position))
 
     def load_state(self, states: Mapping[int, Mapping[str, Any]]) -> None:
         """Takes up checked states by position; the parameters that have none start afresh."""
-        scalars = [_scalars_of(states[p]) if p in states else FRESH for p in range(len(self.placements))]
+        scalars = [self._scalars_in(states[p]) if p in states else self._fresh for p in range(len(self.placements))]
         self._set_runs(merge_runs([Run(p, p + 1, value) for p, value in enumerate(scalars)]))
-        average = self.average_copy()
+        averages = {suffix: self.average_copy(suffix) for suffix in self.averages}
         for position, piece in self.pieces.items():
             state = states.get(position, {})
             where = slice(piece.shard_start, piece.shard_stop)
-            if "ax" in state:
-                average[where].copy_(self._own(state["ax"], position))
+            for suffix, average in averages.items():
+                # One that the state has not, has not begun: it is the parameter, as the first.
+                if (saved := state.get(f"ax{suffix}", state.get("ax"))) is not None:
+                    average[where].copy_(self._own(saved, position))
             if self.master is not None:
                 master = state.get("master")
                 self.master[where].copy_(self.parameters.read(where) if master is None else self._own(master, position))
-        if self._capturable and self.average is not None:
-            self.average.copy_(average if states else self._iterate())  # where graphs have it
-            return
-        # One from before averaging costs no memory, unless it says something that the parameters do not.
-        says_more = self.averages or not torch.equal(average, self._iterate().to(average.dtype))
-        self.average = average if states and says_more else None
+        for suffix, average in averages.items():
+            kept = self.averages[suffix]
+            if self._capturable and kept is not None:
+                kept.copy_(average if states else self._iterate())  # where graphs have it
+                continue
+            # One from before averaging costs no memory, unless it says something that the parameters do not.
+            says_more = self.has_average(suffix) or not torch.equal(average, self._iterate().to(average.dtype))
+            self.averages[suffix] = average if states and says_more else None
+
+    def _scalars_in(self, state: Mapping[str, Any]) -> Scalars:
+        mu, *further = (float(state.get(f"mu{suffix}", 1)) for suffix in self.averages)
+        return Scalars(int(state["step"]), float(state["eta"]), mu, tuple(further))
 
     def _set_runs(self, runs: Sequence[Run]) -> None:
         if not self._capturable:
@@ -325,16 +307,6 @@ def _scalars(run: Run, h: Hyperparameters) -> Scalars:
     return current_scalars(h, run.scalars.read())
 
 
-def _check_scalars(state: Mapping[str, Any]) -> None:
-    for name in ("step", "eta", "mu"):
-        value = state[name]
-        real = isinstance(value, numbers.Real)  # NumPy's too
-        if not (real or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())):
-            raise ValueError(f"has {name} = {value!r}, which is not a number")
-        number = float(value)
-        if not 0 <= number <= (1 if name == "mu" else math.inf) or math.isinf(number):
-            raise ValueError(f"has {name} = {number:g}, which is out of range")
-
-
-def _scalars_of(state: Mapping[str, Any]) -> Scalars:
-    return Scalars(step=int(state["step"]), eta=float(state["eta"]), mu=float(state["mu"]))
+def _begun(runs: Sequence[Run], number: int) -> bool:
+    """Whether a parameter of ``runs`` has an average of its own, of those with that number."""
+    return any(run.scalars.read().mus[number] != 1 for run in runs)

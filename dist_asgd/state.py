@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from dist_asgd.agreement import Agreement, Facts
-from dist_asgd.averages import average_of
+from dist_asgd.averages import average_of, same_averages
 from dist_asgd.buckets import Bucket
 from dist_asgd.checks import option_facts, some_of
+from dist_asgd.fitting import has_begun
+from dist_asgd.layout import Piece
 from dist_asgd.pieces import Placement, ScalarCopy
 from dist_asgd.rule import Hyperparameters, Scalars, scalar_dtype
 
 Groups = list[dict[str, Any]]  # optimizer.param_groups
 GroupBuckets = list[list[Bucket]]  # the buckets of each group
-
-SCALARS = ("step", "eta", "mu")
 
 # Options of torch.optim.ASGD that choose its implementation. The groups have them so that state dicts go both ways; of
 # these, ``capturable`` alone means something here, and is the optimizer's.
@@ -43,7 +43,7 @@ class StateView(Mapping[Tensor, dict[str, Any]]):
                 position = bucket.positions.get(id(param))
                 if position is not None:
                     scalars = bucket.shard.scalars_of(position, Hyperparameters.of(group))
-                    return {**_scalar_tensors(scalars), **bucket.shard.state_of(position)}
+                    return {**_scalar_tensors(scalars, bucket), **bucket.shard.state_of(position)}
         raise KeyError(param)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -71,24 +71,26 @@ def full_state_dict(groups: Groups, buckets: GroupBuckets, agreement: Agreement)
     """
     ids = _parameter_ids(groups)
     state: dict[int, dict[str, Any]] = {}
-    owned: list[tuple[int, int, int, int, int, Placement]] = []
+    owned: list[tuple[int, str, int, Piece, Placement]] = []
     flats: list[Tensor] = []
     for group, of_group in zip(groups, buckets, strict=True):
         for bucket in of_group:
-            flats.append(bucket.shard.tensors()["ax"].cpu())
+            averages = {key: flat.cpu() for key, flat in bucket.shard.tensors().items() if key != "master"}
+            numbers = {key: number for number, key in enumerate(averages, start=len(flats))}
+            flats += averages.values()
             for position, scalars in enumerate(bucket.shard.scalars(Hyperparameters.of(group))):
                 if not scalars.step:
                     continue
                 index, placement = ids[id(bucket.params[position])], bucket.placements[position]
                 piece = bucket.shard.pieces.get(position)
                 if piece is not None:
-                    owned.append((index, len(flats) - 1, piece.shard_start, piece.start, piece.stop, placement))
+                    owned += [(index, key, number, piece, placement) for key, number in numbers.items()]
                 if agreement.rank == 0:
-                    state[index] = {**_scalar_tensors(scalars), "ax": placement.new_whole(flats[-1].dtype)}
+                    whole = {key: placement.new_whole(flat.dtype) for key, flat in averages.items()}
+                    state[index] = {**_scalar_tensors(scalars, bucket), **whole}
     for pieces, tensors in agreement.collect(owned, flats):
-        for index, flat, shard_start, start, stop, placement in pieces:
-            end = shard_start + stop - start
-            placement.fill(state[index]["ax"], start, tensors[flat][shard_start:end])
+        for index, key, number, piece, placement in pieces:
+            placement.fill(state[index][key], piece.start, tensors[number][piece.shard_start : piece.shard_stop])
     if agreement.rank != 0:
         return {}
     return {"state": dict(sorted(state.items())), "param_groups": _exported_groups(groups, ids)}
@@ -112,8 +114,9 @@ class Load:
                 continue
             for position, name in enumerate(bucket.names):
                 state = states.get(position)
-                scalars = "none" if state is None else ", ".join(f"{key} {float(state[key])!r}" for key in SCALARS)
-                facts.append((f"the state of parameter {name!r}", scalars))
+                keys = ["step", "eta", *(f"mu{suffix}" for suffix in bucket.shard.averages)]
+                found = "none" if state is None else ", ".join(f"{key} {float(state.get(key, 1))!r}" for key in keys)
+                facts.append((f"the state of parameter {name!r}", found))
         return facts
 
     @torch.no_grad()
@@ -169,20 +172,23 @@ def _bucket_state(bucket: Bucket, group: Mapping[str, Any]) -> list[dict[str, An
     shard, state = bucket.shard, []
     tensors = shard.tensors()
     for position, scalars in enumerate(shard.scalars(Hyperparameters.of(group))):
-        entry = _scalar_tensors(scalars)
+        entry = _scalar_tensors(scalars, bucket)
         if not shard.writes_scalars(position):
             entry = {key: ScalarCopy(value) for key, value in entry.items()}
         state.append(entry | {key: shard.piece_of(flat, position) for key, flat in tensors.items()})
     return state
 
 
-def _scalar_tensors(scalars: Scalars) -> dict[str, Tensor]:
+def _scalar_tensors(scalars: Scalars, bucket: Bucket) -> dict[str, Tensor]:
     """0-dim tensors of torch's dtype, on the CPU; a step beyond fp32's integers is kept in fp64."""
     dtype = scalar_dtype()
     return {
         "step": torch.tensor(scalars.step, dtype=torch.float64 if scalars.step > 2**24 else dtype, device="cpu"),
         "eta": torch.tensor(scalars.eta, dtype=dtype, device="cpu"),
-        "mu": torch.tensor(scalars.mu, dtype=dtype, device="cpu"),
+        **{
+            f"mu{suffix}": torch.tensor(mu, dtype=dtype, device="cpu")
+            for suffix, mu in zip(bucket.shard.averages, scalars.mus, strict=True)
+        },
     }
 
 
@@ -216,7 +222,7 @@ def _check_averages(groups: Groups, saved: Sequence[Mapping[str, Any]], states: 
     """Raises ``ValueError`` where the state has begun averages that are not those of the optimizer."""
     for index, (group, other) in enumerate(zip(groups, saved, strict=True)):
         found, expected = average_of(other), average_of(group)
-        if found != expected and any(state.get("mu", 1) != 1 for state in states):
+        if not same_averages(found, expected) and any(map(has_begun, states)):
             raise ValueError(
                 f"parameter group {index} of the state dict averages by {found}, the optimizer by {expected}: build it "
                 "with the average of the state dict (average=), or load a state from before averaging began"
@@ -224,8 +230,9 @@ def _check_averages(groups: Groups, saved: Sequence[Mapping[str, Any]], states: 
 
 
 def _loaded_options(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {"params", "param_names", "average", *TORCH_OPTIONS}
+    kept = {"params", "param_names", "average", "restarted", *TORCH_OPTIONS}
     options = copy.deepcopy({key: value for key, value in saved.items() if key not in kept})
+    options |= {"restarted": saved.get("restarted", False)} if "restarted" in group else {}
     Hyperparameters.of({**group, **options})  # raises where they are out of range
     return options
 

@@ -34,6 +34,11 @@ from dist_asgd.rule import (
 BLOCK_PER_THREAD = 128 * 1024
 
 
+# An average beside the first takes iterates by PyTorch's operators, in blocks of so many bytes: they stay in cache from
+# one operator to the next, and temporaries are no larger.
+PASS_BYTES = {"cpu": 2**20, "others": 2**24}
+
+
 class FusedUpdate(Protocol):
     """One step of several parts, which share ``scalars``, in one pass."""
 

@@ -198,6 +198,25 @@ def swaps_averages_in(device):
         assert same(ours, theirs), step
 
 
+def forgets_averages(device):
+    ours, theirs, optimizer, twin = pair(device)
+    for step in range(STEPS):
+        if step == 6:
+            average = optimizer.state_dict()["state"][1]["ax"]
+            optimizer.restart_averaging()
+            twin.param_groups[0]["t0"] = 6.0
+            state = optimizer.state_dict()["state"]
+            assert all(torch.equal(state[index]["ax"], param.detach()) for index, param in enumerate(ours))
+            assert all(entry["mu"] == 1 for entry in state.values()) and average.data_ptr() == state[1]["ax"].data_ptr()
+        give_gradients(step, ours, theirs)
+        optimizer.step()
+        twin.step()
+        averages = theirs if step == 6 else [twin.state[param]["ax"] for param in theirs]
+        with optimizer.averaged_parameters():
+            assert step < 6 or same(ours, averages), step
+        assert same(ours, theirs), step
+
+
 def on_ranks(rank, device):
     """DTensors, one of them on every rank alike: nothing is exchanged in a step."""
     world_size = torch.distributed.get_world_size()
@@ -234,5 +253,6 @@ CASES = (
     loads_and_is_loaded,
     begins_again_with_an_empty_state,
     swaps_averages_in,
+    forgets_averages,
     works_on_dtensors,
 )

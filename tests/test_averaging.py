@@ -342,11 +342,11 @@ def test_an_interrupt_while_swapping_still_restores(where: str, at: int) -> None
         before = [p.detach().clone() for p in pair.params]
         original, calls = getattr(Shard, where), []
 
-        def interrupted(shard: Shard) -> None:
+        def interrupted(shard: Shard, *suffix: str) -> None:
             calls.append(shard)
             if len(calls) == at and not after:
                 raise KeyboardInterrupt
-            original(shard)
+            original(shard, *suffix)
             if len(calls) == at and after:
                 raise KeyboardInterrupt
 
@@ -371,11 +371,11 @@ def test_a_swap_that_fails_at_a_later_bucket_restores(who: str) -> None:
         before = [p.detach().clone() for p in pair.params]
         original, calls = Shard.swap_in, []
 
-        def failing(shard: Shard) -> None:
+        def failing(shard: Shard, suffix: str) -> None:
             calls.append(shard)
             if len(calls) == 4 and (who == "every rank" or rank == 0):
                 raise torch.OutOfMemoryError("the copy of the shard")
-            original(shard)
+            original(shard, suffix)
 
         Shard.swap_in = failing  # type: ignore[method-assign]
         entered = False

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_asgd.averages import TORCHS, average_of, same_averages
 from dist_asgd.checkpoint.blocks import is_sharded, new_like, share_memory
 from dist_asgd.checkpoint.dialects import by_names
 from dist_asgd.checkpoint.entries import SavedTensor
@@ -15,7 +16,7 @@ from dist_asgd.checkpoint.named import NamedOptimizer
 from dist_asgd.checkpoint.nesting import Node, Path, key_of, leaves
 from dist_asgd.checkpoint.plan import OPTIMIZERS, Plan, missing
 
-# Which average ``ax`` is. It must be as it was, since an average cannot go on as one of another kind.
+# Which averages there are. They must be as they were, since an average cannot go on as one of another kind.
 AVERAGE = "average"
 
 # Options that choose an implementation, and what is not an option: these stay as they are, whatever was saved.
@@ -102,12 +103,12 @@ def _plan_group(
 
 
 def _compare_averages(plan: Plan, where: Path, live: Mapping[str, Any]) -> None:
-    key = key_of((*where, AVERAGE))
+    key, expected = key_of((*where, AVERAGE)), average_of(live)
     if key not in plan.values:
-        if AVERAGE in live:
-            plan.lacks(key, f"expected {live[AVERAGE]}")
-    elif (saved := plan.values[key]) != live.get(AVERAGE):
-        plan.problems.wrong_dtype[key] = f"found {saved}, expected {live.get(AVERAGE, 'the uniform average')}"
+        if not same_averages(expected, TORCHS):
+            plan.lacks(key, f"expected {expected}")
+    elif not same_averages(str(saved := plan.values[key]), expected):
+        plan.problems.wrong_dtype[key] = f"found {saved}, expected {expected}"
 
 
 def _beside(live: Any) -> Callable[[str, SavedTensor], Tensor]:
