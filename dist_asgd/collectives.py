@@ -51,7 +51,7 @@ class HostTransfer:
         deadline = time.monotonic() + seconds
         for work in self.works:
             left = deadline - time.monotonic()
-            if not work.is_completed() and left > 0:
+            if not work.is_completed() and left >= 1e-3:  # whole milliseconds, of which 0 means without end
                 with contextlib.suppress(RuntimeError):  # it took longer, or failed: then wait() will say so
                     work.wait(timedelta(seconds=left))
             if not work.is_completed():

@@ -513,12 +513,12 @@ def test_slices_of_fsdp1_have_several_averages_too(tmp_path: Path) -> None:
         found: list[dict[str, torch.Tensor]] = []
         for step in range(STEPS):
             test_fsdp1.train(model, optimizer, range(step, step + 1))
-            found.append({name: p.clone() for name, p in test_fsdp1.states(model, optimizer)[0].items()})
+            found.append({name: p.clone() for name, p in test_fsdp1.model_state(model).items()})
         state = optimizer.full_state_dict().get("state", {})
         for index, name in enumerate(found[0] if rank == 0 else ()):
             check_means(SEVERAL, state[index], [values[name] for values in found[T0 + 1 :]], name)
         with optimizer.averaged_parameters("kind3"):
-            inside = {name: p.clone() for name, p in test_fsdp1.states(model, optimizer)[0].items()}
+            inside = {name: p.clone() for name, p in test_fsdp1.model_state(model).items()}
         for index, entry in state.items():
             assert same_bits(inside[list(inside)[index]], entry["ax_kind3"])
         dist_asgd.save(tmp_path / "saved", {"model": model, "optimizer": optimizer})

@@ -86,6 +86,11 @@ def states(
         return model.state_dict(), FullyShardedDataParallel.optim_state_dict(model, optimizer)
 
 
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    with FullyShardedDataParallel.state_dict_type(model, *CONFIGS["full"]):
+        return model.state_dict()
+
+
 def check_same(
     ours: tuple[dict[str, Tensor], dict[str, Any]], theirs: tuple[dict[str, Tensor], dict[str, Any]]
 ) -> None:
