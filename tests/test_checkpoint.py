@@ -376,6 +376,32 @@ def test_each_rank_gets_its_own_values_back(tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(expected, found[:2], strict=True))
 
 
+class Own:
+    """Something with a state that has other keys on each rank."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+def own_keys(rank, url):
+    here = {"same": torch.ones(2), f"of {rank}": torch.full((rank + 1,), 5.0), "steps": {f"{rank}": rank}}
+    dist_asgd.save(url, {"it": Own(here)})
+    it = Own({})
+    dist_asgd.load(url, {"it": it})
+    assert it.state.keys() == here.keys() and it.state["steps"] == here["steps"]
+    assert torch.equal(it.state[f"of {rank}"], here[f"of {rank}"])
+
+
+def test_each_rank_may_have_keys_of_its_own(tmp_path):
+    run_ranks(2, own_keys, f"{tmp_path}/x")
+
+
 class Lines(logging.Handler):
     def __init__(self):
         super().__init__()
