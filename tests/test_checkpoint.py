@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 import dist_asgd
 from dist_asgd import Checkpointer
@@ -232,6 +234,82 @@ def test_a_checkpoint_that_is_deleted_while_it_is_loaded_gives_way_to_a_newer_on
     assert "step-00000002" in message
 
 
+def test_links_to_folders_are_left_alone(tmp_path):
+    """They may lead out of the run, or in a circle."""
+    elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
+    url = Path(Checkpointer(elsewhere).save(1, {"x": torch.ones(2)}))
+    with Checkpointer(run, keep_last=1) as checkpointer:
+        last = Path(checkpointer.save(2, {"x": torch.ones(2)}))
+        (run / url.name).symlink_to(url)
+        (last / "circle").symlink_to(last)
+        checkpointer.save(3, {"x": torch.ones(2)})
+        assert checkpointer.steps() == [3]
+    assert not last.exists()
+    assert (run / url.name).is_symlink() and Checkpointer(elsewhere).steps() == [1]
+
+
+def test_what_is_no_state_is_refused(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "run")
+    for state in (small(1), [torch.ones(2)], None):
+        for call in (checkpointer.load, lambda state: checkpointer.save(1, state)):
+            assert "a dict, by names" in message_of(lambda state=state, call=call: call(state), TypeError)
+    assert checkpointer.steps() == []
+    dist_asgd.save(tmp_path / "empty", {})
+    state = {}
+    dist_asgd.load(tmp_path / "empty", state)
+    assert state == {}
+
+
+NO_MEMORY = {
+    "TwoTensor": lambda: TwoTensor(torch.ones(3), torch.ones(3)),
+    "sparse_coo": lambda: torch.ones(3).to_sparse(),
+    "meta": lambda: torch.empty(3, device="meta"),
+}
+
+
+def save_and_load_nothing(folder, kind):
+    checkpointer = Checkpointer(folder)
+    checkpointer.save(1, {"here": {"x": torch.zeros(3)}})
+    state = {"here": {"x": NO_MEMORY[kind]()}}
+    for call in (lambda: checkpointer.save(2, state), lambda: checkpointer.load(state)):
+        message = message_of(call, TypeError, CheckpointError)
+        assert "here.x" in message and (kind in message or "of another" in message)
+    assert checkpointer.steps() == [1]
+
+
+@pytest.mark.parametrize("kind", NO_MEMORY)
+def test_tensors_without_memory_of_their_own_are_refused(tmp_path, kind):
+    run_alone(save_and_load_nothing, tmp_path, kind)
+
+
+def test_a_tensor_that_is_still_on_its_way(tmp_path):
+    """As functional collectives give it."""
+    dist_asgd.save(tmp_path / "x", {"x": AsyncCollectiveTensor(torch.ones(3))})
+    state = {"x": AsyncCollectiveTensor(torch.zeros(3))}
+    dist_asgd.load(tmp_path / "x", state)
+    assert state["x"].wait().tolist() == [1, 1, 1]
+
+
+def disagreeing(rank, url):
+    checkpointer, state = Checkpointer(url), {"x": torch.ones(2), "x@rank1": torch.zeros(2)}
+    texts = [
+        message_of(lambda: checkpointer.save(rank, state), ValueError),
+        message_of(lambda: checkpointer.save(1, state, wait=rank == 0), ValueError),
+        message_of(lambda: checkpointer.load(state, step=rank), ValueError),
+    ]
+    state["x"].fill_(rank)
+    texts.append(message_of(lambda: checkpointer.save(1, state), CheckpointError))
+    assert checkpointer.steps() == []
+    return texts
+
+
+def test_ranks_that_disagree_are_told(tmp_path):
+    texts = run_ranks(2, disagreeing, str(tmp_path))
+    assert texts[0] == texts[1]
+    for text, part in zip(texts[0], ("step = 1 on rank 1", "wait = ", "step = ", "the key x@rank1"), strict=True):
+        assert part in text
+
+
 def test_one_error_lists_everything_and_nothing_changes(tmp_path):
     saved = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(2, 2), "c": nn.Linear(2, 2).double()})
     dist_asgd.save(tmp_path / "x", {"model": saved, "data": {"epoch": 1}})
@@ -296,6 +374,32 @@ def test_each_rank_gets_its_own_values_back(tmp_path):
     expected = run_ranks(2, own_values, url, 2)
     found = run_ranks(3, own_values, url, 3)
     assert all(torch.equal(one, other) for one, other in zip(expected, found[:2], strict=True))
+
+
+class Own:
+    """Something with a state that has other keys on each rank."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+def own_keys(rank, url):
+    here = {"same": torch.ones(2), f"of {rank}": torch.full((rank + 1,), 5.0), "steps": {f"{rank}": rank}}
+    dist_asgd.save(url, {"it": Own(here)})
+    it = Own({})
+    dist_asgd.load(url, {"it": it})
+    assert it.state.keys() == here.keys() and it.state["steps"] == here["steps"]
+    assert torch.equal(it.state[f"of {rank}"], here[f"of {rank}"])
+
+
+def test_each_rank_may_have_keys_of_its_own(tmp_path):
+    run_ranks(2, own_keys, f"{tmp_path}/x")
 
 
 class Lines(logging.Handler):

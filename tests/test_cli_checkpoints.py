@@ -173,6 +173,15 @@ def test_verify_reads_every_byte(run, capsys):
     assert len(answer(capsys, "verify", folder, status=1)["faults"]) == 1
 
 
+def test_verify_takes_any_names(tmp_path, capsys):
+    names = ["a/b", "..", "\0", "\ud800", "", "#dict", "x@rank0", "\u202e"]
+    save(tmp_path / "saved", {"data": {name: torch.ones(2) for name in names}})
+    assert answer(capsys, "verify", tmp_path / "saved")["faults"] == []
+    state = {"data": {name: torch.zeros(2) for name in names}}
+    load(tmp_path / "saved", state)
+    assert all(value.tolist() == [1, 1] for value in state["data"].values())
+
+
 def test_verify_tells_all_that_is_wrong(run, capsys):
     folder = newest(run)
     manifest = read_manifest((folder / "manifest.json").read_bytes())

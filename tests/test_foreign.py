@@ -411,7 +411,7 @@ DAMAGED = {
     "build on a global": b"\x80\x02ctorch\nSize\n}b.",
     "call of a value": b"\x80\x02N)R.",
     "persistent id": b"\x80\x02NQ.",
-    "surrogate": b"\x80\x02X\x03\x00\x00\x00\xed\xa0\x80.",
+    "no UTF-8": b"\x80\x02X\x03\x00\x00\x00\xff\xfe\xfd.",
     "deep key": b"\x80\x02})" + b"\x85" * 10**6 + b"Ns.",  # hashing it would overflow the stack
 }
 LARGE = {

@@ -36,6 +36,7 @@ FILES = 600
 COLUMNS = {"case": "", "ranks": "ranks", "ours": "ours, s", "least": "least", "DCP": "DCP, s", "DCP least": "least"}
 COLUMNS |= {"ours/DCP": "ours/DCP", "raw": "write + fsync, s", "raw least": "least", "ours/raw": "ours/raw"}
 LATENCY = {"case": "", "ranks": "ranks", "ours": "ours, s", "most": "most", "first": "first", "DCP": "DCP, s"}
+LATENCY |= {"ratio": "ours/DCP"}
 STALLS = {"case": "", "first": "first, ms", "median": "later ones, median ms", "of clone": "of a clone's"}
 
 
@@ -64,7 +65,7 @@ def measure_latency(server: Any, options: argparse.Namespace) -> list[dict[str, 
             job = {"root": server.new_url(), "options": through}
             rows.append(_latency("save of 4 KB", ranks, job | {"what": "save small"}, options))
             rows.append(_latency("load of 4 KB", ranks, job | {"what": "load small"}, options))
-    return rows
+    return [row | {"ratio": row["ours"] / row["DCP"]} for row in rows]
 
 
 def measure_async(options: argparse.Namespace) -> list[dict[str, Any]]:

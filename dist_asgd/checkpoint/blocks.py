@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
@@ -52,7 +53,7 @@ def to_save(key: str, tensor: Tensor) -> TensorEntry:
     if isinstance(tensor, Sharded):
         items = tensor.__create_write_items__(key, tensor)
         chunks = [(item.tensor_data.chunk, item.index) for item in items]
-        return _entry(tensor, _sharded_blocks(tensor, chunks))
+        return _entry(key, tensor, _sharded_blocks(tensor, chunks))
     return _whole(key, tensor)
 
 
@@ -60,7 +61,7 @@ def to_fill(key: str, tensor: Tensor) -> TensorEntry:
     """With all blocks that this rank has of the tensor, to be written to. Raises ``TypeError``."""
     if isinstance(tensor, Sharded):
         chunks = [(chunk, MetadataIndex(key, chunk.offsets)) for chunk in tensor.__create_chunk_list__()]
-        return _entry(tensor, _sharded_blocks(tensor, chunks))
+        return _entry(key, tensor, _sharded_blocks(tensor, chunks))
     if not isinstance(tensor, ShardedTensor) and (tensor.is_conj() or tensor.is_neg()):
         raise TypeError(f"{key} is a lazily conjugated or negated view, which cannot be written to: load into a tensor")
     return _whole(key, tensor)
@@ -70,14 +71,15 @@ def _whole(key: str, tensor: Tensor) -> TensorEntry:
     if isinstance(tensor, ShardedTensor):
         shards = [(shard.metadata, shard.tensor) for shard in tensor.local_shards()]
         blocks = [(Box(tuple(m.shard_offsets), tuple(m.shard_sizes)), data) for m, data in shards]
-        return _entry(tensor, blocks)
-    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
-        kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+        return _entry(key, tensor, blocks)
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
+        kind = str(tensor.layout).removeprefix("torch.")
+        kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else kind
         raise TypeError(
             f"{key} is a {kind} tensor on {tensor.device}: checkpoints have dense tensors with values. Give its parts "
             "as tensors of their own"
         )
-    return _entry(tensor, [(Box((0,) * tensor.ndim, tuple(tensor.shape)), tensor)])
+    return _entry(key, tensor, [(Box((0,) * tensor.ndim, tuple(tensor.shape)), tensor)])
 
 
 def _sharded_blocks(tensor: Sharded, chunks: Iterable[tuple[Any, MetadataIndex]]) -> Iterator[tuple[Box, Tensor]]:
@@ -85,10 +87,18 @@ def _sharded_blocks(tensor: Sharded, chunks: Iterable[tuple[Any, MetadataIndex]]
         yield Box(tuple(chunk.offsets), tuple(chunk.sizes)), tensor.__get_tensor_shard__(index)
 
 
-def _entry(tensor: Tensor, blocks: Iterable[tuple[Box, Tensor]]) -> TensorEntry:
+def _entry(key: str, tensor: Tensor, blocks: Iterable[tuple[Box, Tensor]]) -> TensorEntry:
     filled = [(box, data) for box, data in blocks if box.numel or not tensor.numel()]
-    return TensorEntry(
-        tuple(tensor.shape),
-        tensor.dtype,
-        [Block(box, data.detach().resolve_conj().resolve_neg()) for box, data in filled],
-    )
+    return TensorEntry(tuple(tensor.shape), tensor.dtype, [Block(box, _memory(key, data)) for box, data in filled])
+
+
+def _memory(key: str, data: Tensor) -> Tensor:
+    """The tensor whose memory it is. Raises ``TypeError`` where there is none: its address would be taken for one."""
+    if isinstance(data, AsyncCollectiveTensor):
+        data = data.wait()
+    if data.numel() and not data.data_ptr():
+        raise TypeError(
+            f"{key} is a {type(data).__name__} without memory of its own: checkpoints have dense tensors with values. "
+            "Give its parts as tensors of their own"
+        )
+    return data.detach().resolve_conj().resolve_neg()

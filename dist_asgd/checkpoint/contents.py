@@ -192,8 +192,8 @@ def _alike(tensor: Tensor, saved: SavedTensor) -> bool:
 def _plan_empty(plan: Plan, leaf: Leaf) -> None:
     """An empty dict takes all that there is."""
     node = plan.root.at(leaf.path)
-    if leaf.path and not list(node.entries()):
-        if not plan.is_stock:
+    if not list(node.entries()):
+        if leaf.path and not plan.is_stock:
             plan.lacks(key_of(leaf.path), "expected a dict")
         return
     taken = plan.take(node, plain_tensor)

@@ -232,5 +232,8 @@ def list_folder(folder: str) -> dict[str, int | None]:
         for entry in entries:
             if not is_temporary(entry.name):
                 with contextlib.suppress(FileNotFoundError):
-                    found[entry.name] = None if entry.is_dir() else entry.stat().st_size
+                    if not entry.is_dir():
+                        found[entry.name] = entry.stat().st_size
+                    elif not entry.is_symlink():  # such may lead out of the run, or in a circle
+                        found[entry.name] = None
     return found

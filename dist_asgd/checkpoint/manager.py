@@ -17,6 +17,7 @@ from dist_asgd.checkpoint.background import Background
 from dist_asgd.checkpoint.contents import contents_of
 from dist_asgd.checkpoint.entries import CheckpointError
 from dist_asgd.checkpoint.loading import load_checkpoint
+from dist_asgd.checkpoint.nesting import has_state
 from dist_asgd.checkpoint.rendezvous import Rendezvous, only_checkpoint_errors, store_of_its_own, together
 from dist_asgd.checkpoint.retention import Directory, Kept, directories, new_directory, newest_of, sweep
 from dist_asgd.checkpoint.saving import Plan, plan_save, stage, write
@@ -95,12 +96,15 @@ class Checkpointer:
                 under way at most. What goes wrong is raised, on every rank, by the next call of a method.
 
         Raises:
-            CheckpointError, StorageError: it could not be written, on any rank; raised on all of them. Older
-                checkpoints are as they were.
+            CheckpointError: it could not be written, on any rank; raised on all of them. Older checkpoints are as they
+                were.
+            ValueError, TypeError: bad arguments, or others on another rank; a state that a checkpoint cannot hold.
         """
         self._settle("save()")
+        _require_equal(self._agreement, "save()", step=step, wait=wait)
         with together(self._agreement, "save()"):
             _check_step(step)
+            _check_state(state)
             contents = contents_of(state)
             name = new_directory(self._storage, step) if self._agreement.rank == 0 else None
         plan = plan_save(self._agreement, step, name, contents)
@@ -145,8 +149,10 @@ class Checkpointer:
                 loaded then.
         """
         self._settle("load()")
+        _require_equal(self._agreement, "load()", step=step, strict=strict, average=average)
         while True:
             with together(self._agreement, "load()"):
+                _check_state(state)
                 found = self._find(step) if self._agreement.rank == 0 else None
             directory = self._agreement.gather(found)[0]
             if directory is None:
@@ -225,6 +231,7 @@ def save(
     with agreement_of_all() as agreement:
         with together(agreement, "save()"):
             storage = Storage.open(url, storage_options)
+            _check_state(state)
             contents = contents_of(state)
             store = store_of_its_own()
             if agreement.rank == 0 and storage.list():
@@ -267,10 +274,20 @@ def load(
     with agreement_of_all() as agreement:
         with together(agreement, "load()"):
             storage = Storage.open(url, storage_options)
-        options = {"strict": strict, "average": average, "trust": trust}
-        agreement.require_equal("the arguments of load()", [(name, repr(value)) for name, value in options.items()])
+            _check_state(state)
+        _require_equal(agreement, "load()", strict=strict, average=average, trust=trust)
         source = source_of(agreement, storage, "", state, stock=True, trust=trust)
         load_checkpoint(agreement, source, state, strict=strict, average=average)
+
+
+def _require_equal(agreement: Agreement, operation: str, **arguments: object) -> None:
+    facts = [(name, repr(value)) for name, value in arguments.items()]
+    agreement.require_equal(f"the arguments of {operation}", facts)
+
+
+def _check_state(state: object) -> None:
+    if not isinstance(state, Mapping) or has_state(state):
+        raise TypeError(f"state must be a dict, by names, like {{'model': model}}, got a {type(state).__name__}")
 
 
 def _check_step(step: object) -> None:

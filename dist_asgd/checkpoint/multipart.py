@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dist_asgd.checkpoint.stores import Chunk
 
 PART = 16 * 2**20  # bytes; the last part may be shorter
-PARTS_AT_ONCE = 4
+PARTS_AT_ONCE = 3
 
 
 class Multipart(ABC):

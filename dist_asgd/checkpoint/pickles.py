@@ -145,7 +145,7 @@ def _unpack(code: str) -> Callable[[_Machine], Any]:
 
 
 def _text(length_of: Callable[[_Machine], int]) -> Callable[[_Machine], str]:
-    return lambda machine: machine.take(length_of(machine)).decode()
+    return lambda machine: machine.take(length_of(machine)).decode("utf-8", "surrogatepass")  # as pickle writes them
 
 
 def _skip(count: int) -> Callable[[_Machine], None]:

@@ -18,7 +18,7 @@ from dist_asgd.checkpoint.writer import memory
 from dist_asgd.layout import Box
 
 EXTENT = 8 * 2**20  # bytes of a chunk that are read at once
-REQUEST = 16 * 2**20  # bytes at most that extents are joined to
+REQUEST = 8 * 2**20  # bytes at most that extents are joined to
 GAP = 2**14  # bytes that are rather read than left out by another request
 
 

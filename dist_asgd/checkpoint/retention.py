@@ -90,9 +90,8 @@ def outdated(storage: Storage, kept: Kept, grace: float = GRACE) -> list[Directo
 def sweep(storage: Storage, kept: Kept, grace: float = GRACE) -> list[str]:
     """Deletes what is ``outdated``, and returns the names. Manifests go first: what is half deleted does not exist."""
     unwanted = outdated(storage, kept, grace)
-    for directory in unwanted:
-        if directory.is_committed:
-            storage.remove(f"{directory.name}/{NAME}")
+    for directory in unwanted:  # also of attempts that were open: by a clock that is wrong, they may have been young
+        storage.remove(f"{directory.name}/{NAME}")
     for directory in unwanted:
         storage.remove_tree(directory.name)
     storage.abort_uploads("", grace)

@@ -6,7 +6,7 @@ import hashlib
 import platform
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,6 +118,7 @@ def _crc(data: Tensor) -> int:
 def _plan(step: int, everyone: Sequence[_Brought]) -> tuple[Record, list[Share]]:
     """Entries that differ between ranks are renamed, and each rank's is kept; of the others, one."""
     varying = varying_keys([brought.facts for brought in everyone])
+    _check_names(varying, everyone)
     tensors: dict[str, tuple[SavedTensor, Path, int | None]] = {}
     kept: dict[str, ValueRecord] = {}
     offers: list[dict[str, Offer]] = []
@@ -137,6 +138,14 @@ def _plan(step: int, everyone: Sequence[_Brought]) -> tuple[Record, list[Share]]
             elif rank == 0:
                 kept[key] = ValueRecord(encoded, brought.paths[key])
     return Record(step, tensors, kept), assign(offers)
+
+
+def _check_names(varying: Collection[str], everyone: Sequence[_Brought]) -> None:
+    """Raises ``CheckpointError`` where an entry has the name that one rank's of another entry gets."""
+    taken = {key for brought in everyone for key in brought.paths}
+    for name in (key_of_rank(key, rank) for key in varying for rank in range(len(everyone))):
+        if name in taken:
+            raise CheckpointError(f"two entries have the key {name}: one so named, and a rank's of another. Rename one")
 
 
 def _parts(share: Share, contents: Contents, rank: int) -> list[Part]:

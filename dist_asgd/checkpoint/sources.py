@@ -17,7 +17,7 @@ from dist_asgd.checkpoint.distcp import StoredChunk, StoredObject
 from dist_asgd.checkpoint.entries import CheckpointError, SavedTensor, TensorEntry
 from dist_asgd.checkpoint.foreign import StockCheckpoint, read_stock_metadata
 from dist_asgd.checkpoint.items import item_object
-from dist_asgd.checkpoint.manifest import NAME, STOCK, Manifest, TensorRecord, in_directory, read_manifest
+from dist_asgd.checkpoint.manifest import NAME, STOCK, Manifest, TensorRecord, ValueRecord, in_directory, read_manifest
 from dist_asgd.checkpoint.nesting import Path, key_of
 from dist_asgd.checkpoint.reader import VerifiedBlocks, plan_reads, plan_rest, verify
 from dist_asgd.checkpoint.rendezvous import together
@@ -37,7 +37,7 @@ class Source(ABC):
     directory: str
     tensors: Mapping[str, SavedTensor]
     values: Mapping[str, Any]  # an access raises CheckpointError for damaged ones
-    paths: Mapping[str, Path]  # of all entries, also of those that only other ranks have
+    paths: Mapping[str, Path]  # of all entries; for a rank that did not save, also of those that only other ranks have
 
     @property
     def url(self) -> str:
@@ -172,8 +172,10 @@ def _ours(storage: Storage, directory: str, manifest: Manifest, rank: int) -> Ou
         key_of(record.path): (name, record) for name, record in manifest.tensors.items() if record.rank in (None, rank)
     }
     values = {key_of(record.path): record.encoded for record in manifest.values.values() if record.rank in (None, rank)}
-    paths = {key_of(record.path): record.path for record in manifest.tensors.values()}
-    paths |= {key_of(record.path): record.path for record in manifest.values.values()}
+    everyone: list[TensorRecord | ValueRecord] = [*manifest.tensors.values(), *manifest.values.values()]
+    # A rank that has saved lacks nothing that only others had. One that is new does: it is told so.
+    is_new = rank >= manifest.world_size
+    paths = {key_of(record.path): record.path for record in everyone if is_new or record.rank in (None, rank)}
     tensors = {key: record.saved for key, (_, record) in mine.items()}
     records = {key: name for key, (name, _) in mine.items()}
     return Ours(storage, directory, tensors, Values(values, decode), paths, manifest, records)

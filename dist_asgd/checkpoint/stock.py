@@ -29,7 +29,7 @@ from dist_asgd.checkpoint.writer import memory
 from dist_asgd.layout import Box, boxes
 
 PIECE = 8 * 2**20  # bytes that are read at once; larger items are read piece by piece
-AHEAD = 8  # pieces
+AHEAD = 4  # pieces
 GAP = 2**14  # bytes that are rather read than left out by another request
 
 
