@@ -610,6 +610,8 @@ def test_one_of_several_averages_is_loaded_by_its_name() -> None:
             check_same(bits(targets["model"]), {name: p.detach() + more for name, p in names.items()})
         with pytest.raises(ValueError, match=f"no average 'other', it has .'{first}', 'ema'."):
             load(targets, saved, average="other")
+    with pytest.raises(ValueError, match="no averages"):  # and not the weights as they are, without a word
+        load({"model": model}, save({"model": model}), average=True)
 
 
 def test_averages_wider_than_tied_parameters_are_rounded_once() -> None:

@@ -115,9 +115,12 @@ def _fill_average(plan: Plan, key: str, param: Tensor) -> Tensor | None:
 def _averages(plan: Plan, path: Path, module: nn.Module, average: str | None) -> dict[str, str]:
     """The key of the average of each parameter that has one, by the parameter's name.
 
-    Raises ``ValueError`` where several optimizers have one, or none of the checkpoint has one of the name ``average``.
+    Raises ``ValueError`` where several optimizers have one, or none of the checkpoint has any, or one of that name.
     """
-    if average is not None and average not in (known := average_names(plan.root, plan.values)):
+    known = average_names(plan.root, plan.values)
+    if not known:
+        raise ValueError("the checkpoint has no averages: there is no optimizer in it that has 'ax' of a parameter")
+    if average is not None and average not in known:
         raise ValueError(f"the checkpoint has no average {average!r}, it has {known}")
     by_param: dict[int, list[str]] = {}
     for name, param in parameter_names(module).items():
