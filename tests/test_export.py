@@ -1,5 +1,6 @@
 """The average as a product: files for torch, safetensors and transformers, dense state dicts, shards."""
 
+import itertools
 import json
 import os
 import resource
@@ -366,7 +367,14 @@ def test_a_rank_that_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def ranks(rank: int) -> str:
         model = fully_shard(nn.Linear(1000, 300))
         if rank == 0:
-            threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+            parts, memory = itertools.count(), gathering.memory
+
+            def interrupted(part: torch.Tensor) -> memoryview:
+                if next(parts) == 1000:
+                    signal.raise_signal(signal.SIGINT)
+                return memory(part)
+
+            gathering.memory = interrupted
         return message_of(lambda: export(tmp_path / "x.pt", model), CheckpointError, KeyboardInterrupt)
 
     mine, others = run_ranks(2, ranks)
@@ -400,7 +408,7 @@ def test_no_rank_has_a_whole_copy_nor_a_whole_tensor(out: str, tmp_path: Path, m
 
     def ranks(rank: int) -> int:
         map_large_blocks()
-        model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(4)))  # 4 x 16 MiB
+        model = nn.Sequential(*(nn.Linear(4096, 3072, bias=False) for _ in range(3)))  # 3 x 48 MiB
         fully_shard(model)
         export(tmp_path / "warm.pt", nn.Linear(800, 800))
         start = reset_peak()
@@ -408,4 +416,5 @@ def test_no_rank_has_a_whole_copy_nor_a_whole_tensor(out: str, tmp_path: Path, m
         return peak_resident() - start
 
     for growth in run_ranks(2, ranks):
-        assert growth < 6 * batch + 2 * megabyte  # parts, what is received for them, Python
+        # Parts and what is received for them; the rest is Python's, gloo's, and code that was never run before.
+        assert growth < 6 * batch + 26 * megabyte

@@ -96,4 +96,6 @@ def test_a_swap_takes_a_share_of_the_parameters_and_a_bucket(how: str, world_siz
         share = rank["whole"] / world_size
         assert rank["average"] < share + small(rank["whole"])
         # SLACK: without activations, still that of gloo, which copies parts of what it sends; Python's, the kernel's.
-        assert 0.9 * share < rank["swap_peak"] < share + SWAPPED + SLACK
+        # Of HSDP, up to 6.3 MiB were seen above share and bucket.
+        slack = SLACK * (2 if how == "hsdp" else 1)
+        assert 0.9 * share < rank["swap_peak"] < share + SWAPPED + slack
