@@ -63,8 +63,10 @@ def measure_latency(server: Any, options: argparse.Namespace) -> list[dict[str, 
         rows.append(_latency(f"load of {FILES} files", 1, many, options))
         for ranks in (1, 4):
             job = {"root": server.new_url(), "options": through}
-            rows.append(_latency("save of 4 KB", ranks, job | {"what": "save small"}, options))
+            rows.append(_latency("save of 4 KB", ranks, job | {"what": "save small", "keep_last": None}, options))
             rows.append(_latency("load of 4 KB", ranks, job | {"what": "load small"}, options))
+            job = {"root": server.new_url(), "options": through, "what": "save small", "keep_last": 2}
+            rows.append(_latency("save of 4 KB, keep_last=2", ranks, job, options))
     return [row | {"ratio": row["ours"] / row["DCP"]} for row in rows]
 
 
@@ -200,7 +202,7 @@ def small_state() -> dict[str, Any]:
 def save_small(job: Mapping[str, Any]) -> dict[str, list[float]]:
     """As a training run saves: by one Checkpointer; the first time it has to connect."""
     state, seconds = small_state(), {"ours": [], "DCP": []}
-    with Checkpointer(job["root"], job["options"], keep_last=2) as checkpointer:
+    with Checkpointer(job["root"], job["options"], keep_last=job["keep_last"]) as checkpointer:
         for step in range(job["turns"] + 1):
             seconds["ours"].append(timed(lambda: checkpointer.save(step, state)))  # noqa: B023
             url = f"{job['root']}-dcp/{step}"

@@ -6,11 +6,13 @@ import re
 import secrets
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from dist_asgd.checkpoint.manifest import NAME
 from dist_asgd.checkpoint.storage import Storage
 
+SWEEPERS = 8  # requests at once
 GRACE = 3600.0  # seconds after its last change that an attempt without a manifest may still be under way
 
 _DIRECTORY = re.compile(r"step-(\d{8,19})-(\d{4,9})-[0-9a-f]{8}")
@@ -89,13 +91,14 @@ def outdated(storage: Storage, kept: Kept, grace: float = GRACE) -> list[Directo
 
 def sweep(storage: Storage, kept: Kept, grace: float = GRACE) -> list[str]:
     """Deletes what is ``outdated``, and returns the names. Manifests go first: what is half deleted does not exist."""
-    unwanted = outdated(storage, kept, grace)
-    for directory in unwanted:  # also of attempts that were open: by a clock that is wrong, they may have been young
-        storage.remove(f"{directory.name}/{NAME}")
-    for directory in unwanted:
-        storage.remove_tree(directory.name)
-    storage.abort_uploads("", grace)
-    return [directory.name for directory in unwanted]
+    unwanted = [directory.name for directory in outdated(storage, kept, grace)]
+    with ThreadPoolExecutor(SWEEPERS, thread_name_prefix="dist_asgd-sweep") as pool:
+        uploads = pool.submit(storage.abort_uploads, "", grace)
+        # Also of attempts that were open: by a clock that is wrong, they may have been young.
+        list(pool.map(lambda name: storage.remove(f"{name}/{NAME}"), unwanted))
+        list(pool.map(storage.remove_tree, unwanted))
+        uploads.result()
+    return unwanted
 
 
 def _age(storage: Storage, name: str) -> float:
