@@ -52,14 +52,13 @@ def proxied(address: tuple[str, int], options: Mapping[str, Any], delay: float) 
         delay: seconds that each request waits.
     """
     command = [sys.executable, "-m", "benchmarks.checkpointing.proxy", *map(str, address), str(delay)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        proxy = Proxy(*json.loads(process.stdout.readline()))
-        yield proxy, json.loads(json.dumps(options).replace(f":{address[1]}", f":{proxy.port}"))
-    finally:
-        process.kill()
-        process.wait()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            proxy = Proxy(*json.loads(process.stdout.readline()))
+            yield proxy, json.loads(json.dumps(options).replace(f":{address[1]}", f":{proxy.port}"))
+        finally:
+            process.kill()
 
 
 class _Server:

@@ -34,11 +34,20 @@ def load_checkpoint(
     if problems:
         raise CheckpointError(f"{source.url} does not fit what it is loaded into\n{problems.message()}")
     wanted = [(key, entry) for key, entries in destination.tensors.items() for entry in entries]
-    with source.reading(wanted) as verified:
+    own, shared = source.reading(agreement, wanted)
+    size = own.size + (shared.size if shared else 0)
+    with own, shared or contextlib.nullcontext():
+        progress = Progress(f"reading and verifying {source.url}", size, agreement.rank)
         with together(agreement, "load()"), named(source.url):
-            verified.read(Progress(f"reading and verifying {source.url}", verified.size, agreement.rank))
+            own.read(progress)
+        if shared:
+            with named(source.url):
+                shared.read(agreement, progress)
         with together(agreement, "load()"), named(source.url):
-            verified.apply(Progress(f"loading {source.url}", verified.size, agreement.rank))
+            progress = Progress(f"loading {source.url}", size, agreement.rank)
+            own.apply(progress)
+            if shared:
+                shared.apply(progress)
     with together(agreement, "load()"), _taken(source.url):
         destination.finish()
 

@@ -23,6 +23,17 @@ GAP = 2**14  # bytes that are rather read than left out by another request
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What a rank needs of a chunk for one of its blocks."""
+
+    key: str
+    item: int  # index of Manifest.items
+    sizes: tuple[int, ...]  # of the chunk
+    box: Box  # the part, in the chunk
+    data: Tensor  # where it goes, of the box's sizes
+
+
+@dataclass(frozen=True, slots=True)
 class Need:
     """A part of a chunk that is read for one destination."""
 
@@ -56,13 +67,31 @@ class Request:
 
 def plan_reads(manifest: Manifest, destinations: Iterable[tuple[str, TensorEntry]]) -> list[Request]:
     """The requests that fill the blocks of ``destinations``: keys of the manifest, with tensors of their shapes."""
-    needs = [
-        need
+    return plan_parts(manifest, parts_of(manifest, destinations))
+
+
+def parts_of(manifest: Manifest, destinations: Iterable[tuple[str, TensorEntry]]) -> list[Part]:
+    """What fills the blocks of ``destinations``, chunk by chunk."""
+    return [
+        part
         for key, entry in destinations
         for block in entry.blocks
         for chunk in manifest.tensors[key].chunks
-        for need in _needs(key, manifest.items[chunk.item], chunk, block)
+        if (part := _part(key, chunk, block)) is not None
     ]
+
+
+def _part(key: str, chunk: Chunk, block: Block) -> Part | None:
+    common = intersection(chunk.box, block.box)
+    if common is None:
+        return None
+    data = narrowed(block.data, within(common, block.box))
+    return Part(key, chunk.item, chunk.box.sizes, within(common, chunk.box), data)
+
+
+def plan_parts(manifest: Manifest, parts: Iterable[Part]) -> list[Request]:
+    """The requests that fill the ``parts``."""
+    needs = [need for part in parts for need in _needs(part, manifest.items[part.item])]
     needs.sort(key=lambda need: (need.item.file, need.start, need.stop))
     requests: list[Request] = []
     joined: list[Need] = []
@@ -97,17 +126,17 @@ def _join(needs: Sequence[Need], stop: int) -> Request:
     return Request(needs[0].item.file, needs[0].start, stop, tuple(needs))
 
 
-def _needs(key: str, item: Item, chunk: Chunk, block: Block) -> Iterator[Need]:
-    common = intersection(chunk.box, block.box)
-    if common is None:
-        return
-    itemsize, sizes = block.data.element_size(), chunk.box.sizes
-    for part in cut_to_extents(within(common, chunk.box), sizes, EXTENT // itemsize):
-        start, stop = extent(part, sizes)
-        blocks = range(start * itemsize // item.block, -(-stop * itemsize // item.block))
-        offsets = map(sum, zip(part.offsets, chunk.box.offsets, strict=True))
-        data = narrowed(block.data, within(Box(tuple(offsets), part.sizes), block.box))
-        yield Need(key, item, sizes, part, data, blocks)
+def _needs(part: Part, item: Item) -> Iterator[Need]:
+    itemsize = part.data.element_size()
+    for box in cut_to_extents(part.box, part.sizes, EXTENT // itemsize):
+        data = narrowed(part.data, within(box, part.box))
+        yield Need(part.key, item, part.sizes, box, data, blocks_of(box, part.sizes, itemsize, item))
+
+
+def blocks_of(box: Box, sizes: Sequence[int], itemsize: int, item: Item) -> range:
+    """The blocks of an ``item`` that hold a ``box`` of the chunk of these ``sizes``."""
+    start, stop = extent(box, sizes)
+    return range(start * itemsize // item.block, -(-stop * itemsize // item.block))
 
 
 class VerifiedBlocks(Verified):

@@ -19,8 +19,9 @@ from dist_asgd.checkpoint.foreign import StockCheckpoint, read_stock_metadata
 from dist_asgd.checkpoint.items import item_object
 from dist_asgd.checkpoint.manifest import NAME, STOCK, Manifest, TensorRecord, ValueRecord, in_directory, read_manifest
 from dist_asgd.checkpoint.nesting import Path, key_of
-from dist_asgd.checkpoint.reader import VerifiedBlocks, plan_reads, plan_rest, verify
+from dist_asgd.checkpoint.reader import VerifiedBlocks, parts_of, plan_parts, plan_rest, verify
 from dist_asgd.checkpoint.rendezvous import together
+from dist_asgd.checkpoint.sharing import SharedParts, shared
 from dist_asgd.checkpoint.stock import VerifiedItems, plan_items, read_objects
 from dist_asgd.checkpoint.storage import Storage
 from dist_asgd.checkpoint.values import Values, decode
@@ -49,8 +50,8 @@ class Source(ABC):
         """Whether DCP took the state apart: it makes strings of all keys, and leaves out what is empty."""
 
     @abstractmethod
-    def reading(self, wanted: Wanted) -> Verified:
-        """What fills the blocks of ``wanted``."""
+    def reading(self, agreement: Agreement, wanted: Wanted) -> tuple[Verified, SharedParts | None]:
+        """What fills the blocks of ``wanted``: what this rank reads for itself, and what ranks share. Collective."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,13 @@ class Ours(Source):
     def is_stock(self) -> bool:
         return False
 
-    def reading(self, wanted: Wanted) -> Verified:
-        requests = plan_reads(self.manifest, [(self.records[key], entry) for key, entry in wanted])
-        return VerifiedBlocks(self.storage, self.directory, requests)
+    def reading(self, agreement: Agreement, wanted: Wanted) -> tuple[Verified, SharedParts | None]:
+        own, among_all = parts_of(self.manifest, [(self.records[key], entry) for key, entry in wanted]), None
+        if not self.storage.is_local:  # what a local file system was asked for once, it has in memory
+            own, everyone, mine = shared(agreement, own)
+            if any(everyone):
+                among_all = SharedParts(self.storage, self.directory, self.manifest, everyone, mine)
+        return VerifiedBlocks(self.storage, self.directory, plan_parts(self.manifest, own)), among_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +80,8 @@ class Stock(Source):
     def is_stock(self) -> bool:
         return True
 
-    def reading(self, wanted: Wanted) -> Verified:
-        return VerifiedItems(self.storage, self.directory, plan_items(self.found.tensors, wanted))
+    def reading(self, agreement: Agreement, wanted: Wanted) -> tuple[Verified, SharedParts | None]:
+        return VerifiedItems(self.storage, self.directory, plan_items(self.found.tensors, wanted)), None
 
 
 def source_of(

@@ -5,42 +5,37 @@ from __future__ import annotations
 import errno
 import tempfile
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 from dist_asgd.checkpoint.entries import CheckpointError
 from dist_asgd.checkpoint.progress import Progress
 from dist_asgd.checkpoint.storage import Storage
 from dist_asgd.checkpoint.stores import Chunk
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
+
 IN_MEMORY = 2**24  # bytes that wait in memory; more wait in a temporary file
 
 
-class Verified(ABC):
-    """What one rank reads of a checkpoint. Used as a context manager.
+class Spool:
+    """Bytes of a store that wait in a temporary file until all ranks have verified theirs. Used as a context manager.
 
-    Bytes of a store wait in a temporary file until all ranks have verified theirs, so that neither memory nor the
-    network has to take them twice. Those of a local file are read, and verified, a second time.
+    So neither memory nor the network has to take them twice.
 
     Args:
-        size: bytes that are read, and may have to wait.
+        size: bytes that may have to wait.
     """
 
-    def __init__(self, storage: Storage, directory: str, size: int) -> None:
-        self._storage, self._directory, self.size = storage, directory, size
+    def __init__(self, size: int) -> None:
+        self.size = size
         self._spool = tempfile.SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115
 
-    def __enter__(self) -> Verified:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._spool.close()
-
-    @abstractmethod
-    def read(self, progress: Progress) -> None:
-        """Reads and verifies everything. Changes nothing. Raises ``CheckpointError``."""
-
-    @abstractmethod
-    def apply(self, progress: Progress) -> None:
-        """Writes everything to where it belongs."""
 
     def _keep(self, data: Chunk) -> int:
         """Returns where ``_kept`` finds it."""
@@ -59,3 +54,23 @@ class Verified(ABC):
     def _kept(self, at: int, size: int) -> bytes:
         self._spool.seek(at)
         return self._spool.read(size)
+
+
+class Verified(Spool, ABC):
+    """What one rank reads of a checkpoint for itself. Bytes of a local file do not wait: they are read a second time.
+
+    Args:
+        size: bytes that are read.
+    """
+
+    def __init__(self, storage: Storage, directory: str, size: int) -> None:
+        super().__init__(size)
+        self._storage, self._directory = storage, directory
+
+    @abstractmethod
+    def read(self, progress: Progress) -> None:
+        """Reads and verifies everything. Changes nothing. Raises ``CheckpointError``."""
+
+    @abstractmethod
+    def apply(self, progress: Progress) -> None:
+        """Writes everything to where it belongs."""
