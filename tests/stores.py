@@ -144,7 +144,7 @@ def seaweedfs() -> Server:
     names = ["master", "volume", "filer", "s3"]
     ports = dict(zip([*names, *(f"{name}.grpc" for name in names)], free_ports(8), strict=True))
     command = [weed, "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}", "-master.telemetry=false"]
-    command += ["-master.volumeSizeLimitMB=256", "-volume.max=60", "-filer", "-s3", f"-s3.config={folder}/s3.json"]
+    command += ["-master.volumeSizeLimitMB=256", "-volume.max=400", "-filer", "-s3", f"-s3.config={folder}/s3.json"]
     command += [
         f"-filer.localSocket={folder}/filer.sock",
         "-s3.port.iceberg=0",
