@@ -367,6 +367,7 @@ def test_a_rank_that_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def ranks(rank: int) -> str:
         model = fully_shard(nn.Linear(1000, 300))
         if rank == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what runs in the background ignore it
             parts, memory = itertools.count(), gathering.memory
 
             def interrupted(part: torch.Tensor) -> memoryview:
