@@ -81,7 +81,7 @@ def _table(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _server() -> Iterator[Any]:
-    from tests.stores import running, seaweedfs
+    from tests.support.stores import running, seaweedfs
 
     with running(seaweedfs()) as server:
         yield server

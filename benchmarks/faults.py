@@ -34,8 +34,8 @@ import dist_asgd
 from benchmarks.table import print_table, write_json_lines
 from dist_asgd import ShardedASGD
 from dist_asgd.checkpoint import CheckpointError
-from dist_asgd.look import Look
-from dist_asgd.native import native_update
+from dist_asgd.kernels.cpu import native_update
+from dist_asgd.kernels.scan import Look
 
 SAVED_BY = 2
 MANIFEST, STOCK = "manifest.json", ".metadata"

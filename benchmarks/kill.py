@@ -45,11 +45,11 @@ from torch import Tensor, nn
 
 from benchmarks.table import print_table
 from dist_asgd import Checkpointer, ShardedASGD
-from dist_asgd.checkpoint import rendezvous
 from dist_asgd.checkpoint.retention import Kept, sweep
-from dist_asgd.checkpoint.storage import Storage
-from dist_asgd.look import Look
-from dist_asgd.native import native_update
+from dist_asgd.checkpoint.saving import rendezvous
+from dist_asgd.checkpoint.storage.storage import Storage
+from dist_asgd.kernels.cpu import native_update
+from dist_asgd.kernels.scan import Look
 
 KEEP = 2
 TOGETHER = 15  # kills in one directory
@@ -461,7 +461,7 @@ def places(store: str) -> Iterator[Callable[[], Place]]:
     if store == "s3":
         import s3fs  # noqa: F401 once, for all ranks
 
-        from tests.stores import running, seaweedfs
+        from tests.support.stores import running, seaweedfs
 
         with running(seaweedfs()) as server:
             yield lambda: s3_place(server.new_url(), server.options)

@@ -21,7 +21,7 @@ others; the plan is what it sends to the coordinator. Its keys are all names, wh
 over a single element that is repeated, and their plan. The chunks of all ranks are those of 16 of them, scaled up.
 
 *Coordinator* (``global``): torch's create_global_plan for the plans of all ranks, and its metadata. Plans of plain
-parameters are those of pure layout (tests/test_scale.py: the same as optimizers make), those of FSDP2's come from one
+parameters are those of pure layout (tests/optimizer/test_scale.py: the same as optimizers make), those of FSDP2's come from one
 optimizer after the other. In this process plans share the keys that each would bring along; so time is all of torch's
 work, and memory only that beyond the plans.
 """
@@ -54,8 +54,9 @@ from benchmarks.memory import MIB, map_large_blocks, peak_resident, reset_peak
 from benchmarks.processes import end_cleanly, report, start_ranks
 from benchmarks.table import print_table, write_json_lines
 from dist_asgd import ShardedASGD
-from dist_asgd.layout import BucketLayout, plan_buckets
-from dist_asgd.pieces import Placement, ScalarCopy, StatePiece
+from dist_asgd.sharding.layout import BucketLayout, plan_buckets
+from dist_asgd.sharding.placement import Placement
+from dist_asgd.sharding.sharded_state import ScalarCopy, StatePiece
 
 Shape = tuple[int, ...]
 Row = dict[str, Any]

@@ -2,11 +2,11 @@
 
 __version__ = "0.1.0"
 
-from dist_asgd.averages import EMA, PolynomialDecay, Tail, Uniform
+from dist_asgd.averages.kinds import EMA, PolynomialDecay, Tail, Uniform
+from dist_asgd.averages.triggers import NonMonotonicTrigger
 from dist_asgd.checkpoint import Checkpointer, load, save
-from dist_asgd.checkpoint.shipping import export
+from dist_asgd.checkpoint.export.from_model import export
 from dist_asgd.optimizer import ShardedASGD
-from dist_asgd.trigger import NonMonotonicTrigger
 
 __all__ = [
     "EMA",

@@ -2,6 +2,6 @@
 
 import sys
 
-from dist_asgd.cli import main
+from dist_asgd.cli.main import main
 
 sys.exit(main())

@@ -12,37 +12,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_asgd.adding import add_agreed, add_checked
-from dist_asgd.agreement import Agreement, default_group, group_of_its_own
-from dist_asgd.averages import Average, group_options, named_averages
-from dist_asgd.averaging import (
-    NOT_BOTH,
-    Chosen,
-    Swap,
-    averages_in,
-    refused_inside,
-    restart_averaging,
-    start_averaging,
+from dist_asgd.asgd.schedule import own_options
+from dist_asgd.averages.kinds import Average
+from dist_asgd.averages.options import group_options, named_averages
+from dist_asgd.buckets.base import Bucket, Setting
+from dist_asgd.buckets.build import build_buckets
+from dist_asgd.buckets.reducer import Reducer
+from dist_asgd.buckets.replicas import Replicas
+from dist_asgd.comm.consensus import Agreement
+from dist_asgd.comm.process_groups import default_group, group_of_its_own
+from dist_asgd.sharding.precision import Precision
+from dist_asgd.state_dict import (
+    TORCH_OPTIONS,
+    StateView,
+    full_state_dict,
+    passed_through,
+    plan_load,
+    sharded_state_dict,
 )
-from dist_asgd.buckets import Bucket, Setting
-from dist_asgd.capture import scaling_of
-from dist_asgd.checks import (
-    argument_facts,
-    built_for_another,
-    check_arguments,
-    check_state_dict,
-    parameter_names,
-)
-from dist_asgd.clipping import clip_
-from dist_asgd.construction import build_buckets
-from dist_asgd.overlap import ForwardWaits
-from dist_asgd.parallel import ParallelModules
-from dist_asgd.precision import Precision
-from dist_asgd.reducer import Reducer
-from dist_asgd.replicas import Replicas
-from dist_asgd.rule import own_options
-from dist_asgd.settlement import Settlement, take
-from dist_asgd.state import TORCH_OPTIONS, StateView, full_state_dict, passed_through, plan_load, sharded_state_dict
+from dist_asgd.step.clip import clip_
+from dist_asgd.step.consistency import argument_facts
+from dist_asgd.step.cuda_graphs import scaling_of
+from dist_asgd.step.forward_wait import ForwardWaits
+from dist_asgd.step.param_groups import add_agreed, add_checked
+from dist_asgd.step.sync import Settlement, take
+from dist_asgd.step.validation import built_for_another, check_arguments, check_state_dict, parameter_names
+from dist_asgd.swap import NOT_BOTH, Chosen, Swap, averages_in, refused_inside, restart_averaging, start_averaging
+from dist_asgd.wrappers import ParallelModules
 
 
 class ShardedASGD(torch.optim.Optimizer):

@@ -48,7 +48,7 @@ check_compiler() {
     fi
 }
 
-# Real stores for the tests of checkpoints: tests/stores.py. SeaweedFS (S3) comes with the extra "test".
+# Real stores for the tests of checkpoints: tests/support/stores.py. SeaweedFS (S3) comes with the extra "test".
 AZURITE=3.35.0
 check_stores() {
     local folder="$ROOT/.venv/azurite"
@@ -96,6 +96,6 @@ say "ruff format --check"
 "$PY" -m ruff format --check .
 say "mypy dist_asgd"
 "$PY" -m mypy dist_asgd
-(($#)) || set -- -n 2 --dist loadfile tests/test_train.py tests/test_bits.py tests
+(($#)) || set -- -n 2 --dist loadfile tests/launch/test_train.py tests/optimizer/test_bits.py tests
 say "pytest $*"
 exec "$PY" -m pytest "$@"

@@ -5,14 +5,14 @@ import os
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-pytest.register_assert_rewrite("ranks", "oracle")
+pytest.register_assert_rewrite("tests.support.ranks", "tests.support.oracle")
 
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-from dist_asgd.look import Look  # noqa: E402
-from dist_asgd.native import native_update  # noqa: E402
+from dist_asgd.kernels.cpu import native_update  # noqa: E402
+from dist_asgd.kernels.scan import Look  # noqa: E402
 
 # Compiled once, here: forked ranks have it, and need not compile it each for itself.
 for dtype in (torch.float32, torch.float64):

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from dist_asgd import ShardedASGD
-from oracle import PLAIN, make_parameters, random_gradients, reduce_in_rank_order, same_bits
-from ranks import run_alone, run_ranks
+from tests.support.oracle import PLAIN, make_parameters, random_gradients, reduce_in_rank_order, same_bits
+from tests.support.ranks import run_alone, run_ranks
 
 OPTIONS = {"lr": 0.1, "t0": 5, "lambd": 0.01, "weight_decay": 0.1}
 STEPS = 30

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from dist_asgd import ShardedASGD
-from ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 TRAIN, SHIP, SHARD, RESUME = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -24,12 +24,13 @@ from benchmarks.checkpointing import systems
 from benchmarks.checkpointing.proxy import proxied
 from benchmarks.processes import free_port, report, start_ranks
 from dist_asgd import Checkpointer
-from dist_asgd.checkpoint.blocks import to_save
-from dist_asgd.checkpoint.entries import SavedTensor
-from dist_asgd.checkpoint.saving import Record, commit
-from dist_asgd.checkpoint.storage import Storage
-from dist_asgd.checkpoint.writer import Part, memory_of, write_parts
-from dist_asgd.layout import Box
+from dist_asgd.boxes import Box
+from dist_asgd.checkpoint.format.entries import SavedTensor
+from dist_asgd.checkpoint.format.tensor_bytes import memory_of
+from dist_asgd.checkpoint.saving.commit import Record, commit
+from dist_asgd.checkpoint.saving.writer import Part, write_parts
+from dist_asgd.checkpoint.state.tensor_blocks import to_save
+from dist_asgd.checkpoint.storage.storage import Storage
 
 DELAY = 0.04  # seconds
 FILES = 600

@@ -17,7 +17,7 @@ from benchmarks.checkpointing import systems
 from benchmarks.checkpointing.proxy import Proxy, proxied
 from benchmarks.processes import free_port, report, start_ranks
 from dist_asgd import ShardedASGD
-from dist_asgd.checkpoint.blocks import to_fill
+from dist_asgd.checkpoint.state.tensor_blocks import to_fill
 
 WORLDS = (1, 2, 3, 4)
 # How the state lies on the ranks that save and on those that load.

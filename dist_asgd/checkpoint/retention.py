@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from dist_asgd.checkpoint.manifest import NAME
-from dist_asgd.checkpoint.storage import Storage
+from dist_asgd.checkpoint.format.manifest import NAME
+from dist_asgd.checkpoint.storage.storage import Storage
 
 SWEEPERS = 8  # requests at once
 GRACE = 3600.0  # seconds after its last change that an attempt without a manifest may still be under way

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dist_asgd import ShardedASGD
-from oracle import same_bits
-from ranks import message_of, run_alone
+from tests.support.oracle import same_bits
+from tests.support.ranks import message_of, run_alone
 
 pytestmark = pytest.mark.gpu
 

@@ -9,10 +9,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 
-import kernel_cases
 from dist_asgd import ShardedASGD
-from oracle import same_bits
-from ranks import run_alone, run_ranks
+from tests.support import kernel_cases
+from tests.support.oracle import same_bits
+from tests.support.ranks import run_alone, run_ranks
 
 pytestmark = pytest.mark.gpu
 

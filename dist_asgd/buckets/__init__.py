@@ -1,0 +1,1 @@
+"""Buckets: parameters of one group that are updated together, plain (flat) or placed by somebody else (DTensors)."""

@@ -1,0 +1,255 @@
+"""Parameters that somebody else has placed: DTensors (FSDP2, HSDP, TP) and slices (FSDP1). They stay where they lie.
+
+The update reads and writes the local tensors, all in one pass; without one, small ones are gathered for it and put
+back. So what is spent on each is a microsecond or two, where torch.optim.ASGD, by operators on DTensors, spends eighty.
+Gradients have been reduced by whoever placed the parameters.
+
+Where several ranks have the same block of a parameter (see buckets/replicas.py), each owns a shard of the bucket, updates the
+pieces of parameters in it, and one all-gather among them distributes the result.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dist_asgd.asgd.schedule import Hyperparameters, Scaling
+from dist_asgd.buckets.base import Bucket, Setting, describe, require_dense, require_fitting
+from dist_asgd.buckets.gradient_tensors import PlacedGradient
+from dist_asgd.buckets.hooks import register_hook, remove_hooks
+from dist_asgd.buckets.local_tensors import gradient_is_placed, local_gradient, place_gradient
+from dist_asgd.buckets.packing import Batch, Batches, Packer
+from dist_asgd.buckets.replicas import Sharing, family_of
+from dist_asgd.comm.collectives import Transfer
+from dist_asgd.kernels.dispatch import FlatSlice, PartsSlice, UpdateSlice
+from dist_asgd.kernels.scan import Look
+from dist_asgd.kernels.tensor_list import Gradients, as_real
+from dist_asgd.sharding.layout import BucketLayout, Piece
+from dist_asgd.sharding.placement import Placement, local_tensor
+from dist_asgd.sharding.scalar_runs import Run
+from dist_asgd.sharding.shard_views import PlacedParameters, local_of
+
+# All-gathers under way at once; each has a buffer of its bucket's size.
+MAX_IN_FLIGHT = 2
+
+# Seconds to wait for a place among them. Where another rank does not come, waiting longer helps nobody.
+PATIENCE = 5.0
+
+
+class PlacedBucket(Bucket):
+    """Parameters that stay where they lie.
+
+    Args:
+        named: DTensors of one family (see buckets/replicas.py), or slices, of one dtype and device.
+        sharing: the ranks that have the same of each of them; None for slices.
+        in_flight: buckets whose all-gather is under way; the same list for all that are built together.
+    """
+
+    def __init__(
+        self,
+        named: Mapping[Tensor, str],
+        layout: BucketLayout,
+        setting: Setting,
+        sharing: Sharing | None,
+        in_flight: deque[PlacedBucket],
+    ) -> None:
+        params = tuple(named)
+        placements = [Placement.of(param) for param in params]
+        collectives = None if sharing is None else sharing.collectives(params[0].device)
+        rank = 0 if collectives is None or sharing is None else sharing.ranks.index(setting.rank)
+        self._parameters = PlacedParameters(params, layout, placements, rank)
+        super().__init__(named, layout, placements, self._parameters, rank, collectives, setting)
+        self.group, self.reducing = setting.group, setting.reducing
+        self.mirrors = () if sharing is None else sharing.mirrors
+        self.uneven = sharing is None
+        # Where replicas do not share, the first of them speaks for all.
+        self._counts = sharing is None or collectives is not None or sharing.ranks[0] == setting.rank
+        self._family = family_of(params[0]) if isinstance(params[0], DTensor) else None
+        shapes, strides = [placement.shape for placement in placements], [placement.strides for placement in placements]
+        self._look = Look.of(shapes, strides, self._parameters.flats[0])
+        self._plain: Gradients | None = None  # from when all were found until the step
+        self._addresses = [flat.data_ptr() for flat in self._parameters.flats]
+        self._packer = Packer(layout, placements, self._parameters.flats[0])
+        fuses = self.shard.fuses and all(type(flat) is Tensor for flat in self._parameters.flats)
+        own = self._parameters.own if fuses else None
+        self._batches = Batches(self._parameters.pieces, layout, self.device, own)
+        spans = [(position, span) for position, span in enumerate(layout.spans) if span.numel]
+        if self.collectives is not None:
+            self._whole = Batch.of([Piece(position, 0, span.numel, span.start) for position, span in spans])
+        self.always_gathers = self.collectives is not None
+        self._received: Tensor | None = None  # the whole bucket, while the all-gather is under way
+        self._gather: Transfer | None = None
+        self._in_flight = in_flight
+        hooks = [] if self.uneven else [register_hook(param, _hook(weakref.ref(self))) for param in params]
+        weakref.finalize(self, remove_hooks, hooks)
+
+    def check_parameters(self) -> None:
+        found: list[Tensor] = list(map(local_of if self.uneven else local_tensor, self.params))  # type: ignore[arg-type]
+        if all(map(operator.is_, found, self._parameters.local)):
+            return
+        if list(map(Tensor.data_ptr, found)) == self._addresses:
+            return
+        for position, (name, local) in enumerate(zip(self.names, found, strict=True)):
+            placement = self.placements[position]
+            if self.uneven and local.shape != placement.shape and local.numel() >= placement.numel:
+                raise RuntimeError(
+                    f"parameter {name!r} has shape {tuple(local.shape)} now and was a slice of shape {placement.shape} "
+                    "when the optimizer was built. FSDP has put it together, as for a forward or by "
+                    "summon_full_params(): leave that first"
+                )
+            require_fitting(name, local, self.dtype, self.device, placement.shape)
+            self._parameters.local[position] = local
+            self._parameters.flats[position] = placement.flatten(local)
+            self._addresses[position] = local.data_ptr()
+            self._batches.forget()
+
+    # Gradients -------------------------------------------------------------------------------------------------------
+
+    def check_gradients(self) -> list[bool]:
+        self._plain = self._found([param.grad for param in self.params])
+        if self._plain is not None:
+            return [True] * len(self.params)
+        self._check_each_gradient()
+        # Slices without elements, of which FSDP makes no gradient, take every step.
+        return [param.grad is not None or (self.uneven and not param.numel()) for param in self.params]
+
+    def let_go(self) -> None:
+        self._plain = None
+
+    def _found(self, grads: list[Any]) -> Gradients | None:
+        """All gradients, if they are there and lie as the parameters; DTensors are placed as they are, too."""
+        if self._family is None:
+            return None if any(grad is None for grad in grads) else self._look.at(grads)
+        try:
+            local = list(map(local_tensor, grads))
+            places = [grad.placements for grad in grads]
+            meshes = [grad.device_mesh for grad in grads]
+        except AttributeError:  # None, or a plain tensor
+            return None
+        count = len(grads)
+        placed = places.count(self._family[1]) == count and meshes.count(self._family[0]) == count
+        return self._look.at(local) if placed else None
+
+    def _check_each_gradient(self) -> None:
+        for name, param, placement in zip(self.names, self.params, self.placements, strict=True):
+            grad = param.grad
+            if grad is None:
+                continue
+            if isinstance(param, DTensor):
+                if not isinstance(grad, DTensor):
+                    raise RuntimeError(
+                        f"the gradient of parameter {name!r} is a plain {describe(grad)}, and the parameter is a "
+                        f"DTensor with {param.placements}: make it one (distribute_tensor() for the whole gradient, "
+                        "DTensor.from_local() for this rank's block)"
+                    )
+                if not gradient_is_placed(param):
+                    if grad.device_mesh != param.device_mesh:
+                        raise RuntimeError(
+                            f"the gradient of parameter {name!r} is on {grad.device_mesh}, the parameter on "
+                            f"{param.device_mesh}"
+                        )
+                    continue
+                grad = local_gradient(param)
+            if grad.shape != placement.shape or grad.device != self.device or grad.layout is not torch.strided:
+                require_dense(name, grad)
+                raise RuntimeError(
+                    f"the gradient of parameter {name!r} is {describe(grad)} on this rank, the parameter has shape "
+                    f"{placement.shape} on {self.device}: they must have the same shape and device"
+                )
+
+    def has_misplaced(self) -> list[bool]:
+        """For each parameter, whether its gradient has another placement: a partial one that was not reduced yet."""
+        return [not (self._plain is not None or self.uneven or gradient_is_placed(param)) for param in self.params]
+
+    def place_gradients(self) -> None:
+        """Brings those to the placements of their parameters. Collective where there are any."""
+        for param in [] if self._plain is not None or self.uneven else self.params:
+            place_gradient(param)
+
+    def arrive(self, param: DTensor) -> None:
+        """A hook: the parameter has its gradient. A partial one, of a norm in tensor parallelism, say, is reduced."""
+        if self.reducing.enabled:
+            place_gradient(param)
+        if isinstance(param.grad, DTensor):
+            PlacedGradient.mark(param.grad, self)
+
+    def gradient_tensors(self) -> list[Tensor]:
+        return [local_gradient(param) for param in self.params if param.grad is not None]
+
+    def owned_gradients(self) -> list[Tensor]:
+        if not self._counts:
+            return []
+        grads = [(piece, self.params[piece.position]) for piece in self._parameters.pieces]
+        return [
+            self._packer.flat(piece.position, local_gradient(param))[piece.start : piece.stop]
+            for piece, param in grads
+            if param.grad is not None
+        ]
+
+    # Update ----------------------------------------------------------------------------------------------------------
+
+    def update(self, h: Hyperparameters, active: Sequence[bool] | None, scaling: Scaling | None = None) -> None:
+        self.wait()
+        self.shard.update(h, active, self._slices, scaling)
+        self.let_go()
+
+    def _slices(self, run: Run) -> Iterator[UpdateSlice]:
+        for batch in self._batches.of(run.first, run.stop):
+            if batch.parts is not None and self._plain is not None:
+                yield PartsSlice(batch.start, batch.stop, batch.parts, self._packer.chosen(batch, self._plain))
+                continue
+            grads: list[Any] = [self.params[position].grad for position in batch.positions]  # checked before the step
+            if not self.uneven:
+                grads = list(map(local_tensor, grads))
+            if batch.parts is not None:
+                yield PartsSlice(batch.start, batch.stop, batch.parts, self._packer.readable(batch, grads))
+                continue
+            flats = [self._parameters.flats[position] for position in batch.positions]
+            param = self._packer.join(batch, flats, ready=True)
+            yield FlatSlice(batch.start, param, self._packer.join(batch, grads))
+            if batch.gathered:  # and updated, since the next one is asked for
+                self._packer.part(batch, param, flats)
+
+    @torch.no_grad()
+    def start_gather(self, exact: bool = False) -> None:
+        # What is written to a local tensor does not show in the DTensor's version, by which autograd refuses a backward
+        # through old values.
+        torch.autograd.graph.increment_version(self.params)
+        if self.collectives is None:
+            return
+        if len(self._in_flight) == MAX_IN_FLIGHT:  # more, once another rank has let this one wait in vain
+            self._in_flight[0].wait(PATIENCE)
+        received = torch.empty(self.layout.numel, dtype=self.dtype if exact else self.wire, device=self.device)
+        own = received[self.shard.start : self.shard.stop]
+        own.copy_(self._parameters.read())
+        self._gather = self.collectives.start_gather(as_real(received), as_real(own))
+        self._received = received
+        self._in_flight.append(self)
+
+    @torch.no_grad()
+    def wait(self, seconds: float | None = None) -> None:
+        if self._gather is None or not (seconds is None or self._gather.completes_within(seconds)):
+            return
+        self._gather.wait()
+        if self._received is not None:
+            flats = [self._parameters.flats[position] for position in self._whole.positions]
+            values = self._received[self._whole.start : self._whole.stop].to(self.dtype)
+            self._packer.part(self._whole, values, flats)
+        self._in_flight.remove(self)
+        self._gather = self._received = None
+
+
+def _hook(bucket: weakref.ref[PlacedBucket]) -> Callable[[Tensor], None]:
+    def hook(param: Tensor) -> None:
+        alive = bucket()
+        if alive is not None and isinstance(param, DTensor):
+            alive.arrive(param)
+
+    return hook

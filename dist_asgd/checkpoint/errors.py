@@ -1,0 +1,69 @@
+"""What a checkpoint holds, entry by entry: the words that its reader, its writer and the live state have in common.
+
+[Note: words]
+- *key*: the name of an entry, its path in the nested state joined by dots, as torch.distributed.checkpoint has it:
+  ``model.wte.weight``, ``optimizer.state.wte.weight.ax``, ``optimizer.param_groups.0.lr``.
+- *entry*: a tensor, or a value: anything else, which JSON can express.
+- *block*: a box of a tensor's own shape with its elements. A rank has none, one or several of each tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from dist_asgd.comm.consensus import Agreement
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be saved or loaded. Says which file and which key, and what to do."""
+
+
+class NotCommitted(CheckpointError):
+    """Something of a checkpoint is there, but it never was finished, or is being deleted: it does not exist."""
+
+
+@contextlib.contextmanager
+def together(agreement: Agreement, operation: str) -> Iterator[None]:
+    """``Agreement.together`` whose errors are ``CheckpointError``, ``ValueError`` or ``TypeError``.
+
+    A rank that is interrupted tells the others before it goes its way.
+    """
+    own: BaseException | None = None
+    with only_checkpoint_errors():
+        try:
+            with agreement.together(operation):
+                try:
+                    yield
+                except Exception as error:
+                    own = error
+                    raise
+                except BaseException as error:
+                    own = error
+                    raise CheckpointError(f"{operation} was interrupted by {type(error).__name__}") from error
+        except Exception as error:
+            if own is not None and not isinstance(own, Exception):
+                raise own from None
+            if own is None or own in (error, error.__cause__):
+                raise
+            raise CheckpointError(f"{own}. Nor could ranks tell one another so: {error}") from own
+
+
+@contextlib.contextmanager
+def only_checkpoint_errors() -> Iterator[None]:
+    """What goes wrong in the block is a ``CheckpointError``, but for a user's ``ValueError`` or ``TypeError``."""
+    try:
+        yield
+    except (CheckpointError, ValueError, TypeError):
+        raise
+    except Exception as error:
+        raise CheckpointError(str(error)) from error
+
+
+@contextlib.contextmanager
+def named(url: str) -> Iterator[None]:
+    """Tells which checkpoint an error is about."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{url}: {error}") from error.__cause__

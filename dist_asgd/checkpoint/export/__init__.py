@@ -1,0 +1,1 @@
+"""Weights as files for others: torch.save, safetensors, Hugging Face directories."""

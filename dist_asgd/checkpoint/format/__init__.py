@@ -1,0 +1,1 @@
+"""The files of a checkpoint: manifest, archives of tensors, and DCP metadata."""

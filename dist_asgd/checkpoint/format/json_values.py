@@ -1,0 +1,211 @@
+"""Python values as JSON, exactly, and back, running nothing that the JSON says.
+
+What JSON has by itself stands for itself. Everything else is an object with one member, whose name begins with ``#``
+and says the type: ``{"#tuple": [1, 2]}``, ``{"#float": "inf"}``. A dict becomes a JSON object only if its keys are
+strings of which none begins so; any other becomes ``{"#dict": [[key, value], ...]}``.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import struct
+import sys
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from dist_asgd.checkpoint.errors import CheckpointError
+
+MAX_DEPTH = 100  # of containers in each other, far less than json itself can read
+_SMALL = 2**53  # larger integers are written in hexadecimal: not every reader of JSON has them
+_NUMPY_DTYPE = re.compile(r"[<>|=][biufcSUmM]\d{1,4}(\[\w{1,9}\])?")
+_TORCH_DTYPES = {
+    str(value).removeprefix("torch."): value for value in vars(torch).values() if type(value) is torch.dtype
+}
+
+
+class Values(Mapping[str, Any]):
+    """Values by key, each made when it is asked for: what nobody takes may be damaged, or unreadable."""
+
+    def __init__(self, found: Mapping[str, Any], make: Callable[[Any, str], Any]) -> None:
+        self._found, self._make = found, make
+
+    def __getitem__(self, key: str) -> Any:
+        return self._make(self._found[key], key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+def encode(value: Any, name: str) -> Any:
+    """``value`` as what ``json.dumps(..., allow_nan=False)`` takes. ``name``: of the value, for errors.
+
+    None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, OrderedDict, Counter, torch.Size,
+    torch.dtype, NumPy's scalars and arrays. The types themselves: what is derived from them is refused, since it would
+    come back as something else.
+
+    Raises:
+        TypeError: for any other type, with the place of the value and what to do.
+    """
+    return _encode(value, name, 0)
+
+
+def decode(encoded: Any, name: str) -> Any:
+    """The value that ``encode`` was given.
+
+    Raises:
+        CheckpointError: where ``encoded`` is nothing that ``encode`` has made, or needs NumPy and there is none.
+    """
+    try:
+        return _decode(encoded, 0)
+    except (ValueError, TypeError, KeyError, OverflowError, MemoryError, struct.error, ImportError) as error:
+        text = json.dumps(encoded, default=repr)[:200] if _depth_of(encoded) < MAX_DEPTH else "lists in lists"
+        raise CheckpointError(f"the value {name} is damaged, or of a newer version: {text} ({error})") from None
+
+
+def _encode(value: Any, name: str, depth: int) -> Any:
+    kind = type(value)
+    if depth > MAX_DEPTH:
+        raise TypeError(f"{name[:100]}... contains itself, or more than {MAX_DEPTH} containers in each other")
+    if kind in (type(None), bool) or (kind is int and abs(value) < _SMALL) or (kind is str and _is_unicode(value)):
+        return value
+    if kind is float and value - value == 0:  # finite; JSON has those exactly
+        return value
+    if kind is list:
+        return [_encode(item, f"{name}[{index}]", depth + 1) for index, item in enumerate(value)]
+    if kind is dict and all(type(key) is str and not key.startswith("#") and _is_unicode(key) for key in value):
+        return {key: _encode(item, f"{name}[{key!r}]", depth + 1) for key, item in value.items()}
+    if kind in (dict, OrderedDict, Counter):
+        keys = [_encode(key, f"a key of {name}", depth + 1) for key in value]
+        items = [_encode(item, f"{name}[{key!r}]", depth + 1) for key, item in value.items()]
+        return {f"#{kind.__name__}": [list(pair) for pair in zip(keys, items, strict=True)]}
+    if kind in (tuple, set, frozenset):
+        items = [_encode(item, f"{name}[{index}]", depth + 1) for index, item in enumerate(value)]
+        return {f"#{kind.__name__}": items if kind is tuple else sorted(items, key=json.dumps)}
+    return _encode_atom(value, name)
+
+
+def _encode_atom(value: Any, name: str) -> Any:
+    kind = type(value)
+    if kind is int:
+        return {"#int": hex(value)}
+    if kind is float:
+        return {"#float": struct.pack(">d", value).hex()}
+    if kind is complex:
+        return {"#complex": struct.pack(">dd", value.real, value.imag).hex()}
+    if kind is str:
+        return {"#str": value.encode("utf-8", "surrogatepass").hex()}
+    if kind is bytes:
+        return {"#bytes": base64.b64encode(value).decode()}
+    if kind is torch.Size:
+        return {"#Size": list(value)}
+    if kind is torch.dtype:
+        return {"#dtype": str(value).removeprefix("torch.")}
+    numpy: Any = sys.modules.get("numpy")  # torch can do without
+    is_numpy = numpy is not None and (kind is numpy.ndarray or isinstance(value, numpy.generic))
+    if is_numpy and _NUMPY_DTYPE.fullmatch(value.dtype.str):
+        shape = list(value.shape) if kind is numpy.ndarray else None
+        return {"#numpy": [value.dtype.str, shape, base64.b64encode(value.tobytes()).decode()]}
+    raise TypeError(
+        f"{name} is {_described(value)}, which a checkpoint cannot hold: give it as tensors, numbers, strings, lists, "
+        "tuples, dicts or sets, or as an object that has state_dict() and load_state_dict()"
+    )
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return "a tensor in a tuple, a set, or a dict with keys that are no strings"
+    return f"of type {type(value).__module__}.{type(value).__qualname__}"
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no surrogates, two of which JSON would make one character of."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _decode(encoded: Any, depth: int) -> Any:
+    if depth > 2 * MAX_DEPTH:
+        raise ValueError("too many containers in each other")
+    if encoded is None or type(encoded) in (bool, int, float, str):
+        return encoded
+    if type(encoded) is list:
+        return [_decode(item, depth + 1) for item in encoded]
+    if type(encoded) is not dict:
+        raise TypeError("no JSON")
+    tags = [key for key in encoded if key.startswith("#")]
+    if not tags:
+        return {key: _decode(item, depth + 1) for key, item in encoded.items()}
+    (tag,) = encoded
+    content = encoded[tag]
+    if tag in _CONTAINERS:
+        if type(content) is not list:
+            raise TypeError("not a list")
+        return _CONTAINERS[tag](_decode(item, depth + 1) for item in content)
+    return _ATOMS[tag](content)
+
+
+def _counter(pairs: Any) -> Counter[Any]:
+    return Counter(dict(pairs))
+
+
+def _size(content: Any) -> torch.Size:
+    if type(content) is not list or not all(type(size) is int for size in content):
+        raise TypeError("not a list of int")
+    return torch.Size(content)
+
+
+def _decode_numpy(content: Any) -> Any:
+    import numpy
+
+    dtype, shape, data = content  # of a scalar the shape is None
+    if not _NUMPY_DTYPE.fullmatch(dtype) or not (shape is None or all(type(size) is int for size in shape)):
+        raise ValueError("not what NumPy has")
+    flat = numpy.frombuffer(base64.b64decode(data, validate=True), numpy.dtype(dtype))
+    if shape is None:
+        (scalar,) = flat
+        return scalar
+    if any(size < 0 for size in shape):
+        raise ValueError("a negative size")
+    return flat.reshape(shape).copy()
+
+
+_CONTAINERS: Mapping[str, Callable[[Any], Any]] = {
+    "#dict": dict,
+    "#OrderedDict": OrderedDict,
+    "#Counter": _counter,
+    "#tuple": tuple,
+    "#set": set,
+    "#frozenset": frozenset,
+}
+_ATOMS: Mapping[str, Callable[[Any], Any]] = {
+    "#int": lambda text: int(text, 16),
+    "#float": lambda text: struct.unpack(">d", bytes.fromhex(text))[0],
+    "#complex": lambda text: complex(*struct.unpack(">dd", bytes.fromhex(text))),
+    "#str": lambda text: bytes.fromhex(text).decode("utf-8", "surrogatepass"),
+    "#bytes": lambda text: base64.b64decode(text, validate=True),
+    "#Size": _size,
+    "#dtype": _TORCH_DTYPES.__getitem__,
+    "#numpy": _decode_numpy,
+}
+
+
+def _depth_of(encoded: Any) -> int:
+    level, depth = [encoded], 0
+    while level and depth < MAX_DEPTH:
+        level = [item for value in level if type(value) in (list, dict) for item in _items(value)]
+        depth += 1
+    return depth
+
+
+def _items(value: Any) -> Any:
+    return value.values() if type(value) is dict else value

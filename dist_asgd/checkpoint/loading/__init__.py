@@ -1,0 +1,1 @@
+"""Loading: what is read, verified, and only then put into live state."""

@@ -1,0 +1,1 @@
+"""Live state (modules, optimizers, values) as entries of a checkpoint, and back."""

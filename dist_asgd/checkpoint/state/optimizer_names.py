@@ -1,0 +1,158 @@
+"""Optimizers whose state is by the names of parameters, whatever ids they have for them."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel, StateDictType
+
+from dist_asgd.checkpoint.state.module_names import is_fsdp1, names_in, without_wrappers
+from dist_asgd.checkpoint.state.tree import Path, key_of
+
+
+@dataclass(frozen=True, slots=True)
+class NamedOptimizer(ABC):
+    optimizer: torch.optim.Optimizer
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """As ``get_optimizer_state_dict`` has it, which takes a fake step where there is no state (pytorch#164929)."""
+
+    @abstractmethod
+    def params(self) -> dict[str, Tensor]:
+        """Tensors of the shape, layout and device of the parameters, by name."""
+
+    @abstractmethod
+    def load(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes a state dict by names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plain(NamedOptimizer):
+    """One of parameters that know their shape: plain tensors and DTensors."""
+
+    names: list[list[str]]  # by group
+
+    def state_dict(self) -> dict[str, Any]:
+        state_dict = self.optimizer.state_dict()
+        groups = zip(state_dict["param_groups"], self.names, strict=True)
+        named = {key: name for group, names in groups for key, name in zip(group["params"], names, strict=True)}
+        return {
+            "state": {named.get(key, key): entry for key, entry in state_dict["state"].items()},
+            "param_groups": [
+                {**group, "params": names} for group, names in zip(state_dict["param_groups"], self.names, strict=True)
+            ],
+        }
+
+    def params(self) -> dict[str, Tensor]:
+        groups = zip(self.optimizer.param_groups, self.names, strict=True)
+        return {name: param for group, names in groups for name, param in zip(names, group["params"], strict=True)}
+
+    def load(self, state_dict: Mapping[str, Any]) -> None:
+        ids = {name: number for number, name in enumerate(self.params())}
+        state = {ids.get(name, name): entry for name, entry in state_dict["state"].items()}
+        groups = [{**group, "params": [ids[name] for name in group["params"]]} for group in state_dict["param_groups"]]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._undo_casts(state_dict["state"])
+
+    def _undo_casts(self, loaded: Mapping[str, Mapping[str, Any]]) -> None:
+        """torch gives all state but ``step`` the parameter's dtype, also where the optimizer has another (eta, mu)."""
+        if type(self.optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
+            return
+        params: dict[str, Any] = dict(self.params())
+        for name, entry in loaded.items():
+            state = self.optimizer.state.get(params.get(name, name), {})
+            for key, value in entry.items() if isinstance(entry, Mapping) else ():
+                now = state.get(key)
+                if isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype != value.dtype:
+                    state[key] = value.to(now.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Flattened(NamedOptimizer):
+    """One of slices of FSDP1's flat parameters, which only FSDP1 can name. Every method is collective."""
+
+    module: nn.Module
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.optimizer.state:
+            return dict(get_optimizer_state_dict(self.module, self.optimizer))
+        with _sharded_state_dicts(self.module):
+            state_dict = FullyShardedDataParallel.optim_state_dict(self.module, self.optimizer)
+        for group in state_dict["param_groups"]:
+            group["params"] = [without_wrappers(name) for name in group["params"]]
+        return state_dict
+
+    def params(self) -> dict[str, Tensor]:
+        state = get_model_state_dict(self.module)
+        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+    def load(self, state_dict: Mapping[str, Any]) -> None:
+        with _sharded_state_dicts(self.module):
+            flat = FullyShardedDataParallel.optim_state_dict_to_load(self.module, self.optimizer, dict(state_dict))
+        self.optimizer.load_state_dict(flat)
+
+
+def named(path: Path, optimizer: torch.optim.Optimizer, modules: Mapping[Path, nn.Module]) -> NamedOptimizer:
+    """The optimizer at ``path`` of a state that has ``modules``.
+
+    Parameters have the names that their module gives them; where the optimizer has parameters of several modules, after
+    the module's path. Parameters of no module have the names that the optimizer was given.
+
+    Raises:
+        ValueError: where a parameter has no name, or several have the same.
+    """
+    known = names_in(modules)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    owners = {known[id(param)][0] for param in params if id(param) in known}
+    slices = [param for param in params if _is_slice(param)]
+    for owner in owners:
+        if slices and is_fsdp1(modules[owner]):
+            return Flattened(optimizer, modules[owner])
+    if slices:
+        raise ValueError(f"{key_of(path)} has slices of FSDP1's parameters: put the module into the state as well")
+    names: list[list[str]] = []
+    for number, group in enumerate(optimizer.param_groups):
+        given = group.get("param_names")
+        names.append([])
+        for index, param in enumerate(group["params"]):
+            if id(param) in known:
+                owner, name = known[id(param)]
+                names[-1].append(name if len(owners) == 1 else key_of((*owner, name)))
+            elif given is not None:
+                names[-1].append(without_wrappers(given[index]).removeprefix("module."))
+            else:
+                raise ValueError(_nameless(path, number, index, param))
+    flat = [name for of_group in names for name in of_group]
+    if len(set(flat)) < len(flat):
+        twice = next(name for name in flat if flat.count(name) > 1)
+        raise ValueError(f"several parameters of {key_of(path)} are named {twice!r}: they need names of their own")
+    return Plain(optimizer, names)
+
+
+def _nameless(path: Path, number: int, index: int, param: Tensor) -> str:
+    return (
+        f"parameter {index} (shape {list(param.shape)}) of group {number} of {key_of(path)} has no name to save its "
+        "state under: put the module into the state as well, or build the optimizer from model.named_parameters()"
+    )
+
+
+def _is_slice(param: Tensor) -> bool:
+    """Whether it is flat, or a slice, which FSDP1 marks."""
+    return isinstance(param, FlatParameter) or bool(getattr(param, "_fsdp_flattened", False))
+
+
+@contextlib.contextmanager
+def _sharded_state_dicts(module: nn.Module) -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP.state_dict_type", FutureWarning)
+        with FullyShardedDataParallel.state_dict_type(module, StateDictType.SHARDED_STATE_DICT):
+            yield

@@ -1,0 +1,1 @@
+"""Checkpoints that torch.distributed.checkpoint (DCP) wrote, read without running their pickles."""

@@ -1,0 +1,115 @@
+"""Plain data out of pickles: numbers, strings, bytes, containers, NumPy's arrays, tensors. Nothing is run.
+
+A value in a stock checkpoint is whatever ``torch.save`` makes of it, mostly a number. `read_pickle` tells what a pickle
+describes; here that becomes the value, as long as it is of types whose making can do no harm.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_asgd.checkpoint.errors import CheckpointError
+from dist_asgd.checkpoint.format.json_values import MAX_DEPTH, decode
+from dist_asgd.checkpoint.stock.pickle_reader import DTYPE_GLOBALS, DTYPES, Global, Node, read_pickle, short
+
+_BUILTINS = ("__builtin__", "builtins")  # protocol 2, which torch.save takes, has Python 2's names
+_NUMPY = ("numpy._core.multiarray", "numpy.core.multiarray")  # from NumPy 2 on, and before
+_ARRAYS = {f"{module}._reconstruct" for module in _NUMPY}
+_SCALARS = {f"{module}.scalar" for module in _NUMPY}
+_ALLOWED = DTYPE_GLOBALS | {
+    *((module, name) for module in _BUILTINS for name in ("bytes", "set", "frozenset", "complex")),
+    *((module, name) for module in _NUMPY for name in ("_reconstruct", "scalar")),
+    *(("numpy", name) for name in ("ndarray", "dtype")),
+    *(("torch", name) for name in ("Size", "device")),
+    ("_codecs", "encode"),  # how bytes are described
+    ("collections", "OrderedDict"),
+}
+
+
+def plain_value(data: bytes, tensor_of: Callable[[Node], Tensor | None], tensors: frozenset[tuple[str, str]]) -> Any:
+    """The value that a pickle describes.
+
+    Args:
+        data: the pickle.
+        tensor_of: the tensor that a node describes; None where it describes none.
+        tensors: the globals that such nodes have.
+
+    Raises CheckpointError when it is damaged, or is of types that are not plain, which it names.
+    """
+    found = read_pickle(data, _ALLOWED | tensors, persistent=True)
+    try:
+        return _Maker(10 * len(data) + 1000, tensor_of).value(found, 0)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the pickle is damaged, or made to do harm ({error})") from error
+
+
+class _Maker:
+    def __init__(self, budget: int, tensor_of: Callable[[Node], Tensor | None]) -> None:
+        self._left = budget  # values still to be made: a list may be referred to any number of times
+        self._tensor_of = tensor_of
+
+    def value(self, found: Any, depth: int) -> Any:
+        self._left -= 1
+        if depth > MAX_DEPTH or self._left < 0:
+            raise ValueError("containers refer to themselves, or to others very often")
+        match found:
+            case None | bool() | int() | float() | str():
+                return found
+            case tuple() | list():
+                return type(found)([self.value(item, depth + 1) for item in found])
+            case dict():
+                return type(found)(
+                    [(self.value(key, depth + 1), self.value(item, depth + 1)) for key, item in found.items()]
+                )
+            case Global(name) if name in DTYPES:
+                return DTYPES[name]
+            case Node():
+                return self._object(found)
+        raise _not_plain(found)
+
+    def _object(self, node: Node) -> Any:
+        name, arguments = node.name, node.arguments
+        match name.removeprefix("__builtin__.").removeprefix("builtins."), arguments, node.state:
+            case "_codecs.encode", (str(text), "latin1"), None:
+                return text.encode("latin1")
+            case "bytes", (), None:
+                return b""
+            case "complex", (float(real), float(imaginary)), None:
+                return complex(real, imaginary)
+            case ("set" | "frozenset") as kind, (list(members),), None:
+                # Not tuples: a deep one would overflow the stack of the hash function.
+                if all(isinstance(member, str | int | float | None) for member in members):
+                    return {"set": set, "frozenset": frozenset}[kind](members)
+            case "torch.Size", (tuple(sizes),), None:
+                return torch.Size(sizes)
+            case "torch.device", (str(kind), *index), None:
+                return torch.device(kind, *index)
+            case _, (Global("numpy.ndarray"), _, _), (1, tuple(shape), Node() as dtype, False, data):
+                if name in _ARRAYS:
+                    return _numpy(dtype, list(shape), self.value(data, 0))
+            case _, (Node("numpy.dtype") as dtype, data), None:
+                if name in _SCALARS:
+                    return _numpy(dtype, None, self.value(data, 0))
+        tensor = self._tensor_of(node)
+        if tensor is None:
+            raise _not_plain(node)
+        return tensor
+
+
+def _numpy(dtype: Node, shape: list[int] | None, data: bytes) -> Any:
+    """An array, or a scalar where there is no shape."""
+    match dtype.arguments, dtype.state:
+        case (str(code), False, True), (3, "<" | "|" as order, None, None, None, int(), int(), int()):
+            return decode({"#numpy": [order + code, shape, base64.b64encode(data).decode()]}, "in the pickle")
+    raise _not_plain(dtype)
+
+
+def _not_plain(found: Any) -> CheckpointError:
+    return CheckpointError(
+        f"it has {short(found)}, which is not plain data: if you trust where it comes from, pass trust=True"
+    )

@@ -1,0 +1,1 @@
+"""Files below one URL: local, or on any fsspec target."""

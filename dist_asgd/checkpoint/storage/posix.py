@@ -1,0 +1,239 @@
+"""Local files by plain system calls: no buffer between a tensor's memory and the file, and one fsync."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from dist_asgd.checkpoint.storage.retry import Requests
+from dist_asgd.checkpoint.storage.store import Chunk, Store, is_temporary, temporary_path
+
+FLUSHED = 2**24  # bytes
+
+# What link() answers on file systems without hard links (FAT, several FUSE ones).
+NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.ENOTSUP}
+
+
+class LocalStore(Store):
+    """The files below one folder, which need not exist yet."""
+
+    def __init__(self, folder: str, requests: Requests) -> None:
+        self._folder = folder
+        self._requests = requests
+
+    def _at(self, path: str) -> str:
+        return f"{self._folder}/{path}" if path else self._folder
+
+    def create(self, path: str, data: bytes) -> None:
+        target = self._at(path)
+        with self._requests.once("create", path):
+            make_folders(os.path.dirname(target))
+            with removed_at_the_end(temporary_path(target)) as temporary:
+                with new_file(temporary) as file:
+                    write_all(file, data)
+                    os.fsync(file)
+                link(temporary, target, data)
+            sync_folder(os.path.dirname(target))
+
+    def write(self, path: str, chunks: Iterable[Chunk]) -> int:
+        target = self._at(path)
+        count = 0
+        with contextlib.ExitStack() as stack:
+            with self._requests.once("write", path):
+                make_folders(os.path.dirname(target))
+                temporary = stack.enter_context(removed_at_the_end(temporary_path(target)))
+                file = stack.enter_context(new_file(temporary))
+            flusher = stack.enter_context(Flusher(file))
+            for chunk in chunks:  # what this raises is the caller's own
+                with self._requests.once("write", path):
+                    count += (written := write_all(file, chunk))
+                    flusher.wrote(written)
+            with self._requests.once("write", path):
+                os.fsync(file)
+                os.replace(temporary, target)
+                sync_folder(os.path.dirname(target))
+        return count
+
+    def read(self, path: str) -> bytes:
+        def request() -> bytes:
+            with open(self._at(path), "rb") as file:
+                return file.read()
+
+        return self._requests.again("read", path, request)
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        return self._requests.again("read", path, lambda: read_range(self._at(path), start, stop))
+
+    def entries(self, path: str) -> dict[str, int | None]:
+        return self._requests.again("list", path, lambda: list_folder(self._at(path)))
+
+    def sizes(self, path: str) -> dict[str, int]:
+        found: dict[str, int] = {}
+        folders = [""]
+        while folders:
+            folder = folders.pop()
+            for name, size in self.entries("/".join(filter(None, (path, folder)))).items():
+                inner = f"{folder}/{name}" if folder else name
+                if size is None:
+                    folders.append(inner)
+                else:
+                    found[inner] = size
+        return found
+
+    def remove(self, path: str) -> None:
+        with self._requests.once("remove", path), contextlib.suppress(FileNotFoundError):
+            os.unlink(self._at(path))
+            sync_folder(os.path.dirname(self._at(path)))
+
+    def remove_tree(self, path: str) -> None:
+        target = self._at(path)
+        with self._requests.once("remove", path), contextlib.suppress(FileNotFoundError):
+            if not os.path.isdir(target) or os.path.islink(target):
+                os.unlink(target)
+            while os.path.lexists(target):  # until no other rank removes the same files or adds one
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.rmtree(target)
+            sync_folder(os.path.dirname(target))
+
+    def abort_uploads(self, prefix: str, older_than: float) -> int:
+        """Files under way whose process died."""
+        count = 0
+        with self._requests.once("abort uploads below", prefix):
+            for folder, _, names in os.walk(self._at(prefix)):
+                for name in filter(is_temporary, names):
+                    with contextlib.suppress(FileNotFoundError):
+                        if os.stat(f"{folder}/{name}").st_mtime <= time.time() - older_than:
+                            os.unlink(f"{folder}/{name}")
+                            count += 1
+        return count
+
+    def modified(self, path: str) -> float | None:
+        target = self._at(path)
+        with self._requests.once("look at", path):
+            inner = [f"{folder}/{name}" for folder, _, names in os.walk(target) for name in names]
+            times = []
+            for file in inner or [target]:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    times.append(os.stat(file).st_mtime)
+            return max(times, default=None)
+
+
+def make_folders(folder: str) -> None:
+    """``folder`` and what is missing above it; each new entry is durable."""
+    if os.path.isdir(folder):
+        return
+    parent = os.path.dirname(folder)
+    make_folders(parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder)
+    sync_folder(parent)
+
+
+def sync_folder(folder: str) -> None:
+    """Makes names in it durable. File systems that cannot fsync a folder (EINVAL) keep them by themselves."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_file(path: str) -> Iterator[int]:
+    """A descriptor of a file that did not exist."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def removed_at_the_end(path: str) -> Iterator[str]:
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+class Flusher:
+    """Takes a file that is being written to its disk meanwhile, in a thread, so that little is left to the last fsync.
+
+    Measured for 400 MB with checksums made at the same time: 0.5 s where the last fsync takes all of it, 0.3 s so.
+    """
+
+    def __init__(self, file: int) -> None:
+        self._file, self._waiting = file, 0
+        self._thread = ThreadPoolExecutor(1, "dist_asgd-flush")
+        self._flush: Future[None] | None = None
+
+    def __enter__(self) -> Flusher:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+
+    def wrote(self, count: int) -> None:
+        self._waiting += count
+        if self._waiting >= FLUSHED and (self._flush is None or self._flush.done()):
+            if self._flush is not None:
+                self._flush.result()  # an error of the disk is told once
+            self._waiting = 0
+            self._flush = self._thread.submit(os.fdatasync, self._file)
+
+
+def write_all(file: int, data: Chunk) -> int:
+    view = memoryview(data).cast("B")
+    count = len(view)
+    while view:
+        view = view[os.write(file, view) :]
+    return count
+
+
+def link(temporary: str, target: str, data: bytes) -> None:
+    """Gives a durable file its name, unless that is taken; then FileExistsError."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        if os.stat(temporary).st_nlink != 2:  # 2: NFS repeated a request that had been carried out
+            raise
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        # Exclusive as well, but somebody may read a part of it.
+        with new_file(target) as file:
+            write_all(file, data)
+            os.fsync(file)
+
+
+def read_range(path: str, start: int, stop: int) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        parts = [os.pread(descriptor, stop - start, start)]
+        while parts[-1] and sum(map(len, parts)) < stop - start:
+            parts.append(os.pread(descriptor, stop - start - sum(map(len, parts)), start + sum(map(len, parts))))
+    finally:
+        os.close(descriptor)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def list_folder(folder: str) -> dict[str, int | None]:
+    found: dict[str, int | None] = {}
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if not is_temporary(entry.name):
+                with contextlib.suppress(FileNotFoundError):
+                    if not entry.is_dir():
+                        found[entry.name] = entry.stat().st_size
+                    elif not entry.is_symlink():  # such may lead out of the run, or in a circle
+                        found[entry.name] = None
+    return found

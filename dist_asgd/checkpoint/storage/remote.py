@@ -1,0 +1,109 @@
+"""Stores reached through fsspec: what is alike for all of them. How files get there and away differs: storage/uploads.py."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+from dist_asgd.checkpoint.storage.connection import Connection
+from dist_asgd.checkpoint.storage.retry import statuses
+from dist_asgd.checkpoint.storage.store import Chunk, Store, is_temporary, time_of
+from dist_asgd.checkpoint.storage.uploads import Uploads
+
+HTTP_NO_SUCH_RANGE = 416
+
+
+class RemoteStore(Store):
+    """The files below one URL."""
+
+    def __init__(self, connection: Connection, uploads: Uploads) -> None:
+        self._connection = connection
+        self._uploads = uploads
+        self._again = connection.requests.again
+
+    def create(self, path: str, data: bytes) -> None:
+        self._uploads.create(path, data)
+
+    def write(self, path: str, chunks: Iterable[Chunk]) -> int:
+        return self._uploads.write(path, chunks)
+
+    def read(self, path: str) -> bytes:
+        return self._read(path, 0, None)  # "from 0": without, s3fs would ask for the size first
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        return self._read(path, start, stop)
+
+    def _read(self, path: str, start: int, stop: int | None) -> bytes:
+        def request() -> bytes:
+            try:
+                return bytes(self._connection.fs().cat_file(self._connection.at(path), start=start, end=stop))
+            except Exception as error:
+                if HTTP_NO_SUCH_RANGE in statuses(error):  # the file ends before start
+                    return b""
+                raise
+
+        return self._again("read", path, request)
+
+    def entries(self, path: str) -> dict[str, int | None]:
+        found = self._relative(path, self._ask("ls", path))
+        return {name: None if info["type"] == "directory" else info["size"] for name, info in found.items()}
+
+    def sizes(self, path: str) -> dict[str, int]:
+        return {name: info["size"] for name, info in self._relative(path, self._ask("find", path)).items()}
+
+    def remove(self, path: str) -> None:
+        self._uploads.remove([path])
+
+    def remove_tree(self, path: str) -> None:
+        infos = self._ask("find", path, withdirs=True)
+        if not infos:  # perhaps it is a file
+            self._uploads.remove([path])
+        whole = self._connection.at(path)
+        files = [info["name"] for info in infos if info["type"] != "directory"]
+        self._uploads.remove([path + name[len(whole) :] for name in files])
+        folders = {whole, *(info["name"].rstrip("/") for info in infos if info["type"] == "directory")}
+        self._uploads.remove_folders([path + name[len(whole) :] for name in sorted(folders, reverse=True)])
+
+    def abort_uploads(self, prefix: str, older_than: float) -> int:
+        return self._uploads.abort(prefix, older_than)
+
+    def modified(self, path: str) -> float | None:
+        infos = self._ask("find", path) or self._ask("info", path)
+        times = (time_of(info) for info in infos if info["type"] != "directory")
+        return max((moment for moment in times if moment is not None), default=None)
+
+    def _ask(self, method: str, path: str, **arguments: Any) -> list[dict[str, Any]]:
+        """What ``ls`` and ``find`` tell of what is below ``path``, or ``info`` of itself; [] where nothing is."""
+        whole = self._connection.at(path)
+        arguments |= {} if method == "info" else {"detail": True}
+
+        def request() -> list[dict[str, Any]]:
+            fs = self._connection.fs()
+            fs.invalidate_cache(whole)
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                return infos_in(getattr(fs, method)(whole, **arguments), whole, itself=method == "info")
+            return []
+
+        return self._again("list", path, request)
+
+    def _relative(self, path: str, infos: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """By name below ``path``; without placeholders of folders and files under way."""
+        above = f"{self._connection.at(path)}/"
+        return {
+            info["name"].rstrip("/").removeprefix(above): info
+            for info in infos
+            if not is_temporary(info["name"]) and (info["type"] == "directory" or not info["name"].endswith("/"))
+        }
+
+
+def infos_in(answer: Any, whole: str, itself: bool) -> list[dict[str, Any]]:
+    """The files and folders in an answer of fsspec that are ``whole`` itself, or those below it.
+
+    Of a file in the place of a folder some drivers tell the file, others nonsense.
+    """
+    if itself:
+        return [answer]
+    found = answer.values() if isinstance(answer, dict) else answer
+    infos = [info for info in found if isinstance(info, dict) and "name" in info]
+    return [info for info in infos if info["name"].rstrip("/").startswith(f"{whole}/")]

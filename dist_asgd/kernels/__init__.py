@@ -1,0 +1,1 @@
+"""The update in one pass over memory, on CPU and GPU, and the choice between its forms."""

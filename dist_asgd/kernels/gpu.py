@@ -1,0 +1,331 @@
+"""The rule in one pass over memory on a GPU: one launch of a Triton kernel, whatever the number of parts.
+
+Each program of the kernel updates one block of one part. Where to find it stands in tables in device memory (see
+kernels/pointer_tables.py); a single part needs none.
+
+The bits are those of PyTorch's CUDA operators. These compute ``add(alpha=)`` as an FMA, since nvcc contracts
+``a + alpha * b`` (pytorch#175838), and round everything else by itself; so the kernel asks for those FMAs and is
+compiled without any other contraction.
+"""
+
+from __future__ import annotations
+
+import functools
+from array import array
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from dist_asgd.asgd.rounding import Rounding, compute_dtype
+from dist_asgd.asgd.schedule import AnyScalars, DeviceScalars, Hyperparameters, Scalars
+from dist_asgd.kernels.pointer_tables import DeviceTables
+from dist_asgd.kernels.tensor_list import Gradients, Parts
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+# Elements of a block: 16 for each of the threads, which have 4 vector loads of fp32 under way for each tensor.
+BLOCK = 2048
+SMALL = 512  # where the part ends within the block, or is not aligned
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+# Numbers that would be compiled in where they are 1 or a multiple of 16, and pointers whose alignment would be.
+NUMBERS = ("numel", "lambd", "eta", "mu", "weight_decay", "seed", "number")
+POINTERS = ("param", "grad", "average", "master")
+SCALARS = ("device_step", "device_eta", "device_mu", "device_lr", "inverse_scale", "found_inf")  # 1 element each
+
+
+def compiled(numbers: Sequence[str], pointers: Sequence[str]) -> Any:
+    """A decorator of kernels: one compilation for all values of ``numbers`` and all alignments of ``pointers``."""
+    if triton is None:
+        return lambda function: function
+    return triton.jit(do_not_specialize=numbers, do_not_specialize_on_alignment=pointers)
+
+
+def inlined(function: Any) -> Any:
+    return function if triton is None else triton.jit(function)
+
+
+@inlined
+def _place(
+    param: tl.tensor, grad: tl.tensor, numel: tl.tensor,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr,
+) -> tuple:  # fmt: skip
+    """Of the program's block: addresses in its part and gradient, place in the averages, and elements from there on."""
+    program = tl.program_id(0).to(tl.int64)
+    if MANY:
+        work = tl.load(param + 3 * numel + program)
+        part = work >> 32
+        first = (work & 0xFFFFFFFF) * BLOCK
+        param_address = tl.load(param + part)
+        grad_address = tl.load(grad + part)
+        place = tl.load(param + numel + part) + first
+        left = tl.load(param + 2 * numel + part) - first
+    else:
+        first = program * BLOCK
+        param_address = param.to(tl.int64)
+        grad_address = grad.to(tl.int64)
+        place = first
+        left = numel - first
+    param_address += first * (PARAM.primitive_bitwidth // 8)
+    grad_address += first * (GRAD.primitive_bitwidth // 8)
+    return param_address, grad_address, place, left
+
+
+@inlined
+def double(bits: tl.tensor) -> tl.tensor:
+    """Of its bits: see ``bits``."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@inlined
+def loaded(value: tl.tensor, instead: tl.tensor, TYPE: tl.constexpr) -> tl.tensor:
+    """``value``, or what is at the pointer ``instead``, if any."""
+    if instead is None:
+        return value
+    else:
+        return tl.load(instead).to(TYPE)
+
+
+@inlined
+def _eta(eta: tl.tensor, device_step: tl.tensor, device_eta: tl.tensor, device_lr: tl.tensor) -> tl.tensor:
+    """Of this step; on the device, that of the first step is the ``lr``, ``device_lr`` or else ``eta``."""
+    if device_eta is None:
+        return double(eta)
+    else:
+        first = loaded(double(eta), device_lr, tl.float64).to(device_eta.dtype.element_ty)
+        return tl.where(tl.load(device_step) == 0, first, tl.load(device_eta)).to(tl.float64)
+
+
+@inlined
+def _seed(seed: tl.tensor, device_step: tl.tensor) -> tl.tensor:
+    """As ``Rounding.at``, which leaves it to the device to scramble where the device knows the step."""
+    if device_step is None:
+        return seed
+    else:
+        number = (seed + tl.load(device_step)).to(tl.uint32)
+        number = (number ^ number >> 16) * 0x85EBCA6B
+        number = (number ^ number >> 13) * 0xC2B2AE35
+        return number ^ number >> 16
+
+
+@inlined
+def _block(
+    address: tl.tensor, first: tl.tensor, TYPE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
+) -> tl.tensor:
+    """Pointers to the elements of a block."""
+    pointer = address.to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)  # bytes: loads and stores become vectors
+    return pointer + first + tl.arange(0, BLOCK)
+
+
+@inlined
+def _load(pointers: tl.tensor, left: tl.tensor, BLOCK: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
+    if ALIGNED:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=tl.arange(0, BLOCK) < left)
+
+
+@inlined
+def _store(pointers: tl.tensor, values: tl.tensor, left: tl.tensor, BLOCK: tl.constexpr, ALIGNED: tl.constexpr) -> None:
+    if ALIGNED:
+        tl.store(pointers, values)
+    else:
+        tl.store(pointers, values, mask=tl.arange(0, BLOCK) < left)
+
+
+@inlined
+def _by_chance(values: tl.tensor, seed: tl.tensor, number: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
+    """fp32 to bf16 as ``stochastically`` in asgd/rule.py, bit for bit; ``number`` is that of the first value."""
+    noise = (number + tl.arange(0, BLOCK)).to(tl.uint32) * 0x9E3779B1 ^ seed.to(tl.uint32)
+    noise = (noise ^ noise >> 16) * 0x85EBCA6B
+    noise = (noise ^ noise >> 13) * 0xC2B2AE35
+    bits = values.to(tl.uint32, bitcast=True) + ((noise ^ noise >> 16) & 0xFFFF)
+    rounded = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return tl.where(values - values == 0, rounded, values.to(tl.bfloat16))  # infinite ones and NaNs stay
+
+
+@inlined
+def _update_block(
+    param_address: tl.tensor, grad_address: tl.tensor, average_address: tl.tensor, master_address: tl.tensor,
+    left: tl.tensor, first: tl.tensor, shrink: tl.tensor, minus_eta: tl.tensor, mu: tl.tensor, decay: tl.tensor,
+    inverse_scale: tl.tensor, seed: tl.tensor, number: tl.tensor,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, REAL: tl.constexpr, ROUNDED: tl.constexpr,
+    MAXIMIZE: tl.constexpr, DECAYS: tl.constexpr, AVERAGES: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+) -> None:  # fmt: skip
+    """The rule, operation by operation as in asgd/rule.py."""
+    params = _block(param_address, first, PARAM, BLOCK, ALIGNED)
+    p = _load(params, left - first, BLOCK, ALIGNED).to(REAL)
+    if master_address is not None:
+        masters = _block(master_address, first, REAL, BLOCK, ALIGNED)
+        master = _load(masters, left - first, BLOCK, ALIGNED)
+        p = tl.where(master.to(ROUNDED).to(REAL) == p, master, p)
+    g = _load(_block(grad_address, first, GRAD, BLOCK, ALIGNED), left - first, BLOCK, ALIGNED).to(REAL)
+    if inverse_scale is not None:
+        g = g * tl.load(inverse_scale).to(REAL)
+    if MAXIMIZE:
+        g = g * -1.0  # 0 - g, which Triton makes of -g, has another zero
+    if DECAYS:
+        g = tl.fma(p, decay, g)
+    p = p * shrink
+    p = tl.fma(g, minus_eta, p)
+    if average_address is not None:
+        averages = _block(average_address, first, REAL, BLOCK, ALIGNED)
+        average = p
+        if AVERAGES != "becomes":
+            old = _load(averages, left - first, BLOCK, ALIGNED)
+            average = old + (p - old) * mu
+        if AVERAGES == "asks":
+            average = tl.where(mu == 1, p, average)
+        _store(averages, average, left - first, BLOCK, ALIGNED)
+    if master_address is not None:
+        _store(masters, p, left - first, BLOCK, ALIGNED)
+    if STOCHASTIC:
+        _store(params, _by_chance(p, seed, number + first, BLOCK), left - first, BLOCK, ALIGNED)
+    else:
+        _store(params, p.to(ROUNDED).to(PARAM), left - first, BLOCK, ALIGNED)
+
+
+@compiled(NUMBERS, POINTERS + SCALARS)
+def update_kernel(
+    param: tl.tensor, grad: tl.tensor, average: tl.tensor, master: tl.tensor,
+    numel: tl.int64, lambd: tl.int64, eta: tl.int64, mu: tl.int64, weight_decay: tl.int64,
+    seed: tl.int64, number: tl.int64,
+    device_step: tl.tensor, device_eta: tl.tensor, device_mu: tl.tensor, device_lr: tl.tensor,
+    inverse_scale: tl.tensor, found_inf: tl.tensor,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, REAL: tl.constexpr, ROUNDED: tl.constexpr, MANY: tl.constexpr,
+    MAXIMIZE: tl.constexpr, DECAYS: tl.constexpr, AVERAGES: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr, SMALL: tl.constexpr,
+) -> None:  # fmt: skip
+    """One block.
+
+    Args:
+        param, grad: the part and its gradient; with MANY, the tables of ``DeviceTables``.
+        numel: of the part; with MANY, how many parts there are.
+        lambd, eta, mu, weight_decay: doubles, as bits.
+        seed, number: as ``Rounding.seed`` and ``first``.
+        device_step, device_eta, device_mu: ``DeviceScalars``, instead of ``eta`` and ``mu``, if not None.
+        device_lr: then instead of ``eta``, which is the ``lr`` then, if not None.
+    """
+    if found_inf is not None:  # noqa: SIM102 (two kinds of condition: this one is decided when it is compiled)
+        if tl.load(found_inf) != 0:
+            return
+    param_address, grad_address, place, left = _place(param, grad, numel, PARAM, GRAD, MANY, BLOCK)
+    addresses = param_address | grad_address
+    average_address = average
+    if average is not None:
+        average_address = average.to(tl.int64) + place * (REAL.primitive_bitwidth // 8)
+        addresses |= average_address
+    master_address = master
+    if master is not None:
+        master_address = master.to(tl.int64) + place * (REAL.primitive_bitwidth // 8)
+        addresses |= master_address
+    eta_now = _eta(eta, device_step, device_eta, device_lr)
+    mu_now = loaded(double(mu), device_mu, tl.float64).to(REAL)
+    shrink = (1.0 - double(lambd) * eta_now).to(REAL)
+    minus_eta = (eta_now * -1.0).to(REAL)
+    decay = double(weight_decay).to(REAL)
+    seed_now = _seed(seed, device_step)
+    if (left >= BLOCK) & (addresses & 15 == 0):
+        _update_block(
+            param_address, grad_address, average_address, master_address, left, 0, shrink, minus_eta, mu_now, decay,
+            inverse_scale, seed_now, number + place,
+            PARAM, GRAD, REAL, ROUNDED, MAXIMIZE, DECAYS, AVERAGES, STOCHASTIC, BLOCK, True,
+        )  # fmt: skip
+    else:  # in steps of another size, or else Triton would lay them out for vectors too
+        for first in range(0, tl.minimum(left, BLOCK).to(tl.int32), SMALL):
+            _update_block(
+                param_address, grad_address, average_address, master_address, left, first, shrink, minus_eta, mu_now,
+                decay, inverse_scale, seed_now, number + place,
+                PARAM, GRAD, REAL, ROUNDED, MAXIMIZE, DECAYS, AVERAGES, STOCHASTIC, SMALL, False,
+            )  # fmt: skip
+
+
+@functools.cache
+def _types() -> dict[torch.dtype, Any]:
+    return {
+        torch.float32: tl.float32,
+        torch.float64: tl.float64,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+    }
+
+
+class TritonUpdate:
+    """One step of several parts, which share ``scalars``, in one launch. See ``FusedUpdate`` in kernels/dispatch.py."""
+
+    takes_device_scalars = True
+
+    def __init__(self, param: torch.dtype, grad: torch.dtype, rounded: torch.dtype) -> None:
+        names = {"PARAM": param, "GRAD": grad, "REAL": compute_dtype(param), "ROUNDED": rounded}
+        self._types = {name: _types()[dtype] for name, dtype in names.items()}
+        self._tables: WeakKeyDictionary[Parts, DeviceTables] = WeakKeyDictionary()
+
+    def __call__(
+        self,
+        parts: Parts,
+        grads: Gradients,
+        average: Tensor | None,
+        master: Tensor | None,
+        h: Hyperparameters,
+        scalars: AnyScalars,
+        rounding: Rounding,
+    ) -> None:
+        """Scalars on the device are read there, so that a captured CUDA graph takes those of the time of its replay."""
+        with torch.cuda.device_of(parts.tensors[0]):
+            if len(grads.tensors) == 1:
+                programs, numel, start = -(-parts.numel // BLOCK), parts.numel, parts.starts[0]
+                number = rounding.first + start
+                read = (parts.tensors[0], grads.tensors[0], *(t if t is None else t[start:] for t in (average, master)))
+            else:
+                tables = self._tables.get(parts) or self._tables.setdefault(parts, DeviceTables(parts, BLOCK))
+                programs, numel, number = tables.programs, len(grads.tensors), rounding.first
+                read = (tables.of_parts, tables.of_grads(grads.addresses), average, master)
+            if programs:
+                update_kernel[(programs,)](
+                    *read, numel, **_numbers(h, scalars), seed=rounding.seed or 0, number=number,
+                    **self._types, MANY=len(grads.tensors) > 1, MAXIMIZE=h.maximize, DECAYS=h.weight_decay != 0,
+                    STOCHASTIC=rounding.seed is not None, BLOCK=BLOCK, SMALL=SMALL, **OPTIONS,
+                )  # fmt: skip
+
+
+def bits(*numbers: float) -> list[int]:
+    """Of doubles, since Triton rounds the floats that it is passed to fp32."""
+    return array("q", array("d", numbers).tobytes()).tolist()
+
+
+def _numbers(h: Hyperparameters, scalars: AnyScalars) -> dict[str, Any]:
+    """The arguments of the kernel that say which step it is."""
+    arguments: dict[str, Any] = dict.fromkeys(SCALARS)
+    if isinstance(scalars, DeviceScalars):
+        lr = 0.0 if h.device_lr is not None else float(h.lr)
+        known, averages, scaling = Scalars(0, lr, 0.0), "asks", scalars.scaling
+        arguments |= {"device_step": scalars.step, "device_eta": scalars.eta, "device_mu": scalars.mu}
+        arguments |= {"device_lr": h.device_lr}
+        if scaling is not None:
+            arguments |= {"inverse_scale": scaling.inverse_scale, "found_inf": scaling.found_inf}
+    else:
+        known, averages = scalars, "becomes" if scalars.mu == 1 else "moves"
+    numbers = bits(h.lambd, known.eta, known.mu, h.weight_decay)
+    return {
+        **arguments,
+        **dict(zip(("lambd", "eta", "mu", "weight_decay"), numbers, strict=True)),
+        "AVERAGES": averages,
+    }
+
+
+@functools.cache
+def triton_update(param: torch.dtype, grad: torch.dtype, rounded: torch.dtype) -> TritonUpdate | None:
+    """For these dtypes, the last as ``Rounding.dtype``; None where there is no Triton."""
+    if triton is None or not {param, rounded} <= _types().keys() or grad not in (param, compute_dtype(param)):
+        return None
+    return TritonUpdate(param, grad, rounded)

@@ -1,0 +1,65 @@
+"""Whether a form of the update has the bits of PyTorch's operators where it runs. Asked before it is used."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable
+
+import torch
+
+from dist_asgd.asgd.rounding import Rounding, compute_dtype
+from dist_asgd.asgd.rule import low_precision_step_
+from dist_asgd.asgd.schedule import DeviceScalars, Hyperparameters, Scalars
+from dist_asgd.kernels.tensor_list import Gradients, Parts
+
+# Elements on which each combination of options is compared: some blocks of the operators' and a rest.
+CHECKED = 211
+
+logger = logging.getLogger(__name__)
+_said: set[str] = set()
+
+
+def has_the_bits(
+    update: Callable[..., None],
+    device: torch.device,
+    param: torch.dtype,
+    grad: torch.dtype,
+    has_master: bool,
+    rounding: Rounding,
+    on_device: bool = False,
+) -> bool:
+    """Whether ``update``, a ``FusedUpdate``, does what PyTorch's operators do, under all combinations of options.
+
+    Args:
+        on_device: with ``DeviceScalars``.
+    """
+    generator, dtype = torch.Generator().manual_seed(0), compute_dtype(param)
+    combinations = itertools.product((False, True), (0.0, 0.1), (False, True), (1.0, 0.3))
+    for maximize, weight_decay, averages, mu in combinations:
+        h = Hyperparameters(lr=0.1, lambd=0.1, alpha=0.75, t0=0.0, weight_decay=weight_decay, maximize=maximize)
+        scalars = Scalars(3, *torch.tensor([0.07, mu], dtype=torch.float32).tolist())  # as a device keeps them
+        values = torch.randn(4, CHECKED, dtype=torch.float64, generator=generator).to(device, dtype)
+        first, second, average, other = values
+        p, g = first.to(param), second.to(grad)
+        p = torch.where(second > 0, p, p.to(rounding.dtype).to(param))  # some have been rounded
+        # Half of the masters are those of the parameters, half out of date.
+        master = torch.where(other > 0, p.to(dtype), other)
+        own, expected = ([tensor.clone() for tensor in (p, average, master)] for _ in range(2))
+        given = DeviceScalars.of(scalars, device) if on_device else scalars
+        state = (own[1] if averages else None, own[2] if has_master else None)
+        update(Parts.of(own[:1]), Gradients.of([g]), *state, h, given, rounding)
+        p, average, master = expected
+        state = (average if averages else None, master if has_master else None)
+        expected_rounding = rounding.at(rounding.first, scalars) if on_device else rounding
+        low_precision_step_(p, g, *state, h, scalars, expected_rounding)
+        if not all(map(torch.equal, own, expected)):
+            return False
+    return True
+
+
+def say_once(what: str, why: str = "") -> None:
+    """That the operators are used, and why."""
+    if what not in _said:
+        _said.add(what)
+        logger.warning("%s; updates go by PyTorch's operators instead, which takes longer. %s", what, why)

@@ -1,0 +1,247 @@
+"""The optimizer's state by parameter: torch's dicts made from shards, and shards filled from dicts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_asgd.asgd.schedule import Hyperparameters, Scalars, scalar_dtype
+from dist_asgd.averages.options import average_of, same_averages
+from dist_asgd.buckets.base import Bucket
+from dist_asgd.comm.consensus import Agreement, Facts
+from dist_asgd.sharding.layout import Piece
+from dist_asgd.sharding.placement import Placement
+from dist_asgd.sharding.saved_state import has_begun
+from dist_asgd.sharding.sharded_state import ScalarCopy
+from dist_asgd.step.consistency import option_facts
+from dist_asgd.step.validation import some_of
+
+Groups = list[dict[str, Any]]  # optimizer.param_groups
+GroupBuckets = list[list[Bucket]]  # the buckets of each group
+
+# Options of torch.optim.ASGD that choose its implementation. The groups have them so that state dicts go both ways; of
+# these, ``capturable`` alone means something here, and is the optimizer's.
+TORCH_OPTIONS = {"foreach": None, "differentiable": False, "capturable": False}
+
+
+class StateView(Mapping[Tensor, dict[str, Any]]):
+    """``optimizer.state``: for each parameter the dict that torch has there, made when it is asked for.
+
+    It has an entry for every parameter from the beginning. torch's ``get_optimizer_state_dict`` takes an empty state
+    as a reason to run a fake step, which would change the training (pytorch#164929).
+    """
+
+    def __init__(self, groups: Groups, buckets: GroupBuckets) -> None:
+        self._groups, self._buckets = groups, buckets
+
+    def __getitem__(self, param: Tensor) -> dict[str, Any]:
+        for group, buckets in zip(self._groups, self._buckets, strict=True):
+            for bucket in buckets:
+                position = bucket.positions.get(id(param))
+                if position is not None:
+                    scalars = bucket.shard.scalars_of(position, Hyperparameters.of(group))
+                    return {**_scalar_tensors(scalars, bucket), **bucket.shard.state_of(position)}
+        raise KeyError(param)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (param for group in self._groups for param in group["params"])
+
+    def __len__(self) -> int:
+        return sum(len(group["params"]) for group in self._groups)
+
+
+def sharded_state_dict(groups: Groups, buckets: GroupBuckets) -> dict[str, Any]:
+    """torch's state dict, in which ``ax`` and ``master`` are this rank's pieces. No communication."""
+    ids = _parameter_ids(groups)
+    state = {}
+    for group, of_group in zip(groups, buckets, strict=True):
+        for bucket in of_group:
+            for param, entry in zip(bucket.params, _bucket_state(bucket, group), strict=True):
+                state[ids[id(param)]] = entry
+    return {"state": dict(sorted(state.items())), "param_groups": _exported_groups(groups, ids)}
+
+
+def full_state_dict(groups: Groups, buckets: GroupBuckets, agreement: Agreement) -> dict[str, Any]:
+    """torch's state dict with whole tensors on rank 0's CPU; ``{}`` on the others. Collective.
+
+    As in torch, a parameter that has not taken a step has no state.
+    """
+    ids = _parameter_ids(groups)
+    state: dict[int, dict[str, Any]] = {}
+    owned: list[tuple[int, str, int, Piece, Placement]] = []
+    flats: list[Tensor] = []
+    for group, of_group in zip(groups, buckets, strict=True):
+        for bucket in of_group:
+            averages = {key: flat.cpu() for key, flat in bucket.shard.tensors().items() if key != "master"}
+            numbers = {key: number for number, key in enumerate(averages, start=len(flats))}
+            flats += averages.values()
+            for position, scalars in enumerate(bucket.shard.scalars(Hyperparameters.of(group))):
+                if not scalars.step:
+                    continue
+                index, placement = ids[id(bucket.params[position])], bucket.placements[position]
+                piece = bucket.shard.pieces.get(position)
+                if piece is not None:
+                    owned += [(index, key, number, piece, placement) for key, number in numbers.items()]
+                if agreement.rank == 0:
+                    whole = {key: placement.new_whole(flat.dtype) for key, flat in averages.items()}
+                    state[index] = {**_scalar_tensors(scalars, bucket), **whole}
+    for pieces, tensors in agreement.collect(owned, flats):
+        for index, key, number, piece, placement in pieces:
+            placement.fill(state[index][key], piece.start, tensors[number][piece.shard_start : piece.shard_stop])
+    if agreement.rank != 0:
+        return {}
+    return {"state": dict(sorted(state.items())), "param_groups": _exported_groups(groups, ids)}
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A state dict that fits, on its way in."""
+
+    groups: Groups
+    options: list[dict[str, Any]]  # by group
+    states: list[tuple[Bucket, dict[int, Mapping[str, Any]]]]  # by bucket, by position of the parameter
+
+    def facts(self) -> Facts:
+        """What must be the same on every rank: the options, and the scalars of every parameter."""
+        facts: Facts = []
+        for number, (group, options) in enumerate(zip(self.groups, self.options, strict=True)):
+            facts += option_facts(Hyperparameters.of({**group, **options}), number)
+        for bucket, states in self.states:
+            if bucket.uneven:  # ranks have state of what they have elements of
+                continue
+            for position, name in enumerate(bucket.names):
+                state = states.get(position)
+                keys = ["step", "eta", *(f"mu{suffix}" for suffix in bucket.shard.averages)]
+                found = "none" if state is None else ", ".join(f"{key} {float(state.get(key, 1))!r}" for key in keys)
+                facts.append((f"the state of parameter {name!r}", found))
+        return facts
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        for bucket, states in self.states:
+            bucket.shard.load_state(states)
+        for group, options in zip(self.groups, self.options, strict=True):
+            lr = group["lr"]
+            group.update(options)
+            if group["capturable"]:
+                group["lr"] = lr.fill_(float(group["lr"])) if isinstance(lr, Tensor) else float(group["lr"])
+
+
+def plan_load(groups: Groups, buckets: GroupBuckets, state_dict: Mapping[str, Any]) -> Load:
+    """Matches ``state_dict``, ours or torch's, whole or sharded, by any parameter ids, with parameters.
+
+    Raises ``ValueError`` where it does not fit, ``TypeError`` where it is no state dict.
+    """
+    missing = {"state", "param_groups"} - state_dict.keys()
+    if missing:
+        raise ValueError(f"the state dict has no {' and no '.join(sorted(missing))}: it is not that of an optimizer")
+    saved_groups, saved_state = state_dict["param_groups"], state_dict["state"]
+    if not (isinstance(saved_state, Mapping) and all(isinstance(entry, Mapping) for entry in saved_state.values())):
+        raise TypeError("'state' of the state dict must be a dict that has a dict for each parameter")
+    if not (isinstance(saved_groups, (list, tuple)) and all(isinstance(group, Mapping) for group in saved_groups)):
+        raise TypeError("'param_groups' of the state dict must be a list of dicts")
+    keys = _saved_ids(groups, saved_groups)
+    strangers = saved_state.keys() - {key for of_group in keys for key in of_group}
+    if strangers:
+        some = some_of(sorted(strangers, key=repr))
+        raise ValueError(f"the state dict has state of parameters that none of its groups lists: {some}")
+    states = {
+        id(param): saved_state[key]
+        for group, group_keys in zip(groups, keys, strict=True)
+        for param, key in zip(group["params"], group_keys, strict=True)
+        if saved_state.get(key)
+    }
+    _check_averages(groups, saved_groups, states.values())
+    options = [_loaded_options(group, saved) for group, saved in zip(groups, saved_groups, strict=True)]
+    plans = []
+    for bucket in (bucket for of_group in buckets for bucket in of_group):
+        plan = {p: states[id(param)] for p, param in enumerate(bucket.params) if id(param) in states}
+        for position, state in plan.items():
+            try:
+                bucket.shard.check_state(position, state)
+            except ValueError as error:
+                raise ValueError(f"the state of parameter {bucket.names[position]!r} {error}") from None
+        plans.append((bucket, plan))
+    return Load(groups, options, plans)
+
+
+def _bucket_state(bucket: Bucket, group: Mapping[str, Any]) -> list[dict[str, Any]]:
+    shard, state = bucket.shard, []
+    tensors = shard.tensors()
+    for position, scalars in enumerate(shard.scalars(Hyperparameters.of(group))):
+        entry = _scalar_tensors(scalars, bucket)
+        if not shard.writes_scalars(position):
+            entry = {key: ScalarCopy(value) for key, value in entry.items()}
+        state.append(entry | {key: shard.piece_of(flat, position) for key, flat in tensors.items()})
+    return state
+
+
+def _scalar_tensors(scalars: Scalars, bucket: Bucket) -> dict[str, Tensor]:
+    """0-dim tensors of torch's dtype, on the CPU; a step beyond fp32's integers is kept in fp64."""
+    dtype = scalar_dtype()
+    return {
+        "step": torch.tensor(scalars.step, dtype=torch.float64 if scalars.step > 2**24 else dtype, device="cpu"),
+        "eta": torch.tensor(scalars.eta, dtype=dtype, device="cpu"),
+        **{
+            f"mu{suffix}": torch.tensor(mu, dtype=dtype, device="cpu")
+            for suffix, mu in zip(bucket.shard.averages, scalars.mus, strict=True)
+        },
+    }
+
+
+def _parameter_ids(groups: Groups) -> dict[int, int]:
+    params = [param for group in groups for param in group["params"]]
+    return {id(param): index for index, param in enumerate(params)}
+
+
+def _exported_groups(groups: Groups, ids: Mapping[int, int]) -> list[dict[str, Any]]:
+    return [{**group, "params": [ids[id(param)] for param in group["params"]]} for group in groups]
+
+
+def _saved_ids(groups: Groups, saved: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """By group, the ids under which the parameters were saved, in the order of ours. Raises ``ValueError``."""
+    if len(groups) != len(saved):
+        raise ValueError(f"the state dict has {len(saved)} parameter groups, the optimizer {len(groups)}")
+    for index, (group, other) in enumerate(zip(groups, saved, strict=True)):
+        missing = {"params", "lr", "lambd", "alpha", "t0"} - other.keys()
+        if missing:
+            absent = ", ".join(sorted(missing))
+            raise ValueError(f"parameter group {index} of the state dict has no {absent}: it is not that of an ASGD")
+        if len(group["params"]) != len(other["params"]):
+            raise ValueError(
+                f"parameter group {index} of the state dict has {len(other['params'])} parameters, "
+                f"that of the optimizer {len(group['params'])}"
+            )
+    return [list(group["params"]) for group in saved]
+
+
+def _check_averages(groups: Groups, saved: Sequence[Mapping[str, Any]], states: Iterable[Mapping[str, Any]]) -> None:
+    """Raises ``ValueError`` where the state has begun averages that are not those of the optimizer."""
+    for index, (group, other) in enumerate(zip(groups, saved, strict=True)):
+        found, expected = average_of(other), average_of(group)
+        if not same_averages(found, expected) and any(map(has_begun, states)):
+            raise ValueError(
+                f"parameter group {index} of the state dict averages by {found}, the optimizer by {expected}: build it "
+                "with the average of the state dict (average=), or load a state from before averaging began"
+            )
+
+
+def _loaded_options(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {"params", "param_names", "average", "restarted", *TORCH_OPTIONS}
+    options = copy.deepcopy({key: value for key, value in saved.items() if key not in kept})
+    options |= {"restarted": saved.get("restarted", False)} if "restarted" in group else {}
+    Hyperparameters.of({**group, **options})  # raises where they are out of range
+    return options
+
+
+def passed_through(hooks: Mapping[int, Callable[..., Any]], optimizer: Any, state_dict: Any) -> Any:
+    """The state dict after torch's hooks, each of which changes it or returns another."""
+    for hook in hooks.values():
+        returned = hook(optimizer, state_dict)
+        state_dict = state_dict if returned is None else returned
+    return state_dict

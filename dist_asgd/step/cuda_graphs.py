@@ -1,0 +1,80 @@
+"""What steps with their scalars on the device ask for, and what a captured step and GradScaler ask of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dist_asgd.asgd.schedule import Hyperparameters, Scaling, is_captured
+from dist_asgd.buckets.base import Bucket
+from dist_asgd.kernels.dispatch import can_capture
+from dist_asgd.sharding.precision import Precision
+from dist_asgd.step.validation import parameter_names
+
+
+def check_capturable(group: Mapping[str, Any], number: int, precision: Precision, world_size: int) -> None:
+    """Raises ``ValueError`` where the parameters of a group cannot be updated as ``precision.capturable`` says."""
+    found = group["capturable"]
+    if found is not precision.capturable:
+        raise ValueError(f"group {number} has capturable={found!r}: it is an option of the optimizer, for all groups")
+    if not precision.capturable:
+        return
+    lr = Hyperparameters.of(group).device_lr
+    known: dict[tuple[torch.device, torch.dtype], bool] = {}
+    for name, param in zip(parameter_names(group, number), group["params"], strict=True):
+        if world_size > 1 and not isinstance(param, DTensor):
+            raise ValueError(
+                f"capturable=True with {world_size} ranks is for DTensors (FSDP2, tensor parallelism), whose step() "
+                f"needs no other rank. Parameter {name!r} is none: ranks agree on its steps, which no CUDA graph holds"
+            )
+        kind = param.device, param.dtype
+        if kind not in known:
+            known[kind] = _can_capture(*kind, precision)
+        if not known[kind]:
+            raise ValueError(
+                "capturable=True needs parameters on a CUDA device, and dtypes that the Triton kernel updates there: "
+                "float32, float64, bfloat16, float16 or complex ones, averages in fp32 or wider parameters' own. "
+                f"Parameter {name!r} is {param.dtype} on {param.device}, averages are {precision.average(param.dtype)}"
+            )
+        if lr is not None and lr.device != param.device:
+            raise ValueError(f"lr is a tensor on {lr.device}, parameter {name!r} is on {param.device}: put lr there")
+
+
+def _can_capture(device: torch.device, dtype: torch.dtype, precision: Precision) -> bool:
+    rounding = precision.rounding(dtype, travels=False, seed=0)
+    has_master = precision.needs_master(dtype, rounding.dtype)
+    return can_capture(device, dtype, precision.average(dtype), has_master, rounding)
+
+
+def refuse_capture(options: Sequence[Hyperparameters], started: bool, buckets: Sequence[Bucket]) -> None:
+    """Raises ``RuntimeError`` where a step, or what comes before it, is being captured in a graph that cannot hold it.
+
+    Args:
+        options: of each group.
+        started: whether there was a step before.
+    """
+    if not any(map(is_captured, {bucket.device for bucket in buckets})):
+        return
+    if not all(h.capturable for h in options):
+        raise RuntimeError(
+            "step() is being captured in a CUDA graph, which would repeat one and the same step: step, eta and mu lie "
+            "in the host's memory. Build the optimizer with capturable=True"
+        )
+    if not started:
+        raise RuntimeError(
+            "the first step() is being captured in a CUDA graph: take one at least before, on a side stream, as "
+            "torch.cuda.graph asks for"
+        )
+
+
+def scaling_of(optimizer: Any) -> Scaling | None:
+    """What ``torch.amp.GradScaler`` leaves at an optimizer whose steps support scaling, for the time of a step."""
+    found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+    if found_inf is None:
+        return None
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    return Scaling(None if scale is None else scale.double().reciprocal().float(), found_inf)  # as GradScaler.unscale_

@@ -1,0 +1,245 @@
+"""What a user can get wrong: checks of arguments, parameters and gradients, and the facts that ranks must share."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FlatParameter
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
+
+from dist_asgd.asgd.schedule import Hyperparameters
+from dist_asgd.buckets.base import Bucket
+from dist_asgd.buckets.replicas import mesh_ranks
+from dist_asgd.sharding.placement import Placement
+from dist_asgd.sharding.shard_views import local_of
+
+Groups = Sequence[Mapping[str, Any]]  # optimizer.param_groups
+
+
+Options = Sequence[Hyperparameters]  # of each group
+
+
+def check_arguments(
+    *,
+    gradients: object,
+    find_unused_parameters: object,
+    bucket_bytes: object,
+    master_weights: object,
+    average_dtype: object,
+    wire_dtype: object,
+    stochastic_rounding: object,
+    shard_replicas: object,
+    capturable: object,
+    module: object,
+    unknown: Mapping[str, object],
+) -> None:
+    """Raises ``ValueError`` or ``TypeError`` that names the argument, its value and what it may be."""
+    if unknown:
+        raise TypeError(f"ShardedASGD has no option {', '.join(map(repr, unknown))}")
+    if gradients not in ("local", "reduced", "sharded"):
+        raise ValueError(f"gradients must be 'local', 'reduced' or 'sharded', got {gradients!r}")
+    if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int):
+        raise TypeError(f"bucket_bytes must be an int, got {bucket_bytes!r}")
+    if bucket_bytes <= 0:
+        raise ValueError(f"bucket_bytes must be > 0, got {bucket_bytes}")
+    for name, dtype in (("average_dtype", average_dtype), ("wire_dtype", wire_dtype)):
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"{name} must be a floating-point torch.dtype or None, got {dtype!r}")
+    if isinstance(wire_dtype, torch.dtype) and wire_dtype.itemsize == 1:
+        raise TypeError(f"wire_dtype must be torch.bfloat16, float16, float32 or float64, got {wire_dtype}")
+    if isinstance(wire_dtype, torch.dtype) and wire_dtype.itemsize < 4 and not master_weights:
+        raise ValueError(f"wire_dtype={wire_dtype} rounds parameters, which takes masters: pass master_weights=True")
+    if module is not None and not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module or None, got {module!r}")
+    flags = {"find_unused_parameters": find_unused_parameters, "master_weights": master_weights}
+    flags |= {"shard_replicas": shard_replicas, "stochastic_rounding": stochastic_rounding, "capturable": capturable}
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    if stochastic_rounding and master_weights:
+        raise ValueError(
+            "stochastic_rounding is for bf16 parameters without masters: pass master_weights=False. With masters, "
+            "rounding loses nothing"
+        )
+
+
+def check_last_group(groups: Groups, ranks: Sequence[int]) -> None:
+    """Raises ``ValueError`` or ``TypeError`` for options, and for parameters that the ``ranks`` cannot optimize."""
+    h = Hyperparameters.of(groups[-1])
+    if h.device_lr is not None:
+        replace(h, lr=h.device_lr.item())  # looks at its value, which no step does
+    number = len(groups) - 1
+    reaches: dict[DeviceMesh, bool] = {}  # whether its ranks are some of ours; asked once, as it looks at each of them
+    for name, param in zip(parameter_names(groups[-1], number), groups[-1]["params"], strict=True):
+        _check_parameter(name, param)
+        if isinstance(param, DTensor):
+            mesh = param.device_mesh
+            if mesh not in reaches:
+                reaches[mesh] = set(mesh_ranks(mesh)) <= set(ranks) and mesh.get_coordinate() is not None
+            _check_dtensor(name, param, ranks, reaches[mesh])
+    _check_memory(groups)
+
+
+def _check_parameter(name: str, param: Tensor) -> None:
+    if isinstance(param, FlatParameter):
+        raise ValueError(
+            f"parameter {name!r} is a FlatParameter, in which FSDP has joined several parameters: pass "
+            "use_orig_params=True to FSDP"
+        )
+    if is_lazy(param):
+        raise ValueError(f"parameter {name!r} has no shape yet: run a forward of its lazy module first")
+    if param.is_meta:
+        raise ValueError(f"parameter {name!r} is on the meta device; materialize the model (model.to_empty(...)) first")
+    if param.layout is not torch.strided:
+        raise ValueError(f"parameter {name!r} has layout {param.layout}; expected a dense tensor")
+    if not (param.is_floating_point() or param.is_complex()) or param.element_size() == 1:
+        raise ValueError(f"parameter {name!r} is {param.dtype}; expected floating-point (not fp8) or complex")
+
+
+def _check_dtensor(name: str, param: DTensor, ranks: Sequence[int], reachable: bool) -> None:
+    if not reachable:
+        raise ValueError(
+            f"parameter {name!r} is a DTensor on a mesh of ranks {mesh_ranks(param.device_mesh)}, and the optimizer "
+            f"is for ranks {list(ranks)}: each of them must be in a mesh of some of them. Pass process_group=; for a "
+            "mesh of one dim that is mesh.get_group()"
+        )
+    if any(placement.is_partial() for placement in param.placements):
+        raise ValueError(
+            f"parameter {name!r} is a DTensor with {param.placements}, so no rank knows its values: redistribute it "
+            "to Replicate or Shard"
+        )
+    local, placement = local_of(param), Placement.of(param)
+    if placement.flatten(local).data_ptr() != local.data_ptr():
+        raise ValueError(
+            f"parameter {name!r} is a DTensor whose local tensor has gaps or repeats (shape {tuple(local.shape)}, "
+            f"strides {local.stride()}): make it contiguous()"
+        )
+
+
+def _check_memory(groups: Groups) -> None:
+    """Raises ``ValueError`` where two parameters lie in the same memory: each gets its own here."""
+    spans = sorted(
+        (param.device.type, param.data_ptr(), param.data_ptr() + _dense_bytes(param), name)
+        for number, group in enumerate(groups)
+        for name, param in zip(parameter_names(group, number), map(local_of, group["params"]), strict=True)
+        if param.numel()
+    )
+    for (device, _, stop, name), (other_device, start, _, other) in itertools.pairwise(spans):
+        if device == other_device and start < stop:
+            raise ValueError(
+                f"parameters {name!r} and {other!r} share memory, and here each gets its own. To tie them, let their "
+                "modules hold the same Parameter (b.weight = a.weight, not b.weight.data = a.weight.data)"
+            )
+
+
+def _dense_bytes(param: Tensor) -> int:
+    """The memory from the parameter's first element to its last; of one element where it has holes or repeats."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
+    return param.element_size() * (extent if extent == param.numel() else 1)
+
+
+def check_state_dict(state_dict: object) -> None:
+    """Raises ``TypeError`` or ``ValueError`` for what is no state dict at all."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"load_state_dict() needs a state dict on every rank, got {type(state_dict).__name__}")
+    if not state_dict:
+        raise ValueError(
+            "the state dict is empty. full_state_dict() is {} on every rank but 0: broadcast rank 0's "
+            "(torch.distributed.broadcast_object_list), or let every rank read it"
+        )
+
+
+def built_for_another(alone: bool, groups: Groups, built: Sequence[Sequence[Tensor]]) -> RuntimeError | None:
+    """The error where the world or the groups are not those that the optimizer was built for.
+
+    Args:
+        alone: it was built without a process group, before torch.distributed was initialized if it is now.
+        built: the parameters of each group as it was added.
+    """
+    if alone and dist.is_initialized() and dist.get_world_size() > 1:
+        return RuntimeError(
+            "torch.distributed was initialized after the optimizer was built, so it would train this rank alone. Build "
+            "it after init_process_group(); for one rank by itself, pass process_group=dist.new_group([rank])"
+        )
+    if len(groups) != len(built):
+        return RuntimeError(
+            f"the optimizer has {len(groups)} param_groups and was built with {len(built)}: add groups by "
+            "add_param_group(), and to take one away build another optimizer"
+        )
+    for number, (group, params) in enumerate(zip(groups, built, strict=True)):
+        if len(group["params"]) != len(params) or not all(map(operator.is_, group["params"], params)):
+            return RuntimeError(
+                f"param_groups[{number}] does not list the parameters that it was built with: add parameters by "
+                "add_param_group(), freeze those that are not to be trained, or build another optimizer"
+            )
+    return None
+
+
+def require_gradients(bucket: Bucket, present: Sequence[bool]) -> None:
+    """Raises ``RuntimeError`` that names the parameters of ``bucket`` which need a gradient and have none."""
+    missing = [
+        name
+        for name, param, has in zip(bucket.names, bucket.params, present, strict=True)
+        if param.requires_grad and not has
+    ]
+    if missing:
+        raise RuntimeError(
+            f"no gradient for parameter {some_of(missing)}. Where ranks may leave parameters unused, pass "
+            "find_unused_parameters=True; freeze those that are never used (requires_grad=False). If the model's "
+            "parameters were replaced after the optimizer was built (fully_shard, parallelize_module, "
+            "load_state_dict(assign=True)), build it again"
+        )
+
+
+def require_registered(buckets: Sequence[Bucket]) -> None:
+    """Raises ``RuntimeError`` where a parameter without a gradient has been replaced in its module by a sharded one."""
+    without = [
+        (name, param)
+        for bucket in buckets
+        if bucket.always_registered
+        for name, param in zip(bucket.names, bucket.params, strict=True)
+        if param.grad is None and param.requires_grad
+    ]
+    if not without or not dist.is_initialized():
+        return
+    # type(): an isinstance() would ask weak proxies, also of what is gone, for their class.
+    modules = [item for item in gc.get_objects() if issubclass(type(item), torch.nn.Module)]
+    held = {id(param): param for module in modules for param in module._parameters.values() if param is not None}
+    ours = {id(param) for bucket in buckets for param in bucket.params}
+    others = [param for index, param in held.items() if index not in ours]
+    shapes = {param.shape for param in others if isinstance(param, DTensor)}
+    joined = any(isinstance(param, FlatParameter) for param in others)
+    lost = [name for name, param in without if id(param) not in held and (joined or param.shape in shapes)]
+    if lost:
+        raise RuntimeError(
+            f"parameter {some_of(lost)} has no gradient and is in no module any more: the model was sharded after the "
+            "optimizer was built (fully_shard, parallelize_module, FSDP), which replaces parameters. Build the "
+            "optimizer after that"
+        )
+
+
+def some_of(names: Sequence[object]) -> str:
+    """The first few names, for a message."""
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def parameter_names(group: Mapping[str, Any], number: int) -> list[str]:
+    """The names that the user gave, or positions."""
+    return group.get("param_names") or [f"{index} of group {number}" for index in range(len(group["params"]))]
+
+
+def drop_duplicates(group: dict[str, Any]) -> None:
+    """torch warns of a parameter that a group lists twice; it is one parameter, and takes one step."""
+    first = {param: index for index, param in reversed(list(enumerate(group["params"])))}
+    for key in {"params", "param_names"} & group.keys():
+        group[key] = [group[key][index] for index in sorted(first.values())]

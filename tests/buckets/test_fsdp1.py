@@ -1,0 +1,306 @@
+"""FullyShardedDataParallel(use_orig_params=True): parameters that are slices, recognised by PyTorch's mark on them."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import (
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    ShardedOptimStateDictConfig,
+    ShardedStateDictConfig,
+    ShardingStrategy,
+    StateDictType,
+)
+
+from dist_asgd import ShardedASGD
+from tests.support.failures import one_message, quick_message
+from tests.support.layouts import Model, batch
+from tests.support.oracle import check_dense_state, same_bits
+from tests.support.ranks import run_ranks
+
+pytestmark = [  # of torch, about itself
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`_get_pg_default_device`"),
+    pytest.mark.filterwarnings("ignore:Multiple backends are registered"),
+]
+
+OPTIONS: dict[str, Any] = {"lr": 0.05, "lambd": 1e-3, "t0": 5}
+CONFIGS = {
+    "full": (
+        StateDictType.FULL_STATE_DICT,
+        FullStateDictConfig(rank0_only=False),
+        FullOptimStateDictConfig(rank0_only=False),
+    ),
+    "sharded": (StateDictType.SHARDED_STATE_DICT, ShardedStateDictConfig(), ShardedOptimStateDictConfig()),
+}
+
+
+def wrap(model: nn.Module, strategy: str = "FULL_SHARD", **options: Any) -> FullyShardedDataParallel:
+    options |= {
+        "use_orig_params": True,
+        "device_id": torch.device("cpu"),
+        "sharding_strategy": ShardingStrategy[strategy],
+    }
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = FullyShardedDataParallel(block, **options)
+    return FullyShardedDataParallel(model, **options)
+
+
+def build(strategy: str = "FULL_SHARD", seed: int = 0, **more: Any) -> tuple[FullyShardedDataParallel, ShardedASGD]:
+    model = wrap(Model(seed), strategy)
+    return model, ShardedASGD(model.named_parameters(), **{"module": model, **OPTIONS, **more})
+
+
+def build_torch(strategy: str = "FULL_SHARD") -> tuple[FullyShardedDataParallel, torch.optim.ASGD]:
+    model = wrap(Model(), strategy)
+    return model, torch.optim.ASGD(model.parameters(), foreach=False, **OPTIONS)
+
+
+def backward(model: nn.Module, step: int) -> None:
+    x, y = batch(step, dist.get_rank(), dist.get_world_size())
+    (model(x) - y).square().mean().backward()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def states(
+    model: nn.Module, optimizer: torch.optim.Optimizer, kind: str = "full"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with FullyShardedDataParallel.state_dict_type(model, *CONFIGS[kind]):
+        return model.state_dict(), FullyShardedDataParallel.optim_state_dict(model, optimizer)
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    with FullyShardedDataParallel.state_dict_type(model, *CONFIGS["full"]):
+        return model.state_dict()
+
+
+def check_same(
+    ours: tuple[dict[str, Tensor], dict[str, Any]], theirs: tuple[dict[str, Tensor], dict[str, Any]]
+) -> None:
+    assert all(same_bits(ours[0][name], value) for name, value in theirs[0].items())
+    assert ours[1]["state"].keys() == theirs[1]["state"].keys()
+    for name, entry in theirs[1]["state"].items():
+        for key, value in entry.items():
+            assert same_bits(ours[1]["state"][name][key], value), (name, key)
+
+
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("gradients", ["sharded", "local"])
+def test_training_and_optim_state_dict_have_the_bits_of_torch(gradients: str, world_size: int, strategy: str) -> None:
+    """On 4 ranks, some have nothing of most parameters."""
+
+    def ranks(rank: int) -> int:
+        model, optimizer = build(strategy, gradients=gradients)
+        twin, oracle = build_torch(strategy)
+        train(model, optimizer, range(12))
+        train(twin, oracle, range(12))
+        check_same(states(model, optimizer), states(twin, oracle))
+        with torch.no_grad():
+            model(batch(0)[0])  # leaves the parameters of the outermost module whole
+        full, expected = optimizer.full_state_dict(), states(twin, oracle)[1]["state"]
+        assert bool(full) == (rank == 0)
+        for index, name in enumerate(dict(Model().named_parameters()) if full else []):
+            assert same_bits(full["state"][index]["ax"], expected[name]["ax"]), name
+        return sum(state["ax"].numel() for state in optimizer.state.values())
+
+    owned = run_ranks(world_size, ranks)
+    assert sum(owned) == sum(p.numel() for p in Model().parameters())
+    assert max(owned) - min(owned) <= 3 * 8, "FSDP aligns and pads the parameters of each of the three modules"
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_optim_state_dict_round_trips(world_size: int, kind: str) -> None:
+    def ranks(rank: int) -> None:
+        model, optimizer = build()
+        train(model, optimizer, range(8))
+        weights, state = states(model, optimizer, kind)
+        fresh, loaded = build(seed=99)
+        with FullyShardedDataParallel.state_dict_type(fresh, *CONFIGS[kind]):
+            fresh.load_state_dict(weights)
+            loaded.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(fresh, loaded, state))
+        train(fresh, loaded, range(8, 14))
+        twin, oracle = build_torch()
+        train(twin, oracle, range(14))
+        check_same(states(fresh, loaded), states(twin, oracle))
+
+    run_ranks(world_size, ranks)
+
+
+def test_state_moves_between_fsdp1_and_one_process() -> None:
+    def ranks(rank: int) -> None:
+        model, optimizer = build()
+        train(model, optimizer, range(8))
+        wanted = StateDictOptions(full_state_dict=True)
+        weights = get_model_state_dict(model, options=wanted)
+        state = get_optimizer_state_dict(model, optimizer, options=wanted)
+        dense = Model(99)
+        dense.load_state_dict(weights)
+        one = torch.optim.ASGD(dense.named_parameters(), foreach=False, **OPTIONS)
+        set_optimizer_state_dict(dense, one, state, options=wanted)
+        full = optimizer.full_state_dict()
+        if rank == 0:
+            check_dense_state(full, one)
+        fresh, loaded = build(seed=98)
+        set_model_state_dict(fresh, weights, options=wanted)
+        set_optimizer_state_dict(fresh, loaded, get_optimizer_state_dict(dense, one, options=wanted), options=wanted)
+        train(fresh, loaded, range(8, 12))
+        train(model, optimizer, range(8, 12))
+        check_same(states(fresh, loaded), states(model, optimizer))
+
+    run_ranks(2, ranks)
+
+
+def test_clipping_counts_each_element_once() -> None:
+    def ranks(rank: int) -> None:
+        model, optimizer = build()
+        twin, _ = build_torch()
+        train(model, optimizer, range(2))
+        twin.load_state_dict(model.state_dict())
+        backward(model, 5)
+        backward(twin, 5)
+        expected = twin.clip_grad_norm_(0.1)
+        assert torch.allclose(optimizer.clip_grad_norm_(0.1), expected, rtol=1e-6)
+        for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+            assert param.grad is None or torch.allclose(param.grad, other.grad, rtol=1e-5)
+
+    run_ranks(3, ranks)
+
+
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP"])
+def test_forward_computes_with_averages_inside_the_block_and_with_the_parameters_after_it(strategy: str) -> None:
+    @torch.no_grad()
+    def evaluate(model: nn.Module) -> Tensor:
+        return model(batch(99)[0])
+
+    def ranks(rank: int) -> None:
+        model, optimizer = build(strategy)
+        train(model, optimizer, range(10))
+        averages: list[Any] = [optimizer.full_state_dict()]
+        dist.broadcast_object_list(averages, src=0)
+        expected = Model()
+        names = list(dict(expected.named_parameters()))
+        expected.load_state_dict({name: averages[0]["state"][i]["ax"] for i, name in enumerate(names)})
+        before = evaluate(model)
+        with optimizer.averaged_parameters():
+            inside = evaluate(model)
+        assert torch.equal(inside, evaluate(expected)) and not torch.equal(inside, before)
+        assert torch.equal(evaluate(model), before)
+        train(model, optimizer, range(10, 14))
+        twin, oracle = build_torch(strategy)
+        train(twin, oracle, range(14))
+        check_same(states(model, optimizer), states(twin, oracle))
+
+    run_ranks(2, ranks)
+
+
+def test_accumulation_and_no_sync() -> None:
+    def ranks(rank: int) -> None:
+        model, optimizer = build()
+        twin, oracle = build_torch()
+        for step in range(8):
+            with optimizer.no_sync():
+                backward(model, 100 + step)
+            with twin.no_sync():
+                backward(twin, 100 + step)
+            train(model, optimizer, range(step, step + 1))
+            train(twin, oracle, range(step, step + 1))
+        check_same(states(model, optimizer), states(twin, oracle))
+
+    run_ranks(2, ranks)
+
+
+def test_ignored_modules_and_frozen_slices_beside_others() -> None:
+    """What FSDP leaves alone is reduced here; empty slices have no say in which parameters take the step."""
+
+    def ranks(rank: int) -> None:
+        plain = Model()
+        plain.inside.requires_grad_(False)
+        options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+        model = FullyShardedDataParallel(plain, ignored_modules=[plain.outside], **options)
+        optimizer = ShardedASGD(model.named_parameters(), find_unused_parameters=True, module=model, **OPTIONS)
+        twin = Model()
+        twin.inside.requires_grad_(False)
+        oracle = torch.optim.ASGD([p for p in twin.parameters() if p.requires_grad], foreach=False, **OPTIONS)
+        for step in range(8):
+            backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+            x, y = batch(step)
+            (twin(x) - y).square().mean().backward()
+            oracle.step()
+            oracle.zero_grad()
+        optimizer.synchronize()
+        with FullyShardedDataParallel.summon_full_params(model):
+            for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+                assert torch.allclose(param, other, atol=1e-6)
+
+    run_ranks(2, ranks)
+
+
+def test_slices_of_the_user_that_happen_to_be_equal() -> None:
+    def ranks(rank: int) -> float:
+        param = nn.Parameter(torch.ones(4))
+        optimizer = ShardedASGD([param], gradients="sharded", lr=0.5, lambd=0)
+        param.grad = torch.ones(4)
+        norm = optimizer.clip_grad_norm_(1e9).item()
+        optimizer.step()
+        assert torch.equal(param, torch.full((4,), 0.5))
+        return norm
+
+    assert run_ranks(2, ranks) == [pytest.approx(8**0.5)] * 2
+
+
+# What users get wrong
+
+
+def test_without_module_averages_and_full_state_dicts_say_what_to_do() -> None:
+    def ranks(rank: int) -> tuple[str, str]:
+        model, optimizer = build(module=None)
+        train(model, optimizer, range(8))
+
+        def swap() -> None:
+            with optimizer.averaged_parameters():
+                pass
+
+        return quick_message(swap), quick_message(optimizer.full_state_dict)
+
+    for texts in zip(*run_ranks(2, ranks), strict=True):
+        one_message(list(texts), "module=")
+
+
+@pytest.mark.parametrize(("strategy", "advice"), [("NO_SHARD", "DistributedDataParallel")])
+def test_slices_that_are_none(strategy: str, advice: str) -> None:
+    def ranks(rank: int) -> str:
+        model, optimizer = build(strategy)
+        return quick_message(lambda: train(model, optimizer, range(1)))
+
+    one_message(run_ranks(2, ranks), "same gradient", advice, "HYBRID_SHARD")
+
+
+def test_parameters_that_are_whole_when_the_state_is_asked_for() -> None:
+    def ranks(rank: int) -> str:
+        model, optimizer = build(module=None)
+        train(model, optimizer, range(8))
+        with FullyShardedDataParallel.summon_full_params(model):
+            return quick_message(optimizer.state_dict)
+
+    assert all("summon_full_params" in text for text in run_ranks(2, ranks))

@@ -1,0 +1,558 @@
+"""The storage layer of checkpoints: one contract for every store, and faults that really happen."""
+
+import errno
+import gc
+import itertools
+import logging
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import uuid
+from pathlib import Path
+
+import pytest
+
+from dist_asgd.checkpoint.storage import multipart, retry
+from dist_asgd.checkpoint.storage import storage as storage_module
+from dist_asgd.checkpoint.storage.storage import Storage, StorageError
+from dist_asgd.checkpoint.storage.url import target_of
+from tests.support.ranks import RankError, message_of, run_alone
+from tests.support.stores import (  # noqa: F401
+    AZURE_KEY,
+    azure_server,
+    gcs_server,
+    proxied,
+    running,
+    s3_server,
+    seaweedfs,
+    sftp_server,
+)
+
+STORES = ["file", "memory", "s3", "azure", "gcs", "sftp"]
+UNSAFE = ["", "/etc/passwd", "../x", "a/../../x", "a//b", "a/", "./a", "a\\b", "a\0b", "a*", "a?b", "a[0-9]", "a\nb"]
+
+
+@pytest.fixture(params=STORES)
+def place(request, tmp_path):
+    """(URL, storage options): on each store a place where nothing is."""
+    if request.param == "file":
+        return str(tmp_path / "not yet" / "there"), None
+    if request.param == "memory":
+        return f"memory://{uuid.uuid4().hex}/run", None
+    server = request.getfixturevalue(f"{request.param}_server")
+    return server.new_url(), server.options
+
+
+@pytest.fixture
+def storage(place):
+    return Storage.open(*place)
+
+
+def test_create_is_exclusive(storage):
+    storage.create("step/manifest.json", b"first")
+    with pytest.raises(FileExistsError) as raised:
+        storage.create("step/manifest.json", b"first")
+    assert storage.url in str(raised.value)
+    assert storage.read("step/manifest.json") == b"first"
+    assert storage.sizes() == {"step/manifest.json": 5}
+
+
+def test_one_of_eight_creates_wins(storage):
+    won, lost, start = [], [], threading.Barrier(8)
+
+    def create(number):
+        start.wait()
+        try:
+            storage.create("latest", b"%d" % number)
+            won.append(b"%d" % number)
+        except FileExistsError:
+            lost.append(number)
+
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(won), len(lost)) == (1, 7)
+    assert storage.read("latest") == won[0]
+
+
+def test_write_and_read_back(storage):
+    chunks = [b"abc", bytearray(b"defg"), memoryview(b"hi"), memoryview(bytearray(16)).cast("d"), b""]
+    data = b"abcdefghi" + bytes(16)
+    assert storage.write("a/b/c", iter(chunks)) == len(data)
+    assert storage.read("a/b/c") == data
+    assert storage.write("empty", []) == 0
+    assert storage.read("empty") == b""
+    assert storage.write("empty", [b"no more"]) == 7
+    assert storage.read("empty") == b"no more"
+
+
+def test_a_chunk_may_be_overwritten_afterwards(storage):
+    def chunks():
+        buffer = bytearray(1000)
+        for number in range(5):
+            buffer[:] = bytes([number]) * 1000
+            yield memoryview(buffer)
+
+    storage.write("shard", chunks())
+    assert storage.read("shard") == b"".join(bytes([number]) * 1000 for number in range(5))
+
+
+def test_nothing_appears_when_the_chunks_fail(storage):
+    class Failed(OSError):
+        """Our own, which must come out as it is."""
+
+    def chunks():
+        yield b"x" * 1000
+        raise Failed("disk of the caller")
+
+    with pytest.raises(Failed, match="disk of the caller"):
+        storage.write("step/shard", chunks())
+    assert storage.sizes() == {}
+    with pytest.raises(FileNotFoundError):
+        storage.read("step/shard")
+
+
+def test_ranges(storage):
+    data = bytes(range(256)) * 20
+    storage.write("a", [data])
+    storage.write("b/c", [data[::-1]])
+    ranges = [("a", 0, 5120), ("b/c", 1, 2), ("a", 17, 17), ("a", 5000, 5120)]
+    ranges += [("a" if start % 2 else "b/c", start, start + 33) for start in range(0, 5000, 100)]
+    found = dict(storage.read_ranges(ranges))
+    whole = {"a": data, "b/c": data[::-1]}
+    assert found == {index: whole[path][start:stop] for index, (path, start, stop) in enumerate(ranges)}
+    assert list(storage.read_ranges([])) == []
+
+
+def test_ranges_beyond_the_end_and_missing_files(storage):
+    storage.write("a", [b"0123456789"])
+    for wrong in [("a", 5, 11), ("a", 10, 12), ("a", 50, 60)]:
+        with pytest.raises(StorageError, match=r"a.*shorter"):
+            list(storage.read_ranges([("a", 0, 10), wrong]))
+    with pytest.raises(FileNotFoundError, match="missing"):
+        list(storage.read_ranges([("a", 0, 10), ("missing", 0, 10)]))
+    for wrong in [(-1, 5), (5, 4)]:
+        with pytest.raises(ValueError, match="start <= stop"):
+            storage.read_ranges([("a", *wrong)])
+
+
+def test_listing(storage, place):
+    assert storage.list() == {} == storage.list("nowhere") == storage.sizes("nowhere")
+    for path in ["top", "step-1/manifest.json", "step-1/0/shard", "step-1/0/shard2", "step-10/x"]:
+        storage.write(path, [path.encode()])
+    assert storage.list() == {"top": 3, "step-1": None, "step-10": None}
+    assert storage.list("step-1") == {"manifest.json": 20, "0": None}
+    assert storage.sizes("step-1") == {"manifest.json": 20, "0/shard": 14, "0/shard2": 15}
+    assert len(storage.sizes()) == 5
+    Storage.open(*place).write("step-2/x", [b"seen at once by others"])
+    assert "step-2" in storage.list()
+
+
+def test_removal(storage):
+    for path in ["a/1", "a/b/2", "a/b/c/3", "ab/4", "5"]:
+        storage.create(path, b"x")
+    storage.remove("5")
+    storage.remove("5")
+    storage.remove("nowhere/6")
+    storage.remove_tree("a")
+    storage.remove_tree("a")
+    assert storage.list() == {"ab": None}
+    assert storage.sizes() == {"ab/4": 1}
+    storage.remove_tree("ab/4")
+    assert storage.sizes() == {}
+
+
+@pytest.mark.parametrize("path", UNSAFE)
+def test_unsafe_paths_are_refused(tmp_path, path):
+    storage = Storage.open(tmp_path / "run")
+    calls = [
+        lambda: storage.create(path, b""),
+        lambda: storage.write(path, [b"x"]),
+        lambda: storage.read(path),
+        lambda: storage.read_ranges([(path, 0, 1)]),
+        lambda: storage.remove(path),
+        lambda: storage.remove_tree(path),
+    ]
+    if path:
+        calls += [lambda: storage.list(path), lambda: storage.sizes(path), lambda: storage.abort_uploads(path, 0)]
+        calls += [lambda: storage.modified(path)]
+    for call in calls:
+        with pytest.raises(ValueError, match="unsafe path"):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_modified(storage):
+    now = time.time()
+    storage.write("step/0/shard", [b"x"])
+    storage.create("step/manifest", b"x")
+    for path in ["step/0/shard", "step/manifest", "step"]:
+        assert abs(storage.modified(path) - now) < 60
+    assert storage.modified("nowhere") is None
+
+
+# Large files
+
+PART = 5 * 2**20  # the least that S3 takes
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(multipart, "PART", PART)
+
+
+def opened(request, tmp_path, store):
+    if store == "file":
+        return str(tmp_path), None
+    server = request.getfixturevalue(f"{store}_server")
+    return server.new_url(), server.options
+
+
+def cut(data, *sizes):
+    start = 0
+    for size in itertools.cycle(sizes):
+        if start >= len(data):
+            return
+        yield memoryview(data)[start : start + size]
+        start += size
+
+
+@pytest.mark.parametrize("size", [PART - 1, PART, PART + 1, 2 * PART, 6 * PART + 7])
+@pytest.mark.parametrize("store", ["s3", "azure", "gcs"])
+def test_parts_make_the_file(request, tmp_path, small_parts, store, size):
+    storage = Storage.open(*opened(request, tmp_path, store))
+    data = random.Random(size).randbytes(size)
+    assert storage.write("shard", cut(data, 1, 30_000, 2 * PART)) == size
+    assert storage.read("shard") == data
+    assert dict(storage.read_ranges([("shard", PART - 9, PART - 1), ("shard", size - 7, size)])) == {
+        0: data[PART - 9 : PART - 1],
+        1: data[-7:],
+    }
+    assert storage.abort_uploads("", -5) == 0
+
+
+@pytest.mark.parametrize("store", ["s3", "azure", "gcs", "sftp", "file"])
+def test_an_upload_that_ends_half_way_leaves_nothing(request, tmp_path, small_parts, store):
+    storage = Storage.open(*opened(request, tmp_path, store))
+    for kind in (ZeroDivisionError, KeyboardInterrupt):
+
+        def chunks(kind=kind):
+            yield bytes(2 * PART + 1)
+            raise kind("mine")
+
+        with pytest.raises(kind, match="mine"):
+            storage.write("step/shard", chunks())
+        gc.collect()  # fsspec's own files publish a part when they are collected
+    assert storage.sizes() == {}
+    assert storage.abort_uploads("", -5) == 0
+
+
+def killed_while_writing(place):
+    def chunks():
+        yield bytes(2 * PART + 1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Storage.open(*place).write("step-1/shard", chunks())
+
+
+@pytest.mark.parametrize("store", ["s3", "sftp", "file"])
+def test_what_killed_writers_leave_is_cleared_away(request, tmp_path, small_parts, store):
+    """Only below the prefix, and only when it is old."""
+    place = opened(request, tmp_path, store)
+    with pytest.raises(RankError, match="killed"):
+        run_alone(killed_while_writing, place)
+    storage = Storage.open(*place)
+    assert storage.sizes() == {}
+    assert storage.abort_uploads("step-1", 3600) == 0
+    assert storage.abort_uploads("step-10", -5) == storage.abort_uploads("step", -5) == 0
+    assert storage.abort_uploads("step-1", -5) == 1
+    assert storage.abort_uploads("step-1", -5) == 0
+
+
+def test_the_store_dies_in_the_middle_of_an_upload(monkeypatch, small_parts):
+    """SIGKILL for SeaweedFS; when it is there again, no file is, and the orphan can be cleared away."""
+    monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
+    with running(seaweedfs()) as server:
+        storage = Storage.open(server.new_url(), server.options)
+        storage.create("before", b"x")
+
+        def chunks():
+            yield bytes(2 * PART + 1)
+            server.kill()
+            yield bytes(2 * PART)
+
+        with pytest.raises(StorageError, match=r"could not write s3://.*step/shard in 5 tries"):
+            storage.write("step/shard", chunks())
+        server.start()
+        assert storage.sizes() == {"before": 1}
+        assert storage.abort_uploads("step", -5) == 1
+        assert storage.write("step/shard", [b"now"]) == 3
+        assert storage.sizes() == {"before": 1, "step/shard": 3}
+
+
+# A bad network
+
+
+@pytest.mark.parametrize("fault", ["cut_requests", "cut_answers"])
+@pytest.mark.parametrize("store", ["s3", "azure", "gcs", "sftp"])
+def test_connections_that_break_are_made_again(request, tmp_path, monkeypatch, small_parts, store, fault):
+    """Also when a request was carried out and only its answer was lost: then a create finds its own file."""
+    monkeypatch.setattr(retry, "FIRST_DELAY", 0.02)
+    server = request.getfixturevalue(f"{store}_server")
+    data = bytes(range(256)) * (PART // 100)
+    with proxied(server) as (proxy, options):
+        storage = Storage.open(server.new_url(), options)
+        setattr(proxy, fault, 3)
+        storage.create("manifest", b"mine")
+        assert getattr(proxy, fault) == 0
+        with pytest.raises(FileExistsError):
+            storage.create("manifest", b"mine")
+        if store != "sftp":  # a file begun on one connection cannot go on by another
+            setattr(proxy, fault, 3)
+        assert storage.write("shard", cut(data, 1_300_000)) == len(data)
+        setattr(proxy, fault, 3)
+        assert dict(storage.read_ranges([("shard", i * 1000, i * 1000 + 1000) for i in range(20)])) == {
+            i: data[i * 1000 : i * 1000 + 1000] for i in range(20)
+        }
+        setattr(proxy, fault, 2)
+        assert storage.sizes() == {"manifest": 4, "shard": len(data)}
+        setattr(proxy, fault, 2)
+        storage.remove_tree("shard")
+        assert getattr(proxy, fault) == 0
+    assert Storage.open(storage.url, server.options).sizes() == {"manifest": 4}
+
+
+@pytest.mark.parametrize("store", ["s3", "azure", "gcs", "sftp"])
+def test_a_network_that_stays_away_is_told_without_credentials(request, monkeypatch, caplog, capfd, store):
+    monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
+    server = request.getfixturevalue(f"{store}_server")
+    with proxied(server) as (_, options):
+        pass  # nobody listens there any more
+    if store == "sftp":
+        options["password"] = "secret-of-tests"
+    caplog.set_level(logging.DEBUG, "dist_asgd")
+    storage = Storage.open(server.new_url(), options)
+    for call in [
+        lambda: storage.create("x", b""),
+        lambda: storage.read("x"),
+        lambda: storage.write("x", [b"x"]),
+        lambda: storage.sizes(),
+        lambda: list(storage.read_ranges([("x", 0, 1)])),
+    ]:
+        with pytest.raises(StorageError, match=f"could not .* {re.escape(storage.url)}.* in 5 tries") as raised:
+            call()
+        told = "".join(traceback.format_exception(raised.value)) + repr(raised.value) + repr(storage)
+        assert not any(secret in told for secret in SECRETS)
+    shown = caplog.text + "".join(capfd.readouterr())
+    assert not any(secret in shown for secret in SECRETS)
+
+
+SECRETS = ["secret-of-tests", AZURE_KEY]
+
+
+def test_secrets_in_drivers_errors_are_taken_out():
+    """botocore's errors tell the whole endpoint."""
+    options = {"key": "some-access-key", "secret": "shh-secret", "endpoint_url": "http://127.0.0.1:9/shh-secret"}
+    storage = Storage.open("s3://bucket/run", {**options, "config_kwargs": {"connect_timeout": 1}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retry, "TRIES", 1)
+        with pytest.raises(StorageError, match=r"EndpointConnection.*\*\*\*") as raised:
+            storage.read("x")
+    error = raised.value
+    while error is not None:
+        text = f"{error} {error!r} {error.args}"
+        assert not any(secret in text for secret in ("some-access-key", "shh-secret"))
+        error = error.__cause__ or error.__context__
+
+
+@pytest.mark.parametrize("store", ["s3", "azure"])
+def test_wrong_credentials_and_buckets_are_not_tried_again(request, monkeypatch, store):
+    monkeypatch.setattr(retry.time, "sleep", lambda seconds: pytest.fail("tried again"))
+    server = request.getfixturevalue(f"{store}_server")
+    if store == "s3":
+        wrong = {**server.options, "secret": "not-the-secret"}
+    else:
+        text = server.options["connection_string"].replace(AZURE_KEY, "bm90LXRoZS1rZXk=")
+        wrong = {"connection_string": text}
+    with pytest.raises(StorageError, match="could not create"):
+        Storage.open(server.new_url(), wrong).create("x", b"")
+    elsewhere = server.root.replace("-of-tests", "-of-nobody")
+    with pytest.raises(StorageError, match=r"could not write .*-of-nobody/x"):
+        Storage.open(elsewhere, server.options).write("x", [b""])
+    with pytest.raises(FileNotFoundError):
+        Storage.open(elsewhere, server.options).read("x")
+
+
+def test_many_reads_are_under_way_at_once(request):
+    """With 40 ms a request, one after the other would be 24 s for 600 files."""
+    server = request.getfixturevalue("s3_server")
+    storage = Storage.open(server.new_url(), server.options)
+    storage.write("a", [bytes(100)])
+    with proxied(server) as (proxy, options):
+        proxy.delay = 0.04
+        far = Storage.open(storage.url, options)
+        assert len(list(far.read_ranges([("a", 0, 100)] * 80))) == 80
+        assert 16 <= proxy.most <= 30
+
+
+def test_what_is_read_ahead_is_bounded(tmp_path, monkeypatch):
+    """The caller takes nothing for a while: no more than the limit is read meanwhile; but a larger range is."""
+    monkeypatch.setattr(storage_module, "READ_BYTES", 1000)
+    storage = Storage.open(tmp_path)
+    storage.write("a", [bytes(5000)])
+    asked = []
+    read = storage._store.read_range
+    monkeypatch.setattr(storage._store, "read_range", lambda *args: asked.append(args) or read(*args))
+    results = storage.read_ranges([("a", i, i + 400) for i in range(6)] + [("a", 0, 5000)])
+    first, _ = next(results)
+    time.sleep(0.05)
+    assert len(asked) == 2
+    assert sorted(index for index, _ in results) == [index for index in range(7) if index != first]
+
+
+# Local files
+
+
+def test_no_space_left(tmp_path):
+    """On a full file system the file does not appear and what was written is given back."""
+    if os.getuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        storage = Storage.open(tmp_path / "run")
+        with pytest.raises(StorageError, match=r"could not write .*shard: .*No space left") as raised:
+            storage.write("shard", [bytes(2**20)] * 3)
+        assert raised.value.errno == errno.ENOSPC
+        with pytest.raises(StorageError, match=r"could not create .*No space left"):
+            storage.create("manifest", bytes(2**21))
+        assert storage.sizes() == {} == storage.list()
+        assert storage.write("shard", [bytes(2**19)]) == 2**19
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_a_file_size_limit(tmp_path):
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        storage = Storage.open(tmp_path)
+        return message_of(lambda: storage.write("shard", [bytes(90_000)] * 2), StorageError)
+
+    assert "File too large" in run_alone(limited)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_permissions_of_new_files_follow_the_umask(tmp_path):
+    storage = Storage.open(tmp_path)
+    old = os.umask(0o027)
+    try:
+        storage.create("a", b"")
+        storage.write("b", [b""])
+    finally:
+        os.umask(old)
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in "ab"} == {0o640}
+
+
+def test_file_systems_without_hard_links(tmp_path, monkeypatch):
+    def link(*_):
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", link)
+    storage = Storage.open(tmp_path)
+    storage.create("a", b"first")
+    with pytest.raises(FileExistsError):
+        storage.create("a", b"second")
+    assert storage.read("a") == b"first"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+# URLs
+
+
+def test_local_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    places = {
+        "rel/run": "rel/run",
+        "~/run": "home/run",
+        f"file://{tmp_path}/u": "u",
+        f"local://{tmp_path}/l": "l",
+        str(tmp_path / "sp ace"): "sp ace",
+    }
+    for url, where in places.items():
+        storage = Storage.open(url)
+        storage.create("f", b"x")
+        assert (tmp_path / where / "f").read_bytes() == b"x"
+        assert storage.url == str(tmp_path / where)
+    monkeypatch.chdir("/")  # a relative path meant where it was opened
+    assert Storage.open(Path(tmp_path) / "rel/run").list() == {"f": 1}
+
+
+def test_urls_that_cannot_be_meant():
+    for url, message in {
+        Path("s3://bucket/run"): "give a URL as a str",
+        "s3:/bucket/run": "give a URL as a str",
+        "simplecache::s3://bucket/run": "chained",
+        "s3://bucket/run?versionId=7": "storage option",
+        "": "expected a URL",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            Storage.open(url)
+    with pytest.raises(ValueError, match=r"no storage options, got \['key'\]"):
+        Storage.open("/run", {"key": "x"})
+    with pytest.raises(StorageError, match="nonsense:// is not a protocol"):
+        Storage.open("nonsense://x")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    {
+        "s3://bucket/run/": "s3://bucket/run",
+        "sftp://user:pass@host:22/run": "sftp://host:22/run",
+        "sftp://user@host/run": "sftp://host/run",
+        "s3://AKIA123:se/cr+et@bucket/run": "s3://bucket/run",
+        "abfs://container@account.dfs.core.windows.net/run": "abfs://container@account.dfs.core.windows.net/run",
+        "az://container/run?sv=2024&sig=abcdef": "az://container/run",
+    }.items(),
+)
+def test_what_people_see_of_a_url(url, shown):
+    target = target_of(url, None)
+    assert target.url == shown
+    assert not any(secret in repr(target) for secret in ("pass@", "AKIA", "cr+et", "abcdef"))
+    assert target.options == ({"sas_token": "sv=2024&sig=abcdef"} if "sig" in url else {})
+
+
+def test_a_missing_driver_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
+    with pytest.raises(StorageError, match=r"pip install 'dist-asgd\[s3\]'"):
+        Storage.open("s3://bucket/run")
+
+
+def test_no_driver_is_imported_with_the_package():
+    drivers = {"s3fs", "adlfs", "gcsfs", "aiohttp", "botocore", "paramiko"}
+    code = f"import sys, dist_asgd.checkpoint.storage.storage; print(sorted({drivers} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
+
+
+def test_a_storage_opened_before_a_fork_serves_both(place):
+    """fsspec's event loop runs in a thread, and a fork has only the one that forked."""
+    storage = Storage.open(*place)
+    storage.create("parent", b"x")
+
+    def child():
+        storage.create("child", b"y")
+        return storage.sizes()
+
+    assert run_alone(child, timeout=20)["child"] == 1
+    storage.create("parent-2", b"z")
+    assert storage.read("parent") == b"x"

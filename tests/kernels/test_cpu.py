@@ -1,0 +1,207 @@
+"""The update in one pass over memory: its bits, and what happens where it cannot be had."""
+
+import itertools
+import shutil
+import stat
+import subprocess
+import sys
+import textwrap
+from array import array
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_asgd import ShardedASGD
+from dist_asgd.asgd.rounding import Rounding, compute_dtype
+from dist_asgd.asgd.rule import low_precision_step_
+from dist_asgd.asgd.schedule import Hyperparameters, Scalars
+from dist_asgd.kernels.cpu import native_update
+from dist_asgd.kernels.tensor_list import Gradients, Parts
+from tests.support.oracle import MIXED, PLAIN, Pair, make_parameters, random_gradients
+from tests.support.ranks import run_alone, run_ranks
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+CASES = [
+    (param, grad, has_master, Rounding(param))
+    for param in DTYPES
+    for grad in dict.fromkeys((param, compute_dtype(param)))
+    for has_master in ((False, True) if compute_dtype(param) != param else (False,))
+]
+# Parameters that travel in a narrower dtype, and those that are rounded by chance.
+CASES += [(torch.float32, torch.float32, True, Rounding(wire)) for wire in (torch.bfloat16, torch.float16)]
+CASES += [(torch.float64, torch.float64, True, Rounding(wire)) for wire in (torch.bfloat16, torch.float32)]
+BY_CHANCE = Rounding(torch.bfloat16, 77, 2**32 - 50)
+CASES += [(torch.bfloat16, grad, False, BY_CHANCE) for grad in (torch.bfloat16, torch.float32)]
+# One lies across the middle of all, where the work of two threads meets; some are empty or no multiple of a vector.
+SIZES = [1, 0, 33, 64, 40_001, 7, 31, 0, 4096, 30_000]
+
+
+def scattered(dtype: torch.dtype, generator: torch.Generator) -> list[torch.Tensor]:
+    """Parts that lie in tensors of their own, every other one not at a multiple of 16 bytes."""
+    whole = [torch.randn(n + 1, generator=generator).to(dtype) for n in SIZES]
+    return [tensor[1:] if index % 2 else tensor[:-1] for index, tensor in enumerate(whole)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("param", "grad", "has_master", "rounding"), CASES, ids=str)
+def test_one_pass_has_the_bits_of_the_operators(
+    param: torch.dtype, grad: torch.dtype, has_master: bool, rounding: Rounding, threads: int
+) -> None:
+    update = native_update(param, grad, has_master, rounding.dtype, rounding.seed is not None)
+    if update is None:
+        pytest.skip("NO C COMPILER HERE, or one that makes other bits: the update in one pass was not tested")
+
+    def alone() -> None:
+        torch.set_num_threads(threads)
+        generator, wide = torch.Generator().manual_seed(1), compute_dtype(param)
+        starts = list(itertools.accumulate((n + 8 for n in SIZES), initial=0))
+        options = itertools.product((False, True), (0.0, 0.1), (False, True), (1.0, 0.3), (0.0, 1e-2))
+        for maximize, decay, averages, mu, lambd in options:
+            h = Hyperparameters(lr=0.1, lambd=lambd, alpha=0.75, t0=0.0, weight_decay=decay, maximize=maximize)
+            scalars = Scalars(step=3, eta=0.07, mu=mu)
+            params, grads = scattered(param, generator), scattered(grad, generator)
+            for p in params[::3]:  # what the last step has left
+                p.copy_(p.to(rounding.dtype))
+            average, other = torch.randn(2, starts[-1], generator=generator).to(wide)
+            master = other.clone()
+            for p, start in zip(params, starts, strict=False):  # some follow their parameters, some are out of date
+                master[start : start + len(p) // 2 * 2 : 2] = p[: len(p) // 2 * 2 : 2].to(wide)
+            expected_params = [p.clone() for p in params]
+            expected_average, expected_master = average.clone(), master.clone()
+            for p, g, start in zip(expected_params, grads, starts, strict=False):
+                where = slice(start, start + len(p))
+                own = expected_average[where] if averages else None
+                master_of = expected_master[where] if has_master else None
+                low_precision_step_(p, g, own, master_of, h, scalars, replace(rounding, first=rounding.first + start))
+            parts = Parts.of(params, starts[:-1])
+            update(
+                parts,
+                Gradients.of(grads),
+                average if averages else None,
+                master if has_master else None,
+                h,
+                scalars,
+                rounding,
+            )
+            for got, wanted in zip(params, expected_params, strict=True):
+                assert torch.equal(got, wanted), h
+            assert torch.equal(average, expected_average) and torch.equal(master, expected_master), h
+
+    run_alone(alone)
+
+
+def test_without_a_fitting_dtype_there_is_none() -> None:
+    assert native_update(torch.float32, torch.float16, False, torch.float32, False) is None
+    assert native_update(torch.complex64, torch.complex64, False, torch.complex64, False) is None
+
+
+def test_addresses_are_those_of_the_elements() -> None:
+    complex_one = torch.zeros(6, dtype=torch.complex64)[2:5]
+    parts = Parts.of([complex_one], [4])
+    assert parts.numels == array("q", [6]) and parts.starts == array("q", [8])
+    assert parts.addresses == array("q", [complex_one.data_ptr()])
+
+
+PROGRAM = textwrap.dedent("""
+    import logging, torch
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    from dist_asgd import ShardedASGD
+
+    def trained(make):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in (5, 300, 70_000) for dtype in DTYPES]
+        optimizer = make(params)
+        for step in range(6):
+            for p in params:
+                p.grad = torch.randn(p.shape).to(p.dtype)
+            optimizer.step()
+        return params
+
+    DTYPES = (torch.float32, torch.float64)
+    ours = trained(lambda params: ShardedASGD(params, lr=0.1, t0=2))
+    torchs = trained(lambda params: torch.optim.ASGD(params, lr=0.1, t0=2, foreach=False))
+    print(all(map(torch.equal, ours, torchs)))
+""")
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [
+        (None, "no C compiler found (cc, gcc, clang)"),
+        ("echo it is broken >&2; exit 1", "cc failed"),
+        ("for last; do :; done; : >$last", "cc failed"),  # what it makes is no library
+        # Other bits: it contracts what PyTorch's operators round twice.
+        ('exec gcc "$@" -ffp-contract=fast', "differs from PyTorch's operators"),
+    ],
+)
+def test_without_a_compiler_that_does_it_operators_do_and_it_is_said_once(
+    tmp_path: Path, compiler: str | None, said: str
+) -> None:
+    if compiler is not None and "gcc" in compiler and shutil.which("gcc") is None:
+        pytest.skip("NO C COMPILER HERE")
+    if compiler is not None:
+        (tmp_path / "cc").write_text(f"#!/bin/sh\n{compiler}\n")
+        (tmp_path / "cc").chmod(stat.S_IRWXU)
+    path = str(tmp_path) if compiler is None or "gcc" not in compiler else f"{tmp_path}:/usr/bin:/bin"
+    environment = {"PATH": path, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.strip() == "True"
+    assert said in done.stderr and "updates go by PyTorch's operators instead" in done.stderr
+    assert done.stderr.count(said) == (2 if "differs" in said else 1), "once; what differs, for each dtype"
+
+
+@pytest.mark.parametrize("gradients", ["local", "reduced"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_operators_alone_have_the_same_bits(world_size: int, gradients: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All the rest of these tests runs the update in one pass, where there is a compiler."""
+    monkeypatch.setattr("dist_asgd.kernels.dispatch.native_update", lambda *dtypes: None)
+
+    def ranks(rank: int) -> None:
+        for specs in (PLAIN, MIXED):
+            pair = Pair(make_parameters(specs), lr=0.1, t0=3, weight_decay=0.1, gradients=gradients)
+            for step in range(12):
+                pair.backward(random_gradients(specs, world_size, step))
+                pair.step()
+                pair.zero_grad()
+            pair.check(specs)
+
+    run_ranks(world_size, ranks)
+
+
+@pytest.mark.parametrize("lazily", ["conjugated", "negated", "expanded", "transposed"])
+def test_gradients_that_are_views_are_read_as_what_they_show(lazily: str) -> None:
+    """A lazily negated tensor, such as the imaginary part of a conjugate, has other values in memory."""
+
+    def alone() -> None:
+        torch.manual_seed(0)
+        is_complex = lazily == "conjugated"
+        dtype = torch.complex64 if is_complex else torch.float32
+        params = [torch.nn.Parameter(torch.randn(6, 6, dtype=dtype)) for _ in range(3)]
+        twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        optimizer = ShardedASGD(params, lr=0.1, t0=0)
+        oracle = torch.optim.ASGD(twins, lr=0.1, t0=0, foreach=False)
+        for _ in range(4):
+            for p, twin in zip(params, twins, strict=True):
+                grad = {
+                    "conjugated": lambda: torch.randn(6, 6, dtype=dtype).conj(),
+                    "negated": lambda: torch.randn(6, 6, dtype=torch.complex64).conj().imag,
+                    "expanded": lambda: torch.randn(1, 6).expand(6, 6),
+                    "transposed": lambda: torch.randn(6, 6).t(),
+                }[lazily]()
+                assert lazily != "negated" or grad.is_neg()
+                p.grad, twin.grad = grad, grad.clone()
+            optimizer.step()
+            oracle.step()
+            assert all(map(torch.equal, params, twins))
+
+    run_alone(alone)

@@ -1,0 +1,97 @@
+"""Models wrapped in DistributedDataParallel or compiled by torch.compile."""
+
+import warnings
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_asgd import ShardedASGD
+from tests.support.oracle import (
+    PLAIN,
+    Messenger,
+    Pair,
+    make_parameters,
+    model_gradients,
+    random_gradients,
+    reduce_in_rank_order,
+    same_bits,
+    tokens_of,
+)
+from tests.support.ranks import run_ranks
+
+# DDP
+
+
+def ddp_run(rank: int, gradients: str, static_graph: bool = False) -> None:
+    """DDP averages; torch's ASGD is fed what DDP left in p.grad of a second, equal model."""
+    model, twin = Messenger(), Messenger()
+    wrapped, wrapped_twin = DistributedDataParallel(model), DistributedDataParallel(twin)
+    optimizer = ShardedASGD(wrapped.named_parameters(), lr=0.3, t0=2, gradients=gradients)
+    reference = torch.optim.ASGD(twin.parameters(), lr=0.3, t0=2, foreach=False)
+    for step in range(8):
+        for m, o in ((wrapped, optimizer), (wrapped_twin, reference)):
+            o.zero_grad()
+            (m(tokens_of(rank, step)) ** 2).mean().backward()
+            o.step()
+        optimizer.synchronize()
+        assert all(map(same_bits, model.parameters(), twin.parameters())), step
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_under_ddp_with_reduced(world_size: int) -> None:
+    run_ranks(world_size, ddp_run, "reduced")
+
+
+def test_under_ddp_with_local_is_right_and_warns_once() -> None:
+    def ranks(rank: int) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ddp_run(rank, "local")
+        return [str(w.message) for w in caught]
+
+    each = run_ranks(2, ranks)
+    about = [[text for text in texts if "gradients=" in text] for texts in each]
+    assert sum(map(len, about)) >= 1 and all(len(texts) <= 1 for texts in about), each
+    assert all(
+        ("reduced" in text and "DistributedDataParallel" in text) or "DDP" in text for texts in about for text in texts
+    )
+
+
+def test_no_warning_without_ddp() -> None:
+    def ranks(rank: int) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pair = Pair(make_parameters(PLAIN), lr=0.1)
+            for step in range(3):
+                pair.backward(random_gradients(PLAIN, 2, step))
+                pair.step()
+                pair.zero_grad()
+
+    run_ranks(2, ranks)
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["module not given", "module given"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_model(overlap: bool) -> None:
+    def ranks(rank: int) -> None:
+        model, twin = Messenger(), Messenger()
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.3, t0=2, module=model if overlap else None)
+        compiled = torch.compile(model, backend="aot_eager")
+        reference = torch.optim.ASGD(twin.parameters(), lr=0.3, t0=2, foreach=False)
+        for step in range(6):
+            optimizer.zero_grad()
+            (compiled(tokens_of(rank, step)) ** 2).mean().backward()
+            optimizer.step()
+            each = [model_gradients(twin, tokens_of(r, step)) for r in range(2)]
+            for p, *grads in zip(twin.parameters(), *each, strict=True):
+                p.grad = reduce_in_rank_order(grads)
+            reference.step()
+        optimizer.synchronize()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+    run_ranks(2, ranks, timeout=120)
