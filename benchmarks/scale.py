@@ -21,7 +21,7 @@ others; the plan is what it sends to the coordinator. Its keys are all names, wh
 over a single element that is repeated, and their plan. The chunks of all ranks are those of 16 of them, scaled up.
 
 *Coordinator* (``global``): torch's create_global_plan for the plans of all ranks, and its metadata. Plans of plain
-parameters are those of pure layout (tests/optimizer/test_scale.py: the same as optimizers make), those of FSDP2's come from one
+parameters are those of pure layout (tests/optimizer/test_scale.py), those of FSDP2's come from one
 optimizer after the other. In this process plans share the keys that each would bring along; so time is all of torch's
 work, and memory only that beyond the plans.
 """

@@ -99,7 +99,7 @@ def full_state_dict(groups: Groups, buckets: GroupBuckets, agreement: Agreement)
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class StateDictLoad:
     """A state dict that fits, on its way in."""
 
     groups: Groups
@@ -132,7 +132,7 @@ class Load:
                 group["lr"] = lr.fill_(float(group["lr"])) if isinstance(lr, Tensor) else float(group["lr"])
 
 
-def plan_load(groups: Groups, buckets: GroupBuckets, state_dict: Mapping[str, Any]) -> Load:
+def plan_load(groups: Groups, buckets: GroupBuckets, state_dict: Mapping[str, Any]) -> StateDictLoad:
     """Matches ``state_dict``, ours or torch's, whole or sharded, by any parameter ids, with parameters.
 
     Raises ``ValueError`` where it does not fit, ``TypeError`` where it is no state dict.
@@ -167,7 +167,7 @@ def plan_load(groups: Groups, buckets: GroupBuckets, state_dict: Mapping[str, An
             except ValueError as error:
                 raise ValueError(f"the state of parameter {bucket.names[position]!r} {error}") from None
         plans.append((bucket, plan))
-    return Load(groups, options, plans)
+    return StateDictLoad(groups, options, plans)
 
 
 def _bucket_state(bucket: Bucket, group: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -27,8 +27,8 @@ from dist_asgd import Checkpointer
 from dist_asgd.boxes import Box
 from dist_asgd.checkpoint.format.entries import SavedTensor
 from dist_asgd.checkpoint.format.tensor_bytes import memory_of
-from dist_asgd.checkpoint.saving.commit import Record, commit
-from dist_asgd.checkpoint.saving.writer import Part, write_parts
+from dist_asgd.checkpoint.saving.commit import CommitRecord, commit
+from dist_asgd.checkpoint.saving.writer import BlockToWrite, write_parts
 from dist_asgd.checkpoint.state.tensor_blocks import to_save
 from dist_asgd.checkpoint.storage.storage import Storage
 
@@ -183,10 +183,10 @@ def load_many(job: Mapping[str, Any]) -> dict[str, list[float]]:
     storage, rows = Storage.open(job["root"], job["direct"]), torch.randn(FILES, 1024)
     written = []
     for rank, row in enumerate(rows.split(1)):
-        part = Part("tensors.rows", Box((rank, 0), (1, 1024)), row, is_whole=False)
+        part = BlockToWrite("tensors.rows", Box((rank, 0), (1, 1024)), row, is_whole=False)
         written.append(write_parts(storage, "", rank, [part], {}, lambda: None))
     tensors = {"tensors.rows": (SavedTensor((FILES, 1024), torch.float32), ("tensors", "rows"), None)}
-    commit(storage, "", Record(0, tensors, {}), written)
+    commit(storage, "", CommitRecord(0, tensors, {}), written)
     seconds: dict[str, list[float]] = {"ours": [], "DCP": []}
     for name in ["ours"] * 6 + ["DCP"]:
         found = {"tensors": {"rows": torch.zeros(FILES, 1024)}}

@@ -1,6 +1,6 @@
 """Kinds of average: how far the average moves towards each iterate.
 
-An average is one recursion, ``ax = ax + (p - ax) * mu``, for every iterate ``p`` (asgd/rule.py); the kinds differ in ``mu``
+An average is one recursion, ``ax = ax + (p - ax) * mu``, for every iterate ``p`` (rule.py); the kinds differ in ``mu``
 only. It is computed here in double, from the number of steps and the ``t0`` of the param group. As in torch, step
 ``t0 + 2`` gives the first iterate of an average: its ``mu`` is 1, as are those of all steps before.
 """

@@ -4,7 +4,7 @@ The update reads and writes the local tensors, all in one pass; without one, sma
 back. So what is spent on each is a microsecond or two, where torch.optim.ASGD, by operators on DTensors, spends eighty.
 Gradients have been reduced by whoever placed the parameters.
 
-Where several ranks have the same block of a parameter (see buckets/replicas.py), each owns a shard of the bucket, updates the
+Where several ranks have the same block of a parameter (see replicas.py), each owns a shard of the bucket, updates the
 pieces of parameters in it, and one all-gather among them distributes the result.
 """
 

@@ -21,7 +21,7 @@ from dist_asgd.buckets.gradient_tensors import GradientPiece
 from dist_asgd.buckets.packing import Batches, Packer
 from dist_asgd.comm.collectives import Collectives, Reduction, Transfer
 from dist_asgd.kernels.dispatch import FlatSlice, PartsSlice, UpdateSlice
-from dist_asgd.kernels.scan import Look, Places
+from dist_asgd.kernels.scan import Look, ParameterPlaces
 from dist_asgd.kernels.tensor_list import Gradients, as_real
 from dist_asgd.sharding.layout import BucketLayout, Span
 from dist_asgd.sharding.placement import Placement
@@ -68,7 +68,7 @@ class ReplicatedBucket(Bucket):
         self.meets = self.may_lag = collectives is not None
         if collectives is not None and not self.reduces:
             self.mirrors = range(collectives.world_size)
-        self._places = Places.of(self.params)
+        self._places = ParameterPlaces.of(self.params)
         self._gradient_wire = setting.precision.gradient_wire(self.dtype)
         shapes, strides = [placement.shape for placement in placements], [placement.strides for placement in placements]
         self._look = Look.of(shapes, strides, self.buffer)

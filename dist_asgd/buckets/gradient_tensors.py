@@ -53,7 +53,7 @@ class GradientPiece(Tensor):
     Attributes:
         position: of the parameter in its bucket.
         contributed: whether this rank had a gradient, in any of the reductions that the piece has accumulated.
-        begun: the number of the first pass (see buckets/reducer.py) that it holds; later than all of them once it was dropped.
+        begun: the number of the first pass (see reducer.py) that it holds; later than all of them once it was dropped.
         pending: a gradient of this rank, of the parameter's shape, that has not been reduced yet; or None.
     """
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_asgd.asgd.rounding import compute_dtype
 from dist_asgd.kernels.scan import are_plain
-from dist_asgd.kernels.tensor_list import Gradients, Parts, as_real
+from dist_asgd.kernels.tensor_list import Gradients, TensorList, as_real
 from dist_asgd.sharding.layout import PARAMETER_ALIGNMENT, BucketLayout, Piece
 from dist_asgd.sharding.placement import Placement
 
@@ -40,7 +40,7 @@ class Batch:
     positions: tuple[int, ...]  # of the pieces, as their ``gaps`` and ``sizes``
     gaps: tuple[int, ...]  # elements between each and its predecessor
     sizes: tuple[int, ...]
-    parts: Parts | None = None  # the pieces of the parameters, if they are updated in one pass wherever they lie
+    parts: TensorList | None = None  # the pieces of the parameters, if they are updated in one pass wherever they lie
 
     @classmethod
     def of(cls, pieces: Sequence[Piece], own: Callable[[Piece], Tensor] | None = None) -> Batch:
@@ -48,7 +48,7 @@ class Batch:
         gaps = tuple(piece.shard_start - end for piece, end in zip(pieces, ends, strict=False))
         sizes = tuple(piece.stop - piece.start for piece in pieces)
         starts = [piece.shard_start - ends[0] for piece in pieces]
-        parts = None if own is None else Parts.of(list(map(own, pieces)), starts)
+        parts = None if own is None else TensorList.of(list(map(own, pieces)), starts)
         return cls(tuple(pieces), tuple(piece.position for piece in pieces), gaps, sizes, parts)
 
     @property

@@ -18,7 +18,7 @@ from dist_asgd.checkpoint.loading.sources import source_of
 from dist_asgd.checkpoint.retention import Directory, Kept, directories, new_directory, newest_of, sweep
 from dist_asgd.checkpoint.saving.async_save import Background
 from dist_asgd.checkpoint.saving.rendezvous import Rendezvous, store_of_its_own
-from dist_asgd.checkpoint.saving.save import Plan, plan_save, stage, write
+from dist_asgd.checkpoint.saving.save import SavePlan, plan_save, stage, write
 from dist_asgd.checkpoint.state.contents import contents_of
 from dist_asgd.checkpoint.state.tree import has_state
 from dist_asgd.checkpoint.storage.storage import Storage
@@ -117,7 +117,7 @@ class Checkpointer:
         else:
             with together(self._agreement, "save()"):
                 staged, self._buffer = stage(plan.parts, self._buffer)
-            plan = Plan(plan.directory, staged, plan.record)
+            plan = SavePlan(plan.directory, staged, plan.record)
             self._background = Background(lambda: self._write(plan, meeting))
         return f"{self._storage.url}/{plan.directory}"
 
@@ -212,7 +212,7 @@ class Checkpointer:
         outdated = bool(found) and all(other.name != directory.name for other in found)
         return bool(self._agreement.gather(outdated)[0])
 
-    def _write(self, plan: Plan, meeting: Rendezvous) -> None:
+    def _write(self, plan: SavePlan, meeting: Rendezvous) -> None:
         write(self._storage, plan, meeting, self._agreement.rank)
         if plan.record is not None:
             try:

@@ -61,7 +61,7 @@ def only_checkpoint_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def named(url: str) -> Iterator[None]:
+def naming(url: str) -> Iterator[None]:
     """Tells which checkpoint an error is about."""
     try:
         yield

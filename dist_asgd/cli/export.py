@@ -8,13 +8,29 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dist_asgd.checkpoint.export.formats import FORMATS, SUFFIXES, Exported, FileOf, format_by, safetensors_file
-from dist_asgd.checkpoint.export.from_checkpoint import Source, StockSource, averaged, entries, matching, tensors_of
+from dist_asgd.checkpoint.export.from_checkpoint import (
+    ExportSource,
+    StockExportSource,
+    averaged,
+    entries,
+    matching,
+    tensors_of,
+)
 from dist_asgd.checkpoint.export.huggingface import MAX_SHARD_BYTES, split, write_directory
 from dist_asgd.checkpoint.format.manifest import NAME, Manifest, read_manifest
 from dist_asgd.checkpoint.loading.sources import open_checkpoint
 from dist_asgd.checkpoint.storage.storage import Storage
-from dist_asgd.cli.output import Progress, printable, progress_bar, readable, write
-from dist_asgd.cli.places import LOCAL, Place, UsageError, checkpoint_at, file_at, opened, options_of, protocol_of
+from dist_asgd.cli.output import ReportProgress, printable, progress_bar, readable, write
+from dist_asgd.cli.places import (
+    LOCAL,
+    OpenedCheckpoint,
+    UsageError,
+    checkpoint_at,
+    file_at,
+    opened,
+    options_of,
+    protocol_of,
+)
 
 DIRECTORY = "huggingface"
 DEFAULT = "model"
@@ -54,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _places(arguments: argparse.Namespace, kind: str) -> tuple[Place, Storage, str]:
+def _places(arguments: argparse.Namespace, kind: str) -> tuple[OpenedCheckpoint, Storage, str]:
     """The checkpoint, the folder that is written to, and the file's name; "" where the folder is what is written."""
     options = options_of(arguments.storage_option, arguments.storage_options)
     source, out = protocol_of(arguments.url), protocol_of(arguments.out)
@@ -75,12 +91,12 @@ def _configs(arguments: argparse.Namespace, kind: str) -> dict[str, bytes]:
         raise UsageError(f"cannot read {arguments.config}: {error.strerror}") from error
 
 
-def _opened(place: Place) -> tuple[Source, int | None]:
+def _opened(place: OpenedCheckpoint) -> tuple[ExportSource, int | None]:
     """A checkpoint, and its step if it tells."""
     if NAME not in place.sizes():
-        return StockSource.open(place.storage, place.directory), None
+        return StockExportSource.open(place.storage, place.directory), None
     manifest = read_manifest(open_checkpoint(place.storage, place.directory))
-    return Source(place.storage, place.directory, manifest), manifest.step
+    return ExportSource(place.storage, place.directory, manifest), manifest.step
 
 
 def _format_by(out: str) -> str:
@@ -112,7 +128,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _watched(file_of: FileOf, total: int, progress: Progress) -> FileOf:
+def _watched(file_of: FileOf, total: int, progress: ReportProgress) -> FileOf:
     def watched(source: Any, tensors: Sequence[Exported]) -> Iterator[bytes | memoryview]:
         for chunk in file_of(source, tensors):
             yield chunk

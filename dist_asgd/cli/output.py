@@ -13,7 +13,7 @@ class OutputError(OSError):
     """Standard output takes no more."""
 
 
-class Progress(Protocol):
+class ReportProgress(Protocol):
     """Told of work that was done."""
 
     def __call__(self, done: int, total: int) -> None:
@@ -64,7 +64,7 @@ def ago(seconds: float) -> str:
 
 
 @contextmanager
-def progress_bar(title: str, hidden: bool) -> Iterator[Progress]:
+def progress_bar(title: str, hidden: bool) -> Iterator[ReportProgress]:
     """A bar on standard error, if that is a terminal and tqdm is installed."""
     bar = None if hidden or not sys.stderr.isatty() else _bar(title)
 

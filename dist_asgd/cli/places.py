@@ -24,7 +24,7 @@ class UsageError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class OpenedCheckpoint:
     """One checkpoint."""
 
     storage: Storage
@@ -45,13 +45,13 @@ def opened(url: str, options: Mapping[str, Any]) -> Storage:
         raise UsageError(str(error)) from error
 
 
-def checkpoint_at(url: str, options: Mapping[str, Any], step: int | None) -> Place:
+def checkpoint_at(url: str, options: Mapping[str, Any], step: int | None) -> OpenedCheckpoint:
     """The checkpoint at ``url``, or of the run there: the newest, or that of ``step``."""
     storage = opened(url, options)
     if {NAME, STOCK} & storage.list().keys():
         if step is not None:
             raise UsageError(f"{storage.url} is one checkpoint: --step is for the directory of a run")
-        return Place(storage, "")
+        return OpenedCheckpoint(storage, "")
     found = newest_of(directories(storage))
     if step is None and found:
         step = max(found)
@@ -59,7 +59,7 @@ def checkpoint_at(url: str, options: Mapping[str, Any], step: int | None) -> Pla
         raise NotFound(f"{storage.url} has no checkpoint: neither {NAME} nor {STOCK}, and no committed steps below it")
     if step not in found:
         raise NotFound(f"{storage.url} has no checkpoint of step {step}; it has {sorted(found)}")
-    return Place(storage, found[step].name)
+    return OpenedCheckpoint(storage, found[step].name)
 
 
 def file_at(url: str, options: Mapping[str, Any]) -> tuple[Storage, str]:

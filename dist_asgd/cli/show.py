@@ -16,7 +16,7 @@ from dist_asgd.checkpoint.format.json_values import decode
 from dist_asgd.checkpoint.format.manifest import NAME, STOCK, Manifest, dtype_name, in_directory, read_manifest
 from dist_asgd.checkpoint.stock.metadata import read_stock_metadata
 from dist_asgd.cli.output import printable, readable, table, write
-from dist_asgd.cli.places import Place, checkpoint_at, options_of
+from dist_asgd.cli.places import OpenedCheckpoint, checkpoint_at, options_of
 
 FILES = 3  # that are named of one tensor
 LONGEST = 80  # characters of a value
@@ -38,7 +38,7 @@ def _matches(key: str, pattern: str | None) -> bool:
     return pattern is None or fnmatch.fnmatchcase(key, pattern)
 
 
-def _of_manifest(place: Place) -> dict[str, Any]:
+def _of_manifest(place: OpenedCheckpoint) -> dict[str, Any]:
     manifest = read_manifest(place.storage.read(in_directory(place.directory, NAME)))
     return {
         "format": "dist_asgd",
@@ -57,7 +57,7 @@ def _chunks(manifest: Manifest, key: str) -> list[StoredChunk]:
     return [StoredChunk(box, item.file, item.offset, item.stop - item.offset) for box, item in chunks]
 
 
-def _of_stock(place: Place) -> dict[str, Any]:
+def _of_stock(place: OpenedCheckpoint) -> dict[str, Any]:
     stock = read_stock_metadata(place.storage.read(in_directory(place.directory, STOCK)))
     return {
         "format": "torch.distributed.checkpoint",

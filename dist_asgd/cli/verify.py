@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 
 from dist_asgd.checkpoint.format.manifest import NAME
-from dist_asgd.checkpoint.loading.verify import verify, verify_stock
+from dist_asgd.checkpoint.loading.verify import verify_checkpoint, verify_stock_checkpoint
 from dist_asgd.cli.output import printable, progress_bar, readable, write
 from dist_asgd.cli.places import checkpoint_at, options_of
 
@@ -18,7 +18,7 @@ def run(arguments: argparse.Namespace) -> int:
     sizes = place.sizes()
     is_ours = NAME in sizes
     with progress_bar("verified", hidden=arguments.json) as progress:
-        faults = (verify if is_ours else verify_stock)(place.storage, place.directory, progress)
+        faults = (verify_checkpoint if is_ours else verify_stock_checkpoint)(place.storage, place.directory, progress)
     kind = "dist_asgd" if is_ours else "torch.distributed.checkpoint"
     if arguments.json:
         faulty = [asdict(fault) for fault in faults]

@@ -21,7 +21,7 @@ from torch import Tensor
 from dist_asgd.asgd.rounding import Rounding, compute_dtype
 from dist_asgd.asgd.schedule import Hyperparameters, Scalars
 from dist_asgd.kernels.selfcheck import has_the_bits, say_once
-from dist_asgd.kernels.tensor_list import Gradients, Parts
+from dist_asgd.kernels.tensor_list import Gradients, TensorList
 
 SOURCE = Path(__file__).with_name("cpu.c")
 COMPILERS = ("cc", "gcc", "clang")
@@ -52,7 +52,7 @@ class NativeUpdate:
 
     def __call__(
         self,
-        parts: Parts,
+        parts: TensorList,
         grads: Gradients,
         average: Tensor | None,
         master: Tensor | None,

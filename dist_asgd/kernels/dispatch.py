@@ -1,6 +1,6 @@
 """One step of a slice of a shard, in the form that suits the device and the dtypes.
 
-One pass over memory where there is one (kernels/cpu.py for CPUs, kernels/gpu.py for GPUs); else PyTorch's operators, which on a
+One pass over memory where there is one (cpu.py for CPUs, kernels/gpu.py for GPUs); else PyTorch's operators, which on a
 CPU walk blocks that stay in cache. Both have the same bits.
 """
 
@@ -19,7 +19,7 @@ from dist_asgd.asgd.rule import low_precision_step_
 from dist_asgd.asgd.schedule import AnyScalars, DeviceScalars, Hyperparameters, Scalars
 from dist_asgd.kernels.cpu import native_update
 from dist_asgd.kernels.selfcheck import has_the_bits, say_once
-from dist_asgd.kernels.tensor_list import Gradients, Parts, as_real
+from dist_asgd.kernels.tensor_list import Gradients, TensorList, as_real
 
 # CPU operators are walked in blocks of about this many elements for each thread: parameter, gradient, average and
 # temporaries of a block (512 KiB each in fp32) stay in a core's cache between the operators, which is twice as fast as
@@ -40,7 +40,7 @@ class FusedUpdate(Protocol):
 
     def __call__(
         self,
-        parts: Parts,  # updated in place
+        parts: TensorList,  # updated in place
         grads: Gradients,  # of each part
         average: Tensor | None,  # 1-D, in compute_dtype, indexed by parts.starts; updated in place
         master: Tensor | None,  # the same
@@ -173,7 +173,7 @@ class PartsSlice:
 
     start: int
     stop: int
-    parts: Parts
+    parts: TensorList
     grads: Gradients  # of each part, in the parts' dtype or compute_dtype
 
     def update_(
@@ -233,7 +233,7 @@ def update_(
     average_dtype = None if average is None else average.dtype
     fused = fused_update(param.device, param.dtype, grad.dtype, average_dtype, master is not None, rounding)
     if fused is not None and grad.is_contiguous():
-        fused(Parts.of([param]), Gradients.of([grad]), average, master, h, scalars, rounding)
+        fused(TensorList.of([param]), Gradients.of([grad]), average, master, h, scalars, rounding)
     elif isinstance(scalars, DeviceScalars):
         raise RuntimeError(f"no update in one pass of {param.dtype} with a gradient of {grad.dtype} on {param.device}")
     else:

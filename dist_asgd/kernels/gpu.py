@@ -22,7 +22,7 @@ from torch import Tensor
 from dist_asgd.asgd.rounding import Rounding, compute_dtype
 from dist_asgd.asgd.schedule import AnyScalars, DeviceScalars, Hyperparameters, Scalars
 from dist_asgd.kernels.pointer_tables import DeviceTables
-from dist_asgd.kernels.tensor_list import Gradients, Parts
+from dist_asgd.kernels.tensor_list import Gradients, TensorList
 
 try:
     import triton
@@ -268,11 +268,11 @@ class TritonUpdate:
     def __init__(self, param: torch.dtype, grad: torch.dtype, rounded: torch.dtype) -> None:
         names = {"PARAM": param, "GRAD": grad, "REAL": compute_dtype(param), "ROUNDED": rounded}
         self._types = {name: _types()[dtype] for name, dtype in names.items()}
-        self._tables: WeakKeyDictionary[Parts, DeviceTables] = WeakKeyDictionary()
+        self._tables: WeakKeyDictionary[TensorList, DeviceTables] = WeakKeyDictionary()
 
     def __call__(
         self,
-        parts: Parts,
+        parts: TensorList,
         grads: Gradients,
         average: Tensor | None,
         master: Tensor | None,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_asgd.asgd.schedule import is_captured
-from dist_asgd.kernels.tensor_list import Parts
+from dist_asgd.kernels.tensor_list import TensorList
 
 STEP = "take a step() without capturing it before each capture"
 
@@ -28,7 +28,7 @@ class DeviceTables:
         programs: how many.
     """
 
-    def __init__(self, parts: Parts, block: int) -> None:
+    def __init__(self, parts: TensorList, block: int) -> None:
         self._device = parts.tensors[0].device
         if is_captured(self._device):  # they would be sent from memory that is not the graph's
             raise RuntimeError(f"a CUDA graph is being captured, and these parameters were not updated before: {STEP}")

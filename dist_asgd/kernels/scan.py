@@ -1,7 +1,7 @@
 """How thousands of tensors lie, asked by one call.
 
 A step has to know of every gradient that it has the parameter's shape, dtype, device and memory order, and its address.
-Asked one attribute of one tensor after the other, 10,000 of them take 10 ms. kernels/scan.c, compiled when it is first needed,
+Asked one attribute of one tensor after the other, 10,000 of them take 10 ms. scan.c, compiled when it is first needed,
 asks PyTorch for all of that at once, through the C exchange API of DLPack (version 1.3, in PyTorch since 2.10).
 """
 
@@ -50,7 +50,7 @@ Functions = tuple[Callable[..., int], Callable[..., int]]  # look and look_at_gr
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class ParameterPlaces:
     """Where parameters are, and their elements; ``seen`` is where kernels/scan.c last saw them and their gradients."""
 
     params: tuple[Tensor, ...]
@@ -59,7 +59,7 @@ class Places:
     seen: array[int]
 
     @classmethod
-    def of(cls, params: tuple[Tensor, ...]) -> Places:
+    def of(cls, params: tuple[Tensor, ...]) -> ParameterPlaces:
         seen = array("q", bytes(3 * 8 * len(params)))
         return cls(params, array("q", map(id, params)), array("q", map(Tensor.data_ptr, params)), seen)
 
@@ -102,7 +102,7 @@ class Look:
         ids = array("q", map(id, tensors))
         return self._plain(tensors, self._call(self._functions[0], _pointer(ids)))
 
-    def at_gradients(self, places: Places) -> Gradients | None:
+    def at_gradients(self, places: ParameterPlaces) -> Gradients | None:
         """Those of parameters, if all are there and lie as expected, as the parameters do themselves, at ``places``."""
         if self._functions is None:
             return self._asked_each([param.grad for param in places.params]) if places.hold else None
@@ -187,7 +187,7 @@ def _work(functions: Functions) -> bool:
     """Whether they see what they should. Asked before they are used."""
     params = tuple(torch.nn.Parameter(torch.zeros(shape)) for shape in ((3,), (2, 4), ()))
     shapes, strides = [tuple(param.shape) for param in params], [param.stride() for param in params]
-    look, places = Look(shapes, strides, params[0].detach(), functions), Places.of(params)
+    look, places = Look(shapes, strides, params[0].detach(), functions), ParameterPlaces.of(params)
     grads = [torch.zeros_like(param) for param in params]
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad

@@ -11,7 +11,7 @@ import torch
 from dist_asgd.asgd.rounding import Rounding, compute_dtype
 from dist_asgd.asgd.rule import low_precision_step_
 from dist_asgd.asgd.schedule import DeviceScalars, Hyperparameters, Scalars
-from dist_asgd.kernels.tensor_list import Gradients, Parts
+from dist_asgd.kernels.tensor_list import Gradients, TensorList
 
 # Elements on which each combination of options is compared: some blocks of the operators' and a rest.
 CHECKED = 211
@@ -48,7 +48,7 @@ def has_the_bits(
         own, expected = ([tensor.clone() for tensor in (p, average, master)] for _ in range(2))
         given = DeviceScalars.of(scalars, device) if on_device else scalars
         state = (own[1] if averages else None, own[2] if has_master else None)
-        update(Parts.of(own[:1]), Gradients.of([g]), *state, h, given, rounding)
+        update(TensorList.of(own[:1]), Gradients.of([g]), *state, h, given, rounding)
         p, average, master = expected
         state = (average if averages else None, master if has_master else None)
         expected_rounding = rounding.at(rounding.first, scalars) if on_device else rounding

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: what is derived from them is kept beside them
-class Parts:
+class TensorList:
     """Each is 1-D and contiguous; all are real, of one dtype and device.
 
     Attributes:
@@ -28,7 +28,7 @@ class Parts:
     numel: int
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], starts: Sequence[int] = (0,)) -> Parts:
+    def of(cls, tensors: Sequence[Tensor], starts: Sequence[int] = (0,)) -> TensorList:
         """Of real or complex ones; ``starts`` in their elements."""
         real = tuple(map(as_real, tensors))
         factor = 2 if tensors[0].is_complex() else 1

@@ -76,7 +76,9 @@ def loaded(folder):
 
 def test_sigterm_while_a_save_is_under_way(tmp_path):
     """A process that handles the signal finishes the save; of one that does not, older checkpoints are left."""
-    program = "import sys, pathlib; from tests.checkpoint import test_ending; test_ending.run_all(pathlib.Path(sys.argv[1]))"
+    program = (
+        "import sys, pathlib; from tests.checkpoint import test_ending; test_ending.run_all(pathlib.Path(sys.argv[1]))"
+    )
     paths = str(Path(__file__).parents[2])
     command = [sys.executable, "-c", program, str(tmp_path)]
     said = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, stdout=-1, timeout=LIMIT, text=True)

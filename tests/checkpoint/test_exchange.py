@@ -51,7 +51,7 @@ def saved(server: Any, ranks: int) -> str:
 def test_columns_are_read_once_and_have_their_bits(
     s3_server: Any, saving: int, loading: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exchange, "PIECE", 100_000)
+    monkeypatch.setattr(exchange, "EXCHANGE_BYTES", 100_000)
     url = saved(s3_server, saving)
 
     def load(rank: int, options: Any) -> None:

@@ -145,7 +145,7 @@ def save_tensors(rank, folder):
 @pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
 def test_tensors_in_any_strides(tmp_path, monkeypatch, piece, remote):
     if piece is not None:
-        monkeypatch.setattr(stock_reader, "PIECE", piece)
+        monkeypatch.setattr(stock_reader, "READ_BYTES", piece)
     run_ranks(2, save_tensors, tmp_path)
     run_ranks(3, load_tensors, tmp_path, remote)
 
@@ -167,7 +167,7 @@ def load_tensors(rank, folder, remote):
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 def test_every_dtype_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(stock_reader, "PIECE", 4096)
+    monkeypatch.setattr(stock_reader, "READ_BYTES", 4096)
     tensors = {str(dtype): sample(dtype, (30, 41)) for dtype in DTYPES}
     write(tmp_path, tensors)
     found = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
@@ -327,7 +327,7 @@ def test_damage_is_refused_with_nothing_changed(tmp_path):
 @pytest.mark.parametrize("piece", [None, 64], ids=["at once", "piece by piece"])
 def test_what_one_rank_finds_damaged_no_rank_loads(tmp_path, monkeypatch, piece):
     if piece is not None:
-        monkeypatch.setattr(stock_reader, "PIECE", piece)
+        monkeypatch.setattr(stock_reader, "READ_BYTES", piece)
     run_ranks(2, save_tensors, tmp_path)
     shutil.copytree(tmp_path, tmp_path / "missing")
     (tmp_path / "missing" / "__1_0.distcp").unlink()

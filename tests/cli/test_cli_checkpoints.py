@@ -226,9 +226,9 @@ def test_verify_compares_what_files_and_manifest_say(run, capsys):
     assert (loose["file"], loose["text"]) == ("__1_0.distcp", f"bytes {size} to {size + 4} belong to nothing")
 
 
-@pytest.mark.parametrize("piece", [verify.PIECE, 1000])  # 1000: archives are large, and streamed
+@pytest.mark.parametrize("piece", [verify.READ_BYTES, 1000])  # 1000: archives are large, and streamed
 def test_verify_a_stock_checkpoint(tmp_path, capsys, monkeypatch, piece):
-    monkeypatch.setattr(verify, "PIECE", piece)
+    monkeypatch.setattr(verify, "READ_BYTES", piece)
     state = {"model": nn.Linear(50, 60).state_dict(), "half": torch.ones(3000, dtype=torch.bfloat16), "n": {"a": 7}}
     dcp.save(state, checkpoint_id=tmp_path)
     status, out, _ = called(capsys, "verify", tmp_path)

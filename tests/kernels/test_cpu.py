@@ -18,7 +18,7 @@ from dist_asgd.asgd.rounding import Rounding, compute_dtype
 from dist_asgd.asgd.rule import low_precision_step_
 from dist_asgd.asgd.schedule import Hyperparameters, Scalars
 from dist_asgd.kernels.cpu import native_update
-from dist_asgd.kernels.tensor_list import Gradients, Parts
+from dist_asgd.kernels.tensor_list import Gradients, TensorList
 from tests.support.oracle import MIXED, PLAIN, Pair, make_parameters, random_gradients
 from tests.support.ranks import run_alone, run_ranks
 
@@ -75,7 +75,7 @@ def test_one_pass_has_the_bits_of_the_operators(
                 own = expected_average[where] if averages else None
                 master_of = expected_master[where] if has_master else None
                 low_precision_step_(p, g, own, master_of, h, scalars, replace(rounding, first=rounding.first + start))
-            parts = Parts.of(params, starts[:-1])
+            parts = TensorList.of(params, starts[:-1])
             update(
                 parts,
                 Gradients.of(grads),
@@ -99,7 +99,7 @@ def test_without_a_fitting_dtype_there_is_none() -> None:
 
 def test_addresses_are_those_of_the_elements() -> None:
     complex_one = torch.zeros(6, dtype=torch.complex64)[2:5]
-    parts = Parts.of([complex_one], [4])
+    parts = TensorList.of([complex_one], [4])
     assert parts.numels == array("q", [6]) and parts.starts == array("q", [8])
     assert parts.addresses == array("q", [complex_one.data_ptr()])
 

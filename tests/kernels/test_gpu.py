@@ -15,7 +15,7 @@ from dist_asgd.asgd.rounding import Rounding
 from dist_asgd.kernels.dispatch import fused_update
 from dist_asgd.kernels.gpu import triton_update
 from dist_asgd.kernels.pointer_tables import DeviceTables
-from dist_asgd.kernels.tensor_list import Gradients, Parts
+from dist_asgd.kernels.tensor_list import Gradients, TensorList
 from tests.support.kernel_cases import COMPILED, INTERPRETED, TARGETS
 
 needs_triton = pytest.mark.skipif(
@@ -111,7 +111,7 @@ def resources(cubin):
 
 
 def test_addresses_are_sent_only_when_they_change():
-    parts = Parts.of(list(torch.zeros(3, 5)), [0, 8, 16])
+    parts = TensorList.of(list(torch.zeros(3, 5)), [0, 8, 16])
     tables = DeviceTables(parts, block=4)
     addresses = Gradients.of(list(torch.zeros(3, 5))).addresses
     first = tables.of_grads(addresses)
@@ -121,7 +121,7 @@ def test_addresses_are_sent_only_when_they_change():
 
 
 def test_tables_say_where_every_block_is():
-    parts = Parts.of([torch.zeros(n) for n in (9, 0, 4)], [0, 16, 16])
+    parts = TensorList.of([torch.zeros(n) for n in (9, 0, 4)], [0, 16, 16])
     tables = DeviceTables(parts, block=4)
     of_parts = [*parts.addresses, 0, 16, 16, 9, 0, 4]
     assert tables.of_parts.tolist() == [

@@ -19,16 +19,16 @@ from dist_asgd.checkpoint.format.entries import Block, TensorEntry
 from dist_asgd.checkpoint.format.manifest import STOCK, Manifest, TensorRecord, ValueRecord, in_directory
 from dist_asgd.checkpoint.format.tensor_bytes import memory
 from dist_asgd.checkpoint.format.torch_archive import payload_bytes
-from dist_asgd.checkpoint.loading.reader import fill, plan_reads
-from dist_asgd.checkpoint.loading.stock_reader import fill as fill_items
+from dist_asgd.checkpoint.loading.reader import plan_reads, read_into
 from dist_asgd.checkpoint.loading.stock_reader import plan_items
+from dist_asgd.checkpoint.loading.stock_reader import read_items_into
 from dist_asgd.checkpoint.state.averages import average_keys, average_names
 from dist_asgd.checkpoint.state.tree import key_of, tree_of
 from dist_asgd.checkpoint.stock.metadata import StockCheckpoint, read_stock_metadata
 from dist_asgd.checkpoint.storage.storage import Storage
 
 BATCH = 16 * 2**20  # bytes that are read together
-AHEAD = 2  # batches that are read while one is written
+BATCHES_AHEAD = 2  # batches that are read while one is written
 
 
 def tensors_of(manifest: Manifest, entry: str) -> list[Exported]:
@@ -64,7 +64,7 @@ def _exported(name: str, key: str, tensor: TensorRecord) -> Exported:
     return Exported(name, key, tensor.saved.shape, tensor.saved.dtype)
 
 
-def averaged(source: Source, tensors: Sequence[Exported], average: str | None = None) -> list[Exported]:
+def averaged(source: ExportSource, tensors: Sequence[Exported], average: str | None = None) -> list[Exported]:
     """With the averages (``ax``) that optimizers of the checkpoint have of them, rounded to the dtypes of the tensors.
 
     Tied weights are saved under each of their names, and the optimizer knows one of them: a tensor without an average
@@ -100,7 +100,7 @@ def averaged(source: Source, tensors: Sequence[Exported], average: str | None = 
     return [replace(tensor, key=found.get(tensor.key, tensor.key)) for tensor in tensors]
 
 
-def _ties(source: Source, keys: Sequence[str], found: Mapping[str, str]) -> dict[str, str]:
+def _ties(source: ExportSource, keys: Sequence[str], found: Mapping[str, str]) -> dict[str, str]:
     tensors = source.manifest.tensors
     alike = {tensors[key].saved for key in keys}
     by_content: dict[Any, list[str]] = {}
@@ -116,7 +116,7 @@ def _ties(source: Source, keys: Sequence[str], found: Mapping[str, str]) -> dict
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ExportSource:
     """A checkpoint that is read from."""
 
     storage: Storage
@@ -131,11 +131,11 @@ class Source:
     def payloads(self, tensors: Sequence[Exported]) -> Iterator[tuple[int, memoryview]]:
         """(number of the tensor, a part of its elements in row-major order), one after another, verified."""
         pending: deque[Future[list[tuple[int, memoryview]]]] = deque()
-        with ThreadPoolExecutor(AHEAD, thread_name_prefix="dist_asgd-export") as pool:
+        with ThreadPoolExecutor(BATCHES_AHEAD, thread_name_prefix="dist_asgd-export") as pool:
             try:
                 for batch in self._batches(tensors):
                     pending.append(pool.submit(self._read, tensors, batch))
-                    if len(pending) > AHEAD:
+                    if len(pending) > BATCHES_AHEAD:
                         yield from pending.popleft().result()
                 while pending:
                     yield from pending.popleft().result()
@@ -148,7 +148,7 @@ class Source:
         return batches([(tensor.shape, tensor.dtype.itemsize) for tensor in saved], BATCH)
 
     def _fill(self, wanted: Sequence[tuple[str, TensorEntry]]) -> None:
-        fill(self.storage, self.directory, plan_reads(self.manifest, wanted))
+        read_into(self.storage, self.directory, plan_reads(self.manifest, wanted))
 
     def _read(self, tensors: Sequence[Exported], batch: Sequence[tuple[int, Box]]) -> list[tuple[int, memoryview]]:
         wanted, parts = [], []
@@ -162,7 +162,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class StockSource(Source):
+class StockExportSource(ExportSource):
     """One of ``torch.distributed.checkpoint``; its manifest tells paths, shapes and dtypes only.
 
     Parts can be verified as a whole only, so tensors are read as a whole: some of them have to fit into memory.
@@ -171,7 +171,7 @@ class StockSource(Source):
     stock: StockCheckpoint
 
     @classmethod
-    def open(cls, storage: Storage, directory: str) -> StockSource:
+    def open(cls, storage: Storage, directory: str) -> StockExportSource:
         stock = read_stock_metadata(storage.read(in_directory(directory, STOCK)))
         tensors = {key: TensorRecord(tensor.saved, (), stock.paths[key]) for key, tensor in stock.tensors.items()}
         values = {key: ValueRecord(None, stock.paths[key]) for key in stock.objects}
@@ -196,4 +196,4 @@ class StockSource(Source):
         yield batch
 
     def _fill(self, wanted: Sequence[tuple[str, TensorEntry]]) -> None:
-        fill_items(self.storage, self.directory, plan_items(self.stock.tensors, wanted))
+        read_items_into(self.storage, self.directory, plan_items(self.stock.tensors, wanted))

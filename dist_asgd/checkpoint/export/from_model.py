@@ -33,7 +33,7 @@ from dist_asgd.comm.consensus import Agreement, agreement_of_all
 
 
 @dataclass(frozen=True, slots=True)
-class _Brought:
+class _ModelContribution:
     """What each rank tells rank 0 of its model."""
 
     offers: dict[str, Offer]
@@ -41,7 +41,7 @@ class _Brought:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _ExportPlan:
     """What one rank has to do."""
 
     format: str
@@ -83,7 +83,7 @@ def export(
     with agreement_of_all() as agreement:
         with together(agreement, "export()"):
             _check(model, max_shard_bytes)
-            entries, brought = _bring(model)
+            entries, brought = _contribution(model)
         everyone = [item for item, _ in agreement.collect(brought, [])]
         configs: dict[str, bytes] = {}
         storage, plans = None, []
@@ -94,7 +94,7 @@ def export(
                 tensors = _tensors(everyone)
                 plans = _plan(everyone, tensors, kind, name, max_shard_bytes)
                 configs = configs_of(model, tensors)
-        plan: _Plan = scatter(agreement, plans)
+        plan: _ExportPlan = scatter(agreement, plans)
         _carry_out(agreement, plan, Gathering(agreement, entries, plan.owned), storage, configs)
 
 
@@ -105,7 +105,7 @@ def _check(model: object, max_shard_bytes: object) -> None:
         raise ValueError(f"max_shard_bytes must be a whole number of at least 1, got {max_shard_bytes!r}")
 
 
-def _bring(model: nn.Module) -> tuple[dict[str, TensorEntry], _Brought]:
+def _contribution(model: nn.Module) -> tuple[dict[str, TensorEntry], _ModelContribution]:
     state = module_state(model)
     entries = {name: to_save(name, value) for name, value in state.items() if isinstance(value, Tensor)}
     if left_out := sorted(state.keys() - entries.keys()):
@@ -119,10 +119,10 @@ def _bring(model: nn.Module) -> tuple[dict[str, TensorEntry], _Brought]:
         if known := [name for name in names if name in entries]:
             kept = name_to_keep(model, known)
             ties.append([kept, *(name for name in known if name != kept)])
-    return entries, _Brought(offers, ties)
+    return entries, _ModelContribution(offers, ties)
 
 
-def _tensors(everyone: Sequence[_Brought]) -> list[Exported]:
+def _tensors(everyone: Sequence[_ModelContribution]) -> list[Exported]:
     """All tensors, those that rank 0 knows first; tied ones once."""
     found: dict[str, Exported] = {}
     for brought in everyone:
@@ -143,18 +143,18 @@ def _place(url: str | os.PathLike[str], options: Mapping[str, Any] | None, kind:
 
 
 def _plan(
-    everyone: Sequence[_Brought], tensors: Sequence[Exported], kind: str | None, name: str, most: int
-) -> list[_Plan]:
+    everyone: Sequence[_ModelContribution], tensors: Sequence[Exported], kind: str | None, name: str, most: int
+) -> list[_ExportPlan]:
     files = split(tensors, most) if kind is None else [File(name, tensors)]
     for tensor in tensors if kind == "safetensors" else ():
         safetensors_dtype(tensor)  # before anything is gathered
     owned = owned_by([brought.offers for brought in everyone])
     shares = [owned, *([share] for share in owned[1:])]
-    return [_Plan(kind or "huggingface", files, share) for share in shares]
+    return [_ExportPlan(kind or "huggingface", files, share) for share in shares]
 
 
 def _carry_out(
-    agreement: Agreement, plan: _Plan, source: Gathering, storage: Storage | None, configs: Mapping[str, bytes]
+    agreement: Agreement, plan: _ExportPlan, source: Gathering, storage: Storage | None, configs: Mapping[str, bytes]
 ) -> None:
     """Rank 0 writes, the others send; what fails on one rank is raised on all, as soon as they meet again."""
     file_of = FORMATS.get(plan.format, FORMATS["safetensors"])

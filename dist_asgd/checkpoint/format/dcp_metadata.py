@@ -2,7 +2,7 @@
 
 [Note: items]
 A ``.distcp`` file is a sequence of items, and an item of a tensor is what ``torch.save`` makes of it: a zip archive
-with the pickled description of the tensor and, stored uncompressed, its elements (format/torch_archive.py). Here an item is three
+with the pickled description of the tensor and, stored uncompressed, its elements (torch_archive.py). Here an item is three
 parts:
 
 - *head*: all before the elements. It depends on dtype and shape only.
@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 from dist_asgd.boxes import Box
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.torch_archive import (
-    Record,
+    ArchiveRecord,
     Stub,
     beginning,
     description,
@@ -135,7 +135,7 @@ def _place(stored: StoredChunk | StoredObject) -> _StorageInfo:
 
 
 @lru_cache(maxsize=1024)
-def _head(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, tuple[Record, ...]]:
+def _head(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, tuple[ArchiveRecord, ...]]:
     """The head, and the records of the archive; the last one is the payload's, without its CRC-32."""
     if dtype in QUANTIZED:
         raise CheckpointError(

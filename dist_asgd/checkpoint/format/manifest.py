@@ -19,7 +19,7 @@ import torch
 from dist_asgd.boxes import Box, tiles
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.entries import SavedTensor
-from dist_asgd.checkpoint.format.manifest_rules import Place, Wrong, check_lengths, check_overlaps, check_paths
+from dist_asgd.checkpoint.format.manifest_rules import EntryPlace, Wrong, check_lengths, check_overlaps, check_paths
 
 NAME = "manifest.json"
 STOCK = ".metadata"  # what torch.distributed.checkpoint reads
@@ -324,7 +324,7 @@ def _check_sharing(tensors: Mapping[str, TensorRecord], items: tuple[Item, ...])
             used.add(chunk.item)
 
 
-def _paths_of_keys(values: Mapping[str, ValueRecord]) -> set[Place]:
+def _paths_of_keys(values: Mapping[str, ValueRecord]) -> set[EntryPlace]:
     """Of the tuples among the values: the keys of a mapping stand where it is, and its parts below."""
     tuples = (value for value in values.values() if isinstance(value.encoded, dict) and "#tuple" in value.encoded)
     return {(value.path, value.rank) for value in tuples}

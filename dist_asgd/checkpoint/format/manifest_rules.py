@@ -9,7 +9,9 @@ from typing import TypeAlias
 SMALLEST, LARGEST = 2**12, 2**18  # bytes of a block that has a checksum of its own
 FRAME = 2**20  # bytes at most of what is before and behind a payload
 
-Place: TypeAlias = tuple[tuple[str | int, ...], int | None]  # path of an entry, and its rank if ranks have their own
+EntryPlace: TypeAlias = tuple[
+    tuple[str | int, ...], int | None
+]  # path of an entry, and its rank if ranks have their own
 
 
 class Wrong(Exception):
@@ -31,7 +33,7 @@ def check_overlaps(items: Iterable[tuple[str, int, int]]) -> None:
             raise Wrong(f"items overlap at byte {start} of {file}")
 
 
-def check_paths(places: Collection[Place], keys: Collection[Place]) -> None:
+def check_paths(places: Collection[EntryPlace], keys: Collection[EntryPlace]) -> None:
     """For each rank, the entries make up one nested state: none is in the place of another, or in another one.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dist_asgd.boxes import cut, narrowed, whole
 from dist_asgd.checkpoint.format.manifest_rules import LARGEST, SMALLEST
 
-PIECE = 8 * 2**20  # bytes that are copied at once from a device, or from memory that is not in order
+COPY_BYTES = 8 * 2**20  # bytes that are copied at once from a device, or from memory that is not in order
 
 
 BLOCKS = 512  # of an item that have a checksum of their own, if it is large enough
@@ -51,10 +51,10 @@ def memory_of(data: Tensor) -> Iterator[memoryview]:
     data = data.detach()
     if data.device.type == "cpu" and data.is_contiguous() and not (data.is_conj() or data.is_neg()):
         everything = memory(data)
-        yield from (everything[start : start + PIECE] for start in range(0, len(everything), PIECE))
+        yield from (everything[start : start + COPY_BYTES] for start in range(0, len(everything), COPY_BYTES))
         return
     box = whole(tuple(data.shape))
-    for part in cut(box, max(1, PIECE // data.dtype.itemsize)) if box.numel else ():
+    for part in cut(box, max(1, COPY_BYTES // data.dtype.itemsize)) if box.numel else ():
         yield memory(narrowed(data, part).resolve_conj().resolve_neg().cpu().contiguous())
 
 

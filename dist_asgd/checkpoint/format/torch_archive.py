@@ -43,7 +43,7 @@ STORAGE_CLASSES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class ArchiveRecord:
     """A file in the archive."""
 
     name: bytes
@@ -87,7 +87,7 @@ class Record:
         return struct.pack("<5H3L", version, 8 if self.crc_follows else 0, 0, 0, date, crc32, size, size)
 
 
-def directory(records: Sequence[Record], at: int) -> bytes:
+def directory(records: Sequence[ArchiveRecord], at: int) -> bytes:
     """The end of an archive, which begins at byte ``at``."""
     entries = b"".join(record.directory_entry() for record in records)
     count, size = len(records), len(entries)
@@ -104,19 +104,19 @@ def _shortened(number: int) -> int:
     return ELSEWHERE if number >= LONG else number
 
 
-def beginning(description: bytes) -> tuple[bytes, list[Record]]:
+def beginning(description: bytes) -> tuple[bytes, list[ArchiveRecord]]:
     """The first bytes of an archive, with all records but the payloads."""
     data, records = b"", []
     for name, content in ((b"data.pkl", description), (b"byteorder", b"little"), (b"version", b"3\n")):
-        record = Record(b"archive/" + name, len(data), len(content), zlib.crc32(content))
+        record = ArchiveRecord(b"archive/" + name, len(data), len(content), zlib.crc32(content))
         records.append(record)
         data += record.local_header() + content
     return data, records
 
 
-def payload_record(number: int, offset: int, nbytes: int, crc32: int = 0) -> Record:
+def payload_record(number: int, offset: int, nbytes: int, crc32: int = 0) -> ArchiveRecord:
     """Of the elements of tensor ``number``."""
-    return Record(b"archive/data/%d" % number, offset, nbytes, crc32, crc_follows=True)
+    return ArchiveRecord(b"archive/data/%d" % number, offset, nbytes, crc32, crc_follows=True)
 
 
 def payload_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:

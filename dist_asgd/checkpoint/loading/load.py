@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dist_asgd.checkpoint.errors import CheckpointError, named, together
-from dist_asgd.checkpoint.loading.sources import Source
+from dist_asgd.checkpoint.errors import CheckpointError, naming, together
+from dist_asgd.checkpoint.loading.sources import CheckpointSource
 from dist_asgd.checkpoint.progress import Progress
 from dist_asgd.checkpoint.state.contents import destination_of
 from dist_asgd.checkpoint.state.mismatches import Problems
@@ -15,7 +15,7 @@ from dist_asgd.comm.consensus import Agreement
 
 
 def load_checkpoint(
-    agreement: Agreement, source: Source, state: Mapping[str, Any], *, strict: bool, average: bool | str
+    agreement: Agreement, source: CheckpointSource, state: Mapping[str, Any], *, strict: bool, average: bool | str
 ) -> None:
     """Fills ``state`` from a checkpoint. Collective; every rank gets the same one.
 
@@ -23,7 +23,7 @@ def load_checkpoint(
         CheckpointError: on every rank, with nothing changed, if it does not fit or a byte that is needed is damaged.
             With a part of it loaded, if a ``load_state_dict`` raises.
     """
-    with together(agreement, "load()"), named(source.url):
+    with together(agreement, "load()"), naming(source.url):
         destination = destination_of(
             state, source.tensors, source.values, source.paths, strict=strict, average=average, stock=source.is_stock
         )
@@ -37,12 +37,12 @@ def load_checkpoint(
     size = own.size + (shared.size if shared else 0)
     with own, shared or contextlib.nullcontext():
         progress = Progress(f"reading and verifying {source.url}", size, agreement.rank)
-        with together(agreement, "load()"), named(source.url):
+        with together(agreement, "load()"), naming(source.url):
             own.read(progress)
         if shared:
-            with named(source.url):
+            with naming(source.url):
                 shared.read(agreement, progress)
-        with together(agreement, "load()"), named(source.url):
+        with together(agreement, "load()"), naming(source.url):
             progress = Progress(f"loading {source.url}", size, agreement.rank)
             own.apply(progress)
             if shared:

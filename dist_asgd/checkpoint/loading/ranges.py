@@ -8,17 +8,17 @@ from typing import TypeAlias
 
 from dist_asgd.checkpoint.storage.storage import Storage
 
-Place: TypeAlias = tuple[str, int, int]  # file, start, stop
+ByteRange: TypeAlias = tuple[str, int, int]  # file, start, stop
 
 
-def joined(places: Sequence[Place], most: int, gap: int = 0) -> list[tuple[Place, list[int]]]:
+def joined(places: Sequence[ByteRange], most: int, gap: int = 0) -> list[tuple[ByteRange, list[int]]]:
     """Requests of at most ``most`` bytes, or of one place, each with the indices of the places that it has.
 
     Args:
         places: in their order.
         gap: bytes between two that are rather read than left out by another request.
     """
-    requests: list[tuple[Place, list[int]]] = []
+    requests: list[tuple[ByteRange, list[int]]] = []
     for index, (name, start, stop) in enumerate(places):
         if requests:
             (last, first, end), indices = requests[-1]

@@ -23,7 +23,7 @@ GAP = 2**14  # bytes that are rather read than left out by another request
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ChunkPart:
     """What a rank needs of a chunk for one of its blocks."""
 
     key: str
@@ -34,7 +34,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class ChunkRead:
     """A part of a chunk that is read for one destination."""
 
     key: str
@@ -56,21 +56,21 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class RangeRequest:
     """A range of a file with everything that is needed of it."""
 
     file: str
     start: int
     stop: int
-    needs: tuple[Need, ...]
+    needs: tuple[ChunkRead, ...]
 
 
-def plan_reads(manifest: Manifest, destinations: Iterable[tuple[str, TensorEntry]]) -> list[Request]:
+def plan_reads(manifest: Manifest, destinations: Iterable[tuple[str, TensorEntry]]) -> list[RangeRequest]:
     """The requests that fill the blocks of ``destinations``: keys of the manifest, with tensors of their shapes."""
     return plan_parts(manifest, parts_of(manifest, destinations))
 
 
-def parts_of(manifest: Manifest, destinations: Iterable[tuple[str, TensorEntry]]) -> list[Part]:
+def parts_of(manifest: Manifest, destinations: Iterable[tuple[str, TensorEntry]]) -> list[ChunkPart]:
     """What fills the blocks of ``destinations``, chunk by chunk."""
     return [
         part
@@ -81,20 +81,20 @@ def parts_of(manifest: Manifest, destinations: Iterable[tuple[str, TensorEntry]]
     ]
 
 
-def _part(key: str, chunk: Chunk, block: Block) -> Part | None:
+def _part(key: str, chunk: Chunk, block: Block) -> ChunkPart | None:
     common = intersection(chunk.box, block.box)
     if common is None:
         return None
     data = narrowed(block.data, within(common, block.box))
-    return Part(key, chunk.item, chunk.box.sizes, within(common, chunk.box), data)
+    return ChunkPart(key, chunk.item, chunk.box.sizes, within(common, chunk.box), data)
 
 
-def plan_parts(manifest: Manifest, parts: Iterable[Part]) -> list[Request]:
+def plan_parts(manifest: Manifest, parts: Iterable[ChunkPart]) -> list[RangeRequest]:
     """The requests that fill the ``parts``."""
     needs = [need for part in parts for need in _needs(part, manifest.items[part.item])]
     needs.sort(key=lambda need: (need.item.file, need.start, need.stop))
-    requests: list[Request] = []
-    joined: list[Need] = []
+    requests: list[RangeRequest] = []
+    joined: list[ChunkRead] = []
     stop = 0
     for need in needs:
         if joined and (
@@ -109,7 +109,7 @@ def plan_parts(manifest: Manifest, parts: Iterable[Part]) -> list[Request]:
     return [*requests, _join(joined, stop)] if joined else requests
 
 
-def plan_rest(manifest: Manifest) -> list[Request]:
+def plan_rest(manifest: Manifest) -> list[RangeRequest]:
     """The requests that read what no tensor is in, to be verified only."""
     used = {chunk.item for tensor in manifest.tensors.values() for chunk in tensor.chunks}
     requests = []
@@ -117,20 +117,20 @@ def plan_rest(manifest: Manifest) -> list[Request]:
         step, count = max(1, REQUEST // item.block), -(-item.size // item.block)
         for first in range(0, count, step):
             blocks = range(first, min(first + step, count))
-            need = Need("values", item, (item.size,), whole((item.size,)), torch.empty(0, device="cpu"), blocks)
-            requests.append(Request(item.file, need.start, need.stop, (need,)))
+            need = ChunkRead("values", item, (item.size,), whole((item.size,)), torch.empty(0, device="cpu"), blocks)
+            requests.append(RangeRequest(item.file, need.start, need.stop, (need,)))
     return requests
 
 
-def _join(needs: Sequence[Need], stop: int) -> Request:
-    return Request(needs[0].item.file, needs[0].start, stop, tuple(needs))
+def _join(needs: Sequence[ChunkRead], stop: int) -> RangeRequest:
+    return RangeRequest(needs[0].item.file, needs[0].start, stop, tuple(needs))
 
 
-def _needs(part: Part, item: Item) -> Iterator[Need]:
+def _needs(part: ChunkPart, item: Item) -> Iterator[ChunkRead]:
     itemsize = part.data.element_size()
     for box in cut_to_extents(part.box, part.sizes, EXTENT // itemsize):
         data = narrowed(part.data, within(box, part.box))
-        yield Need(part.key, item, part.sizes, box, data, blocks_of(box, part.sizes, itemsize, item))
+        yield ChunkRead(part.key, item, part.sizes, box, data, blocks_of(box, part.sizes, itemsize, item))
 
 
 def blocks_of(box: Box, sizes: Sequence[int], itemsize: int, item: Item) -> range:
@@ -142,7 +142,7 @@ def blocks_of(box: Box, sizes: Sequence[int], itemsize: int, item: Item) -> rang
 class VerifiedBlocks(Verified):
     """The requests, by the checksums of the manifest."""
 
-    def __init__(self, storage: Storage, directory: str, requests: Sequence[Request]) -> None:
+    def __init__(self, storage: Storage, directory: str, requests: Sequence[RangeRequest]) -> None:
         super().__init__(storage, directory, sum(request.stop - request.start for request in requests))
         self._requests = requests
         self._places: dict[int, int] = {}  # where each request's bytes are kept
@@ -165,7 +165,7 @@ class VerifiedBlocks(Verified):
             (in_directory(self._directory, request.file), request.start, request.stop) for request in self._requests
         ]
         for index, data in self._storage.read_ranges(ranges):
-            verify(self._requests[index], data)
+            verify_range(self._requests[index], data)
             yield index, data
 
     def _read_again(self) -> Iterator[tuple[int, bytes]]:
@@ -173,7 +173,7 @@ class VerifiedBlocks(Verified):
             yield index, self._kept(place, self._requests[index].stop - self._requests[index].start)
 
 
-def verify(request: Request, data: bytes | memoryview) -> None:
+def verify_range(request: RangeRequest, data: bytes | memoryview) -> None:
     """Raises ``CheckpointError`` unless the bytes of the request have the checksums in the manifest."""
     view, seen = memoryview(data), set()
     for need in request.needs:
@@ -188,16 +188,16 @@ def verify(request: Request, data: bytes | memoryview) -> None:
             )
 
 
-def fill(storage: Storage, directory: str, requests: Sequence[Request]) -> None:
+def read_into(storage: Storage, directory: str, requests: Sequence[RangeRequest]) -> None:
     """Reads, verifies and writes piece by piece: for tensors that nobody looks at if it raises ``CheckpointError``."""
     ranges = [(in_directory(directory, request.file), request.start, request.stop) for request in requests]
     for index, data in storage.read_ranges(ranges):
-        verify(requests[index], data)
+        verify_range(requests[index], data)
         for need in requests[index].needs:
             _write(need, memoryview(data), requests[index].start)
 
 
-def _write(need: Need, data: memoryview, position: int) -> None:
+def _write(need: ChunkRead, data: memoryview, position: int) -> None:
     """``data`` is that from ``position`` of the file on."""
     itemsize = need.data.element_size()
     first, last = extent(need.box, need.sizes)

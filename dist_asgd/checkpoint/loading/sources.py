@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dist_asgd.checkpoint.errors import CheckpointError, named, together
+from dist_asgd.checkpoint.errors import CheckpointError, naming, together
 from dist_asgd.checkpoint.format.dcp_metadata import StoredChunk, StoredObject
 from dist_asgd.checkpoint.format.entries import SavedTensor, TensorEntry
 from dist_asgd.checkpoint.format.json_values import Values, decode
@@ -25,7 +25,7 @@ from dist_asgd.checkpoint.format.manifest import (
 )
 from dist_asgd.checkpoint.format.manifest_rules import Wrong, check_paths
 from dist_asgd.checkpoint.loading.exchange import SharedParts, shared
-from dist_asgd.checkpoint.loading.reader import VerifiedBlocks, parts_of, plan_parts, plan_rest, verify
+from dist_asgd.checkpoint.loading.reader import VerifiedBlocks, parts_of, plan_parts, plan_rest, verify_range
 from dist_asgd.checkpoint.loading.spool import Verified
 from dist_asgd.checkpoint.loading.stock_reader import VerifiedItems, plan_items, read_objects
 from dist_asgd.checkpoint.state.tree import Path, key_of
@@ -34,11 +34,11 @@ from dist_asgd.checkpoint.stock.metadata import StockCheckpoint, read_stock_meta
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.comm.consensus import Agreement
 
-Wanted = Iterable[tuple[str, TensorEntry]]  # keys, with tensors to be filled
+Destinations = Iterable[tuple[str, TensorEntry]]  # keys, with tensors to be filled
 
 
 @dataclass(frozen=True, slots=True)
-class Source(ABC):
+class CheckpointSource(ABC):
     """One checkpoint as one rank sees it. Keys are those of paths, also for entries that each rank has its own of."""
 
     storage: Storage
@@ -57,12 +57,12 @@ class Source(ABC):
         """Whether DCP took the state apart: it makes strings of all keys, and leaves out what is empty."""
 
     @abstractmethod
-    def reading(self, agreement: Agreement, wanted: Wanted) -> tuple[Verified, SharedParts | None]:
+    def reading(self, agreement: Agreement, wanted: Destinations) -> tuple[Verified, SharedParts | None]:
         """What fills the blocks of ``wanted``: what this rank reads for itself, and what ranks share. Collective."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ours(Source):
+class OwnSource(CheckpointSource):
     manifest: Manifest
     records: Mapping[str, str]  # keys in the manifest
 
@@ -70,7 +70,7 @@ class Ours(Source):
     def is_stock(self) -> bool:
         return False
 
-    def reading(self, agreement: Agreement, wanted: Wanted) -> tuple[Verified, SharedParts | None]:
+    def reading(self, agreement: Agreement, wanted: Destinations) -> tuple[Verified, SharedParts | None]:
         own, among_all = parts_of(self.manifest, [(self.records[key], entry) for key, entry in wanted]), None
         if not self.storage.is_local:  # what a local file system was asked for once, it has in memory
             own, everyone, mine = shared(agreement, own)
@@ -80,20 +80,20 @@ class Ours(Source):
 
 
 @dataclass(frozen=True, slots=True)
-class Stock(Source):
+class DcpSource(CheckpointSource):
     found: StockCheckpoint
 
     @property
     def is_stock(self) -> bool:
         return True
 
-    def reading(self, agreement: Agreement, wanted: Wanted) -> tuple[Verified, SharedParts | None]:
+    def reading(self, agreement: Agreement, wanted: Destinations) -> tuple[Verified, SharedParts | None]:
         return VerifiedItems(self.storage, self.directory, plan_items(self.found.tensors, wanted)), None
 
 
 def source_of(
     agreement: Agreement, storage: Storage, directory: str, names: Iterable[str], *, stock: bool, trust: bool
-) -> Source:
+) -> CheckpointSource:
     """Opens a checkpoint. Collective; every rank gets the same ``directory``.
 
     Args:
@@ -110,7 +110,7 @@ def source_of(
     is_ours, data = _broadcast(agreement, opened)
     if is_ours:
         return _ours(storage, directory, read_manifest(data), agreement.rank)
-    with together(agreement, "load()"), named(url):
+    with together(agreement, "load()"), naming(url):
         found = read_stock_metadata(data, trust)
         _check(found, storage.sizes(directory) if agreement.rank == 0 else None)
     asked = [set(names) for names in agreement.gather(list(names))]
@@ -120,11 +120,11 @@ def source_of(
         for key, place in found.objects.items()
         if everything or str(found.paths[key][0]) in set().union(*asked)
     }
-    with together(agreement, "load()"), named(url):
+    with together(agreement, "load()"), naming(url):
         read = read_objects(storage, directory, objects) if agreement.rank == 0 else {}
     values = Values(_broadcast(agreement, read), lambda item, key: _value(item, key, trust))
     tensors = {key: tensor.saved for key, tensor in found.tensors.items()}
-    return Stock(storage, directory, tensors, values, found.paths, found)
+    return DcpSource(storage, directory, tensors, values, found.paths, found)
 
 
 def open_checkpoint(storage: Storage, directory: str) -> bytes:
@@ -147,13 +147,13 @@ def _opened(storage: Storage, directory: str, stock: bool) -> tuple[bool, bytes]
         what = f"neither {NAME} nor {STOCK}, one of which" if stock else f"no {NAME}, which"
         raise CheckpointError(f"{url} is no checkpoint: it has {what} is written when all ranks have saved")
     data = storage.read(in_directory(directory, NAME))
-    with named(url):
+    with naming(url):
         manifest = read_manifest(data)
     for name, file in manifest.files.items():
         if found.get(name) != file.size:
             what = "is missing" if name not in found else f"has {found[name]} bytes, and should have {file.size}"
             raise CheckpointError(f"{url}/{name} {what}: the checkpoint is damaged")
-    with named(url):
+    with naming(url):
         _verify_rest(storage, directory, manifest)
     return True, data
 
@@ -164,12 +164,12 @@ def _verify_rest(storage: Storage, directory: str, manifest: Manifest) -> None:
     ranges.append((in_directory(directory, STOCK), 0, manifest.files[STOCK].size))
     for index, data in storage.read_ranges(ranges):
         if index < len(requests):
-            verify(requests[index], data)
+            verify_range(requests[index], data)
         elif hashlib.sha256(data).hexdigest() != manifest.files[STOCK].sha256:
             raise CheckpointError(f"{STOCK} is damaged: it does not have the sha256 that {NAME} has of it")
 
 
-def _ours(storage: Storage, directory: str, manifest: Manifest, rank: int) -> Ours:
+def _ours(storage: Storage, directory: str, manifest: Manifest, rank: int) -> OwnSource:
     """The entries that this rank may take: those of all, and its own where ranks had different ones."""
     mine: dict[str, tuple[str, TensorRecord]] = {
         key_of(record.path): (name, record) for name, record in manifest.tensors.items() if record.rank in (None, rank)
@@ -181,7 +181,7 @@ def _ours(storage: Storage, directory: str, manifest: Manifest, rank: int) -> Ou
     paths = {key_of(record.path): record.path for record in everyone if is_new or record.rank in (None, rank)}
     tensors = {key: record.saved for key, (_, record) in mine.items()}
     records = {key: name for key, (name, _) in mine.items()}
-    return Ours(storage, directory, tensors, Values(values, decode), paths, manifest, records)
+    return OwnSource(storage, directory, tensors, Values(values, decode), paths, manifest, records)
 
 
 def _check(found: StockCheckpoint, sizes: Mapping[str, int] | None) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.progress import Progress
 from dist_asgd.checkpoint.storage.storage import Storage
-from dist_asgd.checkpoint.storage.store import Chunk
+from dist_asgd.checkpoint.storage.store import BytesLike
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on
@@ -37,7 +37,7 @@ class Spool:
     def __exit__(self, *error: object) -> None:
         self._spool.close()
 
-    def _keep(self, data: Chunk) -> int:
+    def _keep(self, data: BytesLike) -> int:
         """Returns where ``_kept`` finds it."""
         at = self._spool.tell()
         try:

@@ -21,41 +21,41 @@ from dist_asgd.checkpoint.format.dcp_metadata import StoredObject
 from dist_asgd.checkpoint.format.entries import SavedTensor, TensorEntry
 from dist_asgd.checkpoint.format.manifest import in_directory
 from dist_asgd.checkpoint.format.tensor_bytes import memory
-from dist_asgd.checkpoint.loading.ranges import FileRange, Place, joined
+from dist_asgd.checkpoint.loading.ranges import ByteRange, FileRange, joined
 from dist_asgd.checkpoint.loading.spool import Verified
 from dist_asgd.checkpoint.progress import Progress
 from dist_asgd.checkpoint.stock.items import NO_CRCS, Layout, item_layout, item_tensor
 from dist_asgd.checkpoint.stock.metadata import StockTensor
 from dist_asgd.checkpoint.storage.storage import Storage
 
-PIECE = 8 * 2**20  # bytes that are read at once; larger items are read piece by piece
-AHEAD = 4  # pieces
+READ_BYTES = 8 * 2**20  # bytes that are read at once; larger items are read piece by piece
+READS_AHEAD = 4  # pieces
 GAP = 2**14  # bytes that are rather read than left out by another request
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class ItemBox:
     box: Box  # in the chunk
     data: Tensor  # where it goes, of the box's sizes
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class StockItem:
     """A chunk of a tensor with everything that is needed of it."""
 
     key: str
-    place: Place
+    place: ByteRange
     saved: SavedTensor  # of the chunk
-    needs: list[Need] = field(default_factory=list)
+    needs: list[ItemBox] = field(default_factory=list)
 
     @property
     def is_large(self) -> bool:
-        return self.place[2] - self.place[1] > PIECE
+        return self.place[2] - self.place[1] > READ_BYTES
 
 
-def plan_items(tensors: Mapping[str, StockTensor], wanted: Iterable[tuple[str, TensorEntry]]) -> list[Item]:
+def plan_items(tensors: Mapping[str, StockTensor], wanted: Iterable[tuple[str, TensorEntry]]) -> list[StockItem]:
     """The items that fill the blocks of ``wanted``: keys, with tensors of their shapes. They come by their places."""
-    items: dict[tuple[Place, SavedTensor], Item] = {}
+    items: dict[tuple[ByteRange, SavedTensor], StockItem] = {}
     for key, entry in wanted:
         for chunk in tensors[key].chunks:
             place = chunk.path, chunk.offset, chunk.offset + chunk.length
@@ -63,16 +63,16 @@ def plan_items(tensors: Mapping[str, StockTensor], wanted: Iterable[tuple[str, T
             for block in entry.blocks:
                 common = intersection(chunk.box, block.box)
                 if common is not None:
-                    item = items.setdefault((place, saved), Item(key, place, saved))
+                    item = items.setdefault((place, saved), StockItem(key, place, saved))
                     data = narrowed(block.data, within(common, block.box))
-                    item.needs.append(Need(within(common, chunk.box), data))
+                    item.needs.append(ItemBox(within(common, chunk.box), data))
     return sorted(items.values(), key=lambda item: item.place)
 
 
 class VerifiedItems(Verified):
     """The items, by the CRC-32s in their archives."""
 
-    def __init__(self, storage: Storage, directory: str, items: Sequence[Item]) -> None:
+    def __init__(self, storage: Storage, directory: str, items: Sequence[StockItem]) -> None:
         needs = [need.data for item in items for need in item.needs]
         super().__init__(storage, directory, sum(data.numel() * data.element_size() for data in needs))
         self._items = items
@@ -100,13 +100,13 @@ class VerifiedItems(Verified):
             yield target, source
 
 
-def fill(storage: Storage, directory: str, items: Sequence[Item]) -> None:
+def read_items_into(storage: Storage, directory: str, items: Sequence[StockItem]) -> None:
     """Reads, verifies and writes item by item: for tensors that nobody looks at if it raises ``CheckpointError``."""
     for target, source in _parts(storage, directory, items):
         target.copy_(source)
 
 
-def _parts(storage: Storage, directory: str, items: Sequence[Item]) -> Iterator[tuple[Tensor, Tensor]]:
+def _parts(storage: Storage, directory: str, items: Sequence[StockItem]) -> Iterator[tuple[Tensor, Tensor]]:
     """(where it goes, what goes there) of each part of each need. An item is verified when the next one comes.
 
     Raises CheckpointError for a damaged one, which parts may have been yielded of.
@@ -118,10 +118,10 @@ def _parts(storage: Storage, directory: str, items: Sequence[Item]) -> Iterator[
                 yield narrowed(need.data, within(common, need.box)), narrowed(found, within(common, box))
 
 
-def _read(storage: Storage, directory: str, items: Sequence[Item]) -> Iterator[tuple[Item, Box, Tensor]]:
+def _read(storage: Storage, directory: str, items: Sequence[StockItem]) -> Iterator[tuple[StockItem, Box, Tensor]]:
     """Each item in parts: a box of the chunk, and its elements."""
     small = [item for item in items if not item.is_large]
-    requests = joined([item.place for item in small], PIECE, GAP)
+    requests = joined([item.place for item in small], READ_BYTES, GAP)
     ranges = [(in_directory(directory, name), start, stop) for (name, start, stop), _ in requests]
     for index, data in storage.read_ranges(ranges):
         (_, first, _), numbers = requests[index]
@@ -138,7 +138,7 @@ def read_objects(storage: Storage, directory: str, objects: Mapping[str, StoredO
     """The items of values, not verified."""
     keys = sorted(objects, key=lambda key: (objects[key].path, objects[key].offset))
     places = [(o.path, o.offset, o.offset + o.length) for o in (objects[key] for key in keys)]
-    requests = joined(places, PIECE, GAP)
+    requests = joined(places, READ_BYTES, GAP)
     found = {}
     ranges = [(in_directory(directory, name), start, stop) for (name, start, stop), _ in requests]
     for index, data in storage.read_ranges(ranges):
@@ -149,14 +149,14 @@ def read_objects(storage: Storage, directory: str, objects: Mapping[str, StoredO
     return found
 
 
-def _whole(item: Item, data: bytes) -> Tensor:
+def _whole(item: StockItem, data: bytes) -> Tensor:
     try:
         return item_tensor(data, item.saved.dtype, item.saved.shape)
     except CheckpointError as error:
         raise _damaged(item, error) from error
 
 
-def _large(storage: Storage, directory: str, item: Item) -> Iterator[tuple[Box, Tensor]]:
+def _large(storage: Storage, directory: str, item: StockItem) -> Iterator[tuple[Box, Tensor]]:
     name, start, stop = item.place
     path = in_directory(directory, name)
     with FileRange(storage, path, start, stop) as raw:
@@ -180,9 +180,9 @@ def _large(storage: Storage, directory: str, item: Item) -> Iterator[tuple[Box, 
 
 
 def _in_order(storage: Storage, path: str, start: int, stop: int) -> Iterator[bytes]:
-    pieces = [(path, at, min(at + PIECE, stop)) for at in range(start, stop, PIECE)]
-    for first in range(0, len(pieces), AHEAD):
-        found = dict(storage.read_ranges(pieces[first : first + AHEAD]))
+    pieces = [(path, at, min(at + READ_BYTES, stop)) for at in range(start, stop, READ_BYTES)]
+    for first in range(0, len(pieces), READS_AHEAD):
+        found = dict(storage.read_ranges(pieces[first : first + READS_AHEAD]))
         for number in range(len(found)):
             yield found.pop(number)
 
@@ -212,6 +212,6 @@ def _boxes(
         low += box.numel
 
 
-def _damaged(item: Item, error: object) -> CheckpointError:
+def _damaged(item: StockItem, error: object) -> CheckpointError:
     name, start, stop = item.place
     return CheckpointError(f"{name} is damaged: bytes {start} to {stop}, of {item.key!r}: {error}")

@@ -13,12 +13,12 @@ from dist_asgd.checkpoint.format.dcp_metadata import StoredChunk
 from dist_asgd.checkpoint.format.entries import SavedTensor
 from dist_asgd.checkpoint.format.json_values import decode
 from dist_asgd.checkpoint.format.manifest import NAME, STOCK, Chunk, Item, Manifest, in_directory, read_manifest
-from dist_asgd.checkpoint.loading.ranges import FileRange, Place, joined
+from dist_asgd.checkpoint.loading.ranges import ByteRange, FileRange, joined
 from dist_asgd.checkpoint.stock.items import check_item
 from dist_asgd.checkpoint.stock.metadata import StockCheckpoint, read_stock_metadata
 from dist_asgd.checkpoint.storage.storage import Storage
 
-PIECE = 8 * 2**20  # bytes that are read together
+READ_BYTES = 8 * 2**20  # bytes that are read together
 
 Report = Callable[[int, int], None]  # bytes that were verified just now, of how many in all
 
@@ -31,7 +31,7 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
+class ItemBlocks:
     """Of an item in a manifest."""
 
     key: str
@@ -39,7 +39,7 @@ class Blocks:
     blocks: range
 
     @property
-    def place(self) -> Place:
+    def place(self) -> ByteRange:
         return self.item.file, *self.item.reach(self.blocks)
 
     def damages(self, data: bytes) -> Iterator[tuple[int, int, str]]:
@@ -49,11 +49,11 @@ class Blocks:
 
 
 @dataclass(frozen=True, slots=True)
-class Archive:
+class StockArchive:
     """An item of a stock checkpoint, and of a value in ours: it has checksums of its own."""
 
     key: str
-    place: Place
+    place: ByteRange
     expected: SavedTensor | None
 
     def damages(self, data: bytes) -> Iterator[tuple[int, int, str]]:
@@ -68,11 +68,11 @@ class Archive:
             yield start, stop, f"are no sound item: {error}"
 
 
-Part = Blocks | Archive
+Verifiable = ItemBlocks | StockArchive
 Damage = tuple[str, int, int, str, str]  # file, start, stop, what is wrong, key
 
 
-def verify(storage: Storage, directory: str, report: Report) -> list[Fault]:
+def verify_checkpoint(storage: Storage, directory: str, report: Report) -> list[Fault]:
     """What is wrong with a checkpoint that has a manifest. Every byte of it is read. Raises ``StorageError``."""
     sizes = storage.sizes(directory)
     try:
@@ -96,7 +96,7 @@ def verify(storage: Storage, directory: str, report: Report) -> list[Fault]:
     return sorted(faults + _damages(storage, directory, parts, report))
 
 
-def verify_stock(storage: Storage, directory: str, report: Report) -> list[Fault]:
+def verify_stock_checkpoint(storage: Storage, directory: str, report: Report) -> list[Fault]:
     """The same for a checkpoint of ``torch.distributed.checkpoint``, by the CRC-32s in its archives.
 
     Raises ``NotCommitted`` for one of ours.
@@ -161,40 +161,40 @@ def _stored(manifest: Manifest, chunk: Chunk) -> StoredChunk:
     return StoredChunk(chunk.box, item.file, item.offset, item.stop - item.offset)
 
 
-def _parts(manifest: Manifest, stock: StockCheckpoint | None) -> list[Part]:
+def _parts(manifest: Manifest, stock: StockCheckpoint | None) -> list[Verifiable]:
     """All bytes of the files with items, in their order: tensors by the manifest, values by ``.metadata``."""
     keys = {chunk.item: key for key, tensor in manifest.tensors.items() for chunk in tensor.chunks}
-    parts: list[Part] = []
+    parts: list[Verifiable] = []
     for number, item in enumerate(manifest.items):
         count = -(-item.size // item.block)
-        step = max(1, PIECE // item.block)
+        step = max(1, READ_BYTES // item.block)
         for start in range(0, max(count, 1), step):
-            parts.append(Blocks(keys.get(number, ""), item, range(start, min(start + step, count))))
+            parts.append(ItemBlocks(keys.get(number, ""), item, range(start, min(start + step, count))))
     if stock is not None:
         whole = [item for number, item in enumerate(manifest.items) if number not in keys]  # have values, too
         parts += [part for part in _archives(stock) if part.expected is None and not _is_in(part, whole)]
     return sorted(parts, key=lambda part: part.place)
 
 
-def _is_in(part: Archive, items: Sequence[Item]) -> bool:
+def _is_in(part: StockArchive, items: Sequence[Item]) -> bool:
     file, start, stop = part.place
     return any(item.file == file and item.offset <= start and stop <= item.stop for item in items)
 
 
-def _archives(stock: StockCheckpoint) -> list[Archive]:
+def _archives(stock: StockCheckpoint) -> list[StockArchive]:
     """In the order of their places; what several entries share stands once."""
     found = {}
     for key, tensor in stock.tensors.items():
         for chunk in tensor.chunks:
             place = chunk.path, chunk.offset, chunk.offset + chunk.length
-            found[place] = Archive(key, place, SavedTensor(chunk.box.sizes, tensor.saved.dtype))
+            found[place] = StockArchive(key, place, SavedTensor(chunk.box.sizes, tensor.saved.dtype))
     for key, stored in stock.objects.items():
         place = stored.path, stored.offset, stored.offset + stored.length
-        found[place] = Archive(key, place, None)
+        found[place] = StockArchive(key, place, None)
     return sorted(found.values(), key=lambda part: part.place)
 
 
-def _uncovered(manifest: Manifest, parts: Sequence[Part], present: set[str]) -> Iterator[Fault]:
+def _uncovered(manifest: Manifest, parts: Sequence[Verifiable], present: set[str]) -> Iterator[Fault]:
     """Bytes of files that belong to no entry, or to several."""
     ends = dict.fromkeys(present, 0)
     for part in parts:
@@ -209,12 +209,12 @@ def _uncovered(manifest: Manifest, parts: Sequence[Part], present: set[str]) -> 
             yield Fault(name, "", f"bytes {end} to {manifest.files[name].size} belong to nothing")
 
 
-def _damages(storage: Storage, directory: str, parts: Sequence[Part], report: Report) -> list[Fault]:
+def _damages(storage: Storage, directory: str, parts: Sequence[Verifiable], report: Report) -> list[Fault]:
     """Reads the parts, which stand in the order of their places."""
     total = sum(part.place[2] - part.place[1] for part in parts)
     damages: list[Damage] = []
     small = [part for part in parts if not _is_large(part)]
-    requests = joined([part.place for part in small], PIECE)
+    requests = joined([part.place for part in small], READ_BYTES)
     ranges = [(in_directory(directory, name), start, stop) for (name, start, stop), _ in requests]
     for index, data in storage.read_ranges(ranges):
         (name, first, _), indices = requests[index]
@@ -224,17 +224,17 @@ def _damages(storage: Storage, directory: str, parts: Sequence[Part], report: Re
             damages += [(name, low, high, text, part.key) for low, high, text in found]
         report(len(data), total)
     for part in parts:
-        if isinstance(part, Archive) and _is_large(part):
+        if isinstance(part, StockArchive) and _is_large(part):
             name, start, stop = part.place
             with FileRange(storage, in_directory(directory, name), start, stop) as raw:
-                file = cast(BinaryIO, io.BufferedReader(raw, PIECE))
+                file = cast(BinaryIO, io.BufferedReader(raw, READ_BYTES))
                 damages += [(name, low, high, text, part.key) for low, high, text in part.damages_of(file)]
             report(stop - start, total)
     return _merged(sorted(damages))
 
 
-def _is_large(part: Part) -> bool:
-    return isinstance(part, Archive) and part.place[2] - part.place[1] > 2 * PIECE
+def _is_large(part: Verifiable) -> bool:
+    return isinstance(part, StockArchive) and part.place[2] - part.place[1] > 2 * READ_BYTES
 
 
 def _merged(damages: Sequence[Damage]) -> list[Fault]:

@@ -33,7 +33,7 @@ Path = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class CommitRecord:
     """What rank 0 needs for the manifest besides what ranks have written."""
 
     step: int
@@ -41,7 +41,7 @@ class Record:
     values: Mapping[str, ValueRecord]
 
 
-def commit(storage: Storage, directory: str, record: Record, parts: Sequence[Written]) -> None:
+def commit(storage: Storage, directory: str, record: CommitRecord, parts: Sequence[Written]) -> None:
     """Checks that all is there, and writes the record without which a checkpoint does not exist."""
     found = storage.sizes(directory)
     for name, size in [entry for written in parts for entry in written.files.items()]:
@@ -54,7 +54,7 @@ def commit(storage: Storage, directory: str, record: Record, parts: Sequence[Wri
     storage.create(in_directory(directory, NAME), write_manifest(manifest))
 
 
-def _manifest(record: Record, parts: Sequence[Written]) -> tuple[Manifest, bytes]:
+def _manifest(record: CommitRecord, parts: Sequence[Written]) -> tuple[Manifest, bytes]:
     items = [item for written in parts for item in written.items]
     chunks: dict[str, list[Chunk]] = {key: [] for key in record.tensors}
     first = 0

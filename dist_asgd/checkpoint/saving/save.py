@@ -21,25 +21,25 @@ from dist_asgd.checkpoint.format.manifest import (
 )
 from dist_asgd.checkpoint.format.tensor_bytes import memory_of
 from dist_asgd.checkpoint.saving.assign import Offer, Share, assign, varying_keys
-from dist_asgd.checkpoint.saving.commit import Path, Record, commit
+from dist_asgd.checkpoint.saving.commit import CommitRecord, Path, commit
 from dist_asgd.checkpoint.saving.rendezvous import Rendezvous
-from dist_asgd.checkpoint.saving.writer import Part, Written, write_parts
+from dist_asgd.checkpoint.saving.writer import BlockToWrite, Written, write_parts
 from dist_asgd.checkpoint.state.contents import Contents
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.comm.consensus import Agreement
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SavePlan:
     """What one rank has to do for a checkpoint."""
 
     directory: str
-    parts: Sequence[Part]
-    record: Record | None  # on rank 0
+    parts: Sequence[BlockToWrite]
+    record: CommitRecord | None  # on rank 0
 
 
 @dataclass(frozen=True, slots=True)
-class _Brought:
+class _Contribution:
     """What each rank tells rank 0 of its contents."""
 
     offers: dict[str, Offer]
@@ -48,19 +48,19 @@ class _Brought:
     paths: dict[str, Path]
 
 
-def plan_save(agreement: Agreement, step: int, directory: str | None, contents: Contents) -> Plan:
+def plan_save(agreement: Agreement, step: int, directory: str | None, contents: Contents) -> SavePlan:
     """Collective. ``directory`` on rank 0: of the new checkpoint."""
     with together(agreement, "save()"):
-        brought = _bring(contents, agreement)
+        brought = _contribution(contents, agreement)
     everyone = [item for item, _ in agreement.collect(brought, [])]
-    record: Record | None = None
+    record: CommitRecord | None = None
     answers: list[Any] = []
     with together(agreement, "save()"):
         if agreement.rank == 0:
             record, shares = _plan(step, everyone)
             answers = [(directory, share) for share in shares]
     answer = scatter(agreement, answers)
-    return Plan(answer[0], _parts(answer[1], contents, agreement.rank), record)
+    return SavePlan(answer[0], _parts(answer[1], contents, agreement.rank), record)
 
 
 def scatter(agreement: Agreement, answers: Sequence[Any]) -> Any:
@@ -72,7 +72,7 @@ def scatter(agreement: Agreement, answers: Sequence[Any]) -> Any:
     return mine[0]
 
 
-def _bring(contents: Contents, agreement: Agreement) -> _Brought:
+def _contribution(contents: Contents, agreement: Agreement) -> _Contribution:
     varying = contents.varying if agreement.world_size > 1 else frozenset()
     offers = {
         key: Offer(entry.shape, entry.dtype, tuple(block.box for block in entry.blocks))
@@ -85,7 +85,7 @@ def _bring(contents: Contents, agreement: Agreement) -> _Brought:
         entry = contents.tensors[key]
         facts[key] = (entry.shape, str(entry.dtype), [_crc(block.data) for block in entry.blocks])
     paths = contents.paths if agreement.rank == 0 else {key: contents.paths[key] for key in varying}
-    return _Brought(offers, encoded, facts, dict(paths))
+    return _Contribution(offers, encoded, facts, dict(paths))
 
 
 def _crc(data: Tensor) -> int:
@@ -95,7 +95,7 @@ def _crc(data: Tensor) -> int:
     return crc
 
 
-def _plan(step: int, everyone: Sequence[_Brought]) -> tuple[Record, list[Share]]:
+def _plan(step: int, everyone: Sequence[_Contribution]) -> tuple[CommitRecord, list[Share]]:
     """Entries that differ between ranks are renamed, and each rank's is kept; of the others, one."""
     varying = varying_keys([brought.facts for brought in everyone])
     _check_names(varying, everyone)
@@ -117,10 +117,10 @@ def _plan(step: int, everyone: Sequence[_Brought]) -> tuple[Record, list[Share]]
                 kept[key_of_rank(key, rank)] = ValueRecord(encoded, brought.paths[key], rank)
             elif rank == 0:
                 kept[key] = ValueRecord(encoded, brought.paths[key])
-    return Record(step, tensors, kept), assign(offers)
+    return CommitRecord(step, tensors, kept), assign(offers)
 
 
-def _check_names(varying: Collection[str], everyone: Sequence[_Brought]) -> None:
+def _check_names(varying: Collection[str], everyone: Sequence[_Contribution]) -> None:
     """Raises ``CheckpointError`` where an entry has the name that one rank's of another entry gets."""
     taken = {key for brought in everyone for key in brought.paths}
     for name in (key_of_rank(key, rank) for key in varying for rank in range(len(everyone))):
@@ -128,16 +128,16 @@ def _check_names(varying: Collection[str], everyone: Sequence[_Brought]) -> None
             raise CheckpointError(f"two entries have the key {name}: one so named, and a rank's of another. Rename one")
 
 
-def _parts(share: Share, contents: Contents, rank: int) -> list[Part]:
+def _parts(share: Share, contents: Contents, rank: int) -> list[BlockToWrite]:
     parts = []
     for name, box, offered in share.boxes:
         entry = contents.tensors.get(name) or contents.tensors[name.removesuffix(key_of_rank("", rank))]
         data = next(block.data for block in entry.blocks if block.box == offered)
-        parts.append(Part(name, box, narrowed(data.detach(), within(box, offered)), box == whole(entry.shape)))
+        parts.append(BlockToWrite(name, box, narrowed(data.detach(), within(box, offered)), box == whole(entry.shape)))
     return parts
 
 
-def stage(parts: Sequence[Part], buffer: Tensor | None) -> tuple[list[Part], Tensor]:
+def stage(parts: Sequence[BlockToWrite], buffer: Tensor | None) -> tuple[list[BlockToWrite], Tensor]:
     """Copies of the parts in one buffer on the CPU, which is taken again if it is large enough.
 
     The training may go on when this returns.
@@ -159,7 +159,7 @@ def stage(parts: Sequence[Part], buffer: Tensor | None) -> tuple[list[Part], Ten
     return staged, buffer
 
 
-def write(storage: Storage, plan: Plan, meeting: Rendezvous, rank: int) -> None:
+def write(storage: Storage, plan: SavePlan, meeting: Rendezvous, rank: int) -> None:
     """Writes this rank's part; when all ranks have, rank 0 commits. Returns, on every rank, when that is done.
 
     No collectives. Raises on every rank if one has failed.

@@ -23,7 +23,7 @@ ASIDE = 2**18  # bytes from which a checksum is made in another thread, while th
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class BlockToWrite:
     """A block of a tensor that this rank writes."""
 
     key: str
@@ -56,7 +56,7 @@ def write_parts(
     storage: Storage,
     directory: str,
     rank: int,
-    parts: Sequence[Part],
+    parts: Sequence[BlockToWrite],
     objects: Mapping[str, Any],
     check: Callable[[], None],
 ) -> Written:
@@ -88,13 +88,13 @@ class _File:
         self._position = 0
         self._small: dict[tuple[torch.dtype, tuple[int, ...], bytes], int] = {}  # items that may be shared
 
-    def chunks(self, parts: Sequence[Part], objects: Mapping[str, Any]) -> Iterator[bytes | memoryview]:
+    def chunks(self, parts: Sequence[BlockToWrite], objects: Mapping[str, Any]) -> Iterator[bytes | memoryview]:
         for part in parts:
             yield from self._part(part)
         if objects:
             yield self._objects(objects)
 
-    def _part(self, part: Part) -> Iterator[bytes | memoryview]:
+    def _part(self, part: BlockToWrite) -> Iterator[bytes | memoryview]:
         dtype, sizes, size = part.data.dtype, part.box.sizes, part.box.numel * part.data.dtype.itemsize
         content = None
         if part.is_whole and size <= SHARED:

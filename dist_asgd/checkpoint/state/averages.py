@@ -7,13 +7,13 @@ from types import MappingProxyType
 from typing import Any
 
 from dist_asgd.averages.options import first_name
-from dist_asgd.checkpoint.state.tree import Node, Path, key_of
+from dist_asgd.checkpoint.state.tree import Path, TreeNode, key_of
 
 NO_VALUES: Mapping[str, Any] = MappingProxyType({})
 
 
 def average_keys(
-    root: Node, path: Path, name: str, average: str | None = None, values: Mapping[str, Any] = NO_VALUES
+    root: TreeNode, path: Path, name: str, average: str | None = None, values: Mapping[str, Any] = NO_VALUES
 ) -> list[str]:
     """What optimizers below ``root`` have as averages of the parameter ``name`` of the module at ``path``.
 
@@ -28,7 +28,7 @@ def average_keys(
     return [node.key for node in found if node.key is not None]
 
 
-def average_names(root: Node, values: Mapping[str, Any] = NO_VALUES) -> list[str]:
+def average_names(root: TreeNode, values: Mapping[str, Any] = NO_VALUES) -> list[str]:
     """The names of the averages that optimizers below ``root`` have; ``values`` as for ``average_keys``."""
     names: dict[str, None] = {}
     for child in root.children.values():
@@ -40,5 +40,5 @@ def average_names(root: Node, values: Mapping[str, Any] = NO_VALUES) -> list[str
     return list(names)
 
 
-def _first_name(optimizer: Node, values: Mapping[str, Any]) -> str:
+def _first_name(optimizer: TreeNode, values: Mapping[str, Any]) -> str:
     return first_name(str(values.get(str(optimizer.at(("param_groups", 0, "average")).key), "")))

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from dist_asgd.checkpoint.format.entries import SavedTensor, TensorEntry
 from dist_asgd.checkpoint.format.json_values import encode
-from dist_asgd.checkpoint.state.load_plan import OTHERS, Finish, Plan, missing, plain_tensor
+from dist_asgd.checkpoint.state.load_plan import OTHERS, Finish, LoadPlan, missing, plain_tensor
 from dist_asgd.checkpoint.state.mismatches import Problems
 from dist_asgd.checkpoint.state.modules import module_state, plan_module
-from dist_asgd.checkpoint.state.optimizer_names import named
+from dist_asgd.checkpoint.state.optimizer_names import by_parameter_names
 from dist_asgd.checkpoint.state.optimizers import plan_optimizer
 from dist_asgd.checkpoint.state.rng import RandomState, warn_unchanged
 from dist_asgd.checkpoint.state.tensor_blocks import is_sharded, to_save
@@ -109,7 +109,7 @@ def destination_of(
         CheckpointError: from ``values``.
         TypeError, ValueError: as ``contents_of``.
     """
-    plan = Plan(saved, values, tree_of(paths), strict, stock)
+    plan = LoadPlan(saved, values, tree_of(paths), strict, stock)
     for leaf in leaves(state) if state else [Leaf((), state, None, None)]:
         _plan_leaf(plan, leaf, state, average)
     plan.note_unexpected(set(map(str, state)))
@@ -127,18 +127,18 @@ def _parts(leaf: Leaf, state: Mapping[str, Any]) -> Iterator[Leaf]:
     if isinstance(value, nn.Module):
         return leaves(module_state(value), leaf.path)
     if isinstance(value, torch.optim.Optimizer):
-        return leaves(named(leaf.path, value, _modules(state)).state_dict(), leaf.path)
+        return leaves(by_parameter_names(leaf.path, value, _modules(state)).state_dict(), leaf.path)
     if has_state(value):
         return leaves(value.state_dict(), leaf.path)
     return iter([leaf])
 
 
-def _plan_leaf(plan: Plan, leaf: Leaf, state: Mapping[str, Any], average: bool | str) -> None:
+def _plan_leaf(plan: LoadPlan, leaf: Leaf, state: Mapping[str, Any], average: bool | str) -> None:
     value, path = leaf.value, leaf.path
     if isinstance(value, nn.Module):
         plan_module(plan, path, value, average)
     elif isinstance(value, torch.optim.Optimizer):
-        plan_optimizer(plan, path, named(path, value, _modules(state)))
+        plan_optimizer(plan, path, by_parameter_names(path, value, _modules(state)))
     elif has_state(value):
         _plan_stateful(plan, path, value)
     elif isinstance(value, Keys):
@@ -152,7 +152,7 @@ def _plan_leaf(plan: Plan, leaf: Leaf, state: Mapping[str, Any], average: bool |
         _plan_value(plan, leaf)
 
 
-def _plan_stateful(plan: Plan, path: Path, target: Any) -> None:
+def _plan_stateful(plan: LoadPlan, path: Path, target: Any) -> None:
     """All that was saved goes to its ``load_state_dict``, which knows what it wants."""
     node = plan.root.at(path)
     if isinstance(target, RandomState) and not plan.has(node.at(("generators",))):
@@ -189,7 +189,7 @@ def _alike(tensor: Tensor, saved: SavedTensor) -> bool:
     return tuple(tensor.shape) == saved.shape and tensor.dtype == saved.dtype
 
 
-def _plan_empty(plan: Plan, leaf: Leaf) -> None:
+def _plan_empty(plan: LoadPlan, leaf: Leaf) -> None:
     """An empty dict takes all that there is."""
     node = plan.root.at(leaf.path)
     if not list(node.entries()):
@@ -201,7 +201,7 @@ def _plan_empty(plan: Plan, leaf: Leaf) -> None:
         plan.finish_with(OTHERS, lambda: _put(leaf, taken()))
 
 
-def _plan_value(plan: Plan, leaf: Leaf) -> None:
+def _plan_value(plan: LoadPlan, leaf: Leaf) -> None:
     key, node = key_of(leaf.path), plan.root.at(leaf.path)
     plan.used.add(key)
     if plan.is_stock and node.children:

@@ -12,19 +12,19 @@ from torch import Tensor
 from dist_asgd.checkpoint.format.entries import SavedTensor, TensorEntry
 from dist_asgd.checkpoint.state.mismatches import Problems
 from dist_asgd.checkpoint.state.tensor_blocks import to_fill
-from dist_asgd.checkpoint.state.tree import Node, Path, key_of, nested
+from dist_asgd.checkpoint.state.tree import Path, TreeNode, key_of, nested
 
 Finish = Callable[[], None]
 MODULES, OPTIMIZERS, OTHERS = range(3)  # the order in which things are finished: optimizers may look at parameters
 
 
 @dataclass
-class Plan:
+class LoadPlan:
     """A load in the making. Nothing live changes."""
 
     tensors: Mapping[str, SavedTensor]  # of the checkpoint
     values: Mapping[str, Any]  # of the checkpoint; an access may raise CheckpointError
-    root: Node  # of the checkpoint
+    root: TreeNode  # of the checkpoint
     strict: bool
     is_stock: bool  # taken apart by DCP: all keys are strings, and what is empty is left out
     fills: dict[str, list[TensorEntry]] = field(default_factory=dict)
@@ -59,12 +59,12 @@ class Plan:
         if self.strict:
             self.problems.missing[key] = text
 
-    def has(self, node: Node) -> bool:
+    def has(self, node: TreeNode) -> bool:
         """Whether the checkpoint has all entries at ``node`` and below for this rank, and any."""
         keys = list(node.entries())
         return bool(keys) and all(key in self.tensors or key in self.values for key in keys)
 
-    def take(self, node: Node, tensor_for: Callable[[str, SavedTensor], Tensor | None]) -> Callable[[], Any] | None:
+    def take(self, node: TreeNode, tensor_for: Callable[[str, SavedTensor], Tensor | None]) -> Callable[[], Any] | None:
         """All entries at ``node`` and below are read. Returns what makes nested state of them when they were.
 
         Args:
@@ -108,7 +108,7 @@ def plain_tensor(key: str, saved: SavedTensor) -> Tensor:
     return torch.empty(saved.shape, dtype=saved.dtype, device="cpu")
 
 
-def missing(plan: Plan, path: Path, what: str) -> None:
+def missing(plan: LoadPlan, path: Path, what: str) -> None:
     plan.lacks(key_of(path), f"expected the state of {what}")
 
 

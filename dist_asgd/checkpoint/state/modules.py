@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from dist_asgd.checkpoint.state.averages import average_keys, average_names
-from dist_asgd.checkpoint.state.load_plan import MODULES, Plan, plain_tensor
+from dist_asgd.checkpoint.state.load_plan import MODULES, LoadPlan, plain_tensor
 from dist_asgd.checkpoint.state.module_names import (
     fqn_of,
     is_fsdp1,
@@ -25,7 +25,7 @@ def module_state(module: nn.Module) -> dict[str, Any]:
     return {fqn_of(module, name): value for name, value in module.state_dict().items()}
 
 
-def plan_module(plan: Plan, path: Path, module: nn.Module, average: bool | str) -> None:
+def plan_module(plan: LoadPlan, path: Path, module: nn.Module, average: bool | str) -> None:
     """The module's tensors are read in place, then ``load_state_dict`` is called with them: hooks may want that."""
     state = module_state(module)
     averages = _averages(plan, path, module, None if average is True else average) if average else {}
@@ -57,7 +57,7 @@ def _load(module: nn.Module, state: dict[str, Any]) -> None:
     module.load_state_dict({wrapped[name]: value for name, value in state.items()}, strict=False)
 
 
-def _fill_average(plan: Plan, key: str, param: Tensor) -> Tensor | None:
+def _fill_average(plan: LoadPlan, key: str, param: Tensor) -> Tensor | None:
     """The tensor that the average is read into: the parameter itself, or one of the average's dtype."""
     if not plan.fits(key, param, any_dtype=True):
         return None
@@ -67,7 +67,7 @@ def _fill_average(plan: Plan, key: str, param: Tensor) -> Tensor | None:
     return tensor
 
 
-def _averages(plan: Plan, path: Path, module: nn.Module, average: str | None) -> dict[str, str]:
+def _averages(plan: LoadPlan, path: Path, module: nn.Module, average: str | None) -> dict[str, str]:
     """The key of the average of each parameter that has one, by the parameter's name.
 
     Raises ``ValueError`` where several optimizers have one, or none of the checkpoint has any, or one of that name.

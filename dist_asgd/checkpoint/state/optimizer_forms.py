@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dist_asgd.checkpoint.state.load_plan import Plan
-from dist_asgd.checkpoint.state.tree import Node, Path, key_of
+from dist_asgd.checkpoint.state.load_plan import LoadPlan
+from dist_asgd.checkpoint.state.tree import Path, TreeNode, key_of
 
 STATE, GROUPS = "state", "param_groups"
 
 
-def by_names(plan: Plan, path: Path, groups: Sequence[Mapping[str, Any]]) -> tuple[Node, bool]:
+def by_names(plan: LoadPlan, path: Path, groups: Sequence[Mapping[str, Any]]) -> tuple[TreeNode, bool]:
     """What the checkpoint has of the optimizer at ``path``, by names of parameters.
 
     Args:
@@ -34,7 +34,7 @@ def by_names(plan: Plan, path: Path, groups: Sequence[Mapping[str, Any]]) -> tup
     numbers = [_numbers(plan, node.at((GROUPS, index, "params"))) for index in range(len(names))]
     if None in numbers:
         return node, True
-    states = Node()
+    states = TreeNode()
     for index, (known, numbered) in enumerate(zip(names, numbers, strict=True)):
         if len(known) != len(numbered or ()):
             key = key_of((*path, GROUPS, index, "params"))
@@ -42,10 +42,10 @@ def by_names(plan: Plan, path: Path, groups: Sequence[Mapping[str, Any]]) -> tup
             continue
         for name, number in zip(known, numbered or (), strict=True):
             states.children[name] = node.at((STATE, str(number)))
-    return Node(children={STATE: states, GROUPS: node.at((GROUPS,))}), False
+    return TreeNode(children={STATE: states, GROUPS: node.at((GROUPS,))}), False
 
 
-def _numbers(plan: Plan, node: Node) -> list[int] | None:
+def _numbers(plan: LoadPlan, node: TreeNode) -> list[int] | None:
     """The list of a group's parameters, if it is one of numbers. Then it is asked for."""
     found = plan.values.get(str(node.key))
     if not isinstance(found, list) or not found or not all(type(number) is int for number in found):
@@ -54,23 +54,25 @@ def _numbers(plan: Plan, node: Node) -> list[int] | None:
     return found
 
 
-def _flat(plan: Plan, path: Path, node: Node, names: Sequence[Sequence[str]]) -> Node:
-    found: dict[str, dict[str | int, Node]] = {STATE: {}, GROUPS: {}}  # of each parameter
+def _flat(plan: LoadPlan, path: Path, node: TreeNode, names: Sequence[Sequence[str]]) -> TreeNode:
+    found: dict[str, dict[str | int, TreeNode]] = {STATE: {}, GROUPS: {}}  # of each parameter
     for name, child in node.children.items():
         kind, _, rest = str(name).partition(".")
         parameter, _, last = rest.rpartition(".")
         if kind in found and parameter:
-            found[kind].setdefault(parameter, Node()).children[last] = child
-    groups = Node()
+            found[kind].setdefault(parameter, TreeNode()).children[last] = child
+    groups = TreeNode()
     for index, of_group in enumerate(names):
-        options = [found[GROUPS].get(name, Node()).children for name in of_group]
-        groups.children[index] = Node(children=dict(options[0]) if options else {})
+        options = [found[GROUPS].get(name, TreeNode()).children for name in of_group]
+        groups.children[index] = TreeNode(children=dict(options[0]) if options else {})
         for name, others in zip(of_group, options, strict=True):
             _compare(plan, options[0], others, key_of((*path, GROUPS, name)))
-    return Node(children={STATE: Node(children=found[STATE]), GROUPS: groups})
+    return TreeNode(children={STATE: TreeNode(children=found[STATE]), GROUPS: groups})
 
 
-def _compare(plan: Plan, first: Mapping[str | int, Node], others: Mapping[str | int, Node], where: str) -> None:
+def _compare(
+    plan: LoadPlan, first: Mapping[str | int, TreeNode], others: Mapping[str | int, TreeNode], where: str
+) -> None:
     """The options of a parameter must be those of the first one in its group."""
     keys = [str(child.key) for child in others.values()]
     plan.used.update(keys)
@@ -78,7 +80,7 @@ def _compare(plan: Plan, first: Mapping[str | int, Node], others: Mapping[str | 
         plan.lacks(where, "expected the options of the parameter's group")
     elif first is not others:
         for name, child in others.items():
-            expected, found = (plan.values.get(str(node.key)) for node in (first.get(name, Node()), child))
+            expected, found = (plan.values.get(str(node.key)) for node in (first.get(name, TreeNode()), child))
             if found != expected:
                 text = f"found {found!r}, expected {expected!r}, which the first parameter of its group has"
                 plan.problems.wrong_dtype[str(child.key)] = text

@@ -44,9 +44,11 @@ class Plain(NamedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         state_dict = self.optimizer.state_dict()
         groups = zip(state_dict["param_groups"], self.names, strict=True)
-        named = {key: name for group, names in groups for key, name in zip(group["params"], names, strict=True)}
+        by_parameter_names = {
+            key: name for group, names in groups for key, name in zip(group["params"], names, strict=True)
+        }
         return {
-            "state": {named.get(key, key): entry for key, entry in state_dict["state"].items()},
+            "state": {by_parameter_names.get(key, key): entry for key, entry in state_dict["state"].items()},
             "param_groups": [
                 {**group, "params": names} for group, names in zip(state_dict["param_groups"], self.names, strict=True)
             ],
@@ -101,7 +103,9 @@ class Flattened(NamedOptimizer):
         self.optimizer.load_state_dict(flat)
 
 
-def named(path: Path, optimizer: torch.optim.Optimizer, modules: Mapping[Path, nn.Module]) -> NamedOptimizer:
+def by_parameter_names(
+    path: Path, optimizer: torch.optim.Optimizer, modules: Mapping[Path, nn.Module]
+) -> NamedOptimizer:
     """The optimizer at ``path`` of a state that has ``modules``.
 
     Parameters have the names that their module gives them; where the optimizer has parameters of several modules, after

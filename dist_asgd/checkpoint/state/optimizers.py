@@ -10,11 +10,11 @@ from torch import Tensor
 
 from dist_asgd.averages.options import TORCHS, average_of, same_averages
 from dist_asgd.checkpoint.format.entries import SavedTensor
-from dist_asgd.checkpoint.state.load_plan import OPTIMIZERS, Plan, missing
+from dist_asgd.checkpoint.state.load_plan import OPTIMIZERS, LoadPlan, missing
 from dist_asgd.checkpoint.state.optimizer_forms import by_names
 from dist_asgd.checkpoint.state.optimizer_names import NamedOptimizer
 from dist_asgd.checkpoint.state.tensor_blocks import is_sharded, new_like, share_memory
-from dist_asgd.checkpoint.state.tree import Node, Path, key_of, leaves
+from dist_asgd.checkpoint.state.tree import Path, TreeNode, key_of, leaves
 
 # Which averages there are. They must be as they were, since an average cannot go on as one of another kind.
 AVERAGE = "average"
@@ -28,7 +28,7 @@ OPTIONAL = {"lr_on_time", "eta_decay"}
 Taken = Callable[[], Any]  # what was read, once it was
 
 
-def plan_optimizer(plan: Plan, path: Path, target: NamedOptimizer) -> None:
+def plan_optimizer(plan: LoadPlan, path: Path, target: NamedOptimizer) -> None:
     """All state that the checkpoint has of the optimizer's parameters is read; others will have none."""
     if not list(plan.root.at(path).entries()):
         missing(plan, path, type(target.optimizer).__name__)
@@ -63,7 +63,7 @@ def plan_optimizer(plan: Plan, path: Path, target: NamedOptimizer) -> None:
 class _Destinations:
     """Tensors for the entries of the state of one parameter."""
 
-    def __init__(self, plan: Plan, node: Node, live: Any, param: Tensor) -> None:
+    def __init__(self, plan: LoadPlan, node: TreeNode, live: Any, param: Tensor) -> None:
         self._plan, self._param = plan, param
         known = {key_of(leaf.path): leaf.value for leaf in leaves(live)}
         self._live = {key: known.get(key_of(place)) for key, place in node.places()}
@@ -82,7 +82,7 @@ class _Destinations:
 
 
 def _plan_group(
-    plan: Plan, where: Path, node: Node, live: Mapping[str, Any], defaults: Mapping[str, Any]
+    plan: LoadPlan, where: Path, node: TreeNode, live: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> Callable[[], dict[str, Any]]:
     """The group as it is to be: the saved options, and the live ones that were not saved.
 
@@ -102,7 +102,7 @@ def _plan_group(
     return lambda: {**live, **{name: option() for name, option in options.items()}}
 
 
-def _compare_averages(plan: Plan, where: Path, live: Mapping[str, Any]) -> None:
+def _compare_averages(plan: LoadPlan, where: Path, live: Mapping[str, Any]) -> None:
     key, expected = key_of((*where, AVERAGE)), average_of(live)
     if key not in plan.values:
         if not same_averages(expected, TORCHS):
@@ -117,7 +117,7 @@ def _beside(live: Any) -> Callable[[str, SavedTensor], Tensor]:
     return lambda key, saved: torch.empty(saved.shape, dtype=saved.dtype, device=device)
 
 
-def _compare_names(plan: Plan, where: Path, names: list[str]) -> None:
+def _compare_names(plan: LoadPlan, where: Path, names: list[str]) -> None:
     """The parameters of a group must be those of the saved one, in any order."""
     key = key_of((*where, "params"))
     if key not in plan.values:

@@ -31,17 +31,17 @@ class Keys:
 
 
 @dataclass(slots=True)
-class Node:
+class TreeNode:
     """A place in nested state: of an entry, if it has a ``key``, and of what is below it."""
 
     key: str | None = None
-    children: dict[str | int, Node] = field(default_factory=dict)
+    children: dict[str | int, TreeNode] = field(default_factory=dict)
 
-    def at(self, path: Path) -> Node:
+    def at(self, path: Path) -> TreeNode:
         """The node below this one; one without anything where there is none."""
         node = self
         for name in path:
-            node = node.children.get(name) or Node()
+            node = node.children.get(name) or TreeNode()
         return node
 
     def entries(self) -> Iterator[str]:
@@ -70,18 +70,18 @@ def key_of(path: Path) -> str:
     return ".".join(map(str, path))
 
 
-def tree_of(paths: Mapping[str, Path]) -> Node:
+def tree_of(paths: Mapping[str, Path]) -> TreeNode:
     """The nested state in which entries have these ``paths``, by key."""
-    root = Node()
+    root = TreeNode()
     for key, path in paths.items():
         node = root
         for name in path:
-            node = node.children.setdefault(name, Node())
+            node = node.children.setdefault(name, TreeNode())
         node.key = key
     return root
 
 
-def nested(node: Node, entries: Mapping[str, Any]) -> Any:
+def nested(node: TreeNode, entries: Mapping[str, Any]) -> Any:
     """What was taken apart into the entries, by key, at ``node`` and below."""
     if not node.children:
         return entries[str(node.key)]

@@ -1,4 +1,4 @@
-"""Items of stock ``.distcp`` files, verified and read without trusting them. See [Note: items] in format/dcp_metadata.py.
+"""Items of stock ``.distcp`` files, verified and read without trusting them. See [Note: items] in dcp_metadata.py.
 
 ``torch.load`` neither looks at the CRC-32 of what it reads nor bounds the memory that a description asks for.
 """
@@ -89,7 +89,7 @@ def item_object(data: bytes, trust: bool = False) -> Any:
 
     Args:
         data: the whole item.
-        trust: unpickle it, which can run any code; otherwise it must be plain data (stock/plain_values.py), and nothing is run.
+        trust: unpickle it, which can run any code; otherwise it must be plain data (plain_values.py), and nothing is run.
 
     Raises CheckpointError when a CRC-32 is wrong, or when the value cannot be read.
     """

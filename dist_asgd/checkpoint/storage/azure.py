@@ -11,7 +11,7 @@ from typing import Any
 from fsspec.asyn import sync
 
 from dist_asgd.checkpoint.storage.multipart import Multipart, from_start, length, upload
-from dist_asgd.checkpoint.storage.store import Chunk
+from dist_asgd.checkpoint.storage.store import BytesLike
 from dist_asgd.checkpoint.storage.uploads import Uploads, remove_each
 
 OWNER = "dist_asgd_owner"  # name of the metadata that tells one's own blob from another's
@@ -49,10 +49,10 @@ class AzureUploads(Uploads):
 
         self._again("create", path, request)
 
-    def write(self, path: str, chunks: Iterable[Chunk]) -> int:
+    def write(self, path: str, chunks: Iterable[BytesLike]) -> int:
         def put(data: io.BytesIO) -> None:
             if length(data) > COPIED:
-                blocks = Blocks(self, path)
+                blocks = AzureBlocks(self, path)
                 blocks.send(1, data)
                 blocks.finish(1, length(data))
                 return
@@ -62,7 +62,7 @@ class AzureUploads(Uploads):
 
             self._again("write", path, lambda: self.call(path, send))
 
-        return upload(chunks, put, lambda: Blocks(self, path))
+        return upload(chunks, put, lambda: AzureBlocks(self, path))
 
     def remove(self, paths: list[str]) -> None:
         remove_each(paths, lambda path: self._again("remove", path, lambda: self._remove(path)))
@@ -101,7 +101,7 @@ class AzureUploads(Uploads):
             raise FileNotFoundError(str(error)) from error
 
 
-class Blocks(Multipart):
+class AzureBlocks(Multipart):
     """Parts of one blob."""
 
     def __init__(self, uploads: AzureUploads, path: str) -> None:

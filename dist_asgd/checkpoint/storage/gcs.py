@@ -12,7 +12,7 @@ from typing import Any
 
 from dist_asgd.checkpoint.storage.multipart import PART, equal_pieces, length
 from dist_asgd.checkpoint.storage.retry import StorageError
-from dist_asgd.checkpoint.storage.store import Chunk
+from dist_asgd.checkpoint.storage.store import BytesLike
 from dist_asgd.checkpoint.storage.uploads import Uploads, remove_each
 
 OWNER = "dist_asgd_owner"  # name of the metadata that tells one's own object from another's
@@ -55,7 +55,7 @@ class GcsUploads(Uploads):
 
         self._again("create", path, request)
 
-    def write(self, path: str, chunks: Iterable[Chunk]) -> int:
+    def write(self, path: str, chunks: Iterable[BytesLike]) -> int:
         """One part after the other, as a resumable upload takes them."""
         pieces = equal_pieces(chunks, PART)
         piece, following = next(pieces, io.BytesIO()), next(pieces, None)

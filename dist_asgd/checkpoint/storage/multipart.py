@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from dist_asgd.checkpoint.storage.store import Chunk
+from dist_asgd.checkpoint.storage.store import BytesLike
 
 PART = 14 * 2**20  # bytes; the last part may be shorter. With 16, a save took 129 MB of memory
 PARTS_AT_ONCE = 3
@@ -29,7 +29,7 @@ class Multipart(ABC):
     def abort(self) -> None: ...
 
 
-def upload(chunks: Iterable[Chunk], put: Callable[[io.BytesIO], None], begin: Callable[[], Multipart]) -> int:
+def upload(chunks: Iterable[BytesLike], put: Callable[[io.BytesIO], None], begin: Callable[[], Multipart]) -> int:
     """Sends a file by one request (``put``) if it is no longer than a part, else by parts. Returns its bytes."""
     pieces = equal_pieces(chunks, PART)
     first = next(pieces, io.BytesIO())
@@ -69,7 +69,7 @@ def _send(multipart: Multipart, pieces: Iterator[io.BytesIO], pool: ThreadPoolEx
     return number, size
 
 
-def equal_pieces(chunks: Iterable[Chunk], size: int) -> Iterator[io.BytesIO]:
+def equal_pieces(chunks: Iterable[BytesLike], size: int) -> Iterator[io.BytesIO]:
     """The same bytes cut into pieces of ``size``, each copied once; the last may be shorter.
 
     They are files in memory, because aiohttp sends those in small parts but makes two copies of plain bytes.

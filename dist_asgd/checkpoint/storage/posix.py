@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from dist_asgd.checkpoint.storage.retry import Requests
-from dist_asgd.checkpoint.storage.store import Chunk, Store, is_temporary, temporary_path
+from dist_asgd.checkpoint.storage.store import BytesLike, Store, is_temporary, temporary_path
 
 FLUSHED = 2**24  # bytes
 
@@ -40,7 +40,7 @@ class LocalStore(Store):
                 link(temporary, target, data)
             sync_folder(os.path.dirname(target))
 
-    def write(self, path: str, chunks: Iterable[Chunk]) -> int:
+    def write(self, path: str, chunks: Iterable[BytesLike]) -> int:
         target = self._at(path)
         count = 0
         with contextlib.ExitStack() as stack:
@@ -191,7 +191,7 @@ class Flusher:
             self._flush = self._thread.submit(os.fdatasync, self._file)
 
 
-def write_all(file: int, data: Chunk) -> int:
+def write_all(file: int, data: BytesLike) -> int:
     view = memoryview(data).cast("B")
     count = len(view)
     while view:

@@ -1,4 +1,4 @@
-"""Stores reached through fsspec: what is alike for all of them. How files get there and away differs: storage/uploads.py."""
+"""Stores reached through fsspec: what is alike for all of them. How files get there and away differs: uploads.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from dist_asgd.checkpoint.storage.connection import Connection
 from dist_asgd.checkpoint.storage.retry import statuses
-from dist_asgd.checkpoint.storage.store import Chunk, Store, is_temporary, time_of
+from dist_asgd.checkpoint.storage.store import BytesLike, Store, is_temporary, time_of
 from dist_asgd.checkpoint.storage.uploads import Uploads
 
 HTTP_NO_SUCH_RANGE = 416
@@ -25,7 +25,7 @@ class RemoteStore(Store):
     def create(self, path: str, data: bytes) -> None:
         self._uploads.create(path, data)
 
-    def write(self, path: str, chunks: Iterable[Chunk]) -> int:
+    def write(self, path: str, chunks: Iterable[BytesLike]) -> int:
         return self._uploads.write(path, chunks)
 
     def read(self, path: str) -> bytes:

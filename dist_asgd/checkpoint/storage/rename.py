@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from dist_asgd.checkpoint.storage.connection import Connection
-from dist_asgd.checkpoint.storage.store import Chunk, is_temporary, temporary_path, time_of
+from dist_asgd.checkpoint.storage.store import BytesLike, is_temporary, temporary_path, time_of
 from dist_asgd.checkpoint.storage.uploads import BUFFER, Uploads
 
 
@@ -27,7 +27,7 @@ class MemoryUploads(Uploads):
                 raise FileExistsError
             fs.pipe_file(self._connection.at(path), data)
 
-    def write(self, path: str, chunks: Iterable[Chunk]) -> int:
+    def write(self, path: str, chunks: Iterable[BytesLike]) -> int:
         data = b"".join(bytes(chunk) for chunk in chunks)
         with self._once("write", path), self._lock:
             self._connection.fs().pipe_file(self._connection.at(path), data)
@@ -80,7 +80,7 @@ class RenamedUploads(Uploads):
 
         self._again("create", path, request)
 
-    def write(self, path: str, chunks: Iterable[Chunk]) -> int:
+    def write(self, path: str, chunks: Iterable[BytesLike]) -> int:
         """A connection that is lost ends it: the chunks cannot be had again."""
         count = 0
         with self._temporary(path) as temporary:
@@ -161,7 +161,7 @@ class RenamedUploads(Uploads):
             raise OSError(f"{found} of {expected} bytes arrived: is there space left?")
 
 
-def write_to(file: Any, chunk: Chunk) -> int:
+def write_to(file: Any, chunk: BytesLike) -> int:
     """In pieces, since drivers copy what they are given. Returns the bytes."""
     view = memoryview(chunk).cast("B")
     for start in range(0, len(view), BUFFER):

@@ -12,7 +12,7 @@ from typing import Any
 
 from dist_asgd.checkpoint.storage.multipart import PART, Multipart, from_start, upload
 from dist_asgd.checkpoint.storage.retry import StorageError, statuses
-from dist_asgd.checkpoint.storage.store import Chunk
+from dist_asgd.checkpoint.storage.store import BytesLike
 from dist_asgd.checkpoint.storage.uploads import Uploads
 
 MAX_PARTS = 10_000
@@ -61,7 +61,7 @@ class S3Uploads(Uploads):
 
         self._again("create", path, request)
 
-    def write(self, path: str, chunks: Iterable[Chunk]) -> int:
+    def write(self, path: str, chunks: Iterable[BytesLike]) -> int:
         def put(data: io.BytesIO) -> None:
             self._again("write", path, lambda: self.call("put_object", path, Body=from_start(data)))
 

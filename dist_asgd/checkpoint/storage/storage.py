@@ -1,6 +1,6 @@
 """The files below one URL, local or on any fsspec target: the only way in which checkpoints touch storage.
 
-It knows nothing of tensors or checkpoints. Local files go by plain system calls (storage/posix.py), everything else through
+It knows nothing of tensors or checkpoints. Local files go by plain system calls (posix.py), everything else through
 fsspec (storage/remote.py, storage/uploads.py). Transient errors are tried again (storage/retry.py).
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 from dist_asgd.checkpoint.storage.posix import LocalStore
 from dist_asgd.checkpoint.storage.registry import store_of
 from dist_asgd.checkpoint.storage.retry import StorageError
-from dist_asgd.checkpoint.storage.store import Chunk, Store
+from dist_asgd.checkpoint.storage.store import BytesLike, Store
 from dist_asgd.checkpoint.storage.url import checked_path, target_of
 
 __all__ = ["Storage", "StorageError"]
@@ -67,7 +67,7 @@ class Storage:
         """
         self._store.create(checked_path(path), bytes(data))
 
-    def write(self, path: str, chunks: Iterable[Chunk]) -> int:
+    def write(self, path: str, chunks: Iterable[BytesLike]) -> int:
         """A file of any size, in bounded memory; one of that name is replaced. Returns its bytes.
 
         It appears when it is whole and durable; if anything fails, or ``chunks`` raises, it does not. A chunk may be

@@ -9,19 +9,19 @@ from collections.abc import Iterable
 from datetime import datetime, timezone
 from typing import Any, TypeAlias
 
-Chunk: TypeAlias = bytes | bytearray | memoryview
+BytesLike: TypeAlias = bytes | bytearray | memoryview
 
 TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")  # s3fs, adlfs, gcsfs, sftp, memory
 
 
 class Store(ABC):
-    """The requests that Storage makes. Paths are relative and checked; meanings and errors are told in storage/storage.py."""
+    """The requests that Storage makes. Paths are relative and checked; meanings and errors are told in storage.py."""
 
     @abstractmethod
     def create(self, path: str, data: bytes) -> None: ...
 
     @abstractmethod
-    def write(self, path: str, chunks: Iterable[Chunk]) -> int: ...
+    def write(self, path: str, chunks: Iterable[BytesLike]) -> int: ...
 
     @abstractmethod
     def read(self, path: str) -> bytes: ...

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from dist_asgd.checkpoint.storage.connection import Connection
-from dist_asgd.checkpoint.storage.store import Chunk
+from dist_asgd.checkpoint.storage.store import BytesLike
 
 REMOVALS = 16  # at once
 
@@ -28,7 +28,7 @@ class Uploads(ABC):
     def create(self, path: str, data: bytes) -> None: ...
 
     @abstractmethod
-    def write(self, path: str, chunks: Iterable[Chunk]) -> int: ...
+    def write(self, path: str, chunks: Iterable[BytesLike]) -> int: ...
 
     @abstractmethod
     def remove(self, paths: list[str]) -> None:
