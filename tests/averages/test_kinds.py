@@ -13,11 +13,11 @@ import torch.distributed.checkpoint as dcp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dist_asgd
-from benchmarks.memory import reachable
 from dist_asgd import EMA, Checkpointer, PolynomialDecay, ShardedASGD, Tail, Uniform
 from dist_asgd.averages.kinds import Average
 from tests.buckets import test_fsdp1
 from tests.support import layouts
+from tests.support.memory import reachable
 from tests.support.oracle import LOW, Spec, make_parameters, named, random_gradients, same_bits, wide
 from tests.support.ranks import message_of, run_alone, run_ranks
 

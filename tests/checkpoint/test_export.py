@@ -21,12 +21,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import dist_asgd
-from benchmarks.memory import map_large_blocks, peak_resident, reset_peak
 from dist_asgd import ShardedASGD, export
 from dist_asgd.checkpoint import CheckpointError
 from dist_asgd.checkpoint.export import gather
 from dist_asgd.checkpoint.storage.storage import Storage
 from tests.support.layouts import WORLD_SIZES, Model, build, give_gradients, named_parameters, train, whole
+from tests.support.memory import map_large_blocks, peak_resident, reset_peak
 from tests.support.ranks import RankError, message_of, run_alone, run_ranks
 from tests.support.stores import *  # noqa: F403 fixtures
 
