@@ -24,9 +24,9 @@ from dist_asgd.checkpoint.format.dcp_metadata import StoredChunk, StoredObject, 
 from dist_asgd.checkpoint.loading import stock_reader
 from dist_asgd.checkpoint.stock.items import item_object
 from dist_asgd.checkpoint.storage.storage import Storage
-from tests.checkpoint.test_stock_metadata import Call, harmful, saved, with_description
 from tests.support.items import DTYPES, item, raw_bytes, sample
 from tests.support.ranks import message_of, run_alone, run_ranks
+from tests.support.stock_checkpoints import Call, harmful, saved, with_description
 
 OPTIMIZERS = {
     "asgd": functools.partial(torch.optim.ASGD, lr=0.05, t0=1),

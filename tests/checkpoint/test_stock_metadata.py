@@ -19,8 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as OldTensorProperties
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -33,12 +32,7 @@ from dist_asgd.checkpoint.stock.metadata import read_stock_metadata
 from dist_asgd.checkpoint.stock.pickle_reader import read_pickle
 from tests.support.items import DTYPES, SHAPES, item, raw_bytes, sample
 from tests.support.ranks import run_ranks
-
-
-def saved(value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
+from tests.support.stock_checkpoints import METADATA, ONE, Call, harmful, saved, with_description
 
 
 def read_checkpoint(folder):
@@ -128,9 +122,6 @@ def test_strides_are_kept():
     assert torch.equal(found, tensor) and found.stride() == tensor.stride()
 
 
-ONE = {"a": (torch.float32, (4, 6), [StoredChunk(Box((0, 0), (4, 6)), "x", 0, 800)])}
-
-
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_metadata_of_other_releases(protocol):
     metadata = pickle.loads(stock_metadata(ONE, {"b": StoredObject("dir/y", 1, 2)}, {}))
@@ -184,9 +175,6 @@ def test_no_flipped_bit_of_a_value_changes_it():
     for _, damaged in flips(data):
         with contextlib.suppress(CheckpointError):
             assert item_object(damaged) == {"lr": 0.1, "names": ["a", "b"]}
-
-
-METADATA = stock_metadata(ONE, {"b": StoredObject("y", 1, 2)}, {"a": ("a",), "b": ("b",)})
 
 
 @settings(max_examples=300, deadline=None)
@@ -311,46 +299,6 @@ def test_an_item_is_what_the_metadata_says():
 # --- harm ---
 
 
-class Call:
-    """Pickled as a call."""
-
-    def __init__(self, function, *arguments):
-        self.parts = function, arguments
-
-    def __reduce__(self):
-        return self.parts
-
-
-def text(value):
-    return pickle.BINUNICODE + struct.pack("<I", len(value)) + value.encode()
-
-
-def harmful(canary):
-    """Pickles that make the file `canary` when they are loaded by pickle."""
-    command = f"touch {canary}"
-    for protocol in range(6):
-        yield f"reduce, protocol {protocol}", pickle.dumps(Call(os.system, command), protocol)
-        whole = Metadata({}, planner_data={"a": [(Call(eval, f"__import__('os').system({command!r})"),)]})
-        yield f"nested, protocol {protocol}", pickle.dumps(whole, protocol)
-    place = pickle.loads(METADATA)
-    place.storage_data[Call(os.system, command)] = _StorageInfo("x", 0, 1)
-    yield "a key", pickle.dumps(place)
-    yield "inst", b"(S'" + command.encode() + b"'\nios\nsystem\n."
-    yield "obj", b"(cos\nsystem\n" + text(command) + b"o."
-    yield "stack global", b"\x80\x04" + text("os") + text("system") + b"\x93" + text(command) + b"\x85R."
-    dotted = b"\x80\x04" + text("torch.serialization") + text("os.system") + b"\x93"
-    yield "dotted", dotted + text(command) + b"\x85R."
-    yield "through the memo", b"\x80\x02cos\nsystem\nq\x050h\x05" + text(command) + b"\x85R."
-    partial = b"\x80\x04cfunctools\npartial\n"
-    yield "newobj", partial + b"cos\nsystem\n" + text(command) + b"\x86\x81)R."
-    yield "newobj_ex", partial + b"cos\nsystem\n\x85}\x92" + text(command) + b"\x85R."
-    yield "extension", b"\x80\x02\x82\xf0" + text(command) + b"\x85R."
-    getattr_of = b"cbuiltins\ngetattr\nctorch.serialization\nos\n" + text("system") + b"\x86R"
-    yield "getattr", b"\x80\x04" + getattr_of + text(command) + b"\x85R."
-    build = b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\nN}" + text("harmed")
-    yield "build", b"\x80\x02" + build + b"cos\nsystem\ns\x86b0cos\nsystem\n" + text(command) + b"\x85R."
-
-
 @pytest.fixture
 def extension():
     copyreg.add_extension("os", "system", 0xF0)
@@ -373,15 +321,6 @@ def test_nothing_is_run(tmp_path, extension):
             with pytest.raises(CheckpointError):
                 read(with_description(data))
         assert not canary.exists(), name
-
-
-def with_description(data, compression=zipfile.ZIP_STORED):
-    """A correct item but for its data.pkl."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        for name, record in (("data.pkl", data), ("byteorder", b"little"), ("version", b"3\n"), ("data/0", bytes(4))):
-            archive.writestr(f"archive/{name}", record)
-    return buffer.getvalue()
 
 
 def test_trust_skips_what_it_does_not_know_and_runs_a_value(tmp_path):
