@@ -21,7 +21,7 @@ from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.entries import SavedTensor
 from dist_asgd.checkpoint.format.torch_archive import STORAGE_CLASSES
 from dist_asgd.checkpoint.stock import pickle_reader
-from dist_asgd.checkpoint.stock.pickle_reader import DTYPE_GLOBALS, DTYPES, Global, Node, read_pickle, short
+from dist_asgd.checkpoint.stock.pickle_reader import DTYPE_GLOBALS, DTYPES, Call, Global, read_pickle, short
 from dist_asgd.checkpoint.stock.plain_values import plain_value
 from dist_asgd.checkpoint.storage.retry import StorageError
 
@@ -73,7 +73,7 @@ def _tensor(found: _Description, payload: Tensor) -> Tensor:
     return payload.view(found.dtype).as_strided(found.shape, found.strides, found.offset)
 
 
-def _tensor_in(node: Node, records: Mapping[str, memoryview], payloads: dict[str, Tensor]) -> Tensor | None:
+def _tensor_in(node: Call, records: Mapping[str, memoryview], payloads: dict[str, Tensor]) -> Tensor | None:
     """The tensor that a node in a value describes; None if it describes none. Several may lie in one payload."""
     found = _described(node)
     if found is None or found.record not in records:
@@ -224,15 +224,15 @@ def _description(data: bytes) -> _Description:
 def _described(found: Any) -> _Description | None:
     """The tensor that a node describes; None if it describes none."""
     match found:
-        case Node(
+        case Call(
             name="torch._utils._rebuild_tensor_v2",
-            arguments=(Node() as storage, int(offset), tuple(shape), tuple(strides), bool(), dict()),
+            arguments=(Call() as storage, int(offset), tuple(shape), tuple(strides), bool(), dict()),
         ):
             kind, record = _storage(storage)
             dtype = _DTYPES_OF_CLASSES.get(kind)
-        case Node(
+        case Call(
             name="torch._utils._rebuild_tensor_v3",
-            arguments=(Node() as storage, int(offset), tuple(shape), tuple(strides), bool(), dict(), Global(name)),
+            arguments=(Call() as storage, int(offset), tuple(shape), tuple(strides), bool(), dict(), Global(name)),
         ):
             kind, record = _storage(storage)
             dtype = DTYPES.get(name) if kind == _UNTYPED else None
@@ -244,10 +244,10 @@ def _described(found: Any) -> _Description | None:
     return _Description(dtype, shape, strides, offset, record)
 
 
-def _storage(storage: Node) -> tuple[str, str]:
+def _storage(storage: Call) -> tuple[str, str]:
     """The class of a storage, and the record that has its bytes."""
     match storage:
-        case Node(name=pickle_reader.PERSISTENT, arguments=(("storage", Global(name), str(number), str(), int()),)):
+        case Call(name=pickle_reader.PERSISTENT, arguments=(("storage", Global(name), str(number), str(), int()),)):
             return name, f"data/{number}"
     raise CheckpointError("the elements of the item are not where torch.save stores them")
 

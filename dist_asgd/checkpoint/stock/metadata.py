@@ -19,7 +19,7 @@ from dist_asgd.checkpoint.errors import CheckpointError, NotCommitted
 from dist_asgd.checkpoint.format.dcp_metadata import COMMITTED_BY, StoredChunk, StoredObject
 from dist_asgd.checkpoint.format.entries import SavedTensor
 from dist_asgd.checkpoint.format.manifest import MAX_DEPTH, NAME
-from dist_asgd.checkpoint.stock.pickle_reader import DTYPE_GLOBALS, DTYPES, Global, Node, read_pickle, short
+from dist_asgd.checkpoint.stock.pickle_reader import DTYPE_GLOBALS, DTYPES, Call, Global, read_pickle, short
 
 MAX_METADATA = 2**28  # bytes. Reading takes up to a hundred times as much; a chunk takes about a hundred bytes
 MAX_DIMS = 64  # torch's own limit
@@ -92,7 +92,7 @@ def read_stock_metadata(data: bytes, trust: bool = False, *, committed: bool = F
     budget = len(data)  # for chunks: a list may be referred to any number of times
     for key, entry in described.items():
         _expect(key, str, "a key of state_dict_metadata")
-        if isinstance(entry, Node) and entry.name == f"{_METADATA}.BytesStorageMetadata":
+        if isinstance(entry, Call) and entry.name == f"{_METADATA}.BytesStorageMetadata":
             objects[key] = _object_place(places, key)
             continue
         tensor = _fields(entry, "TensorStorageMetadata", f"the entry of {key!r}")
@@ -141,7 +141,7 @@ def _tensor(key: str, fields: Mapping[str, Any], places: _Places) -> StockTensor
 
 def _dtype(key: str, properties: Any) -> Any:
     where = f"the properties of {key!r}"
-    if not isinstance(properties, Node) or properties.name not in (
+    if not isinstance(properties, Call) or properties.name not in (
         f"{_METADATA}.TensorProperties",
         f"{_OLD_METADATA}.TensorProperties",
     ):
@@ -152,7 +152,7 @@ def _dtype(key: str, properties: Any) -> Any:
     dtype, layout = state[:2]
     if not isinstance(dtype, Global) or dtype.name not in DTYPES:
         raise CheckpointError(f"{where} have the dtype {short(dtype)}, which this torch does not have")
-    if not isinstance(layout, Node) or layout.arguments != ("torch.strided",):
+    if not isinstance(layout, Call) or layout.arguments != ("torch.strided",):
         raise CheckpointError(f"{where} have another layout than torch.strided; only dense tensors can be read")
     return DTYPES[dtype.name]
 
@@ -194,7 +194,7 @@ def _path(value: Any, where: str) -> str:
 
 
 def _sizes(value: Any, where: str) -> tuple[int, ...]:
-    if isinstance(value, Node) and value.name == "torch.Size" and len(value.arguments) == 1:
+    if isinstance(value, Call) and value.name == "torch.Size" and len(value.arguments) == 1:
         value = value.arguments[0]
     if not isinstance(value, tuple | list) or len(value) > MAX_DIMS:
         raise CheckpointError(f"{where}: {short(value)}, expected at most {MAX_DIMS} sizes")
@@ -215,7 +215,7 @@ def _expect(value: Any, kind: type, where: str) -> Any:
 
 def _fields(value: Any, name: str, where: str) -> Mapping[str, Any]:
     """The attributes of an object of the class ``name`` of DCP."""
-    if not isinstance(value, Node) or value.name.rpartition(".")[2] != name:
+    if not isinstance(value, Call) or value.name.rpartition(".")[2] != name:
         raise CheckpointError(f"{where} is {short(value)}, expected a {name}")
     state: dict[str, Any] = _expect(value.state, dict, f"the state of {where}")
     return state

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.json_values import MAX_DEPTH, decode
-from dist_asgd.checkpoint.stock.pickle_reader import DTYPE_GLOBALS, DTYPES, Global, Node, read_pickle, short
+from dist_asgd.checkpoint.stock.pickle_reader import DTYPE_GLOBALS, DTYPES, Call, Global, read_pickle, short
 
 _BUILTINS = ("__builtin__", "builtins")  # protocol 2, which torch.save takes, has Python 2's names
 _NUMPY = ("numpy._core.multiarray", "numpy.core.multiarray")  # from NumPy 2 on, and before
@@ -31,7 +31,7 @@ _ALLOWED = DTYPE_GLOBALS | {
 }
 
 
-def plain_value(data: bytes, tensor_of: Callable[[Node], Tensor | None], tensors: frozenset[tuple[str, str]]) -> Any:
+def plain_value(data: bytes, tensor_of: Callable[[Call], Tensor | None], tensors: frozenset[tuple[str, str]]) -> Any:
     """The value that a pickle describes.
 
     Args:
@@ -49,7 +49,7 @@ def plain_value(data: bytes, tensor_of: Callable[[Node], Tensor | None], tensors
 
 
 class _Maker:
-    def __init__(self, budget: int, tensor_of: Callable[[Node], Tensor | None]) -> None:
+    def __init__(self, budget: int, tensor_of: Callable[[Call], Tensor | None]) -> None:
         self._left = budget  # values still to be made: a list may be referred to any number of times
         self._tensor_of = tensor_of
 
@@ -68,11 +68,11 @@ class _Maker:
                 )
             case Global(name) if name in DTYPES:
                 return DTYPES[name]
-            case Node():
+            case Call():
                 return self._object(found)
         raise _not_plain(found)
 
-    def _object(self, node: Node) -> Any:
+    def _object(self, node: Call) -> Any:
         name, arguments = node.name, node.arguments
         match name.removeprefix("__builtin__.").removeprefix("builtins."), arguments, node.state:
             case "_codecs.encode", (str(text), "latin1"), None:
@@ -89,10 +89,10 @@ class _Maker:
                 return torch.Size(sizes)
             case "torch.device", (str(kind), *index), None:
                 return torch.device(kind, *index)
-            case _, (Global("numpy.ndarray"), _, _), (1, tuple(shape), Node() as dtype, False, data):
+            case _, (Global("numpy.ndarray"), _, _), (1, tuple(shape), Call() as dtype, False, data):
                 if name in _ARRAYS:
                     return _numpy(dtype, list(shape), self.value(data, 0))
-            case _, (Node("numpy.dtype") as dtype, data), None:
+            case _, (Call("numpy.dtype") as dtype, data), None:
                 if name in _SCALARS:
                     return _numpy(dtype, None, self.value(data, 0))
         tensor = self._tensor_of(node)
@@ -101,7 +101,7 @@ class _Maker:
         return tensor
 
 
-def _numpy(dtype: Node, shape: list[int] | None, data: bytes) -> Any:
+def _numpy(dtype: Call, shape: list[int] | None, data: bytes) -> Any:
     """An array, or a scalar where there is no shape."""
     match dtype.arguments, dtype.state:
         case (str(code), False, True), (3, "<" | "|" as order, None, None, None, int(), int(), int()):
