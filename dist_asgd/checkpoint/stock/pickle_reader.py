@@ -6,7 +6,7 @@ descriptions of tensors in ``.distcp`` files are pickles, and a checkpoint may c
 the program on the pure-Python machine of the standard library, with only the instructions that describe data (the
 module pickletools documents all instructions). Where pickle would import a class or function, the result has a
 `Global`, which is its name. Where pickle would call a global or make an object of one, the result has a `Call`.
-`stock/metadata.py`, `stock/items.py` and `stock/plain_values.py` look for the records that they know and refuse others.
+The other modules of `checkpoint/stock/` look for the records that they know and refuse others.
 
 Memory grows with the length of the pickle and with nothing else: no length or index that the pickle states is
 allocated before as many bytes were read. Time grows likewise, except where a pickle has chosen the numbers that are
