@@ -164,6 +164,7 @@ class ExportSource:
                     future.cancel()
 
     def _batches(self, tensors: Sequence[Exported]) -> Iterator[list[tuple[int, Box]]]:
+        """Yields lists of (index of a tensor in ``tensors``, box of it) to be read together, in row-major order."""
         saved = [self.manifest.tensors[tensor.key].saved for tensor in tensors]
         return batches([(tensor.shape, tensor.dtype.itemsize) for tensor in saved], BATCH_BYTES)
 
@@ -206,6 +207,7 @@ class StockExportSource(ExportSource):
         return saved, crc
 
     def _batches(self, tensors: Sequence[Exported]) -> Iterator[list[tuple[int, Box]]]:
+        """Yields lists of (index of a tensor in ``tensors``, box of the whole tensor) to be read together."""
         batch: list[tuple[int, Box]] = []
         size = 0
         for number, tensor in enumerate(tensors):

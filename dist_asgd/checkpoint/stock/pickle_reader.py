@@ -103,6 +103,8 @@ class _Instructions(dict[int, Callable[[Any], None]]):
 # do, nor leave out an instruction. The pure-Python one has been in the standard library since Python 3.0, with the
 # table `dispatch` that is replaced here, but has no public name.
 class _InertUnpickler(pickle._Unpickler):
+    """Unpickler that makes a `Global` of each import and a `Call` of each call, and refuses most instructions."""
+
     stack: list[Any]  # this and the next two are of pickle._Unpickler, whose type stubs leave them out
     append: Callable[[Any], None]
     read: Callable[[int], bytes]
