@@ -161,7 +161,7 @@ class _InertUnpickler(pickle._Unpickler):
                 raise TypeError(f"a dict's key is {short(key)}")
             target[key] = value
 
-    # Each method of pickle._Unpickler that is taken over calls nothing but methods of the records above and of lists.
+    # The methods that are taken over call nothing of the objects on the stack except for append and extend of lists.
     # Left out are instructions that call (INST, OBJ, NEWOBJ_EX, EXT1, EXT2, EXT4), that allocate what the pickle states
     # (BYTEARRAY8), and those that neither DCP nor torch.save writes.
     dispatch = _Instructions(
