@@ -174,6 +174,6 @@ def test_no_test_imports_a_test_or_a_benchmark():
             source = getattr(node, "module", None) or ""
             found = [name for name in (source, *names) if name.split(".")[-1].startswith("test_")]
             assert not found and source.split(".")[0] != "benchmarks" and "benchmarks" not in names, (
-                f"{path.relative_to(folder.parent)}:{node.lineno} imports {found or 'a benchmark'}: move what both need "
-                "into tests/support."
+                f"{path.relative_to(folder.parent)}:{node.lineno} imports {found or 'a benchmark'}: move what both "
+                "need into tests/support."
             )

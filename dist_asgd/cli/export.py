@@ -7,16 +7,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dist_asgd.checkpoint.export.formats import FORMATS, SUFFIXES, Exported, FileOf, format_by, safetensors_file
+from dist_asgd.checkpoint.export.formats import FORMATS, SUFFIXES, Exported, FileFormat, format_by, safetensors_file
 from dist_asgd.checkpoint.export.from_checkpoint import (
     ExportSource,
     StockExportSource,
-    averaged,
-    entries,
-    matching,
+    entry_names,
+    tensors_matching,
     tensors_of,
+    with_averages,
 )
-from dist_asgd.checkpoint.export.huggingface import MAX_SHARD_BYTES, split, write_directory
+from dist_asgd.checkpoint.export.huggingface import MAX_SHARD_BYTES, split_into_files, write_directory
 from dist_asgd.checkpoint.format.manifest import NAME, Manifest, read_manifest
 from dist_asgd.checkpoint.loading.sources import open_checkpoint
 from dist_asgd.checkpoint.storage.storage import Storage
@@ -44,11 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
     raw = _chosen(checkpoint.manifest, arguments)
     are_averages = arguments.average is not False
     name_of = None if arguments.average is True else arguments.average
-    tensors = averaged(checkpoint, raw, name_of) if are_averages else raw
+    tensors = with_averages(checkpoint, raw, name_of) if are_averages else raw
     with progress_bar("exported", hidden=arguments.json) as progress:
         file_of = _watched(FORMATS.get(kind, safetensors_file), sum(tensor.nbytes for tensor in tensors), progress)
         if kind == DIRECTORY:
-            files = split(tensors, arguments.max_shard_size or MAX_SHARD_BYTES)
+            files = split_into_files(tensors, arguments.max_shard_size or MAX_SHARD_BYTES)
             size = write_directory(
                 target, files, configs, lambda file: target.write(file.name, file_of(checkpoint, file.tensors))
             )
@@ -111,12 +111,12 @@ def _format_by(out: str) -> str:
 
 def _chosen(manifest: Manifest, arguments: argparse.Namespace) -> list[Exported]:
     if arguments.keys is not None:
-        return matching(manifest, arguments.keys)
+        return tensors_matching(manifest, arguments.keys)
     entry = arguments.entry
     if entry is None:
         entry = DEFAULT
-        if entry not in entries(manifest):
-            raise UsageError(f"the checkpoint has no {entry!r}: say --entry or --keys. It has {entries(manifest)}")
+        if entry not in entry_names(manifest):
+            raise UsageError(f"the checkpoint has no {entry!r}: say --entry or --keys. It has {entry_names(manifest)}")
     return tensors_of(manifest, entry)
 
 
@@ -128,7 +128,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _watched(file_of: FileOf, total: int, progress: ReportProgress) -> FileOf:
+def _watched(file_of: FileFormat, total: int, progress: ReportProgress) -> FileFormat:
     def watched(source: Any, tensors: Sequence[Exported]) -> Iterator[bytes | memoryview]:
         for chunk in file_of(source, tensors):
             yield chunk

@@ -238,6 +238,13 @@ def test_a_value_that_grows_is_refused():
         item_object(saved(value))
 
 
+def test_a_scalar_of_scalars_is_refused_at_some_depth():
+    dtype = b"cnumpy\ndtype\n(X\x02\x00\x00\x00f8\x89\x88tR"
+    scalar = b"cnumpy.core.multiarray\nscalar\nq\x00" + dtype + b"q\x01]q\x02"
+    with pytest.raises(CheckpointError, match="refer to themselves"):
+        item_object(with_description(b"\x80\x02" + scalar + b"h\x00h\x01h\x02\x86Rq\x02" * 20_000 + b"."))
+
+
 def test_nothing_is_run(tmp_path):
     canary = tmp_path / "canary"
     live = {"w": torch.zeros(2), "value": 0}

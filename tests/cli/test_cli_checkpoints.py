@@ -269,10 +269,10 @@ def test_export_of_a_stock_checkpoint(tmp_path, capsys, suffix):
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize(
-    ("batch", "long"), [(from_checkpoint.BATCH, torch_archive.LONG), (40_000, 30_000)]
+    ("batch", "long"), [(from_checkpoint.BATCH_BYTES, torch_archive.LONG), (40_000, 30_000)]
 )  # small: zip64, pieces
 def test_export(saved, tmp_path, capsys, monkeypatch, suffix, batch, long):
-    monkeypatch.setattr(from_checkpoint, "BATCH", batch)
+    monkeypatch.setattr(from_checkpoint, "BATCH_BYTES", batch)
     monkeypatch.setattr(torch_archive, "LONG", long)
     folder, model, averages = saved
     assert called(capsys, "export", folder, tmp_path / f"raw{suffix}")[0] == 0
