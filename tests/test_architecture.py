@@ -16,7 +16,7 @@ FLOORS = [
     {"asgd"},
     {"kernels"},
     {"sharding"},
-    {"buckets", "wrappers"},
+    {"buckets", "pieces", "wrappers"},
     {"step"},
     {"swap", "state_dict"},
     {"optimizer"},

@@ -150,5 +150,8 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.sizes))
 
 
-# So that torch.load(weights_only=True), its default, takes state dicts that torch.save has written.
-torch.serialization.add_safe_globals([StatePiece, Placement])
+# torch.load(weights_only=True), its default, takes only pickled classes that it was told of. Version 0.1 pickled both
+# under the name of another module.
+torch.serialization.add_safe_globals(
+    [StatePiece, Placement, (StatePiece, "dist_asgd.pieces.StatePiece"), (Placement, "dist_asgd.pieces.Placement")]
+)
