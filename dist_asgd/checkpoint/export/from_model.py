@@ -23,13 +23,13 @@ from dist_asgd.checkpoint.export.huggingface import (
 )
 from dist_asgd.checkpoint.format.entries import TensorEntry
 from dist_asgd.checkpoint.saving.assign import Offer
-from dist_asgd.checkpoint.saving.save import scatter
 from dist_asgd.checkpoint.state.module_names import tied_names
 from dist_asgd.checkpoint.state.modules import module_state
 from dist_asgd.checkpoint.state.tensor_blocks import to_save
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.checkpoint.storage.url import folder_and_name
 from dist_asgd.comm.consensus import Agreement, agreement_of_all
+from dist_asgd.comm.objects import scatter_object
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def export(
                 tensors = _tensors(everyone)
                 plans = _plan(everyone, tensors, kind, name, max_shard_bytes)
                 configs = configs_of(model, tensors)
-        plan: _ExportPlan = scatter(agreement, plans)
+        plan: _ExportPlan = scatter_object(plans, agreement.group)
         _carry_out(agreement, plan, Gathering(agreement, entries, plan.owned), storage, configs)
 
 
