@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 
 def whole(shape: Sequence[int]) -> Box:
     return Box((0,) * len(shape), tuple(shape))
@@ -24,13 +22,6 @@ def intersection(one: Box, other: Box) -> Box | None:
 def within(box: Box, outer: Box) -> Box:
     """``box`` in the coordinates of ``outer``."""
     return Box(tuple(mine - its for mine, its in zip(box.offsets, outer.offsets, strict=True)), box.sizes)
-
-
-def narrowed(data: Tensor, box: Box) -> Tensor:
-    """The view of the box."""
-    for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
-        data = data.narrow(dim, offset, size)
-    return data
 
 
 def cut(box: Box, most: int) -> Iterator[Box]:

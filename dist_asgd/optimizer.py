@@ -20,7 +20,7 @@ from dist_asgd.buckets.build import build_buckets
 from dist_asgd.buckets.reducer import Reducer
 from dist_asgd.buckets.replicas import Replicas
 from dist_asgd.comm.consensus import Agreement
-from dist_asgd.comm.process_groups import default_group, group_of_its_own
+from dist_asgd.comm.process_groups import default_group, separate_group
 from dist_asgd.sharding.precision import Precision
 from dist_asgd.state_dict import (
     TORCH_OPTIONS,
@@ -321,7 +321,7 @@ class ShardedASGD(torch.optim.Optimizer):
         capturable = arguments["capturable"]
         self._replicas = Replicas(agreement, group, arguments["shard_replicas"] and not capturable)  # none in a graph
         self._step_supports_amp_scaling = capturable  # by which GradScaler knows that step() takes scaled gradients
-        return agreement.rank, agreement.world_size, group_of_its_own(group)
+        return agreement.rank, agreement.world_size, separate_group(group)
 
     def _all_buckets(self) -> list[Bucket]:
         return [bucket for buckets in self._buckets for bucket in buckets]
