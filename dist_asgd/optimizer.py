@@ -68,21 +68,21 @@ class ShardedASGD(torch.optim.Optimizer):
             them. Floating-point (not fp8) or complex leaf tensors with dense memory. ``model.named_parameters()`` gives
             messages and checkpoints the names of parameters. Plain parameters become views of flat buckets, so build
             the optimizer after ``model.to(...)``, ``fully_shard(...)`` and any other change of the parameters.
-        lr (float or 1-element Tensor, >= 0, default 1e-2): learning rate. ``eta``, the step size after s steps, is
-            ``lr / (1 + eta_decay * lr * s) ** alpha``. Each param group may have its own, as for the next six.
+        lr (float or 1-element Tensor, >= 0, default 1e-2): learning rate. After s steps the step size is
+            ``eta = lr / (1 + eta_decay * lr * s) ** alpha``. This option and the ones up to ``eta_decay`` are defaults
+            of the param groups, each of which may have its own.
         lambd (float >= 0, default 1e-4): decay term. Each step multiplies the parameters by ``1 - lambd * eta``.
-        alpha (float >= 0, default 0.75): power by which ``eta`` falls.
+        alpha (float >= 0, default 0.75): exponent of the fall of ``eta``.
         t0 (float >= 0 or None, default None): number of steps before averaging starts; step ``t0 + 2`` is the first one
             that the average holds. None is 1e6, as in torch, and 0 if ``average`` is given. ``math.inf`` never
             averages; ``start_averaging()`` sets ``t0`` to now.
         weight_decay (float >= 0, default 0): L2 penalty, added to the gradient as ``weight_decay * param``.
         maximize (bool, default False): ascend instead of descend.
         lr_on_time (bool, default False): whether a changed ``lr`` acts in the next step. As in torch, by default it
-            acts one step later, because ``eta`` is computed at the end of a step. Not with ``capturable=True``. Set it
-            when a scheduler's values must act on the steps that they are for. Holds for all groups unless a group has
-            its own.
-        eta_decay (float >= 0 or None, default None): rate at which ``eta`` falls; None is ``lambd``, as in torch. Set it
-            to choose the fall of the step size apart from the decay of the parameters.
+            acts one step later, because ``eta`` is computed at the end of a step. Set it when a scheduler's values must
+            act on the steps that they are for. Not with ``capturable=True``.
+        eta_decay (float >= 0 or None, default None): rate at which ``eta`` falls; None is ``lambd``, as in torch. Set
+            it to choose the fall of the step size apart from the decay of the parameters.
         gradients ("local", "reduced" or "sharded", default "local"): who averages the gradients of plain parameters.
 
             - ``"local"``: this optimizer, by reduce-scatters that run during backward and free each bucket's whole
@@ -106,7 +106,7 @@ class ShardedASGD(torch.optim.Optimizer):
             one is ``ax`` in the state, the others are ``ax_<name>``.
         wire_dtype (bf16, fp16, fp32, fp64 or None; default None): dtype in which gradients of plain parameters are
             sent, and also parameters where it is narrower than theirs. None is the parameter's dtype. bf16 halves the
-            bytes of fp32. Sums are fp32, and 2-byte dtypes need ``master_weights=True``.
+            bytes of fp32. Sums are fp32 or wider. 2-byte dtypes need ``master_weights=True``.
         stochastic_rounding (bool, default False): whether bf16 parameters without masters are rounded up or down by
             chance, so that small updates add up on average. Needs ``master_weights=False``.
         shard_replicas (bool, default True): whether ranks that hold equal blocks of a DTensor share its state, at the
@@ -208,7 +208,8 @@ class ShardedASGD(torch.optim.Optimizer):
         Raises:
             RuntimeError, ValueError: the same on every rank, where on any rank a gradient is missing, sparse or of
                 another shape, a parameter is not what the optimizer was built for, or options are bad or differ.
-                Parameters and state are unchanged then.
+                Parameters and state are unchanged then. Without plain parameters, from the second step on, an error
+                stays on its rank, and options that differ are an error of the next other collective call.
         """
         loss = None
         if closure is not None:
@@ -314,8 +315,8 @@ class ShardedASGD(torch.optim.Optimizer):
         """Starts averaging now: sets ``t0`` of every param group to the steps taken so far. Every rank must call it.
 
         As in torch with that ``t0``, the second step from now is the first one that the average holds. An average that
-        has begun keeps its value until that step, and begins anew with it. A ``Tail`` that would begin later still does.
-        Sends nothing.
+        has begun keeps its value until that step, and begins anew with it. A ``Tail`` that would begin later still
+        does. Sends nothing.
         """
         start_averaging(self.param_groups, self._buckets)
 
@@ -436,11 +437,8 @@ class ShardedASGD(torch.optim.Optimizer):
         self._group = group_of_its_own(group)
 
     def _make_setting(self, precision: Precision, averages: Mapping[str, Average]) -> Setting:
-        rank, world_size, bucket_bytes = (
-            self._agreement.rank,
-            self._agreement.world_size,
-            self._arguments["bucket_bytes"],
-        )
+        rank, world_size = self._agreement.rank, self._agreement.world_size
+        bucket_bytes = self._arguments["bucket_bytes"]
         reducing = weakref.proxy(self._step_agreement)  # buckets must not keep the optimizer's parts alive
         return Setting(rank, world_size, self._group, precision, averages, bucket_bytes, reducing)
 
@@ -448,7 +446,7 @@ class ShardedASGD(torch.optim.Optimizer):
         return [bucket for buckets in self._buckets for bucket in buckets]
 
     def _complete_parameters(self) -> None:
-        """Waits for all-gathers and drops FSDP's whole copies: parameters are then read or changed outside of a step."""
+        """Waits for all-gathers and drops FSDP's whole copies, before parameters are read or changed but by a step."""
         self.synchronize()
         self._modules.drop_copies()
 

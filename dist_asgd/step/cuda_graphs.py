@@ -88,6 +88,5 @@ def scaling_of(optimizer: Any) -> Scaling | None:
     if found_inf is None:
         return None
     scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-    return Scaling(
-        None if scale is None else scale.double().reciprocal().float(), found_inf
-    )  # rounded as in GradScaler.unscale_
+    # In fp64 and then rounded, as in GradScaler.unscale_.
+    return Scaling(None if scale is None else scale.double().reciprocal().float(), found_inf)

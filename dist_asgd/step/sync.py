@@ -23,9 +23,9 @@ from dist_asgd.step.forward_wait import ForwardWaits
 from dist_asgd.step.gradient_check import gradient_sample, require_same_gradients
 from dist_asgd.step.validation import Groups, require_built_groups, require_gradients, some_of
 
-# Consecutive steps without a gradient after which a warning is due: for all parameters together, and for one parameter,
-# which a model may use in turns with others.
-NONE_USED, ONE_UNUSED = 3, 100
+# Consecutive steps without a gradient after which a warning is due: for all parameters together, for a parameter that
+# has never had one, and for a parameter that has, because a model may use parameters in turns.
+NONE_USED, NEVER_USED, ONE_UNUSED = 3, 10, 100
 
 # Steps in which gradients are compared between ranks at most, while some of them are zero and so prove nothing.
 MAX_COMPARISONS = 100
@@ -81,6 +81,7 @@ class StepAgreement:
         self._comparisons = 0  # steps in which gradients were compared
         self._started = False  # whether the ranks have agreed on a step since the last group was added
         self._unmet = 0  # fingerprint of the steps that were taken without an exchange
+        self._steps = 0  # steps taken; a parameter without a gradient in all of them has never had one
         self._without: Counter[str] = Counter()  # consecutive steps without a gradient, by name of the parameter
         self._warned_reduced_twice = self._warned_unused = False
 
@@ -301,6 +302,7 @@ class StepAgreement:
         torch's optimizers skip such parameters silently. Plain parameters of a given module are left out, because
         ``ForwardWaits.check`` notices when they are replaced.
         """
+        self._steps += 1
         if self._warned_unused or all(map(all, plan.active.values())):
             self._without.clear()
             return
@@ -315,12 +317,12 @@ class StepAgreement:
         self._without = Counter({name: self._without[name] + 1 for name in without})
         none_used = not any(map(any, plan.active.values()))
         limit = NONE_USED if none_used else ONE_UNUSED
-        unused = [name for name, steps in self._without.items() if steps >= limit]
+        unused = [name for name, n in self._without.items() if n >= limit or (n == self._steps and n >= NEVER_USED)]
         if unused and not (none_used and len(unused) < len(without)):
             self._warned_unused = True
             warnings.warn(
-                f"{limit} steps in a row found no gradient for parameter {some_of(unused)}. If the model's "
-                "parameters were replaced after the optimizer was built (fully_shard, parallelize_module, "
+                f"{self._without[unused[0]]} steps in a row found no gradient for parameter {some_of(unused)}. If the "
+                "model's parameters were replaced after the optimizer was built (fully_shard, parallelize_module, "
                 "load_state_dict(assign=True)), build it again, or pass module=, which notices with plain parameters. "
                 "Run the last backward of a step outside of no_sync(). Freeze those that are never used "
                 "(requires_grad=False)",
