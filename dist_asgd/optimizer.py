@@ -12,6 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_asgd._torch_private import (
+    load_state_dict_post_hooks,
+    load_state_dict_pre_hooks,
+    set_takes_scaled_gradients,
+    state_dict_post_hooks,
+    state_dict_pre_hooks,
+)
 from dist_asgd.asgd.schedule import own_options
 from dist_asgd.averages.kinds import Average
 from dist_asgd.averages.options import group_options, named_averages
@@ -260,7 +267,7 @@ class ShardedASGD(torch.optim.Optimizer):
         it by names, also where it is asked for a full state dict: that is ``full_state_dict()``. ``step``, ``eta`` and
         ``mu`` are 0-dim tensors on the CPU. With one rank the tensors are whole.
         """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+        for pre_hook in state_dict_pre_hooks(self).values():
             pre_hook(self)
         self._complete()
         if error := self._misuse():
@@ -268,7 +275,7 @@ class ShardedASGD(torch.optim.Optimizer):
         for bucket in self._all_buckets():
             bucket.check_parameters()
         state_dict = sharded_state_dict(self.param_groups, self._buckets)
-        return passed_through(self._optimizer_state_dict_post_hooks, self, state_dict)
+        return passed_through(state_dict_post_hooks(self), self, state_dict)
 
     @refused_inside(NOT_BOTH)
     def full_state_dict(self) -> dict[str, Any]:
@@ -290,11 +297,11 @@ class ShardedASGD(torch.optim.Optimizer):
         self._settlement.align("load_state_dict()", self._all_buckets(), self._misuse())
         with self._agreement.together("load_state_dict()"):
             check_state_dict(state_dict)
-            state_dict = passed_through(self._optimizer_load_state_dict_pre_hooks, self, dict(state_dict))
+            state_dict = passed_through(load_state_dict_pre_hooks(self), self, dict(state_dict))
             loaded = plan_load(self.param_groups, self._buckets, state_dict)
         self._agreement.require_equal("the state dict", loaded.facts())
         loaded.apply()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+        for post_hook in load_state_dict_post_hooks(self).values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -320,7 +327,7 @@ class ShardedASGD(torch.optim.Optimizer):
         self._settlement = Settlement(agreement, self._reducer, self._waits, arguments["find_unused_parameters"])
         capturable = arguments["capturable"]
         self._replicas = Replicas(agreement, group, arguments["shard_replicas"] and not capturable)  # none in a graph
-        self._step_supports_amp_scaling = capturable  # by which GradScaler knows that step() takes scaled gradients
+        set_takes_scaled_gradients(self, capturable)
         return agreement.rank, agreement.world_size, group_of_its_own(group)
 
     def _all_buckets(self) -> list[Bucket]:

@@ -16,8 +16,7 @@ import torch.distributed as dist
 
 from dist_asgd.averages.kinds import Average
 from dist_asgd.averages.options import suffix_of
-from dist_asgd.buckets.base import Bucket
-from dist_asgd.buckets.reducer import PATIENCE
+from dist_asgd.buckets.base import PATIENCE, Bucket
 from dist_asgd.step.sync import Settlement
 from dist_asgd.wrappers import ParallelModules
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from datetime import timedelta
 
 import torch.distributed as dist
+
+from dist_asgd._torch_private import timeout_of
 
 
 def default_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -54,16 +55,7 @@ def subgroup_of_its_own(
     members_only = len(ranks) < dist.get_world_size()
     return dist.new_group(
         list(ranks),
-        timeout=_timeout(group),
+        timeout=timeout_of(group),
         backend=backend or dist.get_backend_config(group),
         use_local_synchronization=members_only,
     )
-
-
-def _timeout(group: dist.ProcessGroup) -> timedelta | None:
-    """None, for the default of a new group's backend, where that of ``group`` does not tell."""
-    try:
-        # There is no public way to ask. torch.distributed.split_group does it like this, for the backends that have it.
-        return group._get_backend(group._device_types[0]).options._timeout  # type: ignore[no-any-return]
-    except (AttributeError, RuntimeError):
-        return None

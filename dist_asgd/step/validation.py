@@ -214,7 +214,7 @@ def require_registered(buckets: Sequence[Bucket]) -> None:
         return
     # type(): an isinstance() would ask weak proxies, also of what is gone, for their class.
     modules = [item for item in gc.get_objects() if issubclass(type(item), torch.nn.Module)]
-    held = {id(param): param for module in modules for param in module._parameters.values() if param is not None}
+    held = {id(param): param for module in modules for param in module.parameters(recurse=False)}
     ours = {id(param) for bucket in buckets for param in bucket.params}
     others = [param for index, param in held.items() if index not in ours]
     shapes = {param.shape for param in others if isinstance(param, DTensor)}

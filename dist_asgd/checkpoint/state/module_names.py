@@ -8,10 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_asgd._torch_private import WRAPPER_NAMES, submodules
 from dist_asgd.checkpoint.state.tree import Path
-
-# What torch.compile, FSDP1 and activation checkpointing put into names; DistributedDataParallel's is a usual word.
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def fqn_of(module: nn.Module, name: str) -> str:
@@ -19,22 +17,22 @@ def fqn_of(module: nn.Module, name: str) -> str:
     kept: list[str] = []
     current: nn.Module | None = module
     for part in name.split("."):
-        if part not in WRAPPERS and not (part == "module" and isinstance(current, DistributedDataParallel)):
+        if part not in WRAPPER_NAMES and not (part == "module" and isinstance(current, DistributedDataParallel)):
             kept.append(part)
-        current = current._modules.get(part) if current is not None else None
+        current = submodules(current).get(part) if current is not None else None
     return ".".join(kept)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """What the wrappers around ``module`` itself are wrapped around."""
-    names = {"module"} if isinstance(module, DistributedDataParallel) else WRAPPERS & module._modules.keys()
-    inner = module._modules[names.pop()] if names else None
+    names = {"module"} if isinstance(module, DistributedDataParallel) else submodules(module).keys() & WRAPPER_NAMES
+    inner = submodules(module)[names.pop()] if names else None
     return module if inner is None else unwrapped(inner)
 
 
 def without_wrappers(name: str) -> str:
     """A name that may have those of wrappers in it, where the module is not there to tell."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    return ".".join(part for part in name.split(".") if part not in WRAPPER_NAMES)
 
 
 def parameter_names(module: nn.Module) -> dict[str, Tensor]:

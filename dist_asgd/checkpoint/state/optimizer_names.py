@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel, StateDictType
 
+from dist_asgd._torch_private import is_fsdp1_slice
 from dist_asgd.checkpoint.state.module_names import is_fsdp1, names_in, without_wrappers
 from dist_asgd.checkpoint.state.tree import Path, key_of
 
@@ -151,7 +152,7 @@ def _nameless(path: Path, number: int, index: int, param: Tensor) -> str:
 
 def _is_slice(param: Tensor) -> bool:
     """Whether it is flat, or a slice, which FSDP1 marks."""
-    return isinstance(param, FlatParameter) or bool(getattr(param, "_fsdp_flattened", False))
+    return isinstance(param, FlatParameter) or is_fsdp1_slice(param)
 
 
 @contextlib.contextmanager

@@ -7,10 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from dist_asgd._torch_private import AsyncCollectiveTensor, ShardedTensor
 from dist_asgd.boxes import Box
 from dist_asgd.checkpoint.format.entries import Block, TensorEntry
 
