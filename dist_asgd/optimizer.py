@@ -12,6 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_asgd._torch_private import (
+    load_state_dict_post_hooks,
+    load_state_dict_pre_hooks,
+    set_takes_scaled_gradients,
+    state_dict_post_hooks,
+    state_dict_pre_hooks,
+)
 from dist_asgd.asgd.schedule import own_options
 from dist_asgd.averages.kinds import Average
 from dist_asgd.averages.options import group_options, named_averages, suffix_of
@@ -358,14 +365,14 @@ class ShardedASGD(torch.optim.Optimizer):
             RuntimeError: on this rank alone, where parameters are not what the optimizer was built for, and inside
                 ``averaged_parameters()``.
         """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+        for pre_hook in state_dict_pre_hooks(self).values():
             pre_hook(self)
         self._complete_parameters()
         self._step_agreement.check_groups(self.param_groups)
         for bucket in self._all_buckets():
             bucket.check_parameters()
         state_dict = sharded_state_dict(self.param_groups, self._buckets)
-        return passed_through(self._optimizer_state_dict_post_hooks, self, state_dict)
+        return passed_through(state_dict_post_hooks(self), self, state_dict)
 
     @refused_during_swap(NOT_BOTH)
     def full_state_dict(self) -> dict[str, Any]:
@@ -405,11 +412,11 @@ class ShardedASGD(torch.optim.Optimizer):
             self._step_agreement.check_groups(self.param_groups)
             self._step_agreement.check_parameters(self._all_buckets())
             check_state_dict(state_dict)
-            state_dict = passed_through(self._optimizer_load_state_dict_pre_hooks, self, dict(state_dict))
+            state_dict = passed_through(load_state_dict_pre_hooks(self), self, dict(state_dict))
             loaded = plan_load(self.param_groups, self._buckets, state_dict)
         self._agreement.require_equal("the state dict", loaded.facts())
         loaded.apply()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+        for post_hook in load_state_dict_post_hooks(self).values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -433,7 +440,7 @@ class ShardedASGD(torch.optim.Optimizer):
         )
         capturable = arguments["capturable"]
         self._replicas = Replicas(agreement, group, arguments["shard_replicas"] and not capturable)  # none in a graph
-        self._step_supports_amp_scaling = capturable  # by which GradScaler knows that step() takes scaled gradients
+        set_takes_scaled_gradients(self, capturable)
         self._group = separate_group(group)
 
     def _make_setting(self, precision: Precision, averages: Mapping[str, Average]) -> Setting:

@@ -13,8 +13,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from dist_asgd.buckets.base import Bucket
-from dist_asgd.buckets.reducer import PATIENCE
+from dist_asgd.buckets.base import PATIENCE, Bucket
 from dist_asgd.step.validation import Groups
 from dist_asgd.wrappers import ParallelModules
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-_known_modules: Iterable[nn.Module] | None
-try:
-    from torch.distributed._composable_state import _module_state_mapping as _known_modules
-except ImportError:  # private; it only tells FSDP2 from tensor parallelism
-    _known_modules = None
+from dist_asgd._torch_private import (
+    free_fsdp1_copy,
+    fsdp2_copies,
+    fsdp2_parameters,
+    is_fsdp1_slice,
+    modules_with_state,
+)
 
 
 class ParallelModules:
@@ -37,9 +38,8 @@ class ParallelModules:
         for module in [] if self._module is None else list(self._module.modules()):
             if isinstance(module, FSDPModule):
                 module.reshard()
-            elif isinstance(module, FullyShardedDataParallel) and _is_sharded(module):
-                # FSDP1 has no public way, and keeps the copies of the outermost module after a forward.
-                _reshard(module, module._handle, free_unsharded_flat_param=True)
+            elif isinstance(module, FullyShardedDataParallel):
+                free_fsdp1_copy(module)
 
     def refuse_old_graphs(self) -> None:
         """Makes autograd refuse a backward through a forward that FSDP2 has run before this call.
@@ -50,7 +50,7 @@ class ParallelModules:
         for module in [] if self._module is None else self._module.modules():
             if isinstance(module, FSDPModule):
                 # Tensors from inference mode have no version, and their forward has recorded no graph.
-                gathered = [tensor for tensor in _gathered(module) if not tensor.is_inference()]
+                gathered = [tensor for tensor in fsdp2_copies(module) if not tensor.is_inference()]
                 torch.autograd.graph.increment_version(gathered)
 
     @contextlib.contextmanager
@@ -104,31 +104,15 @@ class ParallelModules:
         """
         ours = set(map(id, params))
         known = set() if self._module is None else set(self._module.modules())
-        slices = any(getattr(param, "_fsdp_flattened", False) for param in params)
+        slices = any(is_fsdp1_slice(param) for param in params)
         unknown = slices and not any(isinstance(module, FullyShardedDataParallel) for module in known)
-        if _known_modules is None:
+        if modules_with_state is None:
             unknown |= self._module is None and any(isinstance(param, DTensor) for param in params)
-        for module in _known_modules or ():
+        for module in modules_with_state or ():
             if isinstance(module, FSDPModule) and module not in known:
-                unknown |= any(id(param.sharded_param) in ours for param in _fsdp2_parameters(module))
+                unknown |= any(id(param.sharded_param) in ours for param in fsdp2_parameters(module))
         if unknown:
             raise RuntimeError(
                 "FSDP may have whole copies of parameters from the last forward, which have to be dropped when "
                 "averages are swapped in and out: pass module= (the model that FSDP has wrapped) to ShardedASGD"
             )
-
-
-def _fsdp2_parameters(module: FSDPModule) -> list[Any]:
-    """Returns FSDP2's records of the parameters of ``module``: ``sharded_param`` is the DTensor of each."""
-    state: Any = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)  # of newer versions
-    return [param for group in groups or [state._fsdp_param_group] if group for param in group.fsdp_params]
-
-
-def _gathered(module: FSDPModule) -> list[Tensor]:
-    """Returns the whole parameters that a forward under FSDP2 computes with; none before the first forward."""
-    return [param._unsharded_param for param in _fsdp2_parameters(module) if hasattr(param, "_unsharded_param")]
-
-
-def _is_sharded(module: FullyShardedDataParallel) -> bool:
-    return module._handle is not None and module._handle.uses_sharded_strategy

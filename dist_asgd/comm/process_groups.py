@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from datetime import timedelta
 
 import torch.distributed as dist
+
+from dist_asgd._torch_private import timeout_of
 
 
 def default_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -68,16 +69,7 @@ def separate_subgroup(
     members_only = len(ranks) < dist.get_world_size()
     return dist.new_group(
         list(ranks),
-        timeout=_timeout(group),
+        timeout=timeout_of(group),
         backend=backend or dist.get_backend_config(group),
         use_local_synchronization=members_only,
     )
-
-
-def _timeout(group: dist.ProcessGroup) -> timedelta | None:
-    """Returns the timeout of ``group``, or None, which means a new group's default, if its backend does not tell it."""
-    try:
-        # torch has no public function for this. torch.distributed.split_group reads the attribute in the same way.
-        return group._get_backend(group._device_types[0]).options._timeout  # type: ignore[no-any-return]
-    except (AttributeError, RuntimeError):
-        return None

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_asgd._torch_private import foreach_mul_, foreach_norm
 from dist_asgd.asgd.rounding import compute_dtype
 from dist_asgd.buckets.base import Bucket
 from dist_asgd.comm.collectives import all_gather
@@ -79,7 +80,7 @@ def clip_sharded_(
     total = total_norm(owned, norm_type, device, group).to(dtype)
     scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     for grads in _by_device_and_dtype([grad for bucket in buckets for grad in bucket.gradient_tensors()]):
-        torch._foreach_mul_(grads, scale.to(grads[0].device))
+        foreach_mul_(grads, scale.to(grads[0].device))
     return total
 
 
@@ -91,7 +92,7 @@ def total_norm(
     norms: list[Tensor] = []
     for alike in _by_device_and_dtype(tensors):
         double = torch.promote_types(alike[0].dtype, torch.float64)
-        norms += [norm.to(device) for norm in torch._foreach_norm(alike, norm_type, dtype=double)]
+        norms += [norm.to(device) for norm in foreach_norm(alike, norm_type, dtype=double)]
     own = torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros((), device=device).double()
     if group is None:
         return own

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dist_asgd._torch_private import is_fsdp1_slice
 from dist_asgd.buckets.base import Bucket
 from dist_asgd.buckets.local_tensors import local_gradient
-from dist_asgd.kernels.tensor_list import as_real
+from dist_asgd.buckets.replicas import sum_and_norm
 from dist_asgd.sharding.shard_views import local_of
 
 SAMPLED = 8  # number of gradients of a bucket that are compared at most
@@ -43,19 +44,12 @@ def gradient_sample(buckets: Sequence[Bucket]) -> list[Sample]:
             few = own if isinstance(bucket.params[0], DTensor) else own[:SAMPLED]
             found += [(name, local_gradient(param), bucket.mirrors[0]) for name, param in few]
         for name, param in own[:SAMPLED] if bucket.uneven else []:
-            if getattr(param, "_fsdp_flattened", False):
+            if is_fsdp1_slice(param):
                 found += [(name, local_gradient(param), None), (name, param.detach(), None)]
     if not found:
         return []
-    flats = [as_real(tensor.flatten().resolve_conj()).double() for _, tensor, _ in found]
-    values = torch.stack([_sum_and_norm(flat).cpu() for flat in flats]).tolist()
+    values = torch.stack([sum_and_norm(tensor).cpu() for _, tensor, _ in found]).tolist()
     return [(name, total, norm, owner) for (name, _, owner), (total, norm) in zip(found, values, strict=True)]
-
-
-def _sum_and_norm(grad: Tensor) -> Tensor:
-    """The plain sum says nothing about a softmax, whose gradients add up to zero; so no two elements weigh the same."""
-    weights = torch.linspace(0.5, 1.5, len(grad), dtype=grad.dtype, device=grad.device)
-    return torch.stack([weights @ grad, grad.norm()])
 
 
 def require_same_gradients(everyone: Sequence[Sequence[Sample]]) -> bool:

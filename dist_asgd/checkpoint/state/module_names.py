@@ -12,11 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_asgd._torch_private import WRAPPER_NAMES, submodules
 from dist_asgd.checkpoint.state.tree import Path
-
-# Parts that torch.compile, FSDP1 and activation checkpointing add to names. DistributedDataParallel adds "module",
-# which users' own modules have as a name, too: it is recognised by the type of the wrapper.
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def fqn_of(module: nn.Module, name: str) -> str:
@@ -24,25 +21,25 @@ def fqn_of(module: nn.Module, name: str) -> str:
     kept: list[str] = []
     current: nn.Module | None = module
     for part in name.split("."):
-        if part not in WRAPPERS and not (part == "module" and isinstance(current, DistributedDataParallel)):
+        if part not in WRAPPER_NAMES and not (part == "module" and isinstance(current, DistributedDataParallel)):
             kept.append(part)
-        current = current._modules.get(part) if current is not None else None
+        current = submodules(current).get(part) if current is not None else None
     return ".".join(kept)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """Returns the user's module inside all wrappers around ``module``. Wrappers of its submodules stay."""
-    names = {"module"} if isinstance(module, DistributedDataParallel) else WRAPPERS & module._modules.keys()
-    inner = module._modules[names.pop()] if names else None
+    names = {"module"} if isinstance(module, DistributedDataParallel) else submodules(module).keys() & WRAPPER_NAMES
+    inner = submodules(module)[names.pop()] if names else None
     return module if inner is None else unwrapped(inner)
 
 
 def without_wrappers(name: str) -> str:
-    """Returns ``name`` without the parts of ``WRAPPERS``, where no module is at hand for ``fqn_of``.
+    """Returns ``name`` without the parts of ``WRAPPER_NAMES``, where no module is at hand for ``fqn_of``.
 
     The "module" of DistributedDataParallel stays.
     """
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    return ".".join(part for part in name.split(".") if part not in WRAPPER_NAMES)
 
 
 def parameter_names(module: nn.Module) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel, StateDictType
 
+from dist_asgd._torch_private import is_fsdp1_slice
 from dist_asgd.checkpoint.state.module_names import is_fsdp1, parameter_owners, without_wrappers
 from dist_asgd.checkpoint.state.tree import Path, key_of
 
@@ -159,7 +160,7 @@ def _no_name_message(path: Path, number: int, index: int, param: Tensor) -> str:
 
 def _is_fsdp1_slice(param: Tensor) -> bool:
     """Returns whether ``param`` is a flat parameter of FSDP1, or a slice of one, which FSDP1 marks."""
-    return isinstance(param, FlatParameter) or bool(getattr(param, "_fsdp_flattened", False))
+    return isinstance(param, FlatParameter) or is_fsdp1_slice(param)
 
 
 @contextlib.contextmanager

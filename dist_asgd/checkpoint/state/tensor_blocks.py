@@ -7,10 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from dist_asgd._torch_private import AsyncCollectiveTensor, ShardedTensor
 from dist_asgd.boxes import Box
 from dist_asgd.checkpoint.format.entries import Block, TensorEntry
 
@@ -112,7 +111,7 @@ def _entry(key: str, tensor: Tensor, blocks: Iterable[tuple[Box, Tensor]]) -> Te
 
 
 def _memory(key: str, data: Tensor) -> Tensor:
-    """Returns ``data`` as a plain tensor in the memory that its elements lie in. Raises ``TypeError`` if it has none."""
+    """Returns ``data`` as a plain tensor in the memory of its elements. Raises ``TypeError`` if it has none."""
     if isinstance(data, AsyncCollectiveTensor):
         data = data.wait()
     if data.numel() and not data.data_ptr():
