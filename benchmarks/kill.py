@@ -34,7 +34,7 @@ import torch
 from benchmarks.table import print_table
 from dist_asgd.checkpoint.saving import rendezvous
 from dist_asgd.kernels.cpu import native_update
-from dist_asgd.kernels.scan import Look
+from dist_asgd.kernels.scan import LayoutScan
 from tests.support.kill import (
     FAULTS,
     Place,
@@ -131,7 +131,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     native_update(torch.float32, torch.float32, False, torch.float32, False)  # compiled once, for all ranks
-    Look.of([], [], torch.zeros(0))
+    LayoutScan.of([], [], torch.zeros(0))
     with places(arguments.store) as make_place:
         in_parallel(arguments.jobs, arguments.kills, arguments.seed, make_place, arguments.json)
     found = [json.loads(line) for line in arguments.json.read_text().splitlines()]

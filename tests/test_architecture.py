@@ -11,7 +11,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A folder, or a file that stands in none, may import only what is in the floors above its own in this list.
 FLOORS = [
-    {"boxes", "comm"},
+    {"_torch_private", "boxes"},
+    {"comm"},
     {"averages"},
     {"asgd"},
     {"kernels"},
@@ -24,7 +25,7 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-# The folders of checkpoints stand on boxes, comm and averages only: they serve any torch state dict.
+# The folders of checkpoints stand on _torch_private, boxes, comm and averages only: they serve any torch state dict.
 CHECKPOINT_FLOORS = [
     {"checkpoint.progress", "checkpoint.storage"},
     {"checkpoint.errors"},
@@ -34,7 +35,7 @@ CHECKPOINT_FLOORS = [
     {"checkpoint.checkpointer", "checkpoint.export"},
     {"checkpoint"},
 ]
-BELOW_CHECKPOINT = {"boxes", "comm", "averages"}
+BELOW_CHECKPOINT = {"_torch_private", "boxes", "comm", "averages"}
 ABOVE_CHECKPOINT = {"__init__", "cli", "__main__"}
 MAX_FUNCTION_LINES = 45
 

@@ -23,13 +23,13 @@ from dist_asgd.checkpoint.export.huggingface import (
 )
 from dist_asgd.checkpoint.format.entries import TensorEntry
 from dist_asgd.checkpoint.saving.assign import Offer
-from dist_asgd.checkpoint.saving.save import scatter
 from dist_asgd.checkpoint.state.module_names import tied_names
 from dist_asgd.checkpoint.state.modules import module_state
 from dist_asgd.checkpoint.state.tensor_blocks import to_save
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.checkpoint.storage.url import folder_and_name
 from dist_asgd.comm.consensus import Agreement, agreement_of_all
+from dist_asgd.comm.objects import scatter_object
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def export(
                 tensors = _all_tensors(by_rank)
                 plans = _plan(by_rank, tensors, kind, name, max_shard_bytes)
                 configs = config_files(model, tensors)
-        plan: _ExportPlan = scatter(agreement, plans)
+        plan: _ExportPlan = scatter_object(plans, agreement.group)
         _write_or_send(agreement, plan, GatherSource(agreement, entries, plan.owned), storage, configs)
 
 

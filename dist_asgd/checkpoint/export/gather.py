@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_asgd.boxes import Box, batches, intersection, narrowed, within
+from dist_asgd.boxes import Box, batches, intersection, within
 from dist_asgd.checkpoint.errors import CheckpointError, together
 from dist_asgd.checkpoint.export.formats import BATCH_BYTES, Exported
 from dist_asgd.checkpoint.format.entries import TensorEntry
-from dist_asgd.checkpoint.format.tensor_bytes import memory
+from dist_asgd.checkpoint.format.tensor_bytes import memory, narrowed
 from dist_asgd.checkpoint.saving.assign import Offer, holders_of
 from dist_asgd.comm.consensus import Agreement
 

@@ -21,7 +21,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from dist_asgd._torch_private import StorageInfo
 from dist_asgd.boxes import Box
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.torch_archive import (
@@ -105,7 +105,7 @@ def stock_metadata(
     in equal order give equal bytes.
     """
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    places: dict[MetadataIndex, StorageInfo] = {}
     for name, (dtype, shape, chunks) in tensors.items():
         key = sys.intern(name)
         described = []
@@ -130,8 +130,8 @@ def stock_metadata(
     return pickle.dumps(metadata, protocol=4)
 
 
-def _place(stored: StoredChunk | StoredObject) -> _StorageInfo:
-    return _StorageInfo(sys.intern(stored.path), stored.offset, stored.length)
+def _place(stored: StoredChunk | StoredObject) -> StorageInfo:
+    return StorageInfo(sys.intern(stored.path), stored.offset, stored.length)
 
 
 @lru_cache(maxsize=1024)

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from dist_asgd._torch_private import rebuild_tensor_v2, rebuild_tensor_v3
+
 ALIGNMENT = 64  # bytes: payloads start on multiples of it, counted from the start of the archive, as torch's do
 LONG = 2**32 - 1  # from here on, sizes and offsets take the zip64 forms,
 ELSEWHERE = 2**32 - 1  # which have this in their usual place
@@ -149,8 +151,8 @@ class Stub:
         hooks: OrderedDict[int, Any] = OrderedDict()
         arguments = (storage, 0, self.shape, strides, False, hooks)
         if self.dtype in STORAGE_CLASSES:
-            return torch._utils._rebuild_tensor_v2, arguments
-        return torch._utils._rebuild_tensor_v3, (*arguments, self.dtype)
+            return rebuild_tensor_v2, arguments
+        return rebuild_tensor_v3, (*arguments, self.dtype)
 
 
 class _Pickler(pickle.Pickler):

@@ -15,12 +15,12 @@ from typing import BinaryIO, cast
 import torch
 from torch import Tensor
 
-from dist_asgd.boxes import Box, boxes, intersection, narrowed, strides, whole, within
+from dist_asgd.boxes import Box, boxes, intersection, strides, whole, within
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.dcp_metadata import StoredObject
 from dist_asgd.checkpoint.format.entries import SavedTensor, TensorEntry
 from dist_asgd.checkpoint.format.manifest import in_directory
-from dist_asgd.checkpoint.format.tensor_bytes import memory
+from dist_asgd.checkpoint.format.tensor_bytes import memory, narrowed
 from dist_asgd.checkpoint.loading.ranges import ByteRange, FileRange, joined
 from dist_asgd.checkpoint.loading.spool import Verified
 from dist_asgd.checkpoint.progress import Progress
