@@ -4,14 +4,11 @@ import io
 import itertools
 import json
 import random
-import re
-import shlex
 import shutil
 import struct
 import sys
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -521,13 +518,3 @@ def test_on_a_store(s3_server, saved, tmp_path, capsys):
     options.write_text(json.dumps({**s3_server.options, "secret": "sesame-of-tests"}))
     status, text, err = called(capsys, "ls", url, *common)
     assert status == 1 and "sesame" not in text + err and url in err
-
-
-def test_the_commands_of_the_readme(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    lines = re.findall(r"^    dist-asgd (.*?)(?: +#.*)?$", readme, re.MULTILINE)
-    assert [line.split()[0] for line in lines] == ["ls", "show", "verify", "export", "gc"]
-    for line in lines:
-        assert called(capsys, *shlex.split(line.replace("s3://bucket/run", str(run))))[0] == 0
-    assert {file.name for file in tmp_path.iterdir()} == {"run", "model.safetensors"}

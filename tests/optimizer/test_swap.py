@@ -589,12 +589,13 @@ class Normed(nn.Module):
         return self.outside(torch.tanh(self.norm(self.inside(x))))
 
 
-RECIPE = re.search(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/averaging.md").read_text(), re.DOTALL)
+GUIDE = (Path(__file__).parents[2] / "docs/guide/averaging.md").read_text()
+RECIPE = re.search(r"```python\n(from torch\.optim\.swa_utils import update_bn\n.*?)```", GUIDE, re.DOTALL)
 
 
 @pytest.mark.parametrize(("layout", "world_size"), [("zero", 1), ("zero", 2), ("ddp", 2), ("fsdp", 2)])
 def test_statistics_of_the_average_as_the_docs_have_it(layout: str, world_size: int) -> None:
-    """The recipe of docs/averaging.md, beside a plain model that holds the averages; every rank has its own batches."""
+    """Runs the recipe of docs/guide/averaging.md beside a plain model that holds the averages."""
 
     def ranks(rank: int) -> None:
         torch.set_default_dtype(torch.float64)
