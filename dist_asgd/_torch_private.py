@@ -166,16 +166,20 @@ def free_fsdp1_copy(module: FullyShardedDataParallel) -> None:
         _runtime_utils._reshard(module, handle, free_unsharded_flat_param=True)
 
 
-def fsdp2_copies(module: FSDPModule) -> list[Tensor]:
-    """Returns the whole parameters that a forward under FSDP2 computes with; none before the first forward.
+def fsdp2_parameters(module: FSDPModule) -> list[Any]:
+    """Returns FSDP2's records of the parameters of ``module``; ``sharded_param`` is the DTensor of each.
 
     FSDP2 has no public way to them. ``_fsdp_param_groups`` is the name of newer versions, ``_fsdp_param_group`` the
     name of older ones.
     """
     state: Any = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
-    params = [param for group in groups or [state._fsdp_param_group] if group for param in group.fsdp_params]
-    return [param._unsharded_param for param in params if hasattr(param, "_unsharded_param")]
+    return [param for group in groups or [state._fsdp_param_group] if group for param in group.fsdp_params]
+
+
+def fsdp2_copies(module: FSDPModule) -> list[Tensor]:
+    """Returns the whole parameters that a forward under FSDP2 computes with; none before the first forward."""
+    return [param._unsharded_param for param in fsdp2_parameters(module) if hasattr(param, "_unsharded_param")]
 
 
 # Process groups ------------------------------------------------------------------------------------------------------

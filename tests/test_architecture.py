@@ -165,3 +165,16 @@ def test_no_asserts(path):
         f"{name_of(path)}:{lines[0]} asserts: raise ValueError, TypeError or RuntimeError with a message that says "
         "what to do (python -O removes asserts), or restructure so that mypy sees it by itself."
     )
+
+
+def test_no_test_imports_a_test_or_a_benchmark():
+    folder = PACKAGE.parent / "tests"
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(tree(path)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            source = getattr(node, "module", None) or ""
+            found = [name for name in (source, *names) if name.split(".")[-1].startswith("test_")]
+            assert not found and source.split(".")[0] != "benchmarks" and "benchmarks" not in names, (
+                f"{path.relative_to(folder.parent)}:{node.lineno} imports {found or 'a benchmark'}: move what both "
+                "need into tests/support."
+            )

@@ -30,7 +30,7 @@ from dist_asgd.buckets.packing import Batch, Batches, Packer
 from dist_asgd.buckets.replicas import Sharing, family_of
 from dist_asgd.comm.collectives import Transfer
 from dist_asgd.kernels.dispatch import FlatSlice, PartsSlice, UpdateSlice
-from dist_asgd.kernels.scan import Look
+from dist_asgd.kernels.scan import LayoutScan
 from dist_asgd.kernels.tensor_list import Gradients, as_real
 from dist_asgd.sharding.layout import BucketLayout, Piece
 from dist_asgd.sharding.placement import Placement
@@ -68,7 +68,7 @@ class PlacedBucket(Bucket):
         self._counts = sharing is None or collectives is not None or sharing.ranks[0] == setting.rank
         self._family = family_of(params[0]) if isinstance(params[0], DTensor) else None
         shapes, strides = [placement.shape for placement in placements], [placement.strides for placement in placements]
-        self._look = Look.of(shapes, strides, self._parameters.flats[0])
+        self._look = LayoutScan.of(shapes, strides, self._parameters.flats[0])
         self._plain: Gradients | None = None  # from when all were found until the step
         self._addresses = [flat.data_ptr() for flat in self._parameters.flats]
         self._packer = Packer(layout, placements, self._parameters.flats[0])
@@ -121,7 +121,7 @@ class PlacedBucket(Bucket):
     def _found(self, grads: list[Any]) -> Gradients | None:
         """All gradients, if they are there and lie as the parameters; DTensors are placed as they are, too."""
         if self._family is None:
-            return None if any(grad is None for grad in grads) else self._look.at(grads)
+            return None if any(grad is None for grad in grads) else self._look.scan(grads)
         try:
             local = list(map(local_tensor, grads))
             places = [grad.placements for grad in grads]
@@ -130,7 +130,7 @@ class PlacedBucket(Bucket):
             return None
         count = len(grads)
         placed = places.count(self._family[1]) == count and meshes.count(self._family[0]) == count
-        return self._look.at(local) if placed else None
+        return self._look.scan(local) if placed else None
 
     def _check_each_gradient(self) -> None:
         for name, param, placement in zip(self.names, self.params, self.placements, strict=True):

@@ -28,7 +28,7 @@ class Reducing(Protocol):
     def passes(self) -> int: ...
     @property
     def enabled(self) -> bool: ...
-    def align(self, operation: str) -> None: ...
+    def agree_on(self, operation: str) -> None: ...
     def warn_reduced_twice(self) -> None: ...
 
 
@@ -171,7 +171,7 @@ def unscale_(grads: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> N
     owners = list(dict.fromkeys(owner for owner in found if owner is not None))
     for reducing in {id(owner.reducing): owner.reducing for owner in owners}.values():
         if reducing is not None:
-            reducing.align("GradScaler.unscale_()")
+            reducing.agree_on("GradScaler.unscale_()")
     pieces = list(dict.fromkeys(grad.owner for grad in grads if isinstance(grad, GradientPiece)))
     local = [tensor for owner in pieces for tensor in owner.gradient_tensors()]
     for grad in grads:

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from dist_asgd._torch_private import local_tensor
 from dist_asgd.comm.collectives import Collectives
 from dist_asgd.comm.consensus import Agreement, fingerprint
-from dist_asgd.comm.process_groups import subgroup_of_its_own
+from dist_asgd.comm.process_groups import separate_subgroup
 from dist_asgd.kernels.tensor_list import as_real
 
 Coordinates = tuple[int, ...]
@@ -89,7 +89,7 @@ class Replicas:
             members = [self._global_rank(rank) for rank in ranks]
             # Parameters that are offloaded to the CPU may have a mesh of GPUs, whose backend does not take them.
             backend = "gloo" if device.type == "cpu" else None
-            group = subgroup_of_its_own(self._group, members, backend)
+            group = separate_subgroup(self._group, members, backend)
             self._collectives[key] = None if group is None else Collectives.on(group, device)
         return self._collectives[key]
 

@@ -1,18 +1,11 @@
-"""What a checkpoint holds, entry by entry: the words that its reader, its writer and the live state have in common.
-
-[Note: words]
-- *key*: the name of an entry, its path in the nested state joined by dots, as torch.distributed.checkpoint has it:
-  ``model.wte.weight``, ``optimizer.state.wte.weight.ax``, ``optimizer.param_groups.0.lr``.
-- *entry*: a tensor, or a value: anything else, which JSON can express.
-- *block*: a box of a tensor's own shape with its elements. A rank has none, one or several of each tensor.
-"""
+"""Errors of checkpoints, and the ways in which one rank's error becomes the error of every rank."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
-from dist_asgd.comm.consensus import Agreement
+from dist_asgd.comm.consensus import Agreement, error_text
 
 
 class CheckpointError(Exception):
@@ -25,28 +18,12 @@ class NotCommitted(CheckpointError):
 
 @contextlib.contextmanager
 def together(agreement: Agreement, operation: str) -> Iterator[None]:
-    """``Agreement.together`` whose errors are ``CheckpointError``, ``ValueError`` or ``TypeError``.
+    """Runs ``agreement.together`` and makes ``CheckpointError`` of its errors but ``ValueError`` and ``TypeError``.
 
-    A rank that is interrupted tells the others before it goes its way.
+    Collective: every rank must run it. A rank that is interrupted raises its own ``KeyboardInterrupt`` or such.
     """
-    own: BaseException | None = None
-    with only_checkpoint_errors():
-        try:
-            with agreement.together(operation):
-                try:
-                    yield
-                except Exception as error:
-                    own = error
-                    raise
-                except BaseException as error:
-                    own = error
-                    raise CheckpointError(f"{operation} was interrupted by {type(error).__name__}") from error
-        except Exception as error:
-            if own is not None and not isinstance(own, Exception):
-                raise own from None
-            if own is None or own in (error, error.__cause__):
-                raise
-            raise CheckpointError(f"{own}. Nor could ranks tell one another so: {error}") from own
+    with only_checkpoint_errors(), agreement.together(operation):
+        yield
 
 
 @contextlib.contextmanager
@@ -57,7 +34,7 @@ def only_checkpoint_errors() -> Iterator[None]:
     except (CheckpointError, ValueError, TypeError):
         raise
     except Exception as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(error_text(error)) from error
 
 
 @contextlib.contextmanager

@@ -147,6 +147,8 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.sizes))
 
 
-# torch.load(weights_only=True), its default, takes state dicts with these classes. The 0.1 release had other names.
-_OLD_NAMES = [(cls, f"dist_asgd.pieces.{cls.__name__}") for cls in (StatePiece, Placement)]
-torch.serialization.add_safe_globals([StatePiece, Placement, *_OLD_NAMES])
+# torch.load(weights_only=True), its default, takes only pickled classes that it was told of. Version 0.1 pickled both
+# under the name of another module.
+torch.serialization.add_safe_globals(
+    [StatePiece, Placement, (StatePiece, "dist_asgd.pieces.StatePiece"), (Placement, "dist_asgd.pieces.Placement")]
+)

@@ -22,8 +22,8 @@ from dist_asgd.checkpoint.format.json_values import Values, decode
 from dist_asgd.checkpoint.state.contents import Contents, contents_of, destination_of
 from dist_asgd.checkpoint.state.mismatches import Problems
 from dist_asgd.checkpoint.state.rng import RandomState
-from tests.buckets.test_fsdp1 import build as fsdp1_build
-from tests.buckets.test_fsdp1 import train as fsdp1_train
+from tests.support.fsdp1 import build as fsdp1_build
+from tests.support.fsdp1 import train as fsdp1_train
 from tests.support.layouts import Model, batch, build, give_gradients, named_parameters, place, train, whole
 from tests.support.ranks import run_alone, run_ranks
 

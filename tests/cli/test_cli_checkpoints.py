@@ -4,14 +4,11 @@ import io
 import itertools
 import json
 import random
-import re
-import shlex
 import shutil
 import struct
 import sys
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -269,10 +266,10 @@ def test_export_of_a_stock_checkpoint(tmp_path, capsys, suffix):
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize(
-    ("batch", "long"), [(from_checkpoint.BATCH, torch_archive.LONG), (40_000, 30_000)]
+    ("batch", "long"), [(from_checkpoint.BATCH_BYTES, torch_archive.LONG), (40_000, 30_000)]
 )  # small: zip64, pieces
 def test_export(saved, tmp_path, capsys, monkeypatch, suffix, batch, long):
-    monkeypatch.setattr(from_checkpoint, "BATCH", batch)
+    monkeypatch.setattr(from_checkpoint, "BATCH_BYTES", batch)
     monkeypatch.setattr(torch_archive, "LONG", long)
     folder, model, averages = saved
     assert called(capsys, "export", folder, tmp_path / f"raw{suffix}")[0] == 0
@@ -521,13 +518,3 @@ def test_on_a_store(s3_server, saved, tmp_path, capsys):
     options.write_text(json.dumps({**s3_server.options, "secret": "sesame-of-tests"}))
     status, text, err = called(capsys, "ls", url, *common)
     assert status == 1 and "sesame" not in text + err and url in err
-
-
-def test_the_commands_of_the_readme(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    lines = re.findall(r"^    dist-asgd (.*?)(?: +#.*)?$", readme, re.MULTILINE)
-    assert [line.split()[0] for line in lines] == ["ls", "show", "verify", "export", "gc"]
-    for line in lines:
-        assert called(capsys, *shlex.split(line.replace("s3://bucket/run", str(run))))[0] == 0
-    assert {file.name for file in tmp_path.iterdir()} == {"run", "model.safetensors"}

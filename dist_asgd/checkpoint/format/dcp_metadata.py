@@ -2,7 +2,7 @@
 
 [Note: items]
 A ``.distcp`` file is a sequence of items, and an item of a tensor is what ``torch.save`` makes of it: a zip archive
-with the pickled description of the tensor and, stored uncompressed, its elements (torch_archive.py). Here an item is three
+with the pickled description of the tensor and, stored uncompressed, its elements . Here an item is three
 parts:
 
 - *head*: all before the elements. It depends on dtype and shape only.

@@ -1,1 +1,1 @@
-"""Files below one URL: local, or on any fsspec target."""
+"""Reads and writes files on local disks and remote stores; storage/registry.py says how to add a store."""

@@ -1,31 +1,27 @@
-"""Azure: conditional puts, and blocks that nobody sees until they are committed."""
+"""Stores files on Azure Blob Storage: conditional puts, and blocks that a last request commits."""
 
 from __future__ import annotations
 
 import functools
 import io
 import secrets
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from fsspec.asyn import sync
 
-from dist_asgd.checkpoint.storage.multipart import Multipart, from_start, length, upload
+from dist_asgd.checkpoint.storage.backend import Backend, without_listings_cache
+from dist_asgd.checkpoint.storage.multipart import LONGEST_PUT, Multipart, length, rewound, upload
+from dist_asgd.checkpoint.storage.retry import CONNECT_TIMEOUT, READ_TIMEOUT
 from dist_asgd.checkpoint.storage.store import BytesLike
-from dist_asgd.checkpoint.storage.uploads import Uploads, remove_each
+from dist_asgd.checkpoint.storage.uploads import OWNER, Uploads, remove_each
 
-OWNER = "dist_asgd_owner"  # name of the metadata that tells one's own blob from another's
-METADATA = {"is_directory": "false"}  # as adlfs does
-COPIED = 2**20  # bytes: for a put the client makes copies, for a block it does not
-TIMEOUTS: dict[str, Any] = {"connection_timeout": 5, "read_timeout": 30}  # seconds
-
-
-def azure_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {"use_listings_cache": False, **options}
+METADATA = {"is_directory": "false"}  # adlfs gives every file this metadata
+TIMEOUTS: dict[str, Any] = {"connection_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT}
 
 
 def prepare_azure(fs: Any) -> None:
-    """Every try is ours (storage/retry.py): the driver's own would take a minute where nobody listens."""
+    """Sets timeouts and turns off the client's own retries, which take a minute where no server listens."""
     from azure.storage.blob.aio import BlobServiceClient
 
     made = fs.service_client
@@ -33,7 +29,25 @@ def prepare_azure(fs: Any) -> None:
 
 
 class AzureUploads(Uploads):
-    """Blobs of a container. adlfs could not send blocks of one blob from several threads, so its client is used."""
+    """Changes blobs of a container by adlfs's client, because adlfs sends the blocks of a blob from one thread only."""
+
+    backend = Backend(
+        protocols=("abfs", "abfss", "az"),
+        extra="azure",
+        options=without_listings_cache,
+        prepare=prepare_azure,
+        query_option="sas_token",
+        has_container_before_at=True,
+        secret_options=("sas", "connection_string"),
+        secret_fields=("AccountKey", "SharedAccessSignature", "sig"),
+        transient_errors=frozenset(
+            {
+                "azure.core.exceptions.IncompleteReadError",
+                "azure.core.exceptions.ServiceRequestError",
+                "azure.core.exceptions.ServiceResponseError",
+            }
+        ),
+    )
 
     def create(self, path: str, data: bytes) -> None:
         owner = secrets.token_hex(16)
@@ -42,16 +56,16 @@ class AzureUploads(Uploads):
         def request() -> None:
             try:
                 self.call(path, lambda blob: blob.upload_blob(data, overwrite=False, metadata=metadata))
-            except FileExistsError:  # perhaps our own, and the answer was lost
+            except FileExistsError:  # perhaps this call's own: the answer to an earlier try may be lost
                 properties = self.call(path, lambda blob: blob.get_blob_properties())
                 if properties.metadata.get(OWNER) != owner:
                     raise
 
-        self._again("create", path, request)
+        self._retry("create", path, request)
 
     def write(self, path: str, chunks: Iterable[BytesLike]) -> int:
         def put(data: io.BytesIO) -> None:
-            if length(data) > COPIED:
+            if length(data) > LONGEST_PUT:  # the client copies the data of a put, but not that of a block
                 blocks = AzureBlocks(self, path)
                 blocks.send(1, data)
                 blocks.finish(1, length(data))
@@ -60,12 +74,12 @@ class AzureUploads(Uploads):
             def send(blob: Any) -> Any:
                 return blob.upload_blob(data.getvalue(), overwrite=True, metadata=METADATA)
 
-            self._again("write", path, lambda: self.call(path, send))
+            self._retry("write", path, lambda: self.call(path, send))
 
         return upload(chunks, put, lambda: AzureBlocks(self, path))
 
     def remove(self, paths: list[str]) -> None:
-        remove_each(paths, lambda path: self._again("remove", path, lambda: self._remove(path)))
+        remove_each(paths, lambda path: self._retry("remove", path, lambda: self._remove(path)))
 
     def _remove(self, path: str) -> None:
         try:
@@ -74,20 +88,23 @@ class AzureUploads(Uploads):
             return
 
     def remove_folders(self, paths: list[str]) -> None:
-        """There are none, but where an account has a hierarchical namespace they are blobs, if empty ones."""
+        """Removes the empty blobs that stand for folders in accounts with a hierarchical namespace."""
         for path in paths:
-            self._again("remove", path, functools.partial(self._remove, path))
+            self._retry("remove", path, functools.partial(self._remove, path))
 
     def abort(self, prefix: str, older_than: float) -> int:
-        """Azure forgets blocks that are not committed within a week."""
+        """Returns 0: Azure drops blocks that are not committed within a week."""
         return 0
 
     def call(self, path: str, ask: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
-        """``ask`` of the blob's client; the errors of azure that mean so as FileExistsError and FileNotFoundError."""
+        """Returns what ``ask`` returns for the client of the blob at ``path``, tried once.
+
+        Raises FileExistsError and FileNotFoundError for the client's errors that mean these.
+        """
         from azure.core.exceptions import ResourceExistsError, ResourceNotFoundError
 
         fs = self._connection.fs()
-        container, key, _ = fs.split_path(self._connection.at(path))
+        container, key = self._connection.bucket_and_key(path)
 
         async def request() -> Any:
             async with fs.service_client.get_blob_client(container=container, blob=key) as blob:
@@ -102,23 +119,23 @@ class AzureUploads(Uploads):
 
 
 class AzureBlocks(Multipart):
-    """Parts of one blob."""
+    """The blocks of one blob, which nobody sees before they are committed."""
 
     def __init__(self, uploads: AzureUploads, path: str) -> None:
         self._path = path
-        self._again = uploads.requests.again
+        self._retry = uploads.requests.retry
         self._call = uploads.call
-        self._upload = secrets.token_hex(8)  # or another writer's blocks would count as ours
+        self._upload = secrets.token_hex(8)  # tells this writer's blocks from those of another writer of the same blob
 
     def _name(self, number: int) -> str:
-        """All of a blob have the same length."""
+        """Returns the name of a block; Azure wants the names of all blocks of a blob to have one length."""
         return f"{self._upload}-{number:08}"
 
     def send(self, number: int, data: io.BytesIO) -> None:
         def stage(blob: Any) -> Any:
-            return blob.stage_block(self._name(number), from_start(data), length=length(data))
+            return blob.stage_block(self._name(number), rewound(data), length=length(data))
 
-        self._again("write", self._path, lambda: self._call(self._path, stage))
+        self._retry("write", self._path, lambda: self._call(self._path, stage))
 
     def finish(self, parts: int, size: int) -> None:
         from azure.storage.blob import BlobBlock
@@ -128,7 +145,7 @@ class AzureBlocks(Multipart):
         def commit(blob: Any) -> Any:
             return blob.commit_block_list(names, metadata=METADATA)
 
-        self._again("write", self._path, lambda: self._call(self._path, commit))
+        self._retry("write", self._path, lambda: self._call(self._path, commit))
 
     def abort(self) -> None:
-        """Nothing to do: see AzureUploads.abort."""
+        """Does nothing: Azure drops blocks that are not committed within a week."""

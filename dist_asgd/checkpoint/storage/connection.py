@@ -1,80 +1,105 @@
-"""File system objects of fsspec, for any thread and after a fork."""
+"""Makes fsspec file system objects that work in any thread and after a fork."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.core import url_to_fs
 
+from dist_asgd.checkpoint.storage.backend import Backend
 from dist_asgd.checkpoint.storage.retry import Requests, StorageError
 from dist_asgd.checkpoint.storage.url import Target
 
-EXTRAS = {"s3": "s3", "s3a": "s3", "abfs": "azure", "abfss": "azure", "az": "azure", "gs": "gcs", "gcs": "gcs"}
-EXTRAS |= {"sftp": "sftp", "ssh": "sftp"}
-
 
 class Connection:
-    """One file system of fsspec, made when it is first asked for, anew after a fork, and in each thread if need be.
+    """One fsspec file system, made when it is first used, again after a fork, and per thread where necessary.
 
-    fsspec's asynchronous file systems and the one in memory serve several threads; of the others (sftp) each thread has
-    its own.
+    fsspec's asynchronous file systems, and those that a backend calls thread-safe, serve all threads of a process.
+    Others (sftp) are made once per thread.
 
-    Args:
-        options: for fsspec.
-        prepare: called with each new file system.
+    Attributes:
+        requests: runs requests with retries, and drops a broken connection before the next try.
+
+    Raises:
+        StorageError: fsspec does not know the protocol, or its driver is not installed.
     """
 
-    def __init__(
-        self, target: Target, options: Mapping[str, Any], prepare: Callable[[Any], None] = lambda fs: None
-    ) -> None:
-        self._target = target
-        self._options = options
-        self._prepare = prepare
-        kind = filesystem_class(target.protocol)
-        self._shared = issubclass(kind, AsyncFileSystem) or target.protocol == "memory"
-        # By process and thread: those of a parent process are left alone, a lock among them may never be released.
+    def __init__(self, target: Target, backend: Backend) -> None:
+        self._target, self._backend = target, backend
+        kind = filesystem_class(target.protocol, backend.extra)
+        self._options = backend.options(target.options)
+        self._is_shared = backend.is_thread_safe or issubclass(kind, AsyncFileSystem)
+        # Keyed by process and thread. A child leaves its parent's objects alone: a lock in them may never be released.
         self._made: dict[tuple[int, int], Any] = {}
         self._locks: dict[tuple[int, int], threading.Lock] = {}
         self._root = str(kind._strip_protocol(target.full)).rstrip("/")
-        self.requests = replace(Requests(target.url, target.secrets), forget=self.forget)
+        self.requests = Requests(target.url, target.secrets, self._drop, backend)
 
     def fs(self) -> Any:
+        """Returns the fsspec file system for the calling thread and process, making it where there is none."""
         key = self._key()
         if key not in self._made:
             with self._locks.setdefault(key, threading.Lock()):
                 if key not in self._made:
-                    # Not from fsspec's cache: what others do to their file system (sessions, settings) is not ours.
+                    _check_version(self._backend)
+                    # fsspec's cache is bypassed: other code may change or close the file systems that are in it.
                     made = url_to_fs(self._target.full, skip_instance_cache=True, **self._options)[0]
-                    self._prepare(made)
+                    self._backend.prepare(made)
                     self._made[key] = made
         return self._made[key]
 
-    def at(self, path: str) -> str:
-        """A relative path as the file system has it."""
+    def full_path(self, path: str) -> str:
+        """Returns the file system's name for a path relative to the URL; "" stands for the URL itself."""
         return f"{self._root}/{path}" if path else self._root
 
-    def forget(self) -> None:
-        """The connection of this thread may be broken: make another one. Shared ones reconnect by themselves."""
-        if not self._shared:
+    def relative_path(self, name: str) -> str:
+        """Returns the path, relative to the URL, of a file system's name: the inverse of ``full_path``."""
+        return name[len(self._root) + 1 :]
+
+    def bucket_and_key(self, path: str) -> tuple[str, str]:
+        """Returns an object store's bucket (or container) and key of a path relative to the URL."""
+        bucket, key, _ = self.fs().split_path(self.full_path(path))
+        return bucket, key
+
+    def _drop(self) -> None:
+        """Drops the connection of the calling thread, which may be broken; shared ones reconnect by themselves."""
+        if not self._is_shared:
             self._made.pop(self._key(), None)
 
     def _key(self) -> tuple[int, int]:
-        return os.getpid(), 0 if self._shared else threading.get_ident()
+        return os.getpid(), 0 if self._is_shared else threading.get_ident()
 
 
-def filesystem_class(protocol: str) -> Any:
-    """fsspec's class for a protocol; StorageError tells what to install, or that there is none."""
+def filesystem_class(protocol: str, extra: str | None) -> Any:
+    """Returns fsspec's class for a protocol.
+
+    Args:
+        extra: the extra of dist-asgd that installs the driver, for the error.
+
+    Raises:
+        StorageError: the driver is missing (the error says what to install), or fsspec does not know the protocol.
+    """
     try:
         return fsspec.get_filesystem_class(protocol)
     except ImportError as error:
-        failure, extra = error, EXTRAS.get(protocol)
+        failure = error
     except ValueError as error:
         raise StorageError(f"{protocol}:// is not a protocol that fsspec knows") from error
     hint = f"pip install 'dist-asgd[{extra}]'" if extra else str(failure)
     raise StorageError(f"the driver for {protocol}:// is not installed: {hint}") from failure
+
+
+def _check_version(backend: Backend) -> None:
+    """Raises StorageError where the installed driver would overwrite a file that it is to create exclusively."""
+    if backend.exclusive_since is not None:
+        package, oldest = backend.exclusive_since
+        version = importlib.import_module(package).__version__
+        if tuple(int(number) for number in version.split(".")[: len(oldest)]) < oldest:
+            raise StorageError(
+                f"{package} {version} cannot create a file exclusively: pip install -U 'dist-asgd[{backend.extra}]'"
+            )

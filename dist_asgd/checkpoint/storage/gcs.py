@@ -1,4 +1,4 @@
-"""Google Cloud Storage: creates that need a missing object, and resumable uploads, which nobody sees until they end."""
+"""Stores files on Google Cloud Storage: creates by conditional puts, large files by resumable uploads."""
 
 from __future__ import annotations
 
@@ -7,62 +7,58 @@ import functools
 import inspect
 import io
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from dist_asgd.checkpoint.storage.multipart import PART, equal_pieces, length
-from dist_asgd.checkpoint.storage.retry import StorageError
+from dist_asgd.checkpoint.storage.backend import Backend, without_listings_cache
+from dist_asgd.checkpoint.storage.multipart import LONGEST_PUT, PART, length, split_into_parts
+from dist_asgd.checkpoint.storage.retry import CONNECT_TIMEOUT, READ_TIMEOUT, StorageError
 from dist_asgd.checkpoint.storage.store import BytesLike
-from dist_asgd.checkpoint.storage.uploads import Uploads, remove_each
-
-OWNER = "dist_asgd_owner"  # name of the metadata that tells one's own object from another's
-CONDITIONAL_PUT = (2024, 12)  # version of gcsfs; older ones overwrite without a word
-CONNECT, ANSWER = 5, 30  # seconds
-LONGEST_PUT = 2**20  # bytes: of a put the client makes copies
-
-
-def gcs_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {"use_listings_cache": False, **options}
+from dist_asgd.checkpoint.storage.uploads import OWNER, Uploads, remove_each
 
 
 def prepare_gcs(fs: Any) -> None:
-    """Every try is ours (storage/retry.py): the driver's own would take half a minute where nobody listens."""
+    """Sets timeouts and turns off gcsfs's own retries, which take half a minute where no server listens."""
     import aiohttp
-    import gcsfs
 
-    if tuple(int(number) for number in gcsfs.__version__.split(".")[:2]) < CONDITIONAL_PUT:
-        raise StorageError(
-            f"gcsfs {gcsfs.__version__} cannot create a file exclusively: pip install -U 'dist-asgd[gcs]'"
-        )
     if fs.requests_timeout is None:
-        fs.requests_timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT, sock_read=ANSWER)
+        fs.requests_timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
     fs._request = functools.partial(inspect.unwrap(type(fs)._request), fs)
 
 
 class GcsUploads(Uploads):
-    """Objects of a bucket."""
+    """Changes objects of a bucket of Google Cloud Storage."""
+
+    backend = Backend(
+        protocols=("gs", "gcs"),
+        extra="gcs",
+        exclusive_since=("gcsfs", (2024, 12)),
+        options=without_listings_cache,
+        prepare=prepare_gcs,
+        transient_errors=frozenset({"google.auth.exceptions.TransportError"}),
+    )
 
     def create(self, path: str, data: bytes) -> None:
         owner = secrets.token_hex(16)
 
         def request() -> None:
-            fs, whole = self._connection.fs(), self._connection.at(path)
+            fs, whole = self._connection.fs(), self._connection.full_path(path)
             try:
                 fs.pipe_file(whole, data, metadata={OWNER: owner}, mode="create")
-            except FileExistsError:  # perhaps our own, and the answer was lost
+            except FileExistsError:  # perhaps this call's own: the answer to an earlier try may be lost
                 if fs.info(whole).get("metadata", {}).get(OWNER) != owner:
                     raise
 
-        self._again("create", path, request)
+        self._retry("create", path, request)
 
     def write(self, path: str, chunks: Iterable[BytesLike]) -> int:
-        """One part after the other, as a resumable upload takes them."""
-        pieces = equal_pieces(chunks, PART)
+        """Sends the parts of a resumable upload one after another, which is the only order that Google takes."""
+        pieces = split_into_parts(chunks, PART)
         piece, following = next(pieces, io.BytesIO()), next(pieces, None)
         if following is None and length(piece) <= LONGEST_PUT:
-            self._again("write", path, lambda: self._put(path, piece))
+            self._retry("write", path, lambda: self._put(path, piece))
             return length(piece)
-        session = self._again("write", path, lambda: self._begin(path))
+        session = self._retry("write", path, lambda: self._begin(path))
         sent = 0
         try:
             while following is not None:
@@ -70,45 +66,53 @@ class GcsUploads(Uploads):
                 piece, following = following, next(pieces, None)
             return sent + self._send(path, session, piece, sent, str(sent + length(piece)))
         except BaseException:
-            with contextlib.suppress(Exception):  # Google forgets it within a week
+            with contextlib.suppress(Exception):  # Google drops an unfinished upload within a week
                 self._connection.fs().call("DELETE", session)
             raise
 
     def _put(self, path: str, piece: io.BytesIO) -> None:
-        self._connection.fs().pipe_file(self._connection.at(path), piece.getvalue())
+        self._connection.fs().pipe_file(self._connection.full_path(path), piece.getvalue())
 
     def _begin(self, path: str) -> str:
-        """URL of a resumable upload."""
+        """Starts a resumable upload and returns its URL."""
         fs = self._connection.fs()
-        bucket, key, _ = fs.split_path(self._connection.at(path))
+        bucket, key = self._connection.bucket_and_key(path)
         where = f"{fs._location}/upload/storage/v1/b/{bucket}/o"
         headers, _ = fs.call("POST", where, name=key, uploadType="resumable", json={"name": key})
         return str(headers["Location"])
 
     def _send(self, path: str, session: str, piece: io.BytesIO, start: int, total: str) -> int:
-        """Bytes that the server has got before, with an answer that was lost, it leaves out of a second try."""
+        """Sends one part of a resumable upload and returns its bytes.
+
+        A second try sends the whole part again: the server skips bytes that it already has.
+
+        Args:
+            session: URL of the upload.
+            start: offset of the part in the file, in bytes.
+            total: bytes of the file, or "*" for a part that is not the last.
+        """
         headers = {"Content-Range": f"bytes {start}-{start + length(piece) - 1}/{total}"}
 
         def request() -> None:
-            data = io.BytesIO(piece.getvalue())  # of its own, since aiohttp closes it; not copied
+            data = io.BytesIO(piece.getvalue())  # a new object for each try, because aiohttp closes it; not a copy
             answer, _ = self._connection.fs().call("POST", session, headers=headers, data=data)
             expected = f"bytes=0-{start + length(piece) - 1}"
             if total == "*" and answer.get("Range") != expected:
                 raise StorageError(f"could not write {path}: expected the answer {expected}, got {answer.get('Range')}")
 
-        self._again("write", path, request)
+        self._retry("write", path, request)
         return length(piece)
 
     def remove(self, paths: list[str]) -> None:
-        remove_each(paths, lambda path: self._again("remove", path, lambda: self._remove(path)))
+        remove_each(paths, lambda path: self._retry("remove", path, lambda: self._remove(path)))
 
     def _remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self._connection.fs().rm_file(self._connection.at(path))
+            self._connection.fs().rm_file(self._connection.full_path(path))
 
     def remove_folders(self, paths: list[str]) -> None:
-        """There are none."""
+        """Does nothing: the store has no folders."""
 
     def abort(self, prefix: str, older_than: float) -> int:
-        """Nothing to do: Google forgets uploads that have not ended within a week."""
+        """Returns 0: Google drops uploads that are not finished within a week."""
         return 0

@@ -1,4 +1,4 @@
-"""Large files for object stores: equal parts, several under way at once, in bounded memory; all of them or nothing."""
+"""Uploads large files to object stores in equal parts, several at once, in bounded memory, or not at all."""
 
 from __future__ import annotations
 
@@ -11,27 +11,36 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from dist_asgd.checkpoint.storage.store import BytesLike
 
-PART = 14 * 2**20  # bytes; the last part may be shorter. With 16, a save took 129 MB of memory
+PART = 14 * 2**20  # bytes; the last part may be shorter. Parts of 16 MiB made a save take 129 MB of memory
 PARTS_AT_ONCE = 3
+LONGEST_PUT = 2**20  # bytes, for clients that copy the data of a put: longer files go in parts
 
 
 class Multipart(ABC):
-    """One file under way to an object store, which shows it when it is finished."""
+    """The unfinished upload of one file, which the store shows when it is finished."""
 
     @abstractmethod
     def send(self, number: int, data: io.BytesIO) -> None:
-        """Part ``number``, from 1; by any thread. ``data`` is read from its beginning."""
+        """Sends part ``number``, counted from 1. Several threads may call it. ``data`` is read from its beginning."""
 
     @abstractmethod
-    def finish(self, parts: int, size: int) -> None: ...
+    def finish(self, parts: int, size: int) -> None:
+        """Makes the file visible. ``parts`` is the number of parts, ``size`` the file's bytes."""
 
     @abstractmethod
-    def abort(self) -> None: ...
+    def abort(self) -> None:
+        """Discards the parts that were sent."""
 
 
 def upload(chunks: Iterable[BytesLike], put: Callable[[io.BytesIO], None], begin: Callable[[], Multipart]) -> int:
-    """Sends a file by one request (``put``) if it is no longer than a part, else by parts. Returns its bytes."""
-    pieces = equal_pieces(chunks, PART)
+    """Uploads a file: by one request if it is no longer than a part, else in parts. Returns its size in bytes.
+
+    Args:
+        chunks: the file's bytes; a chunk may be overwritten as soon as the next one is asked for.
+        put: uploads the whole file.
+        begin: starts an upload in parts.
+    """
+    pieces = split_into_parts(chunks, PART)
     first = next(pieces, io.BytesIO())
     second = next(pieces, None)
     if second is None:
@@ -43,21 +52,21 @@ def upload(chunks: Iterable[BytesLike], put: Callable[[io.BytesIO], None], begin
             parts, size = _send(multipart, itertools.chain([first, second], pieces), pool)
         multipart.finish(parts, size)
     except BaseException:
-        with contextlib.suppress(Exception):  # the store may be gone: abort_uploads() finds it later
+        with contextlib.suppress(Exception):  # the store may not answer: abort_uploads() finds the upload later
             multipart.abort()
         raise
     return size
 
 
 def _send(multipart: Multipart, pieces: Iterator[io.BytesIO], pool: ThreadPoolExecutor) -> tuple[int, int]:
-    """(number of parts, their bytes). After an error none is under way."""
+    """Sends all parts and returns their number and bytes. Waits, even after an error, until no request is running."""
     pending: set[Future[None]] = set()
     number = size = 0
     try:
         for piece in pieces:
             number, size = number + 1, size + length(piece)
             pending.add(pool.submit(multipart.send, number, piece))
-            del piece  # or one more than necessary is kept while the next is made
+            del piece  # otherwise its memory is kept while the next part is made
             if len(pending) == PARTS_AT_ONCE:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -69,10 +78,10 @@ def _send(multipart: Multipart, pieces: Iterator[io.BytesIO], pool: ThreadPoolEx
     return number, size
 
 
-def equal_pieces(chunks: Iterable[BytesLike], size: int) -> Iterator[io.BytesIO]:
-    """The same bytes cut into pieces of ``size``, each copied once; the last may be shorter.
+def split_into_parts(chunks: Iterable[BytesLike], size: int) -> Iterator[io.BytesIO]:
+    """Yields the bytes of ``chunks`` in parts of ``size`` bytes, each copied once; the last may be shorter.
 
-    They are files in memory, because aiohttp sends those in small parts but makes two copies of plain bytes.
+    Parts are files in memory, because aiohttp sends these a little at a time but makes two copies of plain bytes.
     """
     piece = io.BytesIO()
     for chunk in chunks:
@@ -88,8 +97,8 @@ def equal_pieces(chunks: Iterable[BytesLike], size: int) -> Iterator[io.BytesIO]
         yield piece
 
 
-def from_start(piece: io.BytesIO) -> io.BytesIO:
-    """For another try."""
+def rewound(piece: io.BytesIO) -> io.BytesIO:
+    """Returns ``piece``, to be read from its beginning; an earlier try may have read a part of it."""
     piece.seek(0)
     return piece
 

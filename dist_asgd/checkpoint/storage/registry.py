@@ -1,39 +1,51 @@
-"""Which store serves which protocol."""
+"""Chooses the store that serves a URL, by the URL's protocol.
+
+To add a store:
+
+1. Write storage/<store>.py with a subclass of ``Uploads`` (object stores) or ``RenamedUploads`` (folders and a rename).
+2. Give the class an attribute ``backend``, a ``Backend`` that says all that is special about the store.
+3. Import the driver inside functions only: importing it takes a second, and most users have one driver of several.
+4. Add the class to ``STORES`` below.
+5. Name the packages of the driver as an extra in pyproject.toml, and let tests/checkpoint/test_storage.py run on it.
+"""
 
 from __future__ import annotations
 
-from dist_asgd.checkpoint.storage.azure import AzureUploads, azure_options, prepare_azure
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from dist_asgd.checkpoint.storage.azure import AzureUploads
 from dist_asgd.checkpoint.storage.connection import Connection
-from dist_asgd.checkpoint.storage.gcs import GcsUploads, gcs_options, prepare_gcs
+from dist_asgd.checkpoint.storage.gcs import GcsUploads
+from dist_asgd.checkpoint.storage.memory import MemoryUploads
 from dist_asgd.checkpoint.storage.posix import LocalStore
 from dist_asgd.checkpoint.storage.remote import RemoteStore
-from dist_asgd.checkpoint.storage.rename import MemoryUploads, RenamedUploads, rename_new, rename_new_by_sftp
+from dist_asgd.checkpoint.storage.rename import RenamedUploads
 from dist_asgd.checkpoint.storage.retry import Requests
-from dist_asgd.checkpoint.storage.s3 import S3Uploads, prepare_s3, s3_options
+from dist_asgd.checkpoint.storage.s3 import S3Uploads
+from dist_asgd.checkpoint.storage.sftp import SftpUploads
 from dist_asgd.checkpoint.storage.store import Store
-from dist_asgd.checkpoint.storage.url import AZURE, Target
+from dist_asgd.checkpoint.storage.uploads import Uploads
+from dist_asgd.checkpoint.storage.url import LOCAL, Target, parse_url
 
-GCS = {"gs", "gcs"}
-S3 = {"s3", "s3a"}
-SFTP = {"sftp", "ssh"}
+STORES: tuple[type[Uploads], ...] = (S3Uploads, GcsUploads, AzureUploads, SftpUploads, MemoryUploads)
+
+
+def target_of(url: str | os.PathLike[str], options: Mapping[str, Any] | None) -> Target:
+    """Returns the parts of a URL or path. Raises ValueError for a URL that cannot hold checkpoints as it stands."""
+    return parse_url(url, options, lambda protocol: _uploads_for(protocol).backend)
 
 
 def store_of(target: Target) -> Store:
-    """StorageError where the protocol or its driver is missing."""
-    if target.protocol == "file":
+    """Returns the store that serves ``target``; makes no request. Raises StorageError where the driver is missing."""
+    if target.protocol == LOCAL:
         return LocalStore(target.full, Requests(target.url))
-    if target.protocol in S3:
-        connection = Connection(target, s3_options(target.options), prepare_s3)
-        return RemoteStore(connection, S3Uploads(connection))
-    if target.protocol in AZURE:
-        connection = Connection(target, azure_options(target.options), prepare_azure)
-        return RemoteStore(connection, AzureUploads(connection))
-    if target.protocol in GCS:
-        connection = Connection(target, gcs_options(target.options), prepare_gcs)
-        return RemoteStore(connection, GcsUploads(connection))
-    connection = Connection(target, target.options)
-    if target.protocol == "memory":
-        return RemoteStore(connection, MemoryUploads(connection))
-    if target.protocol in SFTP:
-        return RemoteStore(connection, RenamedUploads(connection, rename_new_by_sftp, pipelined=True))
-    return RemoteStore(connection, RenamedUploads(connection, rename_new))
+    uploads = _uploads_for(target.protocol)
+    connection = Connection(target, uploads.backend)
+    return RemoteStore(connection, uploads(connection))
+
+
+def _uploads_for(protocol: str) -> type[Uploads]:
+    """Returns the class of ``STORES`` for a protocol, or the one that needs nothing but fsspec's common methods."""
+    return next((kind for kind in STORES if protocol in kind.backend.protocols), RenamedUploads)

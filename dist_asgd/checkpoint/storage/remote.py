@@ -1,4 +1,4 @@
-"""Stores reached through fsspec: what is alike for all of them. How files get there and away differs: uploads.py."""
+"""Reads and lists files of any store through fsspec; ``Uploads`` (storage/uploads.py) changes them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dist_asgd.checkpoint.storage.connection import Connection
-from dist_asgd.checkpoint.storage.retry import statuses
+from dist_asgd.checkpoint.storage.retry import http_statuses
 from dist_asgd.checkpoint.storage.store import BytesLike, Store, is_temporary, time_of
 from dist_asgd.checkpoint.storage.uploads import Uploads
 
@@ -15,12 +15,12 @@ HTTP_NO_SUCH_RANGE = 416
 
 
 class RemoteStore(Store):
-    """The files below one URL."""
+    """The files below one URL of a remote store."""
 
     def __init__(self, connection: Connection, uploads: Uploads) -> None:
         self._connection = connection
         self._uploads = uploads
-        self._again = connection.requests.again
+        self._retry = connection.requests.retry
 
     def create(self, path: str, data: bytes) -> None:
         self._uploads.create(path, data)
@@ -29,7 +29,7 @@ class RemoteStore(Store):
         return self._uploads.write(path, chunks)
 
     def read(self, path: str) -> bytes:
-        return self._read(path, 0, None)  # "from 0": without, s3fs would ask for the size first
+        return self._read(path, 0, None)  # with a start of None, s3fs would ask for the size first
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         return self._read(path, start, stop)
@@ -37,13 +37,13 @@ class RemoteStore(Store):
     def _read(self, path: str, start: int, stop: int | None) -> bytes:
         def request() -> bytes:
             try:
-                return bytes(self._connection.fs().cat_file(self._connection.at(path), start=start, end=stop))
+                return bytes(self._connection.fs().cat_file(self._connection.full_path(path), start=start, end=stop))
             except Exception as error:
-                if HTTP_NO_SUCH_RANGE in statuses(error):  # the file ends before start
+                if HTTP_NO_SUCH_RANGE in http_statuses(error):  # start lies behind the end of the file
                     return b""
                 raise
 
-        return self._again("read", path, request)
+        return self._retry("read", path, request)
 
     def entries(self, path: str) -> dict[str, int | None]:
         found = self._relative(path, self._ask("ls", path))
@@ -57,13 +57,12 @@ class RemoteStore(Store):
 
     def remove_tree(self, path: str) -> None:
         infos = self._ask("find", path, withdirs=True)
-        if not infos:  # perhaps it is a file
+        if not infos:  # ``path`` may be a file, which some drivers do not find below itself
             self._uploads.remove([path])
-        whole = self._connection.at(path)
-        files = [info["name"] for info in infos if info["type"] != "directory"]
-        self._uploads.remove([path + name[len(whole) :] for name in files])
-        folders = {whole, *(info["name"].rstrip("/") for info in infos if info["type"] == "directory")}
-        self._uploads.remove_folders([path + name[len(whole) :] for name in sorted(folders, reverse=True)])
+        relative = self._connection.relative_path
+        self._uploads.remove([relative(info["name"]) for info in infos if info["type"] != "directory"])
+        folders = {path, *(relative(info["name"].rstrip("/")) for info in infos if info["type"] == "directory")}
+        self._uploads.remove_folders(sorted(folders, reverse=True))
 
     def abort_uploads(self, prefix: str, older_than: float) -> int:
         return self._uploads.abort(prefix, older_than)
@@ -74,8 +73,11 @@ class RemoteStore(Store):
         return max((moment for moment in times if moment is not None), default=None)
 
     def _ask(self, method: str, path: str, **arguments: Any) -> list[dict[str, Any]]:
-        """What ``ls`` and ``find`` tell of what is below ``path``, or ``info`` of itself; [] where nothing is."""
-        whole = self._connection.at(path)
+        """Returns fsspec's infos of what ``ls`` or ``find`` lists below ``path``, or ``info`` of ``path`` itself.
+
+        Returns [] where nothing is.
+        """
+        whole = self._connection.full_path(path)
         arguments |= {} if method == "info" else {"detail": True}
 
         def request() -> list[dict[str, Any]]:
@@ -85,22 +87,25 @@ class RemoteStore(Store):
                 return infos_in(getattr(fs, method)(whole, **arguments), whole, itself=method == "info")
             return []
 
-        return self._again("list", path, request)
+        return self._retry("list", path, request)
 
     def _relative(self, path: str, infos: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """By name below ``path``; without placeholders of folders and files under way."""
-        above = f"{self._connection.at(path)}/"
+        """Returns infos by their paths relative to ``path``, without placeholders of folders and temporary files."""
         return {
-            info["name"].rstrip("/").removeprefix(above): info
+            self._connection.relative_path(info["name"].rstrip("/")).removeprefix(f"{path}/"): info
             for info in infos
             if not is_temporary(info["name"]) and (info["type"] == "directory" or not info["name"].endswith("/"))
         }
 
 
 def infos_in(answer: Any, whole: str, itself: bool) -> list[dict[str, Any]]:
-    """The files and folders in an answer of fsspec that are ``whole`` itself, or those below it.
+    """Returns the infos of files and folders in an answer of fsspec.
 
-    Of a file in the place of a folder some drivers tell the file, others nonsense.
+    Args:
+        answer: what the file system's ``ls``, ``find`` or ``info`` has returned.
+        whole: the file system's name of the folder that was listed. Infos of names that are not below it are left out,
+            because some drivers list a file as its own content, and others return nonsense for it.
+        itself: whether ``answer`` is that of ``info``, about ``whole`` itself.
     """
     if itself:
         return [answer]

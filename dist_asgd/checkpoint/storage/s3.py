@@ -1,4 +1,4 @@
-"""S3: conditional puts, multipart uploads of our own, deletes in batches."""
+"""Stores files on S3: creates by conditional puts, large files by multipart uploads, removals in batches."""
 
 from __future__ import annotations
 
@@ -10,41 +10,53 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dist_asgd.checkpoint.storage.multipart import PART, Multipart, from_start, upload
-from dist_asgd.checkpoint.storage.retry import StorageError, statuses
+from dist_asgd.checkpoint.storage.backend import Backend, without_listings_cache
+from dist_asgd.checkpoint.storage.multipart import PART, Multipart, rewound, upload
+from dist_asgd.checkpoint.storage.retry import StorageError, http_statuses
 from dist_asgd.checkpoint.storage.store import BytesLike
-from dist_asgd.checkpoint.storage.uploads import Uploads
+from dist_asgd.checkpoint.storage.uploads import OWNER, Uploads
 
-MAX_PARTS = 10_000
-MAX_DELETES = 1000  # in one request
-CONNECTIONS = 32  # botocore's 10 would be fewer than the reads at once
-OWNER = "dist-asgd-owner"  # name of the metadata that tells one's own object from another's
-CONDITIONAL_PUT = (1, 35, 20)  # version of botocore; older ones leave the condition out without a word
+MAX_PARTS = 10_000  # of one object: a limit of S3
+MAX_DELETES = 1000  # objects in one request: a limit of S3
+CONNECTIONS = 32  # botocore's default of 10 is less than the number of concurrent reads (storage/storage.py)
 
 
 def s3_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Every try is ours (storage/retry.py): drivers that retry inside would multiply them."""
-    ours = {"max_pool_connections": CONNECTIONS, "retries": {"total_max_attempts": 1}}
-    return {
-        "use_listings_cache": False,
-        **options,
-        "config_kwargs": {**ours, **options.get("config_kwargs", {})},
-    }
+    """Returns the options for s3fs. botocore makes one try, because storage/retry.py would multiply its tries."""
+    config = {"max_pool_connections": CONNECTIONS, "retries": {"total_max_attempts": 1}}
+    return {**without_listings_cache(options), "config_kwargs": {**config, **options.get("config_kwargs", {})}}
 
 
 def prepare_s3(fs: Any) -> None:
-    import botocore
-
-    if tuple(int(number) for number in botocore.__version__.split(".")[:3]) < CONDITIONAL_PUT:
-        raise StorageError(
-            f"botocore {botocore.__version__} cannot create a file exclusively: pip install -U 'dist-asgd[s3]'"
-        )
+    """Connects at once, because several threads would otherwise connect one each, and turns off s3fs's own tries."""
     fs.retries = 1
-    fs.connect()  # or several threads would, each for itself
+    fs.connect()
 
 
 class S3Uploads(Uploads):
-    """Exclusive creates need a store that honours If-None-Match, as AWS, MinIO, Ceph and SeaweedFS do."""
+    """Changes objects of an S3 bucket.
+
+    Exclusive creates need a server that honours If-None-Match on a put, as AWS, MinIO, Ceph and SeaweedFS do.
+    """
+
+    backend = Backend(
+        protocols=("s3", "s3a"),
+        extra="s3",
+        exclusive_since=("botocore", (1, 35, 20)),
+        options=s3_options,
+        prepare=prepare_s3,
+        transient_codes=frozenset({"ConditionalRequestConflict", "OperationAborted", "RequestTimeout", "SlowDown"}),
+        transient_errors=frozenset(
+            {
+                "botocore.exceptions.ConnectionError",
+                "botocore.exceptions.HTTPClientError",
+                "botocore.exceptions.ReadTimeoutError",
+                "botocore.exceptions.ResponseStreamingError",
+                "botocore.parsers.ResponseParserError",
+            }
+        ),
+        permanent_errors=frozenset({"botocore.exceptions.SSLError"}),
+    )
 
     def create(self, path: str, data: bytes) -> None:
         owner = secrets.token_hex(16)
@@ -53,63 +65,63 @@ class S3Uploads(Uploads):
             try:
                 self.call("put_object", path, Body=io.BytesIO(data), IfNoneMatch="*", Metadata={OWNER: owner})
             except OSError as error:
-                if not isinstance(error, FileExistsError) and 412 not in statuses(error):
+                if not isinstance(error, FileExistsError) and 412 not in http_statuses(error):
                     raise
-                # The answer may have been lost, by the network or by a driver that repeats by itself.
+                # The object may be this call's own: the network may have lost the answer to an earlier try.
                 if self.call("head_object", path).get("Metadata", {}).get(OWNER) != owner:
                     raise FileExistsError from error
 
-        self._again("create", path, request)
+        self._retry("create", path, request)
 
     def write(self, path: str, chunks: Iterable[BytesLike]) -> int:
         def put(data: io.BytesIO) -> None:
-            self._again("write", path, lambda: self.call("put_object", path, Body=from_start(data)))
+            self._retry("write", path, lambda: self.call("put_object", path, Body=rewound(data)))
 
         return upload(chunks, put, lambda: S3Multipart(self, path))
 
     def remove(self, paths: list[str]) -> None:
         for start in range(0, len(paths), MAX_DELETES):
             batch = paths[start : start + MAX_DELETES]
-            self._again("remove", batch[0], functools.partial(self._delete, batch))
+            self._retry("remove", batch[0], functools.partial(self._delete, batch))
 
     def _delete(self, paths: list[str]) -> None:
         if len(paths) == 1:
             self.call("delete_object", paths[0])
             return
-        bucket, _ = self._key("")
-        keys = [{"Key": self._key(path)[1]} for path in paths]
+        bucket, _ = self._connection.bucket_and_key("")
+        keys = [{"Key": self._connection.bucket_and_key(path)[1]} for path in paths]
         answer = self._connection.fs().call_s3("delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
-        for failure in answer.get("Errors", []):  # s3fs would leave them out
+        for failure in answer.get("Errors", []):  # the status of the answer is 200 even so
             raise StorageError(f"{failure.get('Code')}: {failure.get('Message')} ({failure.get('Key')})")
 
     def remove_folders(self, paths: list[str]) -> None:
-        """There are none on AWS, but SeaweedFS keeps empty ones until their placeholders are deleted."""
-        if self._again("list", paths[-1], lambda: self._is_listed(paths[-1])):
+        """Deletes placeholders of empty folders, which SeaweedFS keeps; AWS has no folders."""
+        if self._retry("list", paths[-1], lambda: self._is_listed(paths[-1])):
             self.remove([f"{path}/" for path in paths])
 
     def _is_listed(self, path: str) -> bool:
-        whole = self._connection.at(path)
+        whole = self._connection.full_path(path)
         with contextlib.suppress(FileNotFoundError):
             return whole in self._connection.fs().ls(whole.rpartition("/")[0])
         return False
 
     def abort(self, prefix: str, older_than: float) -> int:
-        bucket, key = self._key(prefix)
+        bucket, key = self._connection.bucket_and_key(prefix)
         latest = time.time() - older_than
         below = f"{key}/" if key else ""
-        found = self._again("list uploads below", prefix, lambda: self._uploads(bucket, below))
+        found = self._retry("list uploads below", prefix, lambda: self._uploads(bucket, below))
         old = [(upload["Key"], upload["UploadId"]) for upload in found if upload["Initiated"].timestamp() <= latest]
         for name, upload_id in old:
-            self._again("abort an upload below", prefix, functools.partial(self._abort, bucket, name, upload_id))
+            self._retry("abort an upload below", prefix, functools.partial(self._abort, bucket, name, upload_id))
         return len(old)
 
     def _uploads(self, bucket: str, prefix: str) -> list[dict[str, Any]]:
-        """All that are under way; s3fs lists the first page only, and can abort those of a whole bucket only."""
+        """Returns all unfinished multipart uploads of keys that begin with ``prefix``. s3fs lists one page only."""
         found: list[dict[str, Any]] = []
         marker: dict[str, str] = {}
         while True:
             page = self._connection.fs().call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **marker)
-            # Not every store honours the prefix.
+            # Some servers ignore the prefix of the request.
             found += [entry for entry in page.get("Uploads", []) if entry["Key"].startswith(prefix)]
             if not page.get("IsTruncated"):
                 return found
@@ -118,28 +130,25 @@ class S3Uploads(Uploads):
     def _abort(self, bucket: str, key: str, upload_id: str) -> None:
         try:
             self._connection.fs().call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload_id)
-        except FileNotFoundError:  # finished or aborted meanwhile
+        except FileNotFoundError:  # finished or aborted since it was listed
             return
 
-    def _key(self, path: str) -> tuple[str, str]:
-        bucket, key, _ = self._connection.fs().split_path(self._connection.at(path))
-        return bucket, key
-
     def call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
-        bucket, key = self._key(path)
+        """Returns botocore's answer to one request about the object at ``path``, tried once."""
+        bucket, key = self._connection.bucket_and_key(path)
         answer: dict[str, Any] = self._connection.fs().call_s3(method, Bucket=bucket, Key=key, **arguments)
         return answer
 
 
 class S3Multipart(Multipart):
-    """Invisible until it is finished, but stored and paid for until it is aborted."""
+    """A multipart upload of S3: its parts are invisible, but stored and paid for, until it is finished or aborted."""
 
     def __init__(self, uploads: S3Uploads, path: str) -> None:
         self._path = path
-        self._again = uploads.requests.again
+        self._retry = uploads.requests.retry
         self._request = uploads.call
         self._etags: dict[int, str] = {}
-        self._id = self._again("write", path, lambda: self._request("create_multipart_upload", path))["UploadId"]
+        self._id = self._retry("write", path, lambda: self._request("create_multipart_upload", path))["UploadId"]
 
     def send(self, number: int, data: io.BytesIO) -> None:
         if number > MAX_PARTS:
@@ -147,9 +156,9 @@ class S3Multipart(Multipart):
         part = {"UploadId": self._id, "PartNumber": number}
 
         def request() -> dict[str, Any]:
-            return self._request("upload_part", self._path, Body=from_start(data), **part)
+            return self._request("upload_part", self._path, Body=rewound(data), **part)
 
-        self._etags[number] = self._again("write", self._path, request)["ETag"]
+        self._etags[number] = self._retry("write", self._path, request)["ETag"]
 
     def finish(self, parts: int, size: int) -> None:
         entries = [{"PartNumber": number, "ETag": self._etags[number]} for number in range(1, parts + 1)]
@@ -158,11 +167,11 @@ class S3Multipart(Multipart):
         def request() -> None:
             try:
                 self._request("complete_multipart_upload", self._path, **upload)
-            except FileNotFoundError:  # no such upload: it was completed before, and the answer was lost
+            except FileNotFoundError:  # no such upload: an earlier try has finished it, and its answer was lost
                 if self._request("head_object", self._path)["ContentLength"] != size:
                     raise
 
-        self._again("write", self._path, request)
+        self._retry("write", self._path, request)
 
     def abort(self) -> None:
-        self._again("abort", self._path, lambda: self._request("abort_multipart_upload", self._path, UploadId=self._id))
+        self._retry("abort", self._path, lambda: self._request("abort_multipart_upload", self._path, UploadId=self._id))

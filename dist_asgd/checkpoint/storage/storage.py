@@ -1,7 +1,8 @@
-"""The files below one URL, local or on any fsspec target: the only way in which checkpoints touch storage.
+"""Reads, writes and lists the files below one URL, local or of any fsspec protocol.
 
-It knows nothing of tensors or checkpoints. Local files go by plain system calls (posix.py), everything else through
-fsspec (storage/remote.py, storage/uploads.py). Transient errors are tried again (storage/retry.py).
+All access of checkpoints to storage goes through ``Storage``, which knows nothing of tensors or checkpoints. Local
+files are accessed by plain system calls (storage/posix.py), remote ones through fsspec (storage/remote.py).
+Requests are retried after transient errors (storage/retry.py).
 """
 
 from __future__ import annotations
@@ -11,29 +12,33 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from dist_asgd.checkpoint.storage.posix import LocalStore
-from dist_asgd.checkpoint.storage.registry import store_of
+from dist_asgd.checkpoint.storage.registry import store_of, target_of
 from dist_asgd.checkpoint.storage.retry import StorageError
 from dist_asgd.checkpoint.storage.store import BytesLike, Store
-from dist_asgd.checkpoint.storage.url import checked_path, target_of
+from dist_asgd.checkpoint.storage.url import checked_path
 
 __all__ = ["Storage", "StorageError"]
 
-READS = 24  # requests at once: with 40 ms each, 600 small files take under 2 s
-READ_BYTES = 32 * 2**20  # under way or not yet taken, together; up to twice as many were seen in the allocator
+READS = 24  # concurrent requests: at 40 ms each, 600 small files take under 2 s
+# Limit of the bytes that are being read or wait to be taken. The allocator was seen to hold up to twice as many.
+READ_BYTES = 32 * 2**20
 
 
 class Storage:
     """The files below one URL.
 
-    Every method blocks, and any number of threads, ranks and hosts may call them at once. An object made before a fork
-    serves the child too. Paths are relative to the URL, with "/" between their parts; unsafe ones ("..", absolute ones,
-    empty parts, backslashes, wildcards, control characters) raise ValueError. Whatever a store does not do after some
-    tries raises ``StorageError``, an ``OSError``; a file that is missing or in the way, FileNotFoundError and
-    FileExistsError. No error contains credentials.
+    No method is collective. Every method blocks, and any number of threads, ranks and hosts may call the methods at
+    once. An object made before a fork works in the child, too. Paths are relative to the URL, with "/" between their
+    parts. No error contains credentials.
 
     Attributes:
-        url: for people: without user, password and query.
+        url: the URL for messages, without user, password and query.
+
+    Raises:
+        ValueError: a path is unsafe: absolute, or with "..", empty parts, backslashes, wildcards or control characters.
+        FileNotFoundError: a file that is to be read does not exist.
+        FileExistsError: a file that is to be created exists.
+        StorageError: the store failed for good, after several tries where the error was transient.
     """
 
     def __init__(self, url: str, store: Store) -> None:
@@ -42,12 +47,16 @@ class Storage:
 
     @classmethod
     def open(cls, url: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Storage:
-        """Makes no request yet, so nothing has to be there.
+        """Returns the files below ``url``. Makes no request, so nothing has to exist there.
 
         Args:
-            url: a local path (relative, or with "~"), or a URL of any fsspec protocol: file://, memory://, s3://,
-                abfs://, az://, sftp:// and others.
-            options: fsspec's storage options for it.
+            url: a local path (may be relative, or begin with "~"), or a URL of any fsspec protocol: file://,
+                memory://, s3://, gs://, abfs://, az://, sftp:// and others.
+            options: fsspec's storage options for the protocol, such as credentials.
+
+        Raises:
+            ValueError: the URL cannot hold checkpoints (chained, with a query), or a local path is given options.
+            StorageError: the protocol is unknown to fsspec, or its driver is not installed.
         """
         target = target_of(url, options)
         return cls(target.url, store_of(target))
@@ -57,36 +66,46 @@ class Storage:
 
     @property
     def is_local(self) -> bool:
-        """Whether what was read once is read again at no cost: then the operating system has it."""
-        return isinstance(self._store, LocalStore)
+        """Whether the operating system caches what was read, so that reading it again costs nothing."""
+        return self._store.is_local
 
     def create(self, path: str, data: bytes) -> None:
-        """A small new file, unless there is one: then FileExistsError. Of several callers exactly one succeeds.
+        """Creates a small file, and raises FileExistsError where there is one. Of several callers exactly one succeeds.
 
-        Nobody reads a part of it, and it is durable when this returns (but see ``RenamedUploads``).
+        Readers see the whole file or none, and the file is durable when this returns. Exceptions: where fsspec knows no
+        exclusive create (storage/rename.py), the last of several concurrent callers wins, and durability is up to the
+        server; on local file systems without hard links, readers may see a part.
         """
         self._store.create(checked_path(path), bytes(data))
 
     def write(self, path: str, chunks: Iterable[BytesLike]) -> int:
-        """A file of any size, in bounded memory; one of that name is replaced. Returns its bytes.
+        """Writes a file of any size, replacing one of that name, and returns its size in bytes.
 
-        It appears when it is whole and durable; if anything fails, or ``chunks`` raises, it does not. A chunk may be
-        overwritten as soon as the next one is asked for.
+        The file appears when it is whole and durable. It does not appear if anything fails or ``chunks`` raises, whose
+        errors pass unchanged.
+
+        Args:
+            chunks: the file's bytes. A chunk may be overwritten as soon as the next one is asked for. Memory is bounded
+                but on memory://, whatever the sizes of the chunks.
         """
         return self._store.write(checked_path(path), chunks)
 
     def read(self, path: str) -> bytes:
-        """A whole file, for small ones."""
+        """Returns the bytes of a whole file, which should be small."""
         return self._store.read(checked_path(path))
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Iterator[tuple[int, bytes]]:
-        """Parts of files, each by one request, many at once.
+        """Reads parts of files, each by one request, many at once.
 
         Args:
-            ranges: (path, start, stop): bytes ``[start, stop)``.
+            ranges: (path, start, stop): bytes ``[start, stop)`` of the file at ``path``.
 
         Yields:
-            (index into ``ranges``, its bytes), in any order. A file that ends before ``stop`` is an error.
+            (index into ``ranges``, the bytes of that range), in any order.
+
+        Raises:
+            ValueError: a range is not ``0 <= start <= stop``; raised by the call, before the first is read.
+            StorageError: a file ends before ``stop``.
         """
         for path, start, stop in ranges:
             if not 0 <= start <= stop:
@@ -95,7 +114,7 @@ class Storage:
         return self._read_ranges(ranges)
 
     def _read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Iterator[tuple[int, bytes]]:
-        """Reads ahead while what is under way or not yet taken is within ``READ_BYTES``, or is a single range."""
+        """Reads ranges ahead, up to ``READ_BYTES`` that are being read or wait to be taken; one may be longer."""
         lengths = [stop - start for _, start, stop in ranges]
         pending: dict[Future[bytes], int] = {}
         held = following = 0
@@ -125,32 +144,36 @@ class Storage:
         return data
 
     def list(self, path: str = "") -> dict[str, int | None]:
-        """Names directly below ``path``, with the size of files and None for folders; {} where nothing is."""
+        """Returns the names directly below ``path``: sizes of files in bytes, None for folders; {} where nothing is."""
         return self._store.entries(checked_path(path, may_be_empty=True))
 
     def sizes(self, path: str = "") -> dict[str, int]:
-        """Sizes of all files below ``path``, however deep, by their paths relative to it."""
+        """Returns the sizes in bytes of all files below ``path``, at any depth, by their paths relative to ``path``."""
         return self._store.sizes(checked_path(path, may_be_empty=True))
 
     def remove(self, path: str) -> None:
-        """A file; it need not be there."""
+        """Removes a file, which need not exist."""
         self._store.remove(checked_path(path))
 
     def remove_tree(self, path: str) -> None:
-        """Everything at and below ``path``, which need not be there."""
+        """Removes everything at and below ``path``, which need not exist."""
         self._store.remove_tree(checked_path(path))
 
     def abort_uploads(self, prefix: str, older_than: float) -> int:
-        """Clears away what killed writers left below the folder ``prefix``: multipart uploads, temporary files.
+        """Clears away unfinished files of killed writers: multipart uploads and temporary files.
 
         Args:
-            older_than: seconds; younger ones stay, because their writers may live.
+            prefix: the folder below which they are removed; "" for the URL.
+            older_than: seconds. Younger ones stay, because their writers may be alive.
 
         Returns:
-            How many there were; 0 where a store clears up by itself.
+            The number of files removed; 0 where a store clears up by itself.
         """
         return self._store.abort_uploads(checked_path(prefix, may_be_empty=True), older_than)
 
     def modified(self, path: str) -> float | None:
-        """When a file, or the latest file of a folder, was changed, in seconds since the epoch. None: unknown."""
+        """Returns when a file, or the latest file of a folder, was changed, in seconds since the epoch.
+
+        Returns None where the store does not say, or nothing exists.
+        """
         return self._store.modified(checked_path(path, may_be_empty=True))

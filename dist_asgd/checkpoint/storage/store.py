@@ -1,4 +1,4 @@
-"""What a store must be able to do for Storage; names of files under way; times in what fsspec tells of a file."""
+"""Declares the requests that a store serves, names of temporary files, and times in fsspec's infos."""
 
 from __future__ import annotations
 
@@ -7,15 +7,23 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from datetime import datetime, timezone
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 BytesLike: TypeAlias = bytes | bytearray | memoryview
 
-TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")  # s3fs, adlfs, gcsfs, sftp, memory
+TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")  # keys of s3fs, adlfs, gcsfs, sftp, memory
 
 
 class Store(ABC):
-    """The requests that Storage makes. Paths are relative and checked; meanings and errors are told in storage.py."""
+    """The requests that ``Storage`` makes; its methods of like names (storage/storage.py) document them.
+
+    Paths are relative to the store's URL and checked.
+
+    Attributes:
+        is_local: whether the operating system caches what was read, so that reading it again costs nothing.
+    """
+
+    is_local: ClassVar[bool] = False
 
     @abstractmethod
     def create(self, path: str, data: bytes) -> None: ...
@@ -49,17 +57,21 @@ class Store(ABC):
 
 
 def temporary_path(path: str) -> str:
-    """Beside ``path``, for a file under way: whoever lists the folder leaves it out."""
+    """Returns a new name in the folder of ``path``, for a file that is being written; listings leave it out."""
     folder, slash, name = path.rpartition("/")
     return f"{folder}{slash}.{name}.{secrets.token_hex(8)}.part"
 
 
 def is_temporary(path: str) -> bool:
+    """Returns whether a path or name is one that ``temporary_path`` makes."""
     return re.search(r"(^|/)\.[^/]+\.[0-9a-f]{16}\.part$", path) is not None
 
 
 def time_of(info: dict[str, Any]) -> float | None:
-    """Seconds since the epoch. Times without a zone are UTC."""
+    """Returns the time in fsspec's info of a file, in seconds since the epoch, or None where it has none.
+
+    Times without a zone are UTC.
+    """
     moment = next((info[name] for name in TIMES if info.get(name) is not None), None)
     if isinstance(moment, str):
         moment = datetime.fromisoformat(moment.replace("Z", "+00:00"))

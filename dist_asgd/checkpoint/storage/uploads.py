@@ -1,49 +1,71 @@
-"""How files get into a store and away: whole or not at all."""
+"""Declares the changes that a remote store must be able to make: every file appears whole or not at all."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
+from dist_asgd.checkpoint.storage.backend import Backend
 from dist_asgd.checkpoint.storage.connection import Connection
 from dist_asgd.checkpoint.storage.store import BytesLike
 
-REMOVALS = 16  # at once
-
-
-BUFFER = 2**20  # bytes handed to a file of a driver at once
+REMOVALS = 16  # requests at once
+# Name of the metadata by which a writer recognises its own object after a lost answer. It has letters only: Azure
+# accepts no dashes, and proxies in front of S3 drop headers with underscores.
+OWNER = "distasgdowner"
 
 
 class Uploads(ABC):
-    """Changes to one store. Meanings and errors are told in storage/storage.py."""
+    """Changes to the files of one remote store. Paths are relative to the store's URL and checked.
+
+    All methods raise ``StorageError`` for a request that fails for good, and may be called by several threads at once.
+
+    Attributes:
+        backend: what is special about the store and its driver.
+        requests: runs requests with retries.
+    """
+
+    backend: ClassVar[Backend]
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self.requests = connection.requests
-        self._again = connection.requests.again
+        self._retry = connection.requests.retry
         self._once = connection.requests.once
 
     @abstractmethod
-    def create(self, path: str, data: bytes) -> None: ...
+    def create(self, path: str, data: bytes) -> None:
+        """Creates a small file. Raises FileExistsError where there is one; of several callers exactly one succeeds."""
 
     @abstractmethod
-    def write(self, path: str, chunks: Iterable[BytesLike]) -> int: ...
+    def write(self, path: str, chunks: Iterable[BytesLike]) -> int:
+        """Writes or replaces a file of any size in bounded memory. Returns its size in bytes."""
 
     @abstractmethod
     def remove(self, paths: list[str]) -> None:
-        """Files, which need not be there."""
+        """Removes files, which need not exist."""
 
     @abstractmethod
     def remove_folders(self, paths: list[str]) -> None:
-        """Empty ones, the deepest first; they need not be there."""
+        """Removes empty folders, given in the order deepest first, which need not exist."""
 
     @abstractmethod
-    def abort(self, prefix: str, older_than: float) -> int: ...
+    def abort(self, prefix: str, older_than: float) -> int:
+        """Clears away unfinished files of killed writers below the folder ``prefix``.
+
+        Args:
+            prefix: a folder; "" for the store's URL.
+            older_than: seconds. Younger ones stay, because their writers may be alive.
+
+        Returns:
+            The number of unfinished files; 0 where a store clears up by itself.
+        """
 
 
 def remove_each(paths: Iterable[str], remove: Callable[[str], None]) -> None:
-    """Many at once, where a store has no request for several."""
+    """Calls ``remove`` for each path, many at once, for stores without a request that removes several files."""
     with ThreadPoolExecutor(REMOVALS, thread_name_prefix="dist_asgd-remove") as pool:
         for _ in pool.map(remove, paths):
             pass

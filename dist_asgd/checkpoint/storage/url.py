@@ -1,29 +1,30 @@
-"""Where a checkpoint lies: URLs with and without credentials, and relative paths that stay below them."""
+"""Takes URLs and paths of checkpoints apart, keeps credentials out of what people see, and checks relative paths."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-LOCAL = {"file", "local"}
-AZURE = {"abfs", "abfss", "az", "adl"}
-SECRET_NAMES = re.compile(r"key|secret|token|pass|credential|sas|connection_string|authorization", re.IGNORECASE)
-SHORTEST_SECRET = 4  # shorter ones would be found in any text
+from dist_asgd.checkpoint.storage.backend import Backend
+
+LOCAL = "file"  # the protocol of local paths
+SECRET_OPTIONS = ("key", "secret", "token", "pass", "credential", "authorization")  # parts of names, in any store
+SHORTEST_SECRET = 4  # characters; shorter texts occur in any error by chance
 
 
 @dataclass(frozen=True)
 class Target:
-    """A URL taken apart.
+    """The parts of a URL or local path below which files are read and written.
 
     Attributes:
-        protocol: of fsspec; "file" for paths.
-        full: what fsspec is given, credentials included; for "file" an absolute path.
-        url: for people: the same without user, password and query.
-        options: storage options of fsspec.
-        secrets: texts of the URL and the options that nobody may see.
+        protocol: fsspec's protocol; "file" for local paths.
+        full: the URL for fsspec, with user and password but without the query; an absolute path for local paths.
+        url: the URL for messages, without user, password and query.
+        options: storage options for fsspec, the query of the URL among them.
+        secrets: texts of the URL and the options that no message may contain, the longest first.
     """
 
     protocol: str
@@ -33,23 +34,38 @@ class Target:
     secrets: tuple[str, ...] = field(repr=False)
 
 
-def target_of(url: str | os.PathLike[str], options: Mapping[str, Any] | None) -> Target:
-    """Raises ValueError for a URL that cannot be meant as it stands."""
+def protocol_of(url: str) -> str:
+    """Returns the protocol of a URL or path; ``LOCAL`` for paths, file:// and local://."""
+    protocol, separator, _ = url.partition("://")
+    return LOCAL if not separator or protocol == "local" else protocol
+
+
+def parse_url(
+    url: str | os.PathLike[str], options: Mapping[str, Any] | None, backend_for: Callable[[str], Backend]
+) -> Target:
+    """Returns the parts of a URL.
+
+    Args:
+        options: storage options for fsspec.
+        backend_for: returns the backend of a protocol.
+
+    Raises:
+        ValueError: the URL cannot hold checkpoints as it stands, or a local path is given storage options.
+    """
     text = os.fspath(url)
     if not isinstance(text, str) or not text or "\0" in text:
         raise ValueError(f"expected a URL or a path, got {text!r}")
     options = dict(options or {})
-    protocol, separator, rest = text.partition("://")
-    if not separator:
-        return _local(text, options)
-    if "::" in protocol or "::" in rest:
+    protocol, (_, separator, rest) = protocol_of(text), text.partition("://")
+    if separator and "::" in text:
         raise ValueError("chained URLs (a::b://...) cannot hold checkpoints: give the URL of the store itself")
-    if protocol in LOCAL:
-        return _local(rest, options)
-    secrets = set(_secrets_of(options))
-    rest, query = _without_query(protocol, rest, options)
+    if protocol == LOCAL:
+        return _local(rest if separator else text, options)
+    backend = backend_for(protocol)
+    secrets = set(_secrets_of(options, backend))
+    rest, query = _without_query(protocol, rest, options, backend.query_option)
     secrets |= {query, *re.findall(r"=([^&]*)", query)}
-    shown, user = _without_user(protocol, rest)
+    shown, user = _without_user(rest, backend.has_container_before_at)
     secrets |= {user, *user.split(":")[1:]}
     kept = sorted((secret for secret in secrets if len(secret) >= SHORTEST_SECRET), key=len, reverse=True)
     rest, shown = rest.rstrip("/"), shown.rstrip("/")
@@ -57,7 +73,7 @@ def target_of(url: str | os.PathLike[str], options: Mapping[str, Any] | None) ->
 
 
 def folder_and_name(url: str) -> tuple[str, str]:
-    """The URL or path of the folder of a file, and the file's name. Raises ValueError where it is no file's."""
+    """Returns the URL or path of a file's folder, and the file's name. Raises ValueError where the name is missing."""
     address, question, query = url.partition("?") if "://" in url else (url, "", "")
     folder, slash, name = address.rpartition("/")
     if not name or folder.endswith(":/"):
@@ -77,49 +93,61 @@ def _local(path: str, options: Mapping[str, Any]) -> Target:
     return Target("file", full, full, {}, ())
 
 
-def _without_query(protocol: str, rest: str, options: dict[str, Any]) -> tuple[str, str]:
-    """No query can stay, since names of files are put after the URL; Azure's signatures move into the options."""
+def _without_query(protocol: str, rest: str, options: dict[str, Any], option: str | None) -> tuple[str, str]:
+    """Returns the rest of a URL without its query, and the query, which moves into the storage option ``option``.
+
+    No query can stay in the URL, because names of files are put behind it.
+    """
     rest, _, query = rest.partition("?")
     if query:
-        if protocol not in AZURE:
+        if option is None:
             raise ValueError(f"a {protocol}:// URL cannot have a query (?...) here: give it as a storage option")
-        options.setdefault("sas_token", query)
+        options.setdefault(option, query)
     return rest, query
 
 
-def _without_user(protocol: str, rest: str) -> tuple[str, str]:
-    """(the rest of a URL without "user:password@", what was taken away)."""
+def _without_user(rest: str, has_container: bool) -> tuple[str, str]:
+    """Returns the rest of a URL without "user:password@", and "user:password"; "" where there is none."""
     user, at, after = rest.rpartition("@")
     if not at:
         return rest, ""
-    if ":" in user:  # a secret may contain a slash, so this goes by the last @ of all
+    if ":" in user:  # after the last @ of all, because a password may contain a slash
         return after, user
     host, slash, path = rest.partition("/")
     user, at, after = host.rpartition("@")
-    if not at or protocol in AZURE:  # abfs://container@account
+    if not at or has_container:  # abfs://container@account
         return rest, ""
     return after + slash + path, user
 
 
-def _secrets_of(options: Any, named: bool = False) -> Iterator[str]:
-    """Texts among storage options whose name, or an outer one's, says that they are secret."""
+def _secrets_of(options: Any, backend: Backend, is_secret: bool = False) -> Iterator[str]:
+    """Yields the texts in storage options that are secret by their name, or by the name of an option around them."""
     if isinstance(options, Mapping):
         for name, value in options.items():
-            yield from _secrets_of(value, named or bool(SECRET_NAMES.search(str(name))))
+            named = any(part in str(name).lower() for part in (*SECRET_OPTIONS, *backend.secret_options))
+            yield from _secrets_of(value, backend, is_secret or named)
     elif isinstance(options, list | tuple):
         for value in options:
-            yield from _secrets_of(value, named)
+            yield from _secrets_of(value, backend, is_secret)
     elif isinstance(options, str):
-        yield from re.findall(r"//[^/@]*:([^/@]*)@", options)  # a proxy, an endpoint
-        if named:
+        yield from re.findall(r"//[^/@]*:([^/@]*)@", options)  # the password in the URL of a proxy or an endpoint
+        if is_secret:
             yield options
-            yield from re.findall(r"(?:AccountKey|SharedAccessSignature|sig)=([^;&]*)", options)
+            for name in backend.secret_fields:
+                yield from re.findall(rf"{name}=([^;&]*)", options)
 
 
 def checked_path(path: str, may_be_empty: bool = False) -> str:
-    """``path`` if it names something below the URL and means the same on every store; ValueError otherwise.
+    """Returns ``path`` if it is relative, stays below the URL and means one file on every store.
 
-    Names may come from a manifest that somebody else wrote. Wildcards are refused because fsspec expands them.
+    Paths are checked because they may come from a manifest that somebody else wrote. Wildcards are refused because
+    fsspec expands them.
+
+    Args:
+        may_be_empty: whether "" is allowed, which stands for the URL itself.
+
+    Raises:
+        ValueError: the path is unsafe.
     """
     if path == "" and may_be_empty:
         return path
