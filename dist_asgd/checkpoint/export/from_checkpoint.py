@@ -20,7 +20,8 @@ from dist_asgd.checkpoint.format.manifest import STOCK, Manifest, TensorRecord, 
 from dist_asgd.checkpoint.format.tensor_bytes import memory
 from dist_asgd.checkpoint.format.torch_archive import payload_bytes
 from dist_asgd.checkpoint.loading.reader import plan_reads, read_into
-from dist_asgd.checkpoint.loading.stock_reader import plan_items, read_items_into
+from dist_asgd.checkpoint.loading.stock_reader import plan_items
+from dist_asgd.checkpoint.loading.stock_reader import read_items_into
 from dist_asgd.checkpoint.state.averages import average_keys, average_names
 from dist_asgd.checkpoint.state.tree import key_of, tree_of
 from dist_asgd.checkpoint.stock.metadata import StockCheckpoint, read_stock_metadata

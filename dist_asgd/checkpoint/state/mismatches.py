@@ -30,7 +30,7 @@ class Problems:
         )
 
     def message(self) -> str:
-        """Returns a line for each kind, each followed by its first ``MAX_LINES`` entries, a line each, sorted by key."""
+        """Returns a line for each kind, followed by its first ``MAX_LINES`` entries, a line each, sorted by key."""
         lines = []
         for title, found in self._kinds():
             if found:
