@@ -467,7 +467,7 @@ def test_schedulers_resume(name: str) -> None:
 
 
 class Loader:
-    """A data loader like torchdata's, whose state is made of nested plain values and tensors and differs between ranks."""
+    """A data loader like torchdata's, whose state is made of nested values and tensors and differs between ranks."""
 
     def __init__(self, rank: int) -> None:
         workers = {f"worker_{n}": {"position": rank + n, "file": f"a.b/{n}.txt"} for n in range(2)}
