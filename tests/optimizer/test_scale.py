@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -19,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 from dist_asgd import ShardedASGD
 from dist_asgd.boxes import Box
 from dist_asgd.buckets import replicas
+from dist_asgd.comm import consensus
 from dist_asgd.step import gradient_check, validation
 from tests.support import scale
 from tests.support.ranks import run_alone
@@ -121,20 +121,22 @@ def exchanged(world_size: int, count: int) -> tuple[int, list[int]]:
     How often an optimizer of them lists the ranks of a mesh, and the bytes that this rank hands to each gather.
     """
     calls, sizes = Counter[str](), list[int]()
-    mesh_ranks, gather = replicas.mesh_ranks, dist.all_gather_object
+    mesh_ranks = replicas.mesh_ranks
 
     def counted(mesh: Any) -> list[int]:
         calls["mesh_ranks"] += 1
         return mesh_ranks(mesh)
 
-    def measured(everyone: list[Any], item: Any, group: Any = None) -> None:
-        sizes.append(len(pickle.dumps(item)))
-        gather(everyone, item, group=group)
-
     with scale.fake_ranks(world_size, 3), pytest.MonkeyPatch.context() as patch:
+        gather = consensus.all_gather_object  # the stand-in of fake_ranks
+
+        def measured(item: Any, group: Any) -> list[Any]:
+            sizes.append(len(pickle.dumps(item)))
+            return gather(item, group)
+
         patch.setattr(validation, "mesh_ranks", counted)
         patch.setattr(replicas, "mesh_ranks", counted)
-        patch.setattr(dist, "all_gather_object", measured)
+        patch.setattr(consensus, "all_gather_object", measured)
         mesh = init_device_mesh("cpu", (world_size // 4, 4), mesh_dim_names=("dp", "tp"))["dp"]
         ShardedASGD(placed(count, mesh), lr=0.1)
     return calls["mesh_ranks"], sizes

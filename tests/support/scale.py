@@ -23,6 +23,7 @@ from torch.optim import ASGD, Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_asgd import ShardedASGD
+from dist_asgd.comm import consensus
 from dist_asgd.sharding.layout import BucketLayout, plan_buckets
 from dist_asgd.sharding.placement import Placement
 from dist_asgd.sharding.sharded_state import ScalarCopy, StatePiece
@@ -53,18 +54,19 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
 def fake_ranks(world_size: int, rank: int) -> Iterator[None]:
     """Inside, this process is one rank of many, of which the others do not exist."""
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    new_group, gather = dist.new_group, dist.all_gather_object
+    new_group, gather = dist.new_group, consensus.all_gather_object
 
     def fake_group(*args: Any, **kwargs: Any) -> Any:
         return new_group(*args, **(kwargs | {"backend": "fake"}))  # gloo, for agreements, would look for the others
 
-    def fake_gather(everyone: list[Any], item: Any, group: Any = None) -> None:
-        gather(everyone, item, group=group)  # the others bring what this rank does,
-        if item == [(rank,)]:  # but for their coordinates in the mesh of all
-            everyone[:] = [[(other,)] for other in range(world_size)]
+    def fake_gather(item: Any, group: Any) -> list[Any]:
+        if item == [(rank,)]:  # coordinates in the mesh of all ranks
+            return [[(other,)] for other in range(world_size)]
+        return gather(item, group)  # every other rank brings what this rank does
 
     try:
-        with mock.patch.multiple(dist, new_group=fake_group, all_gather_object=fake_gather):
+        gathers = mock.patch.object(consensus, "all_gather_object", fake_gather)
+        with mock.patch.object(dist, "new_group", fake_group), gathers:
             yield
     finally:
         dist.destroy_process_group()
