@@ -43,10 +43,10 @@ build_package() {
     say "building sdist and wheel"
     rm -rf "$PACKAGE"
     mkdir -p "$PACKAGE/unpacked"
-    "$PY" -m hatchling -q build -t sdist -d "$PACKAGE" >/dev/null || die "hatchling could not build the sdist."
+    "$PY" -m hatchling build -t sdist -d "$PACKAGE" >/dev/null || die "hatchling could not build the sdist."
     sdist=("$PACKAGE"/*.tar.gz)
     tar -xzf "${sdist[0]}" -C "$PACKAGE/unpacked" --strip-components 1
-    (cd "$PACKAGE/unpacked" && "$PY" -m hatchling -q build -t wheel -d "$PACKAGE" >/dev/null) ||
+    (cd "$PACKAGE/unpacked" && "$PY" -m hatchling build -t wheel -d "$PACKAGE" >/dev/null) ||
         die "hatchling could not build the wheel from what is in ${sdist[0]}."
     wheel=("$PACKAGE"/*.whl)
     WHEEL="${wheel[0]}"
