@@ -1,11 +1,4 @@
-"""What a checkpoint holds, entry by entry: the words that its reader, its writer and the live state have in common.
-
-[Note: words]
-- *key*: the name of an entry, its path in the nested state joined by dots, as torch.distributed.checkpoint has it:
-  ``model.wte.weight``, ``optimizer.state.wte.weight.ax``, ``optimizer.param_groups.0.lr``.
-- *entry*: a tensor, or a value: anything else, which JSON can express.
-- *block*: a box of a tensor's own shape with its elements. A rank has none, one or several of each tensor.
-"""
+"""Errors of checkpoints, and the ways in which one rank's error becomes the error of every rank."""
 
 from __future__ import annotations
 

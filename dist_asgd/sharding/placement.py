@@ -1,4 +1,4 @@
-"""XXX docstring."""
+"""``Placement``: the shape, strides and position that this rank's block of a parameter has, in pure integers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""XXX docstring."""
+"""Tensors of a checkpoint: their description in the files, and their blocks in the memory of a rank.
+
+[Note: words]
+- *key*: the name of an entry, the path in the nested state joined by dots, as torch.distributed.checkpoint joins it:
+  ``model.wte.weight``, ``optimizer.state.wte.weight.ax``, ``optimizer.param_groups.0.lr``.
+- *entry*: a tensor, or a value: anything else, which JSON can express.
+- *block*: a box of a tensor's own shape with its elements. A rank has none, one or several of each tensor.
+"""
 
 from __future__ import annotations
 

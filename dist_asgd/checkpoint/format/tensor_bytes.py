@@ -1,4 +1,4 @@
-"""XXX docstring."""
+"""The bytes of tensors in row-major order, wherever the tensors lie, and the checksums of these bytes."""
 
 from __future__ import annotations
 

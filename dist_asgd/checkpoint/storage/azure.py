@@ -1,4 +1,4 @@
-"""Stores files on Azure Blob Storage: creates by conditional puts, large files by blocks that a last request commits."""
+"""Stores files on Azure Blob Storage: conditional puts, and blocks that a last request commits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads and lists files of any store through fsspec; changes are made by the store's ``Uploads`` (storage/uploads.py)."""
+"""Reads and lists files of any store through fsspec; ``Uploads`` (storage/uploads.py) changes them."""
 
 from __future__ import annotations
 

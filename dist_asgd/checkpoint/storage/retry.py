@@ -56,7 +56,7 @@ class Requests:
     url: str
     secrets: tuple[str, ...] = field(default=(), repr=False)
     drop_connection: Callable[[], None] = lambda: None
-    backend: Backend = Backend()
+    backend: Backend = field(default_factory=Backend)
 
     def retry(self, operation: str, path: str, request: Callable[[], Result]) -> Result:
         """Calls ``request``, up to ``TRIES`` times while its errors are transient, and returns what it returns.

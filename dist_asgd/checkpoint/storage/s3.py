@@ -116,7 +116,7 @@ class S3Uploads(Uploads):
         return len(old)
 
     def _uploads(self, bucket: str, prefix: str) -> list[dict[str, Any]]:
-        """Returns all unfinished multipart uploads of keys that begin with ``prefix``. s3fs lists the first page only."""
+        """Returns all unfinished multipart uploads of keys that begin with ``prefix``. s3fs lists one page only."""
         found: list[dict[str, Any]] = []
         marker: dict[str, str] = {}
         while True:

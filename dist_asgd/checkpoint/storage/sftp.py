@@ -23,7 +23,7 @@ class SftpUploads(RenamedUploads):
     )
 
     def _rename_new(self, old: str, new: str) -> None:
-        """Renames by SFTP's own request, which spares an existing file (OpenSSH makes a hard link); fsspec's does not."""
+        """Renames by SFTP's own request, which spares an existing file (OpenSSH makes a hard link)."""
         fs = self._connection.fs()
         try:
             fs.ftp.rename(old, new)

@@ -1,7 +1,7 @@
 """Reads, writes and lists the files below one URL, local or of any fsspec protocol.
 
-All access of checkpoints to storage goes through ``Storage``, which knows nothing of tensors or checkpoints. Local files
-are accessed by plain system calls (storage/posix.py), remote ones through fsspec (storage/remote.py, storage/uploads.py).
+All access of checkpoints to storage goes through ``Storage``, which knows nothing of tensors or checkpoints. Local
+files are accessed by plain system calls (storage/posix.py), remote ones through fsspec (storage/remote.py).
 Requests are retried after transient errors (storage/retry.py).
 """
 
@@ -20,7 +20,8 @@ from dist_asgd.checkpoint.storage.url import checked_path
 __all__ = ["Storage", "StorageError"]
 
 READS = 24  # concurrent requests: at 40 ms each, 600 small files take under 2 s
-READ_BYTES = 32 * 2**20  # limit of bytes that are being read or wait to be taken; the allocator held up to twice as many
+# Limit of the bytes that are being read or wait to be taken. The allocator was seen to hold up to twice as many.
+READ_BYTES = 32 * 2**20
 
 
 class Storage:
@@ -113,7 +114,7 @@ class Storage:
         return self._read_ranges(ranges)
 
     def _read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Iterator[tuple[int, bytes]]:
-        """Reads ahead up to ``READ_BYTES`` of ranges that are being read or wait to be taken; one range may be longer."""
+        """Reads ranges ahead, up to ``READ_BYTES`` that are being read or wait to be taken; one may be longer."""
         lengths = [stop - start for _, start, stop in ranges]
         pending: dict[Future[bytes], int] = {}
         held = following = 0
