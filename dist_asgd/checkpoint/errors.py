@@ -1,11 +1,4 @@
-"""What a checkpoint holds, entry by entry: the words that its reader, its writer and the live state have in common.
-
-[Note: words]
-- *key*: the name of an entry, its path in the nested state joined by dots, as torch.distributed.checkpoint has it:
-  ``model.wte.weight``, ``optimizer.state.wte.weight.ax``, ``optimizer.param_groups.0.lr``.
-- *entry*: a tensor, or a value: anything else, which JSON can express.
-- *block*: a box of a tensor's own shape with its elements. A rank has none, one or several of each tensor.
-"""
+"""Defines the errors of saving and loading checkpoints, and raises an error of one rank on all ranks."""
 
 from __future__ import annotations
 
@@ -16,18 +9,27 @@ from dist_asgd.comm.consensus import Agreement
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be saved or loaded. Says which file and which key, and what to do."""
+    """A checkpoint could not be saved or loaded. The message names the file and the key, and says what to do."""
 
 
 class NotCommitted(CheckpointError):
-    """Something of a checkpoint is there, but it never was finished, or is being deleted: it does not exist."""
+    """Files of a checkpoint exist without its commit record: its save never finished, or it is being deleted."""
 
 
 @contextlib.contextmanager
 def together(agreement: Agreement, operation: str) -> Iterator[None]:
-    """``Agreement.together`` whose errors are ``CheckpointError``, ``ValueError`` or ``TypeError``.
+    """Runs a block on every rank of ``agreement``; if it raised on any rank, raises on every rank. Collective.
 
-    A rank that is interrupted tells the others before it goes its way.
+    A rank on which the block is interrupted (``KeyboardInterrupt`` and other exceptions that are no ``Exception``) tells
+    the other ranks before it raises what interrupted it.
+
+    Args:
+        agreement: the ranks.
+        operation: what the block does, for errors.
+
+    Raises:
+        ValueError, TypeError: the block raised it, on the first rank on which it failed.
+        CheckpointError: the block raised any other exception, or was interrupted on another rank.
     """
     own: BaseException | None = None
     with only_checkpoint_errors():
@@ -51,7 +53,7 @@ def together(agreement: Agreement, operation: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_checkpoint_errors() -> Iterator[None]:
-    """What goes wrong in the block is a ``CheckpointError``, but for a user's ``ValueError`` or ``TypeError``."""
+    """Turns every ``Exception`` of the block into ``CheckpointError``, but for ``ValueError`` and ``TypeError``."""
     try:
         yield
     except (CheckpointError, ValueError, TypeError):
@@ -62,7 +64,7 @@ def only_checkpoint_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(url: str) -> Iterator[None]:
-    """Tells which checkpoint an error is about."""
+    """Puts the checkpoint's ``url`` in front of the message of a ``CheckpointError`` that the block raises."""
     try:
         yield
     except CheckpointError as error:

@@ -24,7 +24,7 @@ from dist_asgd.checkpoint.format.dcp_metadata import (
     object_item,
     stock_metadata,
 )
-from dist_asgd.checkpoint.format.torch_archive import ALIGNMENT
+from dist_asgd.checkpoint.format.torch_archive import PAYLOAD_ALIGNMENT
 from tests.support.items import DTYPES, SHAPES, item, raw_bytes, sample
 from tests.support.ranks import run_alone, run_ranks
 
@@ -35,7 +35,7 @@ def test_torch_loads_an_item(dtype, tmp_path):
     for shape in SHAPES:
         tensor = sample(dtype, shape)
         data = item(tensor)
-        assert len(item_head(dtype, shape)) % ALIGNMENT == 0
+        assert len(item_head(dtype, shape)) % PAYLOAD_ALIGNMENT == 0
         (tmp_path / "item").write_bytes(data)
         for loaded in (
             torch.load(io.BytesIO(data), weights_only=True),

@@ -1,4 +1,4 @@
-"""Uploads large files to object stores in equal parts, several at once, in bounded memory: all of the file or nothing."""
+"""Uploads large files to object stores in equal parts, several at once, in bounded memory: the whole file or nothing."""
 
 from __future__ import annotations
 

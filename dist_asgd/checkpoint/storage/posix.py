@@ -1,4 +1,4 @@
-"""Reads and writes local files by plain system calls: no buffer between a tensor's memory and the file, and one fsync."""
+"""Reads and writes local files by plain system calls, without a buffer between a tensor's memory and the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads and lists files of any store through fsspec; changes are made by the store's ``Uploads`` (storage/uploads.py)."""
+"""Reads and lists files of any remote store through fsspec; its ``Uploads`` (storage/uploads.py) change them."""
 
 from __future__ import annotations
 
