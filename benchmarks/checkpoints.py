@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpointing import resident, speed, traffic
-from benchmarks.processes import end_cleanly
 from benchmarks.table import print_table, write_json_lines
+from tests.support.processes import end_cleanly
 
 TABLES = ("bytes", "time", "latency", "memory", "async")
 

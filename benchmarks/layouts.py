@@ -36,12 +36,12 @@ from torch.optim import ASGD, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import contestants
-from benchmarks.memory import reachable
-from benchmarks.processes import end_cleanly, free_port, report, start_ranks
 from benchmarks.quiet import undisturbed
 from benchmarks.table import print_table, write_json_lines
 from dist_asgd import ShardedASGD
+from tests.support import contestants
+from tests.support.memory import reachable
+from tests.support.processes import end_cleanly, free_port, report, start_ranks
 
 LAYOUTS = ("zero", "ddp", "fsdp", "hsdp", "tp", "fsdp+tp")
 COST_LAYOUTS = ("fsdp", "hsdp", "tp")  # those in which every parameter is a DTensor

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks import contestants, netns
-from benchmarks.processes import end_cleanly, report
 from benchmarks.table import print_table, write_json_lines
+from tests.support import contestants, netns
+from tests.support.processes import end_cleanly, report
 
 NAMES = (
     "ours",

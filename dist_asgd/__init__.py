@@ -1,4 +1,4 @@
-"""Averaged SGD with its state sharded over ranks, averages to use, and checkpoints on any fsspec target."""
+"""Averaged SGD with its state sharded over ranks, further averages of weights, and checkpoints on any fsspec URL."""
 
 __version__ = "0.1.0"
 

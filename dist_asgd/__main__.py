@@ -1,4 +1,4 @@
-"""``python -m dist_asgd`` is the ``dist-asgd`` command."""
+"""Runs the ``dist-asgd`` command for ``python -m dist_asgd``."""
 
 import sys
 

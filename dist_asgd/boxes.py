@@ -1,4 +1,7 @@
-"""Boxes of tensors: intersections, cuts, and where a box lies in a row-major payload."""
+"""Boxes, which are axis-aligned blocks of N-d tensors: how they intersect, are cut, and lie in row-major memory.
+
+It is integer arithmetic only, without tensors.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,32 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """An axis-aligned block of an N-d tensor.
+
+    Attributes:
+        offsets: the index of its first element in each dim.
+        sizes: its number of elements along each dim.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """The number of elements; 1 without dims."""
+        return math.prod(self.sizes)
 
 
 def whole(shape: Sequence[int]) -> Box:
+    """Returns the box of all elements of a tensor of ``shape``."""
     return Box((0,) * len(shape), tuple(shape))
 
 
 def intersection(one: Box, other: Box) -> Box | None:
-    """What both have; None where they have no element in common. Boxes without dims are the one element."""
+    """Returns the box of the common elements, or None if there are none. Both boxes must have equally many dims."""
     starts = tuple(map(max, one.offsets, other.offsets))
     stops = [min(a + m, b + n) for a, m, b, n in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)]
     sizes = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
@@ -22,32 +42,32 @@ def intersection(one: Box, other: Box) -> Box | None:
 
 
 def within(box: Box, outer: Box) -> Box:
-    """``box`` in the coordinates of ``outer``."""
+    """Returns ``box`` with offsets counted from those of ``outer``."""
     return Box(tuple(mine - its for mine, its in zip(box.offsets, outer.offsets, strict=True)), box.sizes)
 
 
-def narrowed(data: Tensor, box: Box) -> Tensor:
-    """The view of the box."""
-    for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
-        data = data.narrow(dim, offset, size)
-    return data
-
-
 def cut(box: Box, most: int) -> Iterator[Box]:
-    """The box in parts of at most ``most`` elements (> 0), in row-major order, each a range of one of its dims."""
+    """Cuts the box into parts of at most ``most`` > 0 elements and yields them in row-major order.
+
+    The elements of each part are consecutive in the row-major order of the box.
+    """
     if box.numel <= most:
         yield box
         return
-    dim = next(dim for dim, size in enumerate(box.sizes) if size > 1)  # those before it are 1
+    dim = next(dim for dim, size in enumerate(box.sizes) if size > 1)  # every dim before it has size 1
     below = math.prod(box.sizes[dim + 1 :])
     for part in _along(box, dim, max(1, most // below)):
         yield from cut(part, most)
 
 
 def batches(tensors: Sequence[tuple[Sequence[int], int]], most: int) -> Iterator[list[tuple[int, Box]]]:
-    """All elements of ``tensors`` (shape, bytes of an element), in order, in batches of at most ``most`` bytes.
+    """Yields all elements of several tensors, in order, in batches of at most ``most`` bytes.
 
-    A batch has (number of the tensor, a box of it); of a tensor without elements an empty box.
+    A batch is a list of (index of the tensor, box of that tensor). A tensor without elements gives one empty box. A
+    batch has more bytes only if a single element has.
+
+    Args:
+        tensors: for each tensor its shape and the bytes of an element.
     """
     batch: list[tuple[int, Box]] = []
     size = 0
@@ -62,12 +82,13 @@ def batches(tensors: Sequence[tuple[Sequence[int], int]], most: int) -> Iterator
 
 
 def share(box: Box, count: int) -> list[Box]:
-    """The box in at most ``count`` parts that are as equal as cuts across one dim make them."""
+    """Cuts the box along its first dim of size > 1 into at most ``count`` parts, all but the last equally large."""
     dim = next((dim for dim, size in enumerate(box.sizes) if size > 1), None)
     return [box] if dim is None or count < 2 else list(_along(box, dim, -(-box.sizes[dim] // count)))
 
 
 def _along(box: Box, dim: int, step: int) -> Iterator[Box]:
+    """Cuts the box along ``dim`` into parts of at most ``step`` indices."""
     for start in range(0, box.sizes[dim], step):
         offsets, sizes = list(box.offsets), list(box.sizes)
         offsets[dim] += start
@@ -76,12 +97,15 @@ def _along(box: Box, dim: int, step: int) -> Iterator[Box]:
 
 
 def strides(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Of a row-major tensor, in elements."""
+    """Returns the strides, in elements, of a row-major tensor of ``sizes``."""
     return tuple(math.prod(sizes[dim + 1 :]) for dim in range(len(sizes)))
 
 
 def extent(box: Box, sizes: Sequence[int]) -> tuple[int, int]:
-    """``[start, stop)`` in elements: the shortest range of a row-major tensor of ``sizes`` that has the ``box``."""
+    """Returns the shortest flat range ``[start, stop)`` of a row-major tensor of ``sizes`` that contains the ``box``.
+
+    The box must have elements.
+    """
     steps = strides(sizes)
     start = sum(offset * step for offset, step in zip(box.offsets, steps, strict=True))
     last = sum((size - 1) * step for size, step in zip(box.sizes, steps, strict=True))
@@ -89,9 +113,10 @@ def extent(box: Box, sizes: Sequence[int]) -> tuple[int, int]:
 
 
 def cut_to_extents(box: Box, sizes: Sequence[int], most: int) -> Iterator[Box]:
-    """The box, in a row-major tensor of ``sizes``, in parts whose extents are at most ``most`` elements, or one row's.
+    """Cuts the box of a row-major tensor of ``sizes`` until the extent of every part is at most ``most`` elements.
 
-    Rows of a narrow box lie far apart: an extent that is cut holds less of what is between them.
+    The rows of a narrow box lie far apart, so the extents of its parts together hold fewer foreign elements than the
+    extent of the box.
     """
     start, stop = extent(box, sizes)
     dim = next((dim for dim, size in enumerate(box.sizes) if size > 1), None)
@@ -103,7 +128,7 @@ def cut_to_extents(box: Box, sizes: Sequence[int], most: int) -> Iterator[Box]:
 
 
 def tiles(boxes: Sequence[Box], shape: Sequence[int]) -> bool:
-    """Whether the boxes lie in a tensor of ``shape``, each of its elements in exactly one of them."""
+    """Returns whether the boxes cover a tensor of ``shape``: each element once, and nothing outside."""
     for box in boxes:
         if len(box.offsets) != len(shape) or len(box.sizes) != len(shape):
             return False
@@ -116,25 +141,13 @@ def _disjoint(boxes: list[Box]) -> bool:
     if len(boxes) < 2 or not boxes[0].sizes:
         return len(boxes) < 2
     boxes = sorted(boxes, key=lambda box: box.offsets)
-    reaching: list[Box] = []  # those that reach into the row where the next one begins
+    reaching: list[Box] = []  # boxes that reach into the row where the next one begins
     for box in boxes:
         reaching = [other for other in reaching if other.offsets[0] + other.sizes[0] > box.offsets[0]]
         if any(intersection(box, other) for other in reaching):
             return False
         reaching.append(box)
     return True
-
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """A block of an N-d tensor whose elements are consecutive in row-major order."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.sizes)
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:

@@ -12,15 +12,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_asgd._torch_private import (
+    load_state_dict_post_hooks,
+    load_state_dict_pre_hooks,
+    set_takes_scaled_gradients,
+    state_dict_post_hooks,
+    state_dict_pre_hooks,
+)
 from dist_asgd.asgd.schedule import own_options
 from dist_asgd.averages.kinds import Average
-from dist_asgd.averages.options import group_options, named_averages
+from dist_asgd.averages.options import group_options, named_averages, suffix_of
 from dist_asgd.buckets.base import Bucket, Setting
 from dist_asgd.buckets.build import build_buckets
 from dist_asgd.buckets.reducer import Reducer
 from dist_asgd.buckets.replicas import Replicas
 from dist_asgd.comm.consensus import Agreement
-from dist_asgd.comm.process_groups import default_group, group_of_its_own
+from dist_asgd.comm.process_groups import default_group, separate_group
 from dist_asgd.sharding.precision import Precision
 from dist_asgd.state_dict import (
     TORCH_OPTIONS,
@@ -35,57 +42,93 @@ from dist_asgd.step.consistency import argument_facts
 from dist_asgd.step.cuda_graphs import scaling_of
 from dist_asgd.step.forward_wait import ForwardWaits
 from dist_asgd.step.param_groups import add_agreed, add_checked
-from dist_asgd.step.sync import Settlement, take
-from dist_asgd.step.validation import built_for_another, check_arguments, check_state_dict, parameter_names
-from dist_asgd.swap import NOT_BOTH, Chosen, Swap, averages_in, refused_inside, restart_averaging, start_averaging
+from dist_asgd.step.sync import STEP, StepAgreement, update_and_gather
+from dist_asgd.step.validation import check_arguments, check_state_dict, parameter_names
+from dist_asgd.swap import NOT_BOTH, SwapGuard, refused_during_swap, restart_averaging, start_averaging, swapped
 from dist_asgd.wrappers import ParallelModules
 
 
 class ShardedASGD(torch.optim.Optimizer):
-    """Averaged SGD with the state sharded over ranks: what ``torch.optim.ASGD`` is, on 1 rank or 1,000.
+    """``torch.optim.ASGD`` with its state and its update sharded over the ranks of a process group.
 
-    Of plain parameters every rank holds all, updates its 1/N, and all-gathers the result. DTensors (FSDP2, HSDP,
-    tensor parallelism) and FSDP1's slices are recognised by themselves and stay where they are; ranks that have the
-    same of one share its state and update. In fp32 and fp64, parameters, ``ax``, ``eta``, ``mu`` and ``step`` are equal
-    to those of ``torch.optim.ASGD(foreach=False)`` bit for bit, given the same reduced gradients. The constructor,
-    ``step``, ``add_param_group``, ``clip_grad_norm_``, ``load_state_dict``, ``full_state_dict`` and
-    ``averaged_parameters`` are collective: every rank must call them.
+    Runs on one rank or on thousands, and on three kinds of parameters, which it tells apart by itself:
+
+    - Plain parameters, which every rank holds whole. Each rank updates 1/N of the elements and all-gathers the result
+      (ZeRO-1, or ZeRO-2 with ``gradients="local"``).
+    - DTensors (FSDP2, HSDP, tensor parallelism). Each rank updates its local block in place. Ranks with equal blocks
+      share the block's state and update.
+    - Slices of FSDP1 (``use_orig_params=True``). Each rank updates its slice in place.
+
+    Given equal reduced gradients, parameters, ``ax``, ``eta``, ``mu`` and ``step`` equal the ones of
+    ``torch.optim.ASGD(foreach=False)`` bit for bit in fp32, fp64 and complex dtypes.
+
+    Collective calls, which every rank must make in the same order and with the same arguments: the constructor,
+    ``step``, ``add_param_group``, ``clip_grad_norm_``, ``restart_averaging``, ``load_state_dict``, ``full_state_dict``
+    and ``averaged_parameters``. ``start_averaging`` sends nothing, but every rank must call it.
+
+    Source: B. T. Polyak and A. B. Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control
+    Optim. 30(4), 1992, as implemented in ``torch.optim.ASGD``; S. Rajbhandari et al., "ZeRO: Memory optimizations
+    toward training trillion parameter models", SC 2020.
 
     Args:
-        params: tensors, (name, tensor) pairs, or groups (dicts) of either. Plain ones become views of flat buckets, so
-            build the optimizer after ``model.to(...)``, ``fully_shard(...)`` and the like. ``model.named_parameters()``
-            gives errors and checkpoints names.
-        lr, lambd, alpha, t0, weight_decay, maximize: as in ``torch.optim.ASGD``; groups may have their own.
-            Averaging starts ``t0`` steps into training: by default 1e6, or 0 where ``average`` is given. Numbers >= 0;
-            ``t0=math.inf`` never averages.
-        lr_on_time: whether an ``lr`` that is set acts in the next step; in torch it does in the one after that.
-        eta_decay: what ``lambd`` is to the step size, ``lr / (1 + eta_decay * lr * steps) ** alpha``; None: ``lambd``.
-        gradients: of plain parameters. ``"local"``: each rank has gradients of its own; they are averaged by a
-            reduce-scatter that runs during backward, and a bucket's whole gradients are freed as it goes (ZeRO-2).
-            Parameters start as rank 0's. ``"reduced"``: DistributedDataParallel has averaged them; only state and
-            update are sharded (ZeRO-1). They must be the same on every rank, as the first step checks: a rank reads
-            those of its own shard only. ``"sharded"``: parameters and gradients are this rank's own slices.
-        process_group: the ranks to shard over; None for the default group, or one process without torch.distributed.
-        find_unused_parameters: with ``"local"``, a parameter may lack a gradient on some ranks (it counts as zeros) or
-            on all (it is skipped, as in torch). Costs one small all-reduce a step. Without it that is an error.
-        bucket_bytes: size of the buckets in which gradients and parameters travel.
-        master_weights: keep fp32 masters of bf16 and fp16 parameters. Without, updates in fp32 are rounded once.
-        average_dtype: dtype of ``ax``; None for fp32 or the parameter's dtype, whichever is wider.
-        average: its kind, ``Uniform``, ``EMA``, ``PolynomialDecay`` or ``Tail``; None for torch's, the uniform one. A
-            mapping of names to kinds keeps several: the first is ``ax``, others have their names, as ``ax_ema``.
-        wire_dtype: in which gradients of plain parameters are sent, and parameters if it is narrower than theirs:
-            ``torch.bfloat16`` halves the bytes. Sums are fp32; parameters become roundings of fp32 masters.
-        stochastic_rounding: round bf16 parameters without masters by chance, so that the smallest steps still add up.
-        shard_replicas: share the state of a DTensor among the ranks that have the same of it; False: each keeps all.
-        capturable: CUDA graphs can hold ``step()``, and GradScaler does not make the host wait: ``step``, ``eta`` and
-            ``mu`` are on the device. Replays read an ``lr`` that is a tensor there; any other change of options or
-            state (``start_averaging()``, loading) takes a new capture. One rank, or DTensors as if unshared.
-        module: the model. Given, ``step()`` returns while the all-gather of plain parameters is under way, and modules
-            wait before their forward, the members of ``ModuleList``s and ``Sequential``s for their own parameters. Call
-            ``synchronize()`` before they are read in any other way. ``averaged_parameters()`` needs it under FSDP.
+        params (iterable): tensors, (name, tensor) pairs, or dicts (param groups) of either, as ``torch.optim`` takes
+            them. Floating-point (not fp8) or complex leaf tensors with dense memory. ``model.named_parameters()`` gives
+            messages and checkpoints the names of parameters. Plain parameters become views of flat buckets, so build
+            the optimizer after ``model.to(...)``, ``fully_shard(...)`` and any other change of the parameters.
+        lr (float or 1-element Tensor, >= 0, default 1e-2): learning rate. After s steps the step size is
+            ``eta = lr / (1 + eta_decay * lr * s) ** alpha``. This option and the ones up to ``eta_decay`` are defaults
+            of the param groups, each of which may have its own.
+        lambd (float >= 0, default 1e-4): decay term. Each step multiplies the parameters by ``1 - lambd * eta``.
+        alpha (float >= 0, default 0.75): exponent of the fall of ``eta``.
+        t0 (float >= 0 or None, default None): number of steps before averaging starts; step ``t0 + 2`` is the first one
+            that the average holds. None is 1e6, as in torch, and 0 if ``average`` is given. ``math.inf`` never
+            averages; ``start_averaging()`` sets ``t0`` to now.
+        weight_decay (float >= 0, default 0): L2 penalty, added to the gradient as ``weight_decay * param``.
+        maximize (bool, default False): ascend instead of descend.
+        lr_on_time (bool, default False): whether a changed ``lr`` acts in the next step. As in torch, by default it
+            acts one step later, because ``eta`` is computed at the end of a step. Set it when a scheduler's values must
+            act on the steps that they are for. Not with ``capturable=True``.
+        eta_decay (float >= 0 or None, default None): rate at which ``eta`` falls; None is ``lambd``, as in torch. Set
+            it to choose the fall of the step size apart from the decay of the parameters.
+        gradients ("local", "reduced" or "sharded", default "local"): who averages the gradients of plain parameters.
+
+            - ``"local"``: this optimizer, by reduce-scatters that run during backward and free each bucket's whole
+              gradients. Parameters start with the values of rank 0. For a model that nothing else wraps.
+            - ``"reduced"``: DistributedDataParallel or other code, so that gradients are equal on every rank. The first
+              steps compare samples of them, since each rank reads only the gradients of its shard.
+            - ``"sharded"``: nobody; plain parameters and their gradients are this rank's own slices.
+        process_group (ProcessGroup or None, default None): ranks to shard over. None is the default group, or this
+            process alone if ``torch.distributed`` is not initialized. Set it to train on some of the ranks.
+        find_unused_parameters (bool, default False): whether, with ``gradients="local"``, a parameter may lack a
+            gradient on some ranks (which count as zeros) or on all ranks (then it is skipped, as in torch). Costs one
+            small all-reduce a step. False raises an error for a missing gradient.
+        bucket_bytes (int > 0, default 25 MiB): size of the buckets in which plain parameters and their gradients
+            travel. Smaller ones overlap better and take less memory, larger ones need fewer collectives.
+        master_weights (bool, default True): whether bf16 and fp16 parameters have fp32 masters, 4 bytes an element over
+            all ranks. False rounds each fp32 update to the parameter's dtype, which loses small updates.
+        average_dtype (floating-point dtype or None, default None): dtype of ``ax``. None is fp32, or the parameter's
+            dtype if that is wider. Set it to spend less, or more, memory on the average.
+        average (Average, mapping of names to them, or None; default None): kind of average: ``Uniform``, ``EMA``,
+            ``PolynomialDecay`` or ``Tail``. None is torch's, ``Uniform()``. A mapping keeps several averages; the first
+            one is ``ax`` in the state, the others are ``ax_<name>``.
+        wire_dtype (bf16, fp16, fp32, fp64 or None; default None): dtype in which gradients of plain parameters are
+            sent, and also parameters where it is narrower than theirs. None is the parameter's dtype. bf16 halves the
+            bytes of fp32. Sums are fp32 or wider. 2-byte dtypes need ``master_weights=True``.
+        stochastic_rounding (bool, default False): whether bf16 parameters without masters are rounded up or down by
+            chance, so that small updates add up on average. Needs ``master_weights=False``.
+        shard_replicas (bool, default True): whether ranks that hold equal blocks of a DTensor share its state, at the
+            cost of an all-gather a step. False keeps all of a block's state on each of these ranks.
+        capturable (bool, default False): whether ``step``, ``eta`` and ``mu`` are kept on the GPU, so that a CUDA graph
+            can hold ``step()`` and GradScaler never makes the host wait. For one rank, or for DTensors, which then do
+            not share state; with torch's average only. A replay reads an ``lr`` that is a tensor on the GPU; any other
+            change of options or state (``start_averaging()``, loading) takes a new capture.
+        module (nn.Module or None, default None): the model. With it, ``step()`` returns while plain parameters are
+            still being gathered, modules wait for them before their forward, and ``synchronize()`` must be called
+            before parameters are read elsewhere. ``averaged_parameters()`` and ``no_sync()`` need it under FSDP.
 
     Raises:
-        ValueError, TypeError: bad arguments, or arguments that differ between ranks; the same error on every rank.
+        TypeError, ValueError: for arguments that are out of range, that do not fit together or that differ between
+            ranks; the same error on every rank.
     """
 
     def __init__(
@@ -114,63 +157,91 @@ class ShardedASGD(torch.optim.Optimizer):
         module: nn.Module | None = None,
         **unknown: NoReturn,  # refused in the body, where every rank hears of it
     ) -> None:
-        arguments: dict[str, Any] = {"gradients": gradients, "find_unused_parameters": find_unused_parameters}
+        # Arguments that are no options of param groups. Every rank must pass equal ones.
         precision = Precision(master_weights, average_dtype, wire_dtype, stochastic_rounding, capturable)
+        arguments: dict[str, Any] = {"gradients": gradients, "find_unused_parameters": find_unused_parameters}
         arguments |= {"bucket_bytes": bucket_bytes, "shard_replicas": shard_replicas, **asdict(precision)}
-        ranks = self._prepare(default_group(process_group), arguments, module)
+        # Defaults of the param groups.
         t0 = t0 if t0 is not None else 1e6 if average is None else 0
         options: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
         options |= {"maximize": maximize, **TORCH_OPTIONS, "capturable": capturable}
+        # Connect the ranks first, then check on all of them, compare, and build the buckets.
+        self._connect(default_group(process_group), arguments, module)
         with self._agreement.together("ShardedASGD()"):
             check_arguments(**arguments, module=module, unknown=unknown)
             averages = named_averages(average)
-            self._setting = Setting(*ranks, precision, averages, bucket_bytes, weakref.proxy(self._settlement))
+            self._setting = self._make_setting(precision, averages)
             super().__init__(params, options | own_options(lr_on_time, eta_decay) | group_options(averages))
             facts = argument_facts(arguments, self.param_groups, 0)
         self._agreement.require_equal("the arguments of the optimizer", facts)
-        self._build(0)
+        self._build_buckets(first=0)
         self.state = StateView(self.param_groups, self._buckets)  # type: ignore[assignment]
 
-    @refused_inside()
+    @refused_during_swap()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as ``torch.optim.Optimizer`` does; also after training began. Collective."""
-        if not self._params:  # in the constructor
+        """Adds a param group, as ``torch.optim.Optimizer`` does; also after training has begun. Collective.
+
+        Args:
+            param_group: dict with ``"params"`` and any options that differ from the defaults.
+
+        Raises:
+            ValueError, TypeError: the same on every rank, where parameters or options are bad or differ between ranks;
+                nothing is added then.
+        """
+        if not self._buckets:  # called by the constructor of torch.optim.Optimizer, inside a block of together()
             add_checked(self, param_group, self._setting, self._agreement)
             return
         first = len(self.param_groups)
         self.synchronize()
-        self._settlement.align("add_param_group()", self._all_buckets(), self._misuse())
+        self._step_agreement.agree_on("add_param_group()", self.param_groups, self._all_buckets())
         add_agreed(self, param_group, self._setting, self._agreement, self._arguments)
-        self._build(first)
+        self._build_buckets(first)
 
-    @refused_inside()
+    @refused_during_swap()
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step: waits for each bucket's gradients, updates this rank's shard, starts its all-gather. Collective.
+        """Takes one step. Collective.
 
-        Without plain parameters, ranks exchange nothing but what is updated, from the second step on.
+        The ranks exchange some integers on the CPU and the updated parameters; with ``gradients="local"``, also the
+        gradients that backward has not reduced. Without plain parameters, only replicas of DTensors exchange anything
+        from the second step on.
 
         Args:
-            closure: re-evaluates the model and returns the loss, which is returned.
+            closure: computes the loss and the gradients again, and returns the loss.
+
+        Returns:
+            What ``closure`` returns; None without it.
 
         Raises:
-            RuntimeError, ValueError: on every rank the same, where any rank has a gradient missing, sparse or of
-                another shape, a parameter that became one of another kind, or options of its own. Nothing has changed.
+            RuntimeError, ValueError: the same on every rank, where on any rank a gradient is missing, sparse or of
+                another shape, a parameter is not what the optimizer was built for, or options are bad or differ.
+                Parameters and state are unchanged then. Without plain parameters, from the second step on, an error
+                stays on its rank, and options that differ are an error of the next other collective call.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        settled = self._settlement.settle("step()", self.param_groups, self._all_buckets(), self._misuse())
-        self._settlement.warn_if_orphaned(settled)
-        take(settled, self._buckets, scaling_of(self))
+
+        # Check, agree with the other ranks on what the step does, and finish reducing the gradients.
+        plan = self._step_agreement.agree_and_reduce(STEP, self.param_groups, self._all_buckets())
+        self._step_agreement.warn_of_unused(plan)
+
+        # Update this rank's shard of each bucket, and start its all-gather.
+        update_and_gather(plan, self._buckets, scaling_of(self))
+
+        # Wait for the all-gathers that no module will wait for in its forward.
         for bucket in self._all_buckets():
-            if not self._waits.covers(bucket):
+            if not self._forward_waits.covers(bucket):
                 bucket.wait()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch. With None, the memory of reduced gradients is freed."""
+        """Drops all gradients, as in torch; the memory of reduced gradients is freed. Not collective.
+
+        Args:
+            set_to_none: False sets the gradients to zero instead.
+        """
         self._reducer.close_pass()
         super().zero_grad(set_to_none)
         if set_to_none:
@@ -179,122 +250,173 @@ class ShardedASGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Scales all gradients so that the norm of all of them together is at most ``max_norm``. Collective.
+        """Scales all gradients in place so that their common norm is at most ``max_norm``. Collective.
 
-        The meaning of ``torch.nn.utils.clip_grad_norm_``, over the whole model, each element counted once.
+        Does what ``torch.nn.utils.clip_grad_norm_`` does to whole gradients, over the whole model, with each element
+        counted once.
 
         Args:
-            max_norm: >= 0; ``math.inf`` only measures.
-            norm_type: > 0, may be ``math.inf`` or ``"inf"``.
+            max_norm: at least 0. ``math.inf`` changes no gradient and only returns the norm.
+            norm_type: greater than 0, ``math.inf`` and ``"inf"`` included.
 
         Returns:
-            0-dim tensor: the total norm before clipping.
+            0-dim tensor: the norm before clipping, in fp32 or wider.
 
         Raises:
-            RuntimeError, ValueError: on every rank the same; as ``step``, and for arguments out of range.
+            ValueError: on every rank, for arguments out of range.
+            RuntimeError: the same on every rank, where arguments differ between ranks, and for whatever ``step`` would
+                raise.
         """
-        buckets, group, error = self._all_buckets(), self._setting.group, self._misuse()
-        return clip_(self._settlement, self.param_groups, buckets, (max_norm, norm_type), group, error)
+        buckets = self._all_buckets()
+        return clip_(self._step_agreement, self.param_groups, buckets, self._setting.group, max_norm, norm_type)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, backward accumulates on this rank and sends nothing; FSDP and DDP only if ``module`` was given.
+        """Inside the block, backward accumulates gradients on this rank and sends nothing.
 
-        The first backward after it, or ``step()``, reduces all that was accumulated; for FSDP and DDP only a backward.
+        The first backward after the block reduces all that was accumulated, and so does ``step()``. The ``no_sync`` of
+        FSDP and DistributedDataParallel is entered as well if the optimizer was given ``module``; their gradients are
+        reduced by a backward only.
         """
         with self._modules.no_sync(), self._reducer.suspended():
             yield
 
     @contextlib.contextmanager
     def averaged_parameters(self, name: str | None = None) -> Iterator[None]:
-        """Inside, parameters hold their averages; after it, exactly what they held before. Collective.
+        """Inside the block, parameters hold their averages; afterwards, exactly what they held before. Collective.
 
-        If the block raises on one rank only, that rank waits some seconds for the others to leave theirs, then lets it
-        out; its parameters are complete when they have (``synchronize()`` waits for that). Parameters without an
-        average keep their values. What is written to any inside is dropped. Backward accumulates as in ``no_sync()``.
-        Steps, loading and whatever reads the state to save it raise ``RuntimeError`` inside; so does this in another
-        thread while they run. Before it, as before a step, wait for what still copies parameters in the background
-        (``async_save`` with a stager that does). Extra memory: 1/N of the parameters.
+        Parameters without an average keep their values. Writes to parameters inside the block are dropped. Backward
+        inside the block accumulates as in ``no_sync()``. Each rank needs extra memory for 1/N of the parameters.
+
+        If the block raises on one rank only, that rank leaves after waiting some seconds for the other ranks. Its
+        parameters are complete when the other ranks have left their blocks; ``synchronize()`` waits for that.
+
+        Before the block, as before a step, wait for code that copies parameters in the background (``async_save`` of
+        ``torch.distributed.checkpoint`` with such a stager).
 
         Args:
-            name: of one of several averages, the same on every rank; None for the first.
+            name: which of several averages, the same on every rank; None for the first.
 
         Raises:
-            ValueError, RuntimeError: on every rank the same, with nothing changed.
+            ValueError: on every rank, where there is no average ``name``; nothing has changed then.
+            RuntimeError: the same on every rank, where FSDP modules outside of ``module`` hold copies of parameters,
+                where ranks differ, or where parameters are not what the optimizer was built for. On this rank alone,
+                inside another such block, or while another thread is in ``step()`` or reads or loads the state. Inside
+                the block, calls that step, load, or read the state to save it raise ``RuntimeError``.
         """
-        chosen, buckets, error = Chosen(self._setting.averages, name), self._all_buckets(), self._misuse()
-        with self._swap.entered(), averages_in(buckets, chosen, self._settlement, self._modules, error):
-            yield
+        buckets = self._all_buckets()
+        with self._swap_guard.swapping():
+            self._complete_parameters()
+            with self._step_agreement.together("averaged_parameters()"):
+                self._step_agreement.check_groups(self.param_groups)
+                self._step_agreement.check_parameters(buckets)
+                self._modules.require_known_copies([param for bucket in buckets for param in bucket.params])
+                suffix = suffix_of(self._setting.averages, name)
+            if len(self._setting.averages) > 1:
+                self._agreement.require_equal("the average to swap in", [("state", f"ax{suffix}")])
+            # Suspended: reductions of a backward on one rank must not come between the all-gathers of all ranks.
+            with swapped(buckets, suffix, self._modules), self._reducer.suspended():
+                yield
 
     def start_averaging(self) -> None:
-        """Starts the average now: sets ``t0`` of every group to the steps taken so far. Every rank must do so.
+        """Starts averaging now: sets ``t0`` of every param group to the steps taken so far. Every rank must call it.
 
-        As in torch with that ``t0``, the second step from now is the first that the average holds. An average that was
-        under way starts afresh with that step, and is what it was until then. A ``Tail`` that would begin later does.
+        As in torch with that ``t0``, the second step from now is the first one that the average holds. An average that
+        has begun keeps its value until that step, and begins anew with it. A ``Tail`` that would begin later still
+        does. Sends nothing.
         """
         start_averaging(self.param_groups, self._buckets)
 
-    @refused_inside()
+    @refused_during_swap()
     def restart_averaging(self) -> None:
-        """Forgets all averages, and starts them afresh now, as after a change of data or learning rate. Collective.
+        """Forgets all averages and begins them anew now, as after a change of data or learning rate. Collective.
 
-        Unlike ``start_averaging()``, at once: until the second step from now, which is the first that each average
-        holds, averages are the parameters themselves and take no memory. And all of them: a ``Tail`` begins now, too,
-        and those of parameters that are frozen by now are forgotten with the others.
+        Unlike ``start_averaging()`` it acts at once and on every average: on a ``Tail`` that would begin later, and on
+        parameters that are frozen. The second step from now is the first one that each average holds. Until then the
+        averages are the parameters themselves and take no memory.
+
+        Raises:
+            RuntimeError: the same on every rank, where parameters are not what the optimizer was built for, or ranks
+                differ; inside ``averaged_parameters()``, on this rank alone.
         """
-        self._settlement.align("restart_averaging()", self._all_buckets(), self._misuse())
+        self._step_agreement.agree_on("restart_averaging()", self.param_groups, self._all_buckets())
         restart_averaging(self.param_groups, self._buckets)
 
     def synchronize(self) -> None:
-        """Waits until all parameters are complete. Needed only with ``module``, before they are read elsewhere."""
+        """Waits until all parameters are complete.
+
+        Needed only with ``module``, before parameters are read other than by the forward of a module.
+        """
         for bucket in self._all_buckets():
             bucket.wait()
 
     # State dicts -----------------------------------------------------------------------------------------------------
 
-    @refused_inside(NOT_BOTH)
+    @refused_during_swap(NOT_BOTH)
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict, with ``ax`` (and ``master``) as this rank's pieces. No communication.
+        """Returns torch's state dict, in which ``ax`` and ``master`` are this rank's pieces. Sends nothing.
 
-        ``torch.distributed.checkpoint`` saves and loads it with any number of ranks; ``get_optimizer_state_dict`` gives
-        it by names, also where it is asked for a full state dict: that is ``full_state_dict()``. ``step``, ``eta`` and
-        ``mu`` are 0-dim tensors on the CPU. With one rank the tensors are whole.
+        ``step``, ``eta`` and ``mu`` are 0-dim tensors on the CPU. With one rank, ``ax`` and ``master`` are whole.
+        ``torch.distributed.checkpoint`` saves the dict and loads it on any number of ranks. With torch's
+        ``get_optimizer_state_dict``, the dict is keyed by parameter names, and stays sharded even where a full state
+        dict is asked for; ``full_state_dict()`` returns one.
+
+        Raises:
+            RuntimeError: on this rank alone, where parameters are not what the optimizer was built for, and inside
+                ``averaged_parameters()``.
         """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+        for pre_hook in state_dict_pre_hooks(self).values():
             pre_hook(self)
-        self._complete()
-        if error := self._misuse():
-            raise error
+        self._complete_parameters()
+        self._step_agreement.check_groups(self.param_groups)
         for bucket in self._all_buckets():
             bucket.check_parameters()
         state_dict = sharded_state_dict(self.param_groups, self._buckets)
-        return passed_through(self._optimizer_state_dict_post_hooks, self, state_dict)
+        return passed_through(state_dict_post_hooks(self), self, state_dict)
 
-    @refused_inside(NOT_BOTH)
+    @refused_during_swap(NOT_BOTH)
     def full_state_dict(self) -> dict[str, Any]:
-        """A plain ``torch.optim.ASGD`` state dict of whole CPU tensors on rank 0, ``{}`` on the others. Collective."""
-        self._complete()
-        self._settlement.align("full_state_dict()", self._all_buckets(), self._misuse())
+        """Returns a plain ``torch.optim.ASGD`` state dict of whole CPU tensors on rank 0. Collective.
+
+        fp32 masters are left out, because torch has none.
+
+        Returns:
+            The state dict on rank 0, ``{}`` on other ranks.
+
+        Raises:
+            RuntimeError: the same on every rank, where parameters are not what the optimizer was built for, and for
+                FSDP1's slices without ``module``; inside ``averaged_parameters()``, on this rank alone.
+        """
+        self._complete_parameters()
+        self._step_agreement.agree_on("full_state_dict()", self.param_groups, self._all_buckets())
         if any(bucket.uneven for bucket in self._all_buckets()):
             return self._modules.full_state_dict(self, self._agreement.rank)
         return full_state_dict(self.param_groups, self._buckets, self._agreement)
 
-    @refused_inside()
+    @refused_during_swap()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads ``state_dict()``, ``full_state_dict()`` (every rank passes it) or ``torch.optim.ASGD``'s. Collective.
+        """Loads a state dict of this class or of ``torch.optim.ASGD``. Collective.
+
+        Args:
+            state_dict: the result of ``state_dict()``, of ``full_state_dict()`` on rank 0, which every rank must pass,
+                or of ``torch.optim.ASGD.state_dict()``.
 
         Raises:
-            ValueError: on every rank the same, where it does not fit; nothing has changed then.
+            ValueError, TypeError: the same on every rank, where the state dict does not fit or differs between ranks;
+                nothing has changed then.
+            RuntimeError: the same on every rank, where parameters are not what the optimizer was built for; inside
+                ``averaged_parameters()``, on this rank alone.
         """
-        self._complete()
-        self._settlement.align("load_state_dict()", self._all_buckets(), self._misuse())
-        with self._agreement.together("load_state_dict()"):
+        self._complete_parameters()
+        with self._step_agreement.together("load_state_dict()"):
+            self._step_agreement.check_groups(self.param_groups)
+            self._step_agreement.check_parameters(self._all_buckets())
             check_state_dict(state_dict)
-            state_dict = passed_through(self._optimizer_load_state_dict_pre_hooks, self, dict(state_dict))
+            state_dict = passed_through(load_state_dict_pre_hooks(self), self, dict(state_dict))
             loaded = plan_load(self.param_groups, self._buckets, state_dict)
         self._agreement.require_equal("the state dict", loaded.facts())
         loaded.apply()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+        for post_hook in load_state_dict_post_hooks(self).values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -305,42 +427,42 @@ class ShardedASGD(torch.optim.Optimizer):
 
     # Internals -------------------------------------------------------------------------------------------------------
 
-    def _prepare(
-        self, group: dist.ProcessGroup | None, arguments: dict[str, Any], module: nn.Module | None
-    ) -> tuple[int, int, dist.ProcessGroup | None]:
-        """Makes what needs no parameters: first of all, that by which ranks agree. Collective.
-
-        Returns the rank among the ranks of the optimizer, their number, and a group of them.
-        """
+    def _connect(self, group: dist.ProcessGroup | None, arguments: dict[str, Any], module: nn.Module | None) -> None:
+        """Connects the ranks of ``group``, and makes all that needs no parameters. Collective."""
         agreement = self._agreement = Agreement(group)
-        self._buckets: list[list[Bucket]] = []  # by group
-        self._params: list[list[Tensor]] = []  # by group, as they were added
-        self._reducer, self._waits, self._modules = Reducer(), ForwardWaits(module), ParallelModules(module)
-        self._alone, self._arguments, self._swap = group is None, arguments, Swap()
-        self._settlement = Settlement(agreement, self._reducer, self._waits, arguments["find_unused_parameters"])
+        self._arguments = arguments
+        self._buckets: list[list[Bucket]] = []  # one list for each param group
+        self._reducer, self._forward_waits = Reducer(), ForwardWaits(module)
+        self._modules, self._swap_guard = ParallelModules(module), SwapGuard()
+        find_unused = arguments["find_unused_parameters"]
+        self._step_agreement = StepAgreement(
+            agreement, self._reducer, self._forward_waits, find_unused=find_unused, alone=group is None
+        )
         capturable = arguments["capturable"]
         self._replicas = Replicas(agreement, group, arguments["shard_replicas"] and not capturable)  # none in a graph
-        self._step_supports_amp_scaling = capturable  # by which GradScaler knows that step() takes scaled gradients
-        return agreement.rank, agreement.world_size, group_of_its_own(group)
+        set_takes_scaled_gradients(self, capturable)
+        self._group = separate_group(group)
+
+    def _make_setting(self, precision: Precision, averages: Mapping[str, Average]) -> Setting:
+        rank, world_size = self._agreement.rank, self._agreement.world_size
+        bucket_bytes = self._arguments["bucket_bytes"]
+        reducing = weakref.proxy(self._step_agreement)  # buckets must not keep the optimizer's parts alive
+        return Setting(rank, world_size, self._group, precision, averages, bucket_bytes, reducing)
 
     def _all_buckets(self) -> list[Bucket]:
         return [bucket for buckets in self._buckets for bucket in buckets]
 
-    def _misuse(self) -> RuntimeError | None:
-        return built_for_another(self._alone, self.param_groups, self._params)
-
-    def _complete(self) -> None:
-        """Before parameters are looked at or changed other than by a step."""
+    def _complete_parameters(self) -> None:
+        """Waits for all-gathers and drops FSDP's whole copies, before parameters are read or changed but by a step."""
         self.synchronize()
         self._modules.drop_copies()
 
-    def _build(self, first: int) -> None:
-        """Makes the buckets of the groups from ``first`` on."""
+    def _build_buckets(self, first: int) -> None:
+        """Builds the buckets of the param groups from index ``first`` on. Collective."""
         for number, group in enumerate(self.param_groups[first:], start=first):
             named = dict(zip(group["params"], parameter_names(group, number), strict=True))
             buckets = build_buckets(named, self._arguments["gradients"], self._setting, self._replicas)
             self._buckets.append(buckets)
-            self._params.append(list(group["params"]))
-            self._waits.attach(buckets)
+            self._step_agreement.add_group(group["params"])
+            self._forward_waits.attach(buckets)
             self._reducer.add(buckets)
-        self._settlement.start_again()

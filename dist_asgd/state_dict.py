@@ -1,4 +1,4 @@
-"""The optimizer's state by parameter: torch's dicts made from shards, and shards filled from dicts."""
+"""Conversion between the shards of the optimizer's state and torch's state dicts: sharded, whole, and loading both."""
 
 from __future__ import annotations
 
@@ -19,21 +19,24 @@ from dist_asgd.sharding.placement import Placement
 from dist_asgd.sharding.saved_state import has_begun
 from dist_asgd.sharding.sharded_state import ScalarCopy
 from dist_asgd.step.consistency import option_facts
-from dist_asgd.step.validation import some_of
+from dist_asgd.step.validation import Groups, some_of
 
-Groups = list[dict[str, Any]]  # optimizer.param_groups
 GroupBuckets = list[list[Bucket]]  # the buckets of each group
 
-# Options of torch.optim.ASGD that choose its implementation. The groups have them so that state dicts go both ways; of
-# these, ``capturable`` alone means something here, and is the optimizer's.
+# Options of torch.optim.ASGD that choose its implementation. Param groups have them so that torch.optim.ASGD can load
+# their state dicts. Only ``capturable`` has a meaning here, and all groups have the optimizer's.
 TORCH_OPTIONS = {"foreach": None, "differentiable": False, "capturable": False}
 
 
 class StateView(Mapping[Tensor, dict[str, Any]]):
-    """``optimizer.state``: for each parameter the dict that torch has there, made when it is asked for.
+    """``optimizer.state``: a read-only mapping of parameters to torch's state of each, made from shards on demand.
 
-    It has an entry for every parameter from the beginning. torch's ``get_optimizer_state_dict`` takes an empty state
-    as a reason to run a fake step, which would change the training (pytorch#164929).
+    Every parameter has an entry from the beginning, because torch's ``get_optimizer_state_dict`` runs a fake step for
+    an empty state, which would change the training (pytorch#164929).
+
+    Args:
+        groups: ``optimizer.param_groups``.
+        buckets: the buckets of each group.
     """
 
     def __init__(self, groups: Groups, buckets: GroupBuckets) -> None:
@@ -56,7 +59,12 @@ class StateView(Mapping[Tensor, dict[str, Any]]):
 
 
 def sharded_state_dict(groups: Groups, buckets: GroupBuckets) -> dict[str, Any]:
-    """torch's state dict, in which ``ax`` and ``master`` are this rank's pieces. No communication."""
+    """Returns torch's state dict, in which ``ax`` and ``master`` are this rank's pieces. Sends nothing.
+
+    Args:
+        groups: ``optimizer.param_groups``.
+        buckets: the buckets of each group.
+    """
     ids = _parameter_ids(groups)
     state = {}
     for group, of_group in zip(groups, buckets, strict=True):
@@ -67,9 +75,13 @@ def sharded_state_dict(groups: Groups, buckets: GroupBuckets) -> dict[str, Any]:
 
 
 def full_state_dict(groups: Groups, buckets: GroupBuckets, agreement: Agreement) -> dict[str, Any]:
-    """torch's state dict with whole tensors on rank 0's CPU; ``{}`` on the others. Collective.
+    """Returns torch's state dict with whole tensors on the CPU on rank 0, and ``{}`` on other ranks. Collective.
 
-    As in torch, a parameter that has not taken a step has no state.
+    As in torch, a parameter that has not taken a step has no state. fp32 masters are left out.
+
+    Args:
+        groups: ``optimizer.param_groups``.
+        buckets: the buckets of each group, none of them of slices.
     """
     ids = _parameter_ids(groups)
     state: dict[int, dict[str, Any]] = {}
@@ -100,19 +112,19 @@ def full_state_dict(groups: Groups, buckets: GroupBuckets, agreement: Agreement)
 
 @dataclass(frozen=True, slots=True)
 class StateDictLoad:
-    """A state dict that fits, on its way in."""
+    """Validated state dict, matched with the optimizer's parameters. Nothing changes before ``apply``."""
 
     groups: Groups
-    options: list[dict[str, Any]]  # by group
-    states: list[tuple[Bucket, dict[int, Mapping[str, Any]]]]  # by bucket, by position of the parameter
+    options: list[dict[str, Any]]  # the options to load into each group
+    states: list[tuple[Bucket, dict[int, Mapping[str, Any]]]]  # each bucket with its parameters' state, by position
 
     def facts(self) -> Facts:
-        """What must be the same on every rank: the options, and the scalars of every parameter."""
+        """Returns what must be equal on every rank: the options of groups, and the scalars of every parameter."""
         facts: Facts = []
         for number, (group, options) in enumerate(zip(self.groups, self.options, strict=True)):
             facts += option_facts(Hyperparameters.of({**group, **options}), number)
         for bucket, states in self.states:
-            if bucket.uneven:  # ranks have state of what they have elements of
+            if bucket.uneven:  # a rank has state only of slices that have elements
                 continue
             for position, name in enumerate(bucket.names):
                 state = states.get(position)
@@ -123,6 +135,7 @@ class StateDictLoad:
 
     @torch.no_grad()
     def apply(self) -> None:
+        """Copies the state into the shards, and the options into the groups. Not collective."""
         for bucket, states in self.states:
             bucket.shard.load_state(states)
         for group, options in zip(self.groups, self.options, strict=True):
@@ -133,9 +146,16 @@ class StateDictLoad:
 
 
 def plan_load(groups: Groups, buckets: GroupBuckets, state_dict: Mapping[str, Any]) -> StateDictLoad:
-    """Matches ``state_dict``, ours or torch's, whole or sharded, by any parameter ids, with parameters.
+    """Validates a state dict and matches it with parameters, by their order in the groups. Changes nothing.
 
-    Raises ``ValueError`` where it does not fit, ``TypeError`` where it is no state dict.
+    Args:
+        groups: ``optimizer.param_groups``.
+        buckets: the buckets of each group.
+        state_dict: state dict of ``ShardedASGD`` or ``torch.optim.ASGD``, sharded or whole, with any parameter ids.
+
+    Raises:
+        ValueError: where it does not fit.
+        TypeError: where it is not built like a state dict.
     """
     missing = {"state", "param_groups"} - state_dict.keys()
     if missing:
@@ -171,6 +191,7 @@ def plan_load(groups: Groups, buckets: GroupBuckets, state_dict: Mapping[str, An
 
 
 def _bucket_state(bucket: Bucket, group: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the sharded state of each parameter of ``bucket``, by position."""
     shard, state = bucket.shard, []
     tensors = shard.tensors()
     for position, scalars in enumerate(shard.scalars(Hyperparameters.of(group))):
@@ -182,7 +203,7 @@ def _bucket_state(bucket: Bucket, group: Mapping[str, Any]) -> list[dict[str, An
 
 
 def _scalar_tensors(scalars: Scalars, bucket: Bucket) -> dict[str, Tensor]:
-    """0-dim tensors of torch's dtype, on the CPU; a step beyond fp32's integers is kept in fp64."""
+    """Returns scalars as 0-dim CPU tensors in torch's dtype; a step beyond fp32's integers is in fp64."""
     dtype = scalar_dtype()
     return {
         "step": torch.tensor(scalars.step, dtype=torch.float64 if scalars.step > 2**24 else dtype, device="cpu"),
@@ -204,7 +225,10 @@ def _exported_groups(groups: Groups, ids: Mapping[int, int]) -> list[dict[str, A
 
 
 def _saved_ids(groups: Groups, saved: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """By group, the ids under which the parameters were saved, in the order of ours. Raises ``ValueError``."""
+    """Returns the ids under which each group's parameters were saved, in the order of the optimizer's parameters.
+
+    Raises ``ValueError`` where the groups do not match.
+    """
     if len(groups) != len(saved):
         raise ValueError(f"the state dict has {len(saved)} parameter groups, the optimizer {len(groups)}")
     for index, (group, other) in enumerate(zip(groups, saved, strict=True)):
@@ -221,7 +245,7 @@ def _saved_ids(groups: Groups, saved: Sequence[Mapping[str, Any]]) -> list[list[
 
 
 def _check_averages(groups: Groups, saved: Sequence[Mapping[str, Any]], states: Iterable[Mapping[str, Any]]) -> None:
-    """Raises ``ValueError`` where the state has begun averages that are not those of the optimizer."""
+    """Raises ``ValueError`` where the saved state has begun averages of another kind than the optimizer's."""
     for index, (group, other) in enumerate(zip(groups, saved, strict=True)):
         found, expected = average_of(other), average_of(group)
         if not same_averages(found, expected) and any(map(has_begun, states)):
@@ -232,6 +256,7 @@ def _check_averages(groups: Groups, saved: Sequence[Mapping[str, Any]], states: 
 
 
 def _loaded_options(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of the saved options that ``group`` takes over. Raises ``ValueError`` for one out of range."""
     kept = {"params", "param_names", "average", "restarted", *TORCH_OPTIONS}
     options = copy.deepcopy({key: value for key, value in saved.items() if key not in kept})
     options |= {"restarted": saved.get("restarted", False)} if "restarted" in group else {}
@@ -240,7 +265,7 @@ def _loaded_options(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[
 
 
 def passed_through(hooks: Mapping[int, Callable[..., Any]], optimizer: Any, state_dict: Any) -> Any:
-    """The state dict after torch's hooks, each of which changes it or returns another."""
+    """Returns the state dict after torch's ``hooks``, each of which may change it in place or return another one."""
     for hook in hooks.values():
         returned = hook(optimizer, state_dict)
         state_dict = state_dict if returned is None else returned

@@ -1,4 +1,4 @@
-"""Swapping the average in for the parameters, and back."""
+"""Swap of an average for the parameters and back, the guard around it, and the start of averaging."""
 
 from __future__ import annotations
 
@@ -7,24 +7,19 @@ import functools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from dist_asgd.averages.kinds import Average
-from dist_asgd.averages.options import suffix_of
-from dist_asgd.buckets.base import Bucket
-from dist_asgd.buckets.reducer import PATIENCE
-from dist_asgd.step.sync import Settlement
+from dist_asgd.buckets.base import PATIENCE, Bucket
+from dist_asgd.step.validation import Groups
 from dist_asgd.wrappers import ParallelModules
 
-Groups = Sequence[dict[str, Any]]  # optimizer.param_groups
-LEAVE = "leave the with block first"
+LEAVE_FIRST = "leave the with block first"
 
-# Why the state of the optimizer is not to be had inside.
+# Reason why the state of the optimizer cannot be read while averages are swapped in.
 NOT_BOTH = (
     "the model's state_dict() has the averages now, and a training that resumes from both would go on from the average."
     " Leave the with block first to save the training; save the model alone to ship its average"
@@ -35,7 +30,12 @@ R = TypeVar("R")
 
 
 def start_averaging(groups: Groups, buckets: Sequence[Sequence[Bucket]]) -> None:
-    """Sets ``t0`` of each of the ``groups`` to the steps that its ``buckets`` have taken."""
+    """Sets ``t0`` of each param group to the largest number of steps that a parameter of the group has taken.
+
+    Args:
+        groups: ``optimizer.param_groups``.
+        buckets: the buckets of each group.
+    """
     for group, of_group in zip(groups, buckets, strict=True):
         steps = [run.scalars.read().step for bucket in of_group for run in bucket.shard.runs]
         group["t0"] = float(max(steps, default=0))
@@ -43,7 +43,7 @@ def start_averaging(groups: Groups, buckets: Sequence[Sequence[Bucket]]) -> None
 
 
 def restart_averaging(groups: Groups, buckets: Sequence[Sequence[Bucket]]) -> None:
-    """The same, and forgets what there is of averages; those that would begin later by themselves begin now, too."""
+    """Sets ``t0`` like ``start_averaging``, forgets all averages and lets each of them begin now, ``Tail`` included."""
     start_averaging(groups, buckets)
     for group, of_group in zip(groups, buckets, strict=True):
         group |= {"restarted": True} if "restarted" in group else {}
@@ -51,36 +51,35 @@ def restart_averaging(groups: Groups, buckets: Sequence[Sequence[Bucket]]) -> No
             bucket.shard.forget_averages()
 
 
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """An average by its name, of those that there are; None for the first."""
+class SwapGuard:
+    """Lock that keeps swaps of averages apart from steps, loads and reads of the state.
 
-    averages: Mapping[str, Average]
-    name: str | None
-
-
-class Swap:
-    """Whether averages are in for the parameters now.
-
-    What must not meet a swap holds the lock while it is at work, and is refused inside. A swap of another thread is
-    refused then, too: if it waited, it would come between two calls of that thread.
+    Those operations are refused while averages are swapped in, on every thread. A swap is refused while another thread
+    is in such an operation: if it waited, it would come between two calls of that thread.
     """
 
     def __init__(self) -> None:
-        self._inside: object | None = None  # who is
+        self._swap: object | None = None  # identifies the swap that averages are in by; None outside of swaps
         self._lock = threading.RLock()
 
     @contextlib.contextmanager
-    def kept_out(self, what: str, why: str = LEAVE) -> Iterator[None]:
-        """Raises ``RuntimeError`` while averages are in; they do not come in before the block ends."""
+    def no_swap(self, operation: str, reason: str = LEAVE_FIRST) -> Iterator[None]:
+        """Keeps swaps out of the block. Raises ``RuntimeError``, giving the ``reason``, while averages are swapped in.
+
+        Args:
+            operation: the user's call, for the message.
+        """
         with self._lock:
-            self._refuse(what, why)
+            self._refuse(operation, reason)
             yield
 
     @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """The block is the only one that swaps. Raises ``RuntimeError``, with nothing changed, where it may not."""
-        me = object()
+    def swapping(self) -> Iterator[None]:
+        """Marks the block as a swap.
+
+        Raises ``RuntimeError``, with nothing changed, inside another swap and while another thread is in ``no_swap``.
+        """
+        swap = object()
         try:
             if not self._lock.acquire(blocking=False):
                 raise RuntimeError(
@@ -88,35 +87,39 @@ class Swap:
                     "reads or loads its state: that would be of weights and averages. Wait for it"
                 )
             try:
-                self._refuse("averaged_parameters()", LEAVE)
-                self._inside = me
+                self._refuse("averaged_parameters()", LEAVE_FIRST)
+                self._swap = swap
             finally:
                 self._lock.release()
             yield
         finally:
-            if self._inside is me:
-                self._inside = None
+            if self._swap is swap:
+                self._swap = None
 
-    def _refuse(self, what: str, why: str) -> None:
-        if self._inside is not None:
-            raise RuntimeError(f"{what} is not possible inside averaged_parameters(): {why}")
-
-
-class Swapping(Protocol):
-    _swap: Swap
+    def _refuse(self, operation: str, reason: str) -> None:
+        if self._swap is not None:
+            raise RuntimeError(f"{operation} is not possible inside averaged_parameters(): {reason}")
 
 
-def refused_inside(why: str = LEAVE) -> Callable[[Callable[Concatenate[Any, P], R]], Callable[Concatenate[Any, P], R]]:
-    """For a method that raises ``RuntimeError`` while averages are in, saying ``why``.
+class HasSwapGuard(Protocol):
+    """Object whose methods ``refused_during_swap`` can decorate."""
 
-    On this rank alone: to tell the others would be to wait for one that an exception has led out of the block, which
-    itself waits for this one to leave.
+    _swap_guard: SwapGuard
+
+
+def refused_during_swap(
+    reason: str = LEAVE_FIRST,
+) -> Callable[[Callable[Concatenate[Any, P], R]], Callable[Concatenate[Any, P], R]]:
+    """Decorates a method so that it raises ``RuntimeError``, giving the ``reason``, while averages are swapped in.
+
+    The error stays on the rank that called the method. Telling the other ranks would mean waiting for a rank that an
+    exception has led out of the swap, and that rank waits for this one to leave the swap.
     """
 
     def decorate(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
         @functools.wraps(method)
-        def refusing(self: Swapping, *args: P.args, **kwargs: P.kwargs) -> R:
-            with self._swap.kept_out(f"{method.__name__}()", why):
+        def refusing(self: HasSwapGuard, *args: P.args, **kwargs: P.kwargs) -> R:
+            with self._swap_guard.no_swap(f"{method.__name__}()", reason):
                 return method(self, *args, **kwargs)
 
         return refusing
@@ -125,69 +128,58 @@ def refused_inside(why: str = LEAVE) -> Callable[[Callable[Concatenate[Any, P], 
 
 
 @contextlib.contextmanager
-def averages_in(
-    buckets: Sequence[Bucket],
-    chosen: Chosen,
-    settlement: Settlement,
-    modules: ParallelModules,
-    error: Exception | None,
-) -> Iterator[None]:
-    """Inside, the parameters of ``buckets`` are their averages; after it, exactly what they were before. Collective.
+def swapped(buckets: Sequence[Bucket], suffix: str, modules: ParallelModules) -> Iterator[None]:
+    """Inside the block, the parameters of ``buckets`` hold an average; afterwards, what they held before. Collective.
 
-    Raises the same error on every rank where any rank brings an ``error``, cannot swap, or chose another average.
-    """
-    for bucket in buckets:
-        bucket.wait()
-    modules.drop_copies()
-    error = error or modules.unknown_copies([param for bucket in buckets for param in bucket.params])
-    suffix = ""
-    try:
-        suffix = suffix_of(chosen.averages, chosen.name)
-    except (TypeError, ValueError) as caught:
-        error = error or caught
-    settlement.align("averaged_parameters()", buckets, error)
-    if len(chosen.averages) > 1:
-        settlement.agreement.require_equal("the average to swap in", [("state", f"ax{suffix}")])
-    # suspended: the reductions of a backward on one rank only must not come between the all-gathers of all.
-    with _swapped(buckets, suffix, modules), settlement.suspended():
-        yield
+    Each rank keeps a copy of its shard of the parameters, 1/N of their memory. It does so also for parameters without
+    an average, because writes of the block to parameters are dropped.
 
+    If the block raises, the exit waits at most ``PATIENCE`` seconds for the all-gathers. The optimizer waits for
+    unfinished ones before it uses the parameters again.
 
-@contextlib.contextmanager
-def _swapped(buckets: Sequence[Bucket], suffix: str, modules: ParallelModules) -> Iterator[None]:
-    """The swap itself. Each rank keeps its shard of the parameters: 1/N of their memory.
-
-    What does not average yet is kept as well: what the block writes to parameters is no part of the training.
-
-    Where the block raised, waits ``PATIENCE`` seconds for the other ranks. What they have not sent by then is waited
-    for before the parameters are used by the optimizer again.
+    Args:
+        buckets: all buckets of the optimizer, whose parameters are complete.
+        suffix: which average, as the suffix of ``ax`` in the state: ``""`` or ``"_<name>"``.
+        modules: the modules whose whole copies of parameters are dropped when the block ends.
     """
     to_swap, to_restore = [bucket for bucket in buckets if bucket.shard.has_average(suffix)], list(buckets)
     seconds: float | None = PATIENCE
     try:
         for bucket in buckets:
             bucket.shard.keep()
-        _each(to_swap, lambda bucket: bucket.shard.swap_in(suffix), in_turn=True)
+        _change_shards(to_swap, lambda bucket: bucket.shard.swap_in(suffix), in_turn=True)
         modules.refuse_old_graphs()
-        torch.clear_autocast_cache()  # it would go on with what it has cast
+        torch.clear_autocast_cache()  # autocast would go on with casts of the former values
         yield
         seconds = None
     finally:
         try:
             _restore(to_swap, to_restore, modules, in_turn=seconds is None)
-        except BaseException:  # KeyboardInterrupt
+        except BaseException:  # an interrupt, after which the rest is still to be restored
             _restore(to_swap, to_restore, modules, in_turn=seconds is None)
             raise
         finally:
-            for bucket in to_restore:  # it failed: what is this rank's own, at least
+            for bucket in to_restore:  # left over where restoring failed: this rank's own shards come back at least
                 bucket.shard.swap_out()
             modules.refuse_old_graphs()
             torch.clear_autocast_cache()
-        _wait(buckets, seconds)
+        _wait_for(buckets, seconds)
 
 
 def _restore(to_swap: list[Bucket], to_restore: list[Bucket], modules: ParallelModules, *, in_turn: bool) -> None:
-    """May be called again where it was interrupted: both lists hold what is still to do."""
+    """Writes the kept shards back and starts the all-gathers of all buckets.
+
+    Takes the finished buckets out of both lists, so that a call after an interrupt goes on where the first one stopped.
+
+    Args:
+        to_swap: the buckets that an interrupt has left without their average: the other ranks expect an all-gather.
+        to_restore: all buckets that are not restored yet.
+        in_turn: whether to wait for each all-gather before the next one.
+
+    Raises:
+        RuntimeError: where a parameter is not what the optimizer was built for any more, or ``torch.distributed`` has
+            been shut down.
+    """
     if not dist.is_initialized() and any(bucket.collectives is not None for bucket in to_restore):
         raise RuntimeError(
             "destroy_process_group() was called inside averaged_parameters(): each rank has its own shard of the "
@@ -197,26 +189,26 @@ def _restore(to_swap: list[Bucket], to_restore: list[Bucket], modules: ParallelM
     error: RuntimeError | None = None
     for bucket in to_restore:
         try:
-            bucket.check_parameters()  # takes up what model.to() has moved: else its values would stay
+            bucket.check_parameters()  # attaches memory that model.to() has replaced
         except RuntimeError as caught:
             error = error or caught
-    _each(to_swap, lambda bucket: bucket.shard.swap_out(), in_turn)  # the other ranks expect their all-gathers
-    _each(to_restore, lambda bucket: bucket.shard.swap_out(), in_turn)
+    _change_shards(to_swap, lambda bucket: bucket.shard.swap_out(), in_turn)
+    _change_shards(to_restore, lambda bucket: bucket.shard.swap_out(), in_turn)
     if error is not None:
         raise error
 
 
 @torch.no_grad()
-def _each(to_do: list[Bucket], change: Callable[[Bucket], None], in_turn: bool) -> None:
-    """Changes the shards of ``to_do`` and starts their all-gathers; the list loses what is done.
+def _change_shards(to_do: list[Bucket], change: Callable[[Bucket], None], in_turn: bool) -> None:
+    """Applies ``change`` to each bucket of ``to_do``, starts its all-gather and takes it out of the list. Collective.
 
     Args:
-        in_turn: wait for each: one that is under way takes the memory of a bucket, in gloo or here.
+        in_turn: whether to wait for each all-gather, since one under way takes as much memory as the bucket.
     """
     while to_do:
         bucket = to_do[0]
         bucket.wait()  # an all-gather that is under way would overwrite the change
-        with _uninterrupted():  # no rank may start an all-gather twice
+        with _interrupt_delayed():  # else the bucket might be done again, and its all-gather started twice
             change(bucket)
             bucket.start_gather(exact=True)
             del to_do[0]
@@ -225,10 +217,10 @@ def _each(to_do: list[Bucket], change: Callable[[Bucket], None], in_turn: bool) 
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C comes when the block has ended, which must be soon."""
+def _interrupt_delayed() -> Iterator[None]:
+    """Delays ``KeyboardInterrupt`` until the end of the block, which must be short."""
     handler = signal.getsignal(signal.SIGINT)
-    if handler is None or threading.current_thread() is not threading.main_thread():  # who alone hears of signals
+    if handler is None or threading.current_thread() is not threading.main_thread():  # which runs handlers
         yield
         return
     heard = []
@@ -241,8 +233,8 @@ def _uninterrupted() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _wait(buckets: Sequence[Bucket], seconds: float | None) -> None:
-    """For all together no longer than ``seconds``."""
+def _wait_for(buckets: Sequence[Bucket], seconds: float | None) -> None:
+    """Waits until the parameters of ``buckets`` are complete, at most ``seconds`` altogether; None: without limit."""
     deadline = None if seconds is None else time.monotonic() + seconds
     for bucket in buckets:
         bucket.wait(None if deadline is None else deadline - time.monotonic())

@@ -1,58 +1,63 @@
-"""What FSDP and DistributedDataParallel have besides parameters: whole copies for forward, and a ``no_sync`` each."""
+"""Control of the FSDP and DistributedDataParallel modules of a model: whole copies of parameters, and ``no_sync``."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-_known_modules: Iterable[nn.Module] | None
-try:
-    from torch.distributed._composable_state import _module_state_mapping as _known_modules
-except ImportError:  # private; it only tells FSDP2 from tensor parallelism
-    _known_modules = None
+from dist_asgd._torch_private import (
+    free_fsdp1_copy,
+    fsdp2_copies,
+    fsdp2_parameters,
+    is_fsdp1_slice,
+    modules_with_state,
+)
 
 
 class ParallelModules:
-    """The modules of FSDP and DistributedDataParallel in ``module``."""
+    """The FSDP and DistributedDataParallel modules of one model.
+
+    Args:
+        module: the model, or None if the optimizer was not given one; then nothing is controlled.
+    """
 
     def __init__(self, module: nn.Module | None) -> None:
         self._module = module
 
     def drop_copies(self) -> None:
-        """Frees FSDP's whole copies: the next forward gathers them again, from what the parameters are then."""
+        """Frees the whole copies of parameters that FSDP holds; the next forward gathers the values of its time."""
         for module in [] if self._module is None else list(self._module.modules()):
             if isinstance(module, FSDPModule):
                 module.reshard()
-            elif isinstance(module, FullyShardedDataParallel) and _is_sharded(module):
-                # FSDP1 has no public way, and keeps the copies of the outermost module after a forward.
-                _reshard(module, module._handle, free_unsharded_flat_param=True)
+            elif isinstance(module, FullyShardedDataParallel):
+                free_fsdp1_copy(module)
 
     def refuse_old_graphs(self) -> None:
-        """Parameters have changed: from now on autograd refuses a backward of a forward from before.
+        """Makes autograd refuse a backward through a forward that FSDP2 has run before this call.
 
-        Elsewhere it does so by itself. FSDP2 gathers anew for backward what it has freed since, and that has changed.
+        Called when the values of the parameters have changed. FSDP2 gathers freed parameters again for backward, which
+        would then differ from the ones of the forward. Autograd notices a change of plain parameters without help.
         """
         for module in [] if self._module is None else self._module.modules():
             if isinstance(module, FSDPModule):
-                # Those that were made in inference mode have no version. Nor had their forward a graph.
-                gathered = [tensor for tensor in _gathered(module) if not tensor.is_inference()]
+                # Tensors from inference mode have no version, and their forward has recorded no graph.
+                gathered = [tensor for tensor in fsdp2_copies(module) if not tensor.is_inference()]
                 torch.autograd.graph.increment_version(gathered)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, backward leaves the gradients on this rank, as far as modules know how."""
+        """Inside the block, backward under FSDP and DistributedDataParallel leaves the gradients on this rank."""
         with contextlib.ExitStack() as stack:
-            # FSDP1 and DistributedDataParallel see to what is below them.
+            # The ``no_sync`` of FSDP1 and DistributedDataParallel covers the modules below them, too.
             if isinstance(self._module, (FullyShardedDataParallel, DistributedDataParallel)):
                 stack.enter_context(self._module.no_sync())
             for module in [] if self._module is None else self._module.modules():
@@ -62,9 +67,17 @@ class ParallelModules:
             yield
 
     def full_state_dict(self, optimizer: Optimizer, rank: int) -> dict[str, Any]:
-        """torch's state dict of the whole parameters on rank 0, ``{}`` on the others, of an optimizer of slices.
+        """Returns torch's state dict of an optimizer of FSDP1's slices, for whole parameters. Collective.
 
-        Collective. Raises ``RuntimeError`` where nothing knows what the slices are of.
+        Args:
+            optimizer: the optimizer, whose parameters are slices.
+            rank: this rank among the ranks of the optimizer.
+
+        Returns:
+            The state dict on rank 0, with tensors on the CPU; ``{}`` on other ranks.
+
+        Raises:
+            RuntimeError: where the model has no FSDP1 module, which alone knows the whole parameters.
         """
         module = self._module
         if module is None or not any(isinstance(child, FullyShardedDataParallel) for child in module.modules()):
@@ -72,7 +85,7 @@ class ParallelModules:
                 "slices do not know the parameters that they are parts of: pass module= (the model that FSDP has "
                 "wrapped) to ShardedASGD, or ask get_optimizer_state_dict(model, optimizer)"
             )
-        # With cpu_offload, FSDP1 does not copy what is on the CPU: all tensors of a parameter would be the last one.
+        # With cpu_offload, FSDP1 does not copy tensors that are on the CPU, so all would have the values of the last.
         copies = any(param.device.type != "cpu" for group in optimizer.param_groups for param in group["params"])
         options = StateDictOptions(full_state_dict=True, cpu_offload=copies)
         named: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=options)
@@ -84,33 +97,22 @@ class ParallelModules:
         state = {ids[name]: entry for name, entry in named["state"].items() if entry["step"]}
         return {"state": dict(sorted(state.items())), "param_groups": groups}
 
-    def unknown_copies(self, params: Sequence[Tensor]) -> RuntimeError | None:
-        """The error where others than the modules in ``module`` may have copies of ``params``."""
+    def require_known_copies(self, params: Sequence[Tensor]) -> None:
+        """Raises ``RuntimeError`` where FSDP modules outside of ``module`` may hold whole copies of ``params``.
+
+        Changes nothing: modules of other models keep the copies that they have.
+        """
         ours = set(map(id, params))
         known = set() if self._module is None else set(self._module.modules())
-        slices = any(getattr(param, "_fsdp_flattened", False) for param in params)
+        slices = any(is_fsdp1_slice(param) for param in params)
         unknown = slices and not any(isinstance(module, FullyShardedDataParallel) for module in known)
-        if _known_modules is None:
+        if modules_with_state is None:
             unknown |= self._module is None and any(isinstance(param, DTensor) for param in params)
-        for module in _known_modules or ():
+        for module in modules_with_state or ():
             if isinstance(module, FSDPModule) and module not in known:
-                module.reshard()  # only then its parameters are those that the optimizer has
-                unknown |= any(id(param) in ours for param in module.parameters())
-        if not unknown:
-            return None
-        return RuntimeError(
-            "FSDP may have whole copies of parameters from the last forward, which have to be dropped when averages "
-            "are swapped in and out: pass module= (the model that FSDP has wrapped) to ShardedASGD"
-        )
-
-
-def _gathered(module: FSDPModule) -> list[Tensor]:
-    """What a forward under FSDP2 computes with, once there was one. PyTorch has no public way to it."""
-    state: Any = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)  # of newer versions
-    params = [param for group in groups or [state._fsdp_param_group] if group for param in group.fsdp_params]
-    return [param._unsharded_param for param in params if hasattr(param, "_unsharded_param")]
-
-
-def _is_sharded(module: FullyShardedDataParallel) -> bool:
-    return module._handle is not None and module._handle.uses_sharded_strategy
+                unknown |= any(id(param.sharded_param) in ours for param in fsdp2_parameters(module))
+        if unknown:
+            raise RuntimeError(
+                "FSDP may have whole copies of parameters from the last forward, which have to be dropped when "
+                "averages are swapped in and out: pass module= (the model that FSDP has wrapped) to ShardedASGD"
+            )

@@ -1,4 +1,4 @@
-"""What a run has measured: metrics.jsonl, the plot of both curves, and a table.
+"""What a run has measured: metrics.jsonl, the plot of its curves, and a table.
 
     python launch/report.py runs/demo        # prints the table of a run
 
@@ -46,7 +46,7 @@ class Metrics:
             return "matplotlib is not installed, so there is no loss.png: pip install 'dist-asgd[train]'"
         picture = io.BytesIO()
         _draw(self.records).savefig(picture, format="png", dpi=150)
-        return f"Both curves: {_write(self.out, 'loss.png', picture.getvalue())}"
+        return f"The curves: {_write(self.out, 'loss.png', picture.getvalue())}"
 
 
 def make_folders(*urls: str) -> None:
@@ -68,22 +68,28 @@ def read_metrics(out: str) -> list[Record]:
 
 
 def table(records: list[Record]) -> str:
-    """The last record on each number of ranks, and its optimizer memory beside that of torch.optim.ASGD."""
+    """Tabulates the last record on each number of ranks, with its optimizer memory beside torch's."""
     last = {record["world_size"]: record for record in records}  # a later record replaces an earlier one
-    head = "ranks    step   bits per byte: raw   averaged   optimizer bytes per rank   torch.optim.ASGD"
-    row = "{world_size:5}  {step:6}  {raw:19.4f}  {averaged:9.4f}  {optimizer_bytes:25,}  {torch_asgd_bytes:17,}"
+    head = "ranks    step   bits per byte: raw   uniform    recent   optimizer bytes per rank   torch's"
+    row = (
+        "{world_size:5}  {step:6}  {raw:19.4f}  {uniform:8.4f}  {recent:8.4f}  {optimizer_bytes:25,}  {torch_bytes:8,}"
+    )
     return "\n".join([head, *(row.format_map(record) for record in last.values())])
 
 
 def _draw(records: list[Record]) -> Any:
-    """Raw and averaged bits per byte over steps, with a line where the number of ranks changed."""
+    """Draws bits per byte of the weights and of both averages over steps.
+
+    A line stands where the number of ranks changed.
+    """
     matplotlib.use("Agg")  # draws without a display
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     steps = [record["step"] for record in records]
-    axes.plot(steps, [record["raw"] for record in records], color="tab:gray", label="raw weights")
-    axes.plot(steps, [record["averaged"] for record in records], color="tab:blue", label="averaged weights")
+    axes.plot(steps, [record["raw"] for record in records], color="tab:gray", label="last iterate")
+    axes.plot(steps, [record["uniform"] for record in records], color="tab:cyan", label="uniform average")
+    axes.plot(steps, [record["recent"] for record in records], color="tab:blue", label="recent average (EMA)")
     for before, after in itertools.pairwise(records):
         if before["world_size"] != after["world_size"]:
             text = f" {before['world_size']} → {after['world_size']} ranks"

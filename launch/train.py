@@ -6,8 +6,9 @@
 
 There is no DistributedDataParallel: the optimizer averages the gradients over the ranks while backward runs, each rank
 updates its share of the parameters, and the shares are gathered again. `--parallel` has other ways, to the same result.
-The learning rate is high and stays high, so the weights wander round a minimum. From step `--t0` on their average is
-kept, which is nearer to it than they are.
+The learning rate is high and stays high, so the weights wander round a minimum. From step `--t0` on two averages are
+kept, which are nearer to it than the weights are: the uniform one of all iterates, and a recent one, which forgets old
+iterates.
 
 Beside this file: data.py (the text), model.py, world.py (the ranks), parallel.py (what each has of the model), and
 report.py (metrics and plot).
@@ -31,7 +32,7 @@ from torch.distributed.tensor import DTensor
 
 import data
 import dist_asgd
-from dist_asgd import Checkpointer, ShardedASGD
+from dist_asgd import EMA, Checkpointer, ShardedASGD, Uniform
 from model import build_model
 from parallel import MODES, Layout, layout_of
 from report import Metrics, make_folders
@@ -42,6 +43,7 @@ try:
 except ImportError:
     tqdm = None
 
+AVERAGES = ("uniform", "recent")
 LEARNING_RATE = {"gpt": 3.0, "lstm": 10.0}  # SGD wants a large one where the gradient is clipped
 
 
@@ -69,7 +71,8 @@ class Args:
     seed: int = option(0, "of the first weights and the order of the data")
     lr: float = option(math.nan, "learning rate (default: {gpt} for gpt, {lstm} for lstm)".format(**LEARNING_RATE))
     lambd: float = option(1e-6, "ASGD's decay")
-    t0: float = option(800.0, "start averaging at this step")
+    t0: float = option(1000.0, "start averaging at this step")
+    recent: float = option(0.99, "decay of the recent average, an exponential moving average")
     clip: float = option(1.0, "clip the gradient to this norm")
     eval_every: int = option(100, "evaluate every so many steps")
     out: str = option("runs/train", "directory or URL for metrics.jsonl and loss.png")
@@ -126,7 +129,7 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What may not change when a run is resumed: with another value it would be another run."""
         names = ["model", "width", "layers", "heads", "dropout", "held_out_bytes", "length", "batch", "seed"]
-        names += ["lr", "lambd", "t0", "clip"]
+        names += ["lr", "lambd", "t0", "recent", "clip"]
         return {name: getattr(self.args, name) for name in names} | {"text": self.text.digest}
 
 
@@ -135,7 +138,7 @@ class Progress:
     """Where the training is."""
 
     step: int = 0
-    best: float | None = None  # averaged bits per byte so far
+    best: float | None = None  # lowest bits per byte of the recent average so far
     losses: float | Tensor = 0.0  # of this rank, added up since the last evaluation, in nats
     seen: int = 0  # sequences in those, over all ranks
 
@@ -159,6 +162,7 @@ def build_run(args: Args, world: World) -> Run:
         dropout=args.dropout,
     ).to(world.device)
     called, options = layout.spread(model)
+    options |= {"average": {"uniform": Uniform(), "recent": EMA(args.recent)}}
     optimizer = ShardedASGD(model.named_parameters(), lr=args.lr, lambd=args.lambd, t0=args.t0, **options)
     checkpointer = Checkpointer(args.checkpoint_dir) if args.checkpoint_dir else None
     return Run(args, world, text, layout, called, optimizer, checkpointer)
@@ -207,35 +211,42 @@ def optimizer_bytes(run: Run) -> int:
     total = 0
     for state in run.optimizer.state_dict()["state"].values():
         for name, value in state.items():
-            if name != "ax" or state["mu"] != 1:  # mu is 1 until averaging starts: till then ax is the parameter itself
+            # Until averaging starts, mu is 1 and an average is the parameter itself.
+            if not name.startswith("ax") or state[name.replace("ax", "mu")] != 1:
                 local = value.to_local() if isinstance(value, DTensor) else getattr(value, "local", value)
                 total += local.nbytes  # this rank's block, or piece of it; with one rank, the whole
     return int(run.world.max(total)[0])
 
 
-def torch_asgd_bytes(model: nn.Module) -> int:
-    """Bytes that torch.optim.ASGD keeps on every rank: ax, as large as the parameter, and fp32 step, eta and mu."""
-    return sum(p.numel() * p.element_size() + 3 * 4 for p in model.parameters())
+def torch_bytes(model: nn.Module) -> int:
+    """Returns the bytes that torch keeps on every rank for both averages.
+
+    torch.optim.ASGD has `ax`, as large as the parameter, and fp32 step, eta and mu; AveragedModel has another copy.
+    """
+    return sum(2 * p.numel() * p.element_size() + 3 * 4 for p in model.parameters())
 
 
 def evaluate(run: Run, progress: Progress) -> dict[str, Any]:
     """A record for metrics.jsonl, the same on every rank. Begins to count losses anew."""
     raw = bits_per_byte(run)
-    with run.optimizer.averaged_parameters():
-        averaged = bits_per_byte(run)
-    say(run.world, f"step {progress.step:6}: held-out bits per byte {raw:.4f}, averaged {averaged:.4f}")
+    averaged = {}
+    for name in AVERAGES:
+        with run.optimizer.averaged_parameters(name):
+            averaged[name] = bits_per_byte(run)
+    figures = ", ".join(f"{name} average {figure:.4f}" for name, figure in averaged.items())
+    say(run.world, f"step {progress.step:6}: held-out bits per byte {raw:.4f}, {figures}")
     train_loss = run.layout.sum(float(progress.losses))[0] / progress.seen / math.log(2)
     progress.losses, progress.seen = 0.0, 0
-    progress.best = averaged if progress.best is None else min(averaged, progress.best)
+    progress.best = min(averaged["recent"], progress.best or math.inf)
     return {
         "step": progress.step,
         "raw": raw,
-        "averaged": averaged,
+        **averaged,
         "train": train_loss,
         "best": progress.best,
         "world_size": run.world.size,
         "optimizer_bytes": optimizer_bytes(run),
-        "torch_asgd_bytes": torch_asgd_bytes(run.model),
+        "torch_bytes": torch_bytes(run.model),
     }
 
 
@@ -321,9 +332,9 @@ def train(run: Run, stop: StopSignal) -> None:
             return
     say(world, world.from_rank_zero(metrics.plot))
     if args.export:
-        with run.optimizer.averaged_parameters():
+        with run.optimizer.averaged_parameters("recent"):
             dist_asgd.export(args.export, run.model)
-        say(world, f"Exported the average of step {progress.step}: {args.export}")
+        say(world, f"Exported the recent average of step {progress.step}: {args.export}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

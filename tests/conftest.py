@@ -12,7 +12,7 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 from dist_asgd.kernels.cpu import native_update  # noqa: E402
-from dist_asgd.kernels.scan import Look  # noqa: E402
+from dist_asgd.kernels.scan import LayoutScan  # noqa: E402
 
 # Compiled once, here: forked ranks have it, and need not compile it each for itself.
 for dtype in (torch.float32, torch.float64):
@@ -21,4 +21,4 @@ for dtype in (torch.bfloat16, torch.float16):
     for gradient in (dtype, torch.float32):
         native_update(dtype, gradient, True, dtype, False)
         native_update(dtype, gradient, False, dtype, False)
-Look.of([], [], torch.zeros(0))
+LayoutScan.of([], [], torch.zeros(0))

@@ -11,12 +11,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A folder, or a file that stands in none, may import only what is in the floors above its own in this list.
 FLOORS = [
-    {"boxes", "comm"},
+    {"_torch_private", "boxes"},
+    {"comm"},
     {"averages"},
     {"asgd"},
     {"kernels"},
     {"sharding"},
-    {"buckets", "wrappers"},
+    {"buckets", "pieces", "wrappers"},
     {"step"},
     {"swap", "state_dict"},
     {"optimizer"},
@@ -24,7 +25,7 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-# The folders of checkpoints stand on boxes, comm and averages only: they serve any torch state dict.
+# The folders of checkpoints stand on _torch_private, boxes, comm and averages only: they serve any torch state dict.
 CHECKPOINT_FLOORS = [
     {"checkpoint.progress", "checkpoint.storage"},
     {"checkpoint.errors"},
@@ -34,7 +35,7 @@ CHECKPOINT_FLOORS = [
     {"checkpoint.checkpointer", "checkpoint.export"},
     {"checkpoint"},
 ]
-BELOW_CHECKPOINT = {"boxes", "comm", "averages"}
+BELOW_CHECKPOINT = {"_torch_private", "boxes", "comm", "averages"}
 ABOVE_CHECKPOINT = {"__init__", "cli", "__main__"}
 MAX_FUNCTION_LINES = 45
 
@@ -164,3 +165,16 @@ def test_no_asserts(path):
         f"{name_of(path)}:{lines[0]} asserts: raise ValueError, TypeError or RuntimeError with a message that says "
         "what to do (python -O removes asserts), or restructure so that mypy sees it by itself."
     )
+
+
+def test_no_test_imports_a_test_or_a_benchmark():
+    folder = PACKAGE.parent / "tests"
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(tree(path)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            source = getattr(node, "module", None) or ""
+            found = [name for name in (source, *names) if name.split(".")[-1].startswith("test_")]
+            assert not found and source.split(".")[0] != "benchmarks" and "benchmarks" not in names, (
+                f"{path.relative_to(folder.parent)}:{node.lineno} imports {found or 'a benchmark'}: move what both "
+                "need into tests/support."
+            )

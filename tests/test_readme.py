@@ -1,4 +1,4 @@
-"""The code of README.md, run as written."""
+"""README.md: its example run as written, its figures looked up in benchmarks/results, its links and names followed."""
 
 import re
 import subprocess
@@ -6,77 +6,79 @@ import sys
 from pathlib import Path
 
 import pytest
-import safetensors.torch
-import torch
 
-from dist_asgd import ShardedASGD
-from tests.support.ranks import run_ranks
+import dist_asgd
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-TRAIN, SHIP, SHARD, RESUME = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launch" / "README.md"]
+DOCUMENTS += [*sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 @pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]])
 def test_the_first_screen(launcher, tmp_path):
-    (tmp_path / "train.py").write_text(TRAIN)
+    (train,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "train.py").write_text(train)
     command = [sys.executable, *launcher, "train.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = re.findall(r"error of the last iterate ([\d.]+), of the average ([\d.]+)", done.stdout)
     assert len(found) == (2 if launcher else 1)
     assert all(float(averaged) < float(raw) for raw, averaged in found)
+    assert "\n" + re.search(r"^\+(opt = .*)$", README, re.MULTILINE)[1] in train  # the changed line is the example's
 
 
-def test_sharding_on_two_replicas_of_one_shard():
-    def ranks(rank):
-        model = torch.nn.Module()
-        model.layers = torch.nn.ModuleList([torch.nn.Linear(7, 5), torch.nn.Linear(5, 1)])
-        names = {"model": model, "ShardedASGD": ShardedASGD}
-        exec(SHARD.replace('"cuda", (2, 4)', '"cpu", (2, 1)'), names)
-        for layer in model.layers:
-            layer(torch.ones(3, layer.in_features)).sum().backward()
-        names["opt"].step()
-        return [p.placements[0].is_replicate() for p in model.parameters()]
-
-    assert all(run_ranks(2, ranks)[0])
+def test_the_promises_name_their_tests():
+    promises = re.findall(r"^\| \*\*.*\| (.*) \|$", README, re.MULTILINE)
+    assert len(promises) == 5
+    assert all(re.findall(r"`(tests/\w+/test_\w+\.py)`", shown) for shown in promises)
 
 
-def test_shipping_the_average(tmp_path):
-    def ranks(rank):
-        model = torch.nn.Linear(7, 5)
-        opt = ShardedASGD(model.named_parameters(), lr=0.1, t0=0)
-        for _ in range(5):
-            opt.zero_grad()
-            model(torch.ones(3, 7)).square().mean().backward()
-            opt.step()
-        exec(SHIP.replace('"shipped"', repr(f"{tmp_path}/shipped")), {"model": model, "opt": opt})
-        return opt.full_state_dict()
+def test_the_numbers_are_those_of_the_results():
+    """Each row of the table names a file of results; every figure of the row stands in one line of a table there."""
+    table = README.partition("## Three numbers")[2].partition("![")[0]
+    rows = re.findall(r"^\| ([^|]*\]\(([\w/.-]+)\)\)) \|(.*)\|$", table, re.MULTILINE)
+    assert len(rows) == 3
+    for what, file, figures in rows[:2]:
+        numbers = re.findall(r"\d+\.\d\d", figures)
+        assert len(numbers) >= 4
+        assert all(re.search(rf"\| +{re.escape(number)} ", (ROOT / file).read_text()) for number in numbers), what
+    faults = (ROOT / rows[2][1]).read_text()
+    killed = re.findall(r"^\| all +\| +\| +150 \| (.*) \|$", faults, re.MULTILINE)
+    # The last five columns: mixtures, stale, errors, silent, hangs.
+    assert [[cell.strip() for cell in row.split("|")][-5:] for row in killed] == [["0"] * 5] * 4
+    assert re.search(r"^\| all +\| +\| +1000 \| +1000 \|", faults, re.MULTILINE)
 
-    state = run_ranks(2, ranks)[0]["state"]
-    found = safetensors.torch.load_file(tmp_path / "shipped" / "model.safetensors")
-    assert torch.equal(found["weight"], state[0]["ax"]) and torch.equal(found["bias"], state[1]["ax"])
+
+@each_document
+def test_links_lead_somewhere(document):
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, heading = link.partition("#")
+        if path.startswith("http"):
+            continue
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), f"{document.name}: {link}"
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if heading else []
+        slugs = [re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in headings]
+        assert not heading or heading in slugs, f"{document.name}: {link}"
 
 
-def test_saving_on_two_ranks_and_resuming_on_three(tmp_path):
-    program = RESUME.replace('"checkpoints"', repr(f"{tmp_path}/checkpoints"))
+@each_document
+def test_files_that_are_named_are_there(document):
+    """Paths are below the repository or below dist_asgd/; a name without a folder belongs to any file."""
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    folders = ("dist_asgd", "tests", "launch", "benchmarks")
+    known = {path.name for folder in folders for path in (ROOT / folder).rglob("*")}
+    for name in re.findall(r"`([\w/.-]+\.(?:py|c|sh|md|toml))`", text):
+        if "/" in name:
+            assert any((base / name).exists() for base in (ROOT, ROOT / "dist_asgd", document.parent)), name
+        else:
+            assert name in known or (ROOT / name).exists() or name == "train.py", name
 
-    def work(rank, seed):
-        torch.manual_seed(seed)
-        model = torch.nn.Linear(7, 5)
-        opt = ShardedASGD(model.named_parameters(), lr=0.1, t0=0)
-        for _ in range(5):
-            opt.zero_grad()
-            model(torch.ones(3, 7)).square().mean().backward()
-            opt.step()
-        names = {"model": model, "opt": opt}
-        exec(program, names)
-        return names["start"], [p.detach() for p in model.parameters()], opt.full_state_dict()
 
-    start, params, state = run_ranks(2, work, 0)[0]
-    assert start == 0
-    start, others, other = run_ranks(3, work, 1)[0]
-    assert start == 1000
-    assert all(map(torch.equal, params, others))
-    assert other["state"].keys() == state["state"].keys() == {0, 1}
-    for index, entry in state["state"].items():
-        assert all(torch.equal(value, other["state"][index][key]) for key, value in entry.items())
+def test_every_public_name_is_documented():
+    text = "".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs" / "guide").glob("*.md")])
+    missing = [name for name in dist_asgd.__all__ if not name.startswith("__") and not re.search(rf"\b{name}\(", text)]
+    assert not missing, f"neither README.md nor docs/guide shows {missing} in use"

@@ -2,6 +2,6 @@
 
 Run as ``python -m benchmarks.averaging.<name>`` from the repository's root. Each has a fixed global batch, which the
 ranks share; draws everything from one seed; prints a table with a row for each number of ranks; and writes the rows as
-JSON lines, and a plot (``pip install ".[bench]"``), beside itself. ../RESULTS.md holds the tables with date, machine,
-versions and command; docs/averaging.md says what follows from them.
+JSON lines, and a plot (``pip install ".[bench]"``), beside itself. ../results/averages.md holds the tables with date
+and command; docs/guide/averaging.md says what follows from them.
 """

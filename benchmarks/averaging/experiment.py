@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.processes import free_port, report, start_ranks
 from benchmarks.table import print_table
+from tests.support.processes import free_port, report, start_ranks
 
 FOLDER = Path(__file__).parent
 TIMEOUT = 3600.0  # seconds that the ranks have: on a busy machine too

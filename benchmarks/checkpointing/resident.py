@@ -16,9 +16,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
 from benchmarks.checkpointing import systems
-from benchmarks.memory import peak_resident, reset_peak
-from benchmarks.processes import report, start_ranks
 from dist_asgd import Checkpointer
+from tests.support.memory import peak_resident, reset_peak
+from tests.support.processes import report, start_ranks
 
 COLUMNS = {"what": "", "store": "store", "tensors": "tensors", "ours": "ours, MB", "DCP": "DCP, MB"}
 KINDS = ("save", "load", "async save")

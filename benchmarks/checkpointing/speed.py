@@ -21,8 +21,6 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from benchmarks.checkpointing import systems
-from benchmarks.checkpointing.proxy import proxied
-from benchmarks.processes import free_port, report, start_ranks
 from dist_asgd import Checkpointer
 from dist_asgd.boxes import Box
 from dist_asgd.checkpoint.format.entries import SavedTensor
@@ -31,6 +29,8 @@ from dist_asgd.checkpoint.saving.commit import CommitRecord, commit
 from dist_asgd.checkpoint.saving.writer import BlockToWrite, write_parts
 from dist_asgd.checkpoint.state.tensor_blocks import to_save
 from dist_asgd.checkpoint.storage.storage import Storage
+from tests.support.counting_proxy import proxied
+from tests.support.processes import free_port, report, start_ranks
 
 DELAY = 0.04  # seconds
 FILES = 600

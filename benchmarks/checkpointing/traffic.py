@@ -14,10 +14,10 @@ from torch.distributed.tensor import Shard
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.checkpointing import systems
-from benchmarks.checkpointing.proxy import Proxy, proxied
-from benchmarks.processes import free_port, report, start_ranks
 from dist_asgd import ShardedASGD
 from dist_asgd.checkpoint.state.tensor_blocks import to_fill
+from tests.support.counting_proxy import Proxy, proxied
+from tests.support.processes import free_port, report, start_ranks
 
 WORLDS = (1, 2, 3, 4)
 # How the state lies on the ranks that save and on those that load.

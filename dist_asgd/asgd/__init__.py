@@ -1,1 +1,1 @@
-"""The ASGD rule of one step: its maths, its schedule and its rounding. Knows no ranks and no buckets."""
+"""The ASGD rule of one step: its maths, its schedule and its rounding. It knows neither ranks nor buckets."""

@@ -1,4 +1,4 @@
-"""XXX docstring."""
+"""The options of a param group, and the ``step``, ``eta`` and ``mu`` of a parameter from one step to the next."""
 
 from __future__ import annotations
 
@@ -14,30 +14,35 @@ from torch import Tensor
 
 from dist_asgd.averages.kinds import Average, Uniform
 
-UNIFORM = Uniform()  # torch's average
+UNIFORM = Uniform()  # the average of torch.optim.ASGD
 
 
-# Options that torch.optim.ASGD does not have, and the values that say what it does.
+# Options that torch.optim.ASGD does not have, with the values that give its behaviour.
 OWN_OPTIONS = {"lr_on_time": False, "eta_decay": None}
 
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
-    """The options of one param group that the rule reads."""
+    """The options of one param group that the rule reads.
 
-    lr: float | Tensor  # a tensor has one element; eta is then computed with tensor arithmetic, as torch does
+    Raises:
+        ValueError, TypeError: an option has a bad value; the message has its name, its value and its range.
+    """
+
+    lr: float | Tensor  # a tensor has 1 element; eta is then computed with tensor arithmetic, as torch does
     lambd: float
     alpha: float
     t0: float
     weight_decay: float
     maximize: bool
-    capturable: bool = False  # a tensor lr is read on its device, when a step is computed
-    lr_on_time: bool = False  # eta is that of the lr when the step begins
-    eta_decay: float | None = None  # by how much eta falls from step to step; None: as lambd says
-    restarted: bool = False  # averages begin at t0, not later
+    capturable: bool = False  # a tensor lr is read on its device, when the step is computed there
+    lr_on_time: bool = False  # eta is computed from the lr when the step begins, not at the end of the step before
+    eta_decay: float | None = None  # takes the place of lambd in the formula of eta; None: lambd
+    restarted: bool = False  # every average starts at t0, even a kind that would start later
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Hyperparameters:
+        """Reads the options of a param group. Raises ``ValueError`` also if one that torch has is missing."""
         needed = [name for name in cls.__slots__ if name not in (*OWN_OPTIONS, "restarted")]
         missing = [name for name in needed if name not in group]
         if missing:
@@ -45,7 +50,6 @@ class Hyperparameters:
         return cls(**{name: group[name] for name in cls.__slots__ if name in group})
 
     def __post_init__(self) -> None:
-        """Raises ``ValueError`` (``TypeError`` for a non-number) that names the option, its value and its range."""
         lr = self.lr
         if isinstance(lr, Tensor):
             if lr.numel() != 1 or lr.is_meta:
@@ -55,7 +59,7 @@ class Hyperparameters:
         _check_number("lr", lr, low=0.0)
         _check_number("lambd", self.lambd, low=0.0)
         _check_number("alpha", self.alpha, low=0.0)
-        # t0 = inf is a way to say "never average", so infinity is welcome there and nowhere else.
+        # t0 = inf means "never average"; no other option may be infinite.
         _check_number("t0", self.t0, low=0.0, finite=False)
         _check_number("weight_decay", self.weight_decay, low=0.0)
         if self.eta_decay is not None:
@@ -75,102 +79,117 @@ class Hyperparameters:
 
     @property
     def decay(self) -> float:
-        """Of ``eta``."""
+        """The factor of ``lr * step`` in the formula of ``eta``."""
         return self.lambd if self.eta_decay is None else self.eta_decay
 
     @property
     def device_lr(self) -> Tensor | None:
-        """The ``lr`` where only the device is to read it: the host would have to wait for it."""
+        """The ``lr`` if it is a tensor that the host must not read, because it would wait for the device; else None."""
         on_device = self.capturable and isinstance(self.lr, Tensor) and self.lr.device.type != "cpu"
         return self.lr if on_device and isinstance(self.lr, Tensor) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Scalars:
-    """``step``: steps taken; ``eta`` and ``mu``: what the next one uses. Host numbers, so reading them never syncs."""
+    """The ``step``, ``eta`` and ``mu`` of a parameter as host numbers, which can be read without waiting for a device.
 
-    step: int  # an int, since torch's fp32 counter stops at 2**24
+    Attributes:
+        step: the number of steps taken. An int, because torch's fp32 counter stops at 2**24.
+        eta: the step size of the next step.
+        mu: the fraction by which the next step moves the first average.
+        further: the ``mu`` of every further average.
+    """
+
+    step: int
     eta: float
     mu: float
-    further: tuple[float, ...] = ()  # mu of the averages beside the first
+    further: tuple[float, ...] = ()
 
     @property
     def mus(self) -> tuple[float, ...]:
-        """Of all averages."""
+        """The ``mu`` of every average, the first one's first."""
         return self.mu, *self.further
 
     def read(self) -> Scalars:
+        """Returns itself; ``DeviceScalars.read`` waits for the device."""
         return self
 
-    def apart(self) -> Scalars:
+    def copy(self) -> Scalars:
+        """Returns itself, since it is immutable; ``DeviceScalars.copy`` copies tensors."""
         return self
 
 
 def own_options(*values: object) -> dict[str, object]:
-    """What param groups, and so state dicts, say of OWN_OPTIONS: nothing of those by which torch's rule stays."""
+    """Returns the entries of a param group for ``OWN_OPTIONS``, without those that have the value of torch's behaviour.
+
+    Args:
+        values: one for each of ``OWN_OPTIONS``, in that order.
+    """
     given = zip(OWN_OPTIONS.items(), values, strict=True)
     return {name: value for (name, torchs), value in given if value is not torchs}
 
 
 def first_scalars(h: Hyperparameters) -> Scalars:
-    """The state of a parameter before its first step: its ``eta`` is the ``lr`` that holds when that step comes."""
+    """Returns the scalars of a parameter before its first step, whose ``eta`` is the ``lr``."""
     return Scalars(step=0, eta=_round_scalar(float(h.lr)), mu=1.0)
 
 
 def next_scalars(h: Hyperparameters, step: int, averages: Sequence[Average] = (UNIFORM,)) -> Scalars:
-    """The state after ``step`` steps, in the double arithmetic and the rounding of torch."""
+    """Returns the scalars after ``step`` steps, computed in double and rounded as torch does."""
     mu, *further = (_round_scalar(float(average.mu(step, h.t0, h.restarted))) for average in averages)
     return Scalars(step, _eta(h, step), mu, tuple(further))
 
 
 def current_scalars(h: Hyperparameters, scalars: Scalars) -> Scalars:
-    """The state with which a step would begin now."""
+    """Returns ``scalars`` as a step that begins now uses them: ``lr`` may have changed since the last step."""
     if not scalars.step:
         return replace(scalars, eta=first_scalars(h).eta)
     return replace(scalars, eta=_eta(h, scalars.step)) if h.lr_on_time else scalars
 
 
 def _eta(h: Hyperparameters, step: int) -> float:
-    """Of the step after ``step`` steps."""
+    """Returns ``eta`` of the step that follows ``step`` steps, rounded as torch stores it."""
     return _round_scalar(float(h.lr / ((1 + h.decay * h.lr * float(step)) ** h.alpha)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scaling:
-    """What GradScaler knows of the gradients of a step, on their device: 1 element each, fp32."""
+    """What GradScaler knows of the gradients of one step."""
 
-    inverse_scale: Tensor | None  # gradients are multiplied by it
-    found_inf: Tensor  # there is no step unless it is 0
+    inverse_scale: Tensor | None  # 1 element, fp32: the step multiplies gradients by it; None if they are unscaled
+    found_inf: Tensor  # 1 element, fp32: the step is skipped unless it is 0
 
     def on(self, device: torch.device) -> Scaling:
+        """Returns a copy on ``device``, without waiting for it."""
         inverse_scale = None if self.inverse_scale is None else self.inverse_scale.to(device, non_blocking=True)
         return Scaling(inverse_scale, self.found_inf.to(device, non_blocking=True))
 
 
-@dataclass(frozen=True, slots=True, eq=False)  # by identity: each advances by itself, and reading them would wait
+@dataclass(frozen=True, slots=True, eq=False)  # compared by identity, since comparing values would wait for the device
 class DeviceScalars:
-    """``Scalars`` in the memory of a device, for steps that are captured in a CUDA graph: 1 element each.
+    """``Scalars`` in the memory of a device, for steps that a CUDA graph captures.
 
-    As long as ``step`` is 0, ``eta`` says nothing: that of the first step is the ``lr`` of its time.
+    While ``step`` is 0, ``eta`` has no meaning: the first step uses the ``lr`` of its time.
     """
 
-    step: Tensor  # int64
-    eta: Tensor  # in the dtype to which ``Scalars`` are rounded
-    mu: Tensor  # the same
-    scaling: Scaling | None = None  # of the step that is being computed
+    step: Tensor  # 0-D, int64
+    eta: Tensor  # 0-D, scalar_dtype()
+    mu: Tensor  # 0-D, scalar_dtype()
+    scaling: Scaling | None = None  # GradScaler's, during a step
 
     @classmethod
     def of(cls, scalars: Scalars, device: torch.device) -> DeviceScalars:
+        """Copies ``scalars``, without ``further``, to ``device``."""
         dtype = scalar_dtype()
         eta, mu = (torch.tensor(value, dtype=dtype, device=device) for value in (scalars.eta, scalars.mu))
         return cls(torch.tensor(scalars.step, device=device), eta, mu)
 
     def read(self) -> Scalars:
-        """Waits for the device."""
+        """Returns the numbers on the host, which waits for the device."""
         return Scalars(int(self.step.item()), self.eta.item(), self.mu.item())
 
-    def apart(self) -> DeviceScalars:
-        """The same numbers, which advance by themselves from here on."""
+    def copy(self) -> DeviceScalars:
+        """Returns a copy that advances separately. Raises ``RuntimeError`` while a CUDA graph is being captured."""
         if is_captured(self.step.device):
             raise RuntimeError(
                 "step() is being captured in a CUDA graph, and other parameters than in the last step have gradients: "
@@ -179,10 +198,11 @@ class DeviceScalars:
         return DeviceScalars(self.step.clone(), self.eta.clone(), self.mu.clone())
 
     def scaled(self, scaling: Scaling | None) -> DeviceScalars:
-        """For one step."""
+        """Returns these scalars, sharing their tensors, with the ``scaling`` of one step."""
         return self if scaling is None else replace(self, scaling=scaling.on(self.step.device))
 
     def set_(self, scalars: Scalars) -> None:
+        """Overwrites the tensors with ``scalars``."""
         self.step.fill_(scalars.step)
         self.eta.fill_(scalars.eta)
         self.mu.fill_(scalars.mu)
@@ -192,23 +212,23 @@ AnyScalars = Scalars | DeviceScalars
 
 
 def is_captured(device: torch.device) -> bool:
-    """Whether what is done on ``device`` goes into a CUDA graph."""
+    """Returns whether a CUDA graph is capturing the work on ``device``."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _check_number(name: str, value: object, *, low: float, finite: bool = True) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # Real: numpy's too
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # Real includes NumPy's numbers
         raise TypeError(f"{name} must be a number, got {value!r}")
     try:
         number = float(value)
-    except OverflowError:  # an integer
+    except OverflowError:  # an integer beyond the range of float
         number = math.nan
     if math.isnan(number) or number < low or (finite and math.isinf(number)):
         raise ValueError(f"{name} must be a {'finite ' if finite else ''}number >= {low:g}, got {value!r}")
 
 
 def scalar_dtype() -> torch.dtype:
-    """In which torch.optim keeps ``eta`` and ``mu``: fp32, or fp64 where that is the default dtype."""
+    """Returns the dtype in which torch.optim keeps ``eta`` and ``mu``: fp32, or fp64 if that is the default dtype."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 

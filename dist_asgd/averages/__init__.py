@@ -1,1 +1,1 @@
-"""Kinds of average, their options, and triggers that say when to start. Knows no optimizer."""
+"""The kinds of average, their options in param groups, and triggers that start averaging."""

@@ -1,8 +1,8 @@
-"""Kinds of average: how far the average moves towards each iterate.
+"""The kinds of average that users choose from: each computes ``mu``, by which the average moves towards an iterate.
 
-An average is one recursion, ``ax = ax + (p - ax) * mu``, for every iterate ``p`` (rule.py); the kinds differ in ``mu``
-only. It is computed here in double, from the number of steps and the ``t0`` of the param group. As in torch, step
-``t0 + 2`` gives the first iterate of an average: its ``mu`` is 1, as are those of all steps before.
+Every average is the recursion ``ax = ax + (p - ax) * mu`` over the iterates ``p`` (asgd/rule.py); kinds differ only in
+``mu``. It is computed in double from the number of steps and the ``t0`` of the param group. As in torch.optim.ASGD,
+step ``t0 + 2`` gives the first iterate of an average: ``mu`` is 1 at this step and at all steps before.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Average(ABC):
-    """What all kinds have in common.
+    """The base class of all kinds of average, which are immutable and compared by their options.
 
     Args:
-        every: the average takes the first iterate, and from there on one of so many; the steps between leave it alone
-            and cost what steps without an average do.
+        every: the average takes the first iterate and from there on every ``every``-th one. The steps between do not
+            touch the average, and cost as much as steps without one.
 
     Raises:
-        ValueError, TypeError: options out of range; so do all kinds.
+        ValueError, TypeError: here and in every kind, if an option is out of range or of a wrong type.
     """
 
     every: int = 1
@@ -35,17 +35,19 @@ class Average(ABC):
 
     @abstractmethod
     def weight(self, n: float) -> float:
-        """Of the newest of ``n`` iterates in their average, ``n`` > 1: in (0, 1]."""
+        """Returns the weight, in (0, 1], of the newest of ``n`` > 1 iterates in their average."""
 
     def start(self, t0: float) -> float:
-        """``t0``, or later."""
+        """Returns the step count after which averaging starts, at least ``t0``."""
         return t0
 
     def mu(self, steps: int, t0: float, restarted: bool = False) -> float:
-        """Of the step that follows ``steps`` steps: in [0, 1]; 0: it leaves the average alone.
+        """Returns the ``mu`` of the step that follows ``steps`` steps, in [0, 1]; with 0 the average stays unchanged.
 
         Args:
-            restarted: ``t0`` itself is the start.
+            steps: the steps that the parameter has taken.
+            t0: the option of the param group.
+            restarted: whether averaging starts at ``t0`` even if this kind would start later.
         """
         n = steps - (t0 if restarted else self.start(t0))
         if n <= 1:
@@ -58,7 +60,7 @@ class Average(ABC):
 
 @dataclass(frozen=True)
 class Uniform(Average):
-    """The mean of all iterates: torch.optim.ASGD's average, and the default.
+    """The mean of all iterates from ``t0`` on: the average of torch.optim.ASGD, and the default.
 
     Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992.
     """
@@ -69,13 +71,13 @@ class Uniform(Average):
 
 @dataclass(frozen=True)
 class EMA(Average):
-    """Exponential moving average: the weight of an iterate falls by the factor ``decay`` with each that comes after it.
+    """The exponential moving average: each new iterate multiplies the weights of those before it by ``decay``.
 
     Args:
         decay: in (0, 1).
-        warmup: whether the iterates that there are share the whole weight, so that the first ones count no more than
-            later ones: the decay then begins with 0 and grows to ``decay``. It is Adam's bias correction (Kingma and
-            Ba, 2015). Without, the first iterate keeps the weight of all that came before it.
+        warmup: whether the weights of the iterates so far are scaled to add up to 1, so that the first iterate counts
+            no more than later ones. The effective decay then grows from 0 to ``decay``, as by Adam's bias correction
+            (Kingma and Ba, 2015). Without warmup, the first iterate has the weight of all iterates before it as well.
     """
 
     decay: float
@@ -96,15 +98,15 @@ class EMA(Average):
 
 @dataclass(frozen=True)
 class PolynomialDecay(Average):
-    """Weights that grow about as the ``gamma``-th power of the iterate's number: younger ones count more.
+    """Polynomial-decay averaging: weights grow about as the ``gamma``-th power of the iterate's number.
 
-    It needs to know neither the length of the training nor a scale: the average is always one of about the latest
-    ``1 / (gamma + 1)`` of the training. Shamir and Zhang, "Stochastic gradient descent for non-smooth optimization",
-    2013; for many iterates it is the power function EMA of Karras et al., "Analyzing and improving the training
-    dynamics of diffusion models" (EDM2), 2024.
+    The length of the training need not be known: the average is always over about the latest ``1 / (gamma + 1)`` of the
+    training so far. Shamir and Zhang, "Stochastic gradient descent for non-smooth optimization", 2013. For many
+    iterates it is the power function EMA of Karras et al., "Analyzing and improving the training dynamics of diffusion
+    models" (EDM2), 2024.
 
     Args:
-        gamma: > 0; ``Uniform()`` is what 0 would be.
+        gamma: > 0. With 0 it would be ``Uniform()``.
     """
 
     gamma: float
@@ -119,14 +121,15 @@ class PolynomialDecay(Average):
 
 @dataclass(frozen=True)
 class Tail(Average):
-    """The mean of the last iterates of a training whose length is known (suffix averaging).
+    """Suffix averaging: the mean of the last iterates of a training whose length is known.
 
     Rakhlin, Shamir and Sridharan, "Making gradient descent optimal for strongly convex stochastic optimization", 2012.
-    Where the length is not known, ``PolynomialDecay`` does about the same.
+    If the length is not known, ``PolynomialDecay`` is about equivalent.
 
     Args:
-        fraction: of the ``steps``, in (0, 1].
-        steps: of the training, counted from its first; a parameter's own. The average goes on if there are more.
+        fraction: the fraction of ``steps`` that is averaged, in (0, 1].
+        steps: the number of steps of the whole training, counted for each parameter by itself. Averaging continues if
+            there are more.
     """
 
     fraction: float
@@ -148,7 +151,7 @@ class Tail(Average):
 
 
 def _in_range(average: Average, name: str, low: float, high: float, expected: str) -> None:
-    """``low`` itself is out of range. Makes it a float, so that equal averages have one text."""
+    """Validates that an option is in (low, high]; stores it as a float, so that equal averages have equal ``repr``."""
     value = getattr(average, name)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")

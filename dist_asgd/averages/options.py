@@ -1,4 +1,4 @@
-"""XXX docstring."""
+"""Validates the optimizer's ``average`` option, and writes and reads it as text in param groups."""
 
 from __future__ import annotations
 
@@ -8,25 +8,30 @@ from typing import Any
 
 from dist_asgd.averages.kinds import Average, Tail, Uniform
 
-TORCHS = repr(Uniform())
+TORCHS = repr(Uniform())  # the text of torch.optim.ASGD's average
 
 
-FIRST = "average"  # the name of the first, if it was given none
+FIRST = "average"  # the name of the first average if it was given none
 
 
-STATE = ("step", "eta", "mu", "ax", "master")  # what else the state of a parameter has
+STATE = ("step", "eta", "mu", "ax", "master")  # keys of a parameter's state, which no average may have as its name
 
 
-_NAMED = re.compile(r"(\w+)=(?=\w+\()")  # how the text of averages begins whose first one has a name
+_NAMED = re.compile(r"(\w+)=(?=\w+\()")  # matches the name at the head of a text such as "fast=EMA(...), slow=..."
 
 
-_NEXT = re.compile(r", (?=\w+=\w+\()")  # what stands between two of them
+_NEXT = re.compile(r", (?=\w+=\w+\()")  # matches the separator between two averages in such a text
 
 
 def named_averages(average: object) -> dict[str, Average]:
-    """What the optimizer's ``average`` says, by name; the first is torch's ``ax``.
+    """Returns the averages that the optimizer's ``average`` option means, by name. The state has the first as ``ax``.
 
-    Raises ``TypeError``, or ``ValueError`` for names and averages that cannot be held beside each other.
+    Args:
+        average: None for torch's, an ``Average``, or a mapping of names to averages.
+
+    Raises:
+        TypeError: ``average`` is something else.
+        ValueError: the mapping is empty, a name is no identifier or is in ``STATE``, or two averages are equal.
     """
     if average is None:
         average = Uniform()
@@ -51,21 +56,25 @@ def named_averages(average: object) -> dict[str, Average]:
 
 
 def by_suffix(averages: Mapping[str, Average]) -> dict[str, Average]:
-    """By what follows ``ax`` and ``mu`` in the state: nothing for the first, as in torch; names of the others."""
+    """Returns the averages by the suffix of ``ax`` and ``mu`` in the state: "" for the first, "_name" for others."""
     return {f"_{name}" if number else "": kind for number, (name, kind) in enumerate(averages.items())}
 
 
 def suffix_of(averages: Mapping[str, Average], name: object) -> str:
-    """The same of the average of that ``name``; None for the first. Raises ``ValueError`` where there is none."""
+    """Returns the suffix, as in ``by_suffix``, of the average ``name``, or of the first average if it is None.
+
+    Raises ``ValueError`` if there is no average of that name.
+    """
     if name is not None and name not in averages:
         raise ValueError(f"there is no average {name!r}; this optimizer has {', '.join(map(repr, averages))}")
     return "" if name in (None, next(iter(averages))) else f"_{name}"
 
 
 def group_options(averages: Mapping[str, Average]) -> dict[str, Any]:
-    """What param groups, and so state dicts, say of the averages: nothing, if it is torch's.
+    """Returns the entries of a param group that describe the averages; none for torch's average alone.
 
-    ``restarted``: whether all of them begin at ``t0``, also a ``Tail`` that would begin later.
+    ``average`` is the averages as text. ``restarted``, which exists if there is a ``Tail``, says whether every average
+    starts at ``t0``, even a ``Tail`` that would start later.
     """
     named = len(averages) > 1 or FIRST not in averages
     text = ", ".join(f"{name}={kind!r}" if named else repr(kind) for name, kind in averages.items())
@@ -74,25 +83,25 @@ def group_options(averages: Mapping[str, Average]) -> dict[str, Any]:
 
 
 def average_of(group: Mapping[str, Any]) -> str:
-    """What a param group says of the averages."""
+    """Returns the averages of a param group as text."""
     return str(group.get("average", TORCHS))
 
 
 def first_name(text: str) -> str:
-    """The name of the first of the averages that a param group has as ``text``."""
+    """Returns the name of the first average in ``text``, a param group's."""
     found = _NAMED.match(text)
     return FIRST if found is None else found[1]
 
 
 def same_averages(text: str, other: str) -> bool:
-    """Whether what two param groups say means the same state: the first has any name, others stand in any order."""
+    """Returns whether two texts mean equal state: the first average may have any name, the others any order."""
     (first, *rest), (second, *others) = (re.split(_NEXT, said) for said in (text, other))
     first, second = (said.removeprefix(f"{first_name(said)}=") for said in (first, second))
     return first == second and sorted(rest) == sorted(others)
 
 
 def check_average(group: Mapping[str, Any], number: int, averages: Mapping[str, Average]) -> None:
-    """Raises ``ValueError`` where param group ``number`` cannot have them, or asks for others."""
+    """Raises ``ValueError`` if param group ``number`` names other averages, or has an option that excludes them."""
     expected = average_of(group_options(averages))
     if average_of(group) != expected:
         found = group["average"]

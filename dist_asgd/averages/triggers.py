@@ -1,4 +1,4 @@
-"""When to start averaging, decided by how training goes."""
+"""Decides when to start averaging from the course of the validation loss."""
 
 from __future__ import annotations
 
@@ -13,24 +13,28 @@ from dist_asgd.comm.process_groups import default_group
 
 
 class NonMonotonicTrigger:
-    """Says when validation has stopped getting better, the moment at which NT-ASGD begins to average.
+    """Tells when the validation loss has stopped improving, which is when NT-ASGD starts averaging.
 
-    That is the first loss that is worse than the best of all but the ``n`` before it (Merity, Keskar and Socher,
-    "Regularizing and optimizing LSTM language models", 2017)::
+    It triggers at the first loss that is worse than the best loss so far, the latest ``n`` losses before it excepted
+    (Merity, Keskar and Socher, "Regularizing and optimizing LSTM language models", 2017)::
 
         trigger = NonMonotonicTrigger(n=5)
         ...
         if trigger.step(validation_loss):  # after each validation
             optimizer.start_averaging()
 
-    The constructor and ``step`` are collective. ``state_dict`` and ``load_state_dict`` make it part of checkpoints.
+    The constructor and ``step`` are collective: every rank must call them. ``state_dict`` and ``load_state_dict`` make
+    the trigger part of checkpoints.
 
     Args:
-        n: how many of the latest losses do not count; a whole number of at least 0. The paper's is 5.
-        process_group: the ranks that must decide alike; None for all.
+        n: how many of the latest losses are excepted, an int >= 0. The paper uses 5.
+        process_group: the ranks that must decide alike; None for all ranks.
+
+    Attributes:
+        triggered: whether ``step`` has returned True.
 
     Raises:
-        TypeError, ValueError: on every rank, where any rank's ``n`` is no such number or they differ.
+        ValueError: on every rank, if any rank's ``n`` is no int >= 0, or ranks have different ones.
     """
 
     def __init__(self, n: int = 5, process_group: dist.ProcessGroup | None = None) -> None:
@@ -44,19 +48,20 @@ class NonMonotonicTrigger:
         self._losses: list[float] = []
 
     def step(self, loss: float) -> bool:
-        """Takes the loss of a validation; True if averaging is to start now, which it says once. Collective.
+        """Records the loss of a validation; returns True, once, when averaging is to start. Collective.
 
         Args:
-            loss: lower is better; a number or a tensor of 1 element. Where ranks bring different ones, as of their own
-                parts of the validation data, their mean is what counts, on every rank the same.
+            loss: a number or a tensor of 1 element; lower is better. Ranks may give different losses, each of its part
+                of the validation data: every rank then uses their mean.
 
         Raises:
-            ValueError, TypeError: on every rank, if that of any rank is NaN, -inf or no number; nothing changes.
+            ValueError: on every rank, if the loss of any rank is NaN or -inf; nothing changes.
+            TypeError: on every rank, if the loss of any rank is no number; nothing changes.
         """
         with self._agreement.together("NonMonotonicTrigger.step()"):
             own = _number(loss)
         losses = self._agreement.gather(own)
-        # Equal ones are their own mean: dividing their sum could say something else.
+        # The mean of equal losses is that loss; dividing their sum could round to another number.
         mean = own if losses.count(own) == len(losses) else math.fsum(losses) / len(losses)
         older = self._losses[: max(0, len(self._losses) - self.n)]
         worse = not self.triggered and mean > min(older, default=math.inf)
@@ -65,14 +70,14 @@ class NonMonotonicTrigger:
         return worse
 
     def state_dict(self) -> dict[str, Any]:
-        """The losses so far, and whether it was triggered."""
+        """Returns the losses so far, and whether averaging was triggered."""
         return {"losses": list(self._losses), "triggered": self.triggered}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes up what ``state_dict()`` gave. ``n`` stays. Every rank must load the same.
+        """Restores what ``state_dict()`` returned; ``n`` stays. Not collective, but every rank must load equal state.
 
         Raises:
-            ValueError, TypeError: it is nothing of the kind; nothing changes.
+            ValueError, TypeError: ``state_dict`` is not the state of a trigger; nothing changes.
         """
         missing = {"losses", "triggered"} - state_dict.keys()
         if missing:
@@ -85,7 +90,7 @@ class NonMonotonicTrigger:
 def _number(loss: Any) -> float:
     try:
         value = float(loss)
-    except (TypeError, ValueError, RuntimeError):  # the last from tensors of several elements
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several elements
         raise TypeError(f"the loss must be a number, or a tensor of 1 element, got {loss!r}") from None
     if math.isnan(value) or value == -math.inf:
         raise ValueError(f"the loss must be a number, got {value}: later decisions would rest on it")

@@ -22,6 +22,14 @@ from dist_asgd.sharding.precision import Precision
 from dist_asgd.sharding.shard import Shard
 from dist_asgd.sharding.shard_views import ShardParameters
 
+# Collectives (reductions of gradients, all-gathers of parameters) that a rank has under way at once. Two keep the link
+# busy. Each holds buffers of its bucket's size.
+MAX_IN_FLIGHT = 2
+
+# Seconds that a rank waits for the oldest of them before it starts one more. Another rank may join late, at its step()
+# or never, and the rank that waits for it without end might be the one that it waits for.
+PATIENCE = 5.0
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:

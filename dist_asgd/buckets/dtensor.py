@@ -13,15 +13,16 @@ from __future__ import annotations
 import operator
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dist_asgd._torch_private import local_tensor
 from dist_asgd.asgd.schedule import Hyperparameters, Scaling
-from dist_asgd.buckets.base import Bucket, Setting, describe, require_dense, require_fitting
+from dist_asgd.buckets.base import MAX_IN_FLIGHT, PATIENCE, Bucket, Setting, describe, require_dense, require_fitting
 from dist_asgd.buckets.gradient_tensors import PlacedGradient
 from dist_asgd.buckets.hooks import register_hook, remove_hooks
 from dist_asgd.buckets.local_tensors import gradient_is_placed, local_gradient, place_gradient
@@ -29,18 +30,12 @@ from dist_asgd.buckets.packing import Batch, Batches, Packer
 from dist_asgd.buckets.replicas import Sharing, family_of
 from dist_asgd.comm.collectives import Transfer
 from dist_asgd.kernels.dispatch import FlatSlice, PartsSlice, UpdateSlice
-from dist_asgd.kernels.scan import Look
+from dist_asgd.kernels.scan import LayoutScan
 from dist_asgd.kernels.tensor_list import Gradients, as_real
 from dist_asgd.sharding.layout import BucketLayout, Piece
-from dist_asgd.sharding.placement import Placement, local_tensor
+from dist_asgd.sharding.placement import Placement
 from dist_asgd.sharding.scalar_runs import Run
 from dist_asgd.sharding.shard_views import PlacedParameters, local_of
-
-# All-gathers under way at once; each has a buffer of its bucket's size.
-MAX_IN_FLIGHT = 2
-
-# Seconds to wait for a place among them. Where another rank does not come, waiting longer helps nobody.
-PATIENCE = 5.0
 
 
 class PlacedBucket(Bucket):
@@ -73,7 +68,7 @@ class PlacedBucket(Bucket):
         self._counts = sharing is None or collectives is not None or sharing.ranks[0] == setting.rank
         self._family = family_of(params[0]) if isinstance(params[0], DTensor) else None
         shapes, strides = [placement.shape for placement in placements], [placement.strides for placement in placements]
-        self._look = Look.of(shapes, strides, self._parameters.flats[0])
+        self._look = LayoutScan.of(shapes, strides, self._parameters.flats[0])
         self._plain: Gradients | None = None  # from when all were found until the step
         self._addresses = [flat.data_ptr() for flat in self._parameters.flats]
         self._packer = Packer(layout, placements, self._parameters.flats[0])
@@ -87,7 +82,7 @@ class PlacedBucket(Bucket):
         self._received: Tensor | None = None  # the whole bucket, while the all-gather is under way
         self._gather: Transfer | None = None
         self._in_flight = in_flight
-        hooks = [] if self.uneven else [register_hook(param, _hook(weakref.ref(self))) for param in params]
+        hooks = [] if self.uneven else [register_hook(param, self.arrive, i) for i, param in enumerate(params)]
         weakref.finalize(self, remove_hooks, hooks)
 
     def check_parameters(self) -> None:
@@ -126,7 +121,7 @@ class PlacedBucket(Bucket):
     def _found(self, grads: list[Any]) -> Gradients | None:
         """All gradients, if they are there and lie as the parameters; DTensors are placed as they are, too."""
         if self._family is None:
-            return None if any(grad is None for grad in grads) else self._look.at(grads)
+            return None if any(grad is None for grad in grads) else self._look.scan(grads)
         try:
             local = list(map(local_tensor, grads))
             places = [grad.placements for grad in grads]
@@ -135,7 +130,7 @@ class PlacedBucket(Bucket):
             return None
         count = len(grads)
         placed = places.count(self._family[1]) == count and meshes.count(self._family[0]) == count
-        return self._look.at(local) if placed else None
+        return self._look.scan(local) if placed else None
 
     def _check_each_gradient(self) -> None:
         for name, param, placement in zip(self.names, self.params, self.placements, strict=True):
@@ -173,8 +168,9 @@ class PlacedBucket(Bucket):
         for param in [] if self._plain is not None or self.uneven else self.params:
             place_gradient(param)
 
-    def arrive(self, param: DTensor) -> None:
+    def arrive(self, position: int) -> None:
         """A hook: the parameter has its gradient. A partial one, of a norm in tensor parallelism, say, is reduced."""
+        param = self.params[position]
         if self.reducing.enabled:
             place_gradient(param)
         if isinstance(param.grad, DTensor):
@@ -244,12 +240,3 @@ class PlacedBucket(Bucket):
             self._packer.part(self._whole, values, flats)
         self._in_flight.remove(self)
         self._gather = self._received = None
-
-
-def _hook(bucket: weakref.ref[PlacedBucket]) -> Callable[[Tensor], None]:
-    def hook(param: Tensor) -> None:
-        alive = bucket()
-        if alive is not None and isinstance(param, DTensor):
-            alive.arrive(param)
-
-    return hook

@@ -21,7 +21,7 @@ from dist_asgd.buckets.gradient_tensors import GradientPiece
 from dist_asgd.buckets.packing import Batches, Packer
 from dist_asgd.comm.collectives import Collectives, Reduction, Transfer
 from dist_asgd.kernels.dispatch import FlatSlice, PartsSlice, UpdateSlice
-from dist_asgd.kernels.scan import Look, ParameterPlaces
+from dist_asgd.kernels.scan import LayoutScan, ParameterPlaces
 from dist_asgd.kernels.tensor_list import Gradients, as_real
 from dist_asgd.sharding.layout import BucketLayout, Span
 from dist_asgd.sharding.placement import Placement
@@ -71,7 +71,7 @@ class ReplicatedBucket(Bucket):
         self._places = ParameterPlaces.of(self.params)
         self._gradient_wire = setting.precision.gradient_wire(self.dtype)
         shapes, strides = [placement.shape for placement in placements], [placement.strides for placement in placements]
-        self._look = Look.of(shapes, strides, self.buffer)
+        self._look = LayoutScan.of(shapes, strides, self.buffer)
         self._plain: Gradients | None = None  # from when all were found until the step
         self._owned = list(self.shard.pieces.values())
         self.grad: Tensor | None = None
@@ -89,7 +89,7 @@ class ReplicatedBucket(Bucket):
         return self.params[position].data_ptr() == self._places.addresses[position]
 
     def check_parameters(self) -> None:
-        if self._places.hold:
+        if self._places.are_current:
             return
         for position, (name, param) in enumerate(zip(self.names, self.params, strict=True)):
             if not self.holds(position):
@@ -132,7 +132,7 @@ class ReplicatedBucket(Bucket):
         ]
 
     def find_gradients(self) -> bool:
-        self._plain = self._look.at_gradients(self._places) if self.whole_gradients else None
+        self._plain = self._look.scan_gradients(self._places) if self.whole_gradients else None
         return self._plain is not None
 
     def let_go(self) -> None:

@@ -11,9 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dist_asgd.sharding.placement import local_tensor
-
-aten = torch.ops.aten
+from dist_asgd._torch_private import (
+    FOREACH_ZERO_,
+    amp_unscale_,
+    aten,
+    current_graph_task_id,
+    local_tensor,
+    make_wrapper_subclass,
+)
 
 
 class Reducing(Protocol):
@@ -23,7 +28,7 @@ class Reducing(Protocol):
     def passes(self) -> int: ...
     @property
     def enabled(self) -> bool: ...
-    def align(self, operation: str) -> None: ...
+    def agree_on(self, operation: str) -> None: ...
     def warn_reduced_twice(self) -> None: ...
 
 
@@ -65,9 +70,7 @@ class GradientPiece(Tensor):
 
     @staticmethod
     def __new__(cls, owner: PieceOwner, position: int, param: Tensor) -> GradientPiece:
-        piece = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, param.shape, strides=param.stride(), dtype=param.dtype, device=param.device
-        )
+        piece = make_wrapper_subclass(cls, param.shape, strides=param.stride(), dtype=param.dtype, device=param.device)
         piece.position = position
         # Weakly: a gradient that outlives its optimizer should not keep the optimizer's memory.
         piece._owner, piece.contributed, piece.begun, piece.pending = weakref.ref(owner), False, 0, None
@@ -86,13 +89,13 @@ class GradientPiece(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Comes before any dispatch, and so before that of the DTensors among which the piece may be.
-        if func is torch._amp_foreach_non_finite_check_and_unscale_:
+        if func is amp_unscale_:
             return unscale_(*args)
         return super().__torch_function__(func, types, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        in_backward = torch._C._current_graph_task_id() != -1
+        in_backward = current_graph_task_id() != -1
         if in_backward and func in (aten.add_.Tensor, aten.add.Tensor) and isinstance(args[0], GradientPiece):
             piece, grad = args
             if piece.pending is None:
@@ -100,7 +103,7 @@ class GradientPiece(Tensor):
             elif piece.pending.layout is torch.strided:  # else it is sparse: it stays, to be refused before the step
                 piece.pending = piece.pending + grad.detach()
             return piece
-        if func in (aten.zero_.default, aten._foreach_zero_.default):
+        if func in (aten.zero_.default, FOREACH_ZERO_):
             several = isinstance(args[0], (list, tuple))
             for grad in args[0] if several else [args[0]]:
                 if isinstance(grad, GradientPiece):
@@ -145,9 +148,9 @@ class PlacedGradient(DTensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._amp_foreach_non_finite_check_and_unscale_:
+        if func is amp_unscale_:
             return unscale_(*args)
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -168,13 +171,13 @@ def unscale_(grads: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> N
     owners = list(dict.fromkeys(owner for owner in found if owner is not None))
     for reducing in {id(owner.reducing): owner.reducing for owner in owners}.values():
         if reducing is not None:
-            reducing.align("GradScaler.unscale_()")
+            reducing.agree_on("GradScaler.unscale_()")
     pieces = list(dict.fromkeys(grad.owner for grad in grads if isinstance(grad, GradientPiece)))
     local = [tensor for owner in pieces for tensor in owner.gradient_tensors()]
     for grad in grads:
         if not isinstance(grad, GradientPiece):
             local.append(local_tensor(grad) if isinstance(grad, DTensor) else grad)
     if local:
-        torch._amp_foreach_non_finite_check_and_unscale_(local, found_inf, inv_scale)
+        amp_unscale_(local, found_inf, inv_scale)
     if owners and owners[0].group is not None:
         dist.all_reduce(found_inf, dist.ReduceOp.MAX, group=owners[0].group)

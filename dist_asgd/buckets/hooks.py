@@ -1,15 +1,28 @@
-"""Hooks on parameters."""
+"""Hooks that tell an object about the gradients of parameters without keeping the object alive."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 
-def register_hook(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """Also on a frozen parameter, which may be unfrozen later; torch refuses hooks where no gradient is needed."""
+def register_hook(param: Tensor, method: Callable[..., None], *arguments: Any) -> RemovableHandle:
+    """Calls ``method(*arguments)`` whenever a backward pass has accumulated the gradient of ``param``.
+
+    The hook holds the object of the bound ``method`` weakly. A frozen parameter gets the hook as well, because it may
+    be unfrozen later; torch itself refuses hooks on tensors that need no gradient.
+    """
+    weak = weakref.WeakMethod(method)
+
+    def hook(param: Tensor) -> None:
+        alive = weak()
+        if alive is not None:
+            alive(*arguments)
+
     frozen = not param.requires_grad
     param.requires_grad_(True)
     handle = param.register_post_accumulate_grad_hook(hook)

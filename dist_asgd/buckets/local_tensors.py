@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
-from dist_asgd.sharding.placement import local_tensor
+from dist_asgd._torch_private import AsyncCollectiveTensor, is_fsdp1_slice, local_tensor, set_local_tensor
 
 
 def is_placed(param: Tensor, gradients: str) -> bool:
     """Whether somebody else has placed it: a DTensor, a slice of FSDP1, which PyTorch marks, or what the user says."""
-    return isinstance(param, DTensor) or getattr(param, "_fsdp_flattened", False) or gradients == "sharded"
+    return isinstance(param, DTensor) or is_fsdp1_slice(param) or gradients == "sharded"
 
 
 def local_gradient(param: Tensor) -> Tensor:
@@ -21,7 +20,8 @@ def local_gradient(param: Tensor) -> Tensor:
     if isinstance(grad, DTensor):
         local = local_tensor(grad)
         if isinstance(local, AsyncCollectiveTensor):
-            local = grad._local_tensor = local.wait()
+            local = local.wait()
+            set_local_tensor(grad, local)
         return local
     return grad  # type: ignore[return-value]
 

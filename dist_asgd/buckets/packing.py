@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dist_asgd._torch_private import chunk_cat
 from dist_asgd.asgd.rounding import compute_dtype
 from dist_asgd.kernels.scan import are_plain
 from dist_asgd.kernels.tensor_list import Gradients, TensorList, as_real
@@ -253,5 +254,5 @@ def _flattened(parts: list[Tensor], out: Tensor) -> Tensor:
     """``out``, 1-D, filled with the elements of the ``parts`` one after the other."""
     if all(part.ndim == 1 for part in parts):
         return torch.cat(parts, out=out)
-    torch._chunk_cat(parts, 0, 1, out=out.view(1, -1))  # flattens each, as FSDP2 does
+    chunk_cat(parts, 0, 1, out=out.view(1, -1))  # flattens each, as FSDP2 does
     return out

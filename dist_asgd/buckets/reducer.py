@@ -13,22 +13,15 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from dist_asgd.buckets.base import Bucket
+from dist_asgd._torch_private import current_autograd_node, current_graph_task_id, queue_callback
+from dist_asgd.buckets.base import MAX_IN_FLIGHT, PATIENCE, Bucket
 from dist_asgd.buckets.flat import ReplicatedBucket
 from dist_asgd.buckets.hooks import register_hook, remove_hooks
-
-# Reductions under way at once. Two keep the link busy; each holds its bucket's gradients and what it receives.
-MAX_IN_FLIGHT = 2
-
-# Seconds that backward waits for a place among them. A rank that runs no backward joins the reductions at its step(),
-# where it waits for the others, so waiting for it without end would never end.
-PATIENCE = 5.0
 
 
 class Reducer:
@@ -62,7 +55,7 @@ class Reducer:
             self.buckets.append(bucket)
             self._dormant.append(_is_frozen(bucket))
             for position, param in enumerate(bucket.params):
-                self._hooks.append(register_hook(param, _hook(weakref.ref(self), index, position)))
+                self._hooks.append(register_hook(param, self.arrive, index, position))
 
     def close_pass(self, with_gradients: bool = True) -> None:
         """Starts what the open pass has not started yet, if one is open; with zeros unless ``with_gradients``."""
@@ -153,19 +146,18 @@ class Reducer:
         self._in_flight.append(bucket)
 
     def _expect_end_of_backward(self) -> None:
-        task = torch._C._current_graph_task_id()
+        task = current_graph_task_id()
         if task == self._task and self._at_end:
             return
         self._task = task
         at_end = _AtEnd(self)
         self._at_end.append(weakref.ref(at_end))
-        # The engine's own way to run something after a backward; DDP and FSDP2 finish theirs by it as well.
-        torch.autograd.Variable._execution_engine.queue_callback(at_end)
+        queue_callback(at_end)
 
     def end_of_backward(self, at_end: _AtEnd) -> None:
         self._at_end = [other for other in self._at_end if other() is not at_end]
         # Inside a node, this is the end of a backward within a backward (reentrant checkpointing): the outer goes on.
-        if torch._C._current_autograd_node() is None:
+        if current_autograd_node() is None:
             self.close_pass()
 
 
@@ -183,12 +175,3 @@ class _AtEnd:
 
 def _is_frozen(bucket: ReplicatedBucket) -> bool:
     return not any(param.requires_grad for param in bucket.params)
-
-
-def _hook(reducer: weakref.ref[Reducer], index: int, position: int) -> Callable[[Tensor], None]:
-    def hook(param: Tensor) -> None:
-        alive = reducer()
-        if alive is not None:
-            alive.arrive(index, position)
-
-    return hook

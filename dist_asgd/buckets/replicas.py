@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from dist_asgd._torch_private import local_tensor
 from dist_asgd.comm.collectives import Collectives
 from dist_asgd.comm.consensus import Agreement, fingerprint
-from dist_asgd.comm.process_groups import subgroup_of_its_own
+from dist_asgd.comm.process_groups import separate_subgroup
 from dist_asgd.kernels.tensor_list import as_real
-from dist_asgd.sharding.placement import local_tensor
 
 Coordinates = tuple[int, ...]
 Family = tuple[DeviceMesh, tuple[Any, ...]]  # what DTensors of one mesh and one tuple of placements have in common
@@ -89,7 +89,7 @@ class Replicas:
             members = [self._global_rank(rank) for rank in ranks]
             # Parameters that are offloaded to the CPU may have a mesh of GPUs, whose backend does not take them.
             backend = "gloo" if device.type == "cpu" else None
-            group = subgroup_of_its_own(self._group, members, backend)
+            group = separate_subgroup(self._group, members, backend)
             self._collectives[key] = None if group is None else Collectives.on(group, device)
         return self._collectives[key]
 
@@ -104,7 +104,7 @@ class Replicas:
         for param, name in named.items():
             family = family_of(param)
             if sharing[family].mirrors and local_tensor(param).numel():
-                values[family].append((name, str(_digest(local_tensor(param)))))
+                values[family].append((name, str(sum_and_norm(local_tensor(param)).tolist())))
         return values
 
     def _require_same_values(
@@ -154,8 +154,12 @@ def _differ(coordinates: Sequence[Sequence[Coordinates]], codes: Sequence[Sequen
     )
 
 
-def _digest(tensor: Tensor) -> list[float]:
+def sum_and_norm(tensor: Tensor) -> Tensor:
+    """Returns a weighted sum and the 2-norm of the elements of ``tensor``: 1-D, 2 elements, fp64, on its device.
+
+    Two tensors for which they differ have different values. No two elements have one weight, because the plain sum says
+    nothing about the gradients of a softmax, which add up to zero.
+    """
     flat = as_real(tensor.detach().flatten().resolve_conj()).double()
     weights = torch.linspace(0.5, 1.5, len(flat), dtype=flat.dtype, device=flat.device)
-    total: list[float] = torch.stack([weights @ flat, flat.norm()]).tolist()
-    return total
+    return torch.stack([weights @ flat, flat.norm()])

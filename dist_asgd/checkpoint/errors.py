@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from dist_asgd.comm.consensus import Agreement
+from dist_asgd.comm.consensus import Agreement, error_text
 
 
 class CheckpointError(Exception):
@@ -18,37 +18,21 @@ class NotCommitted(CheckpointError):
 
 @contextlib.contextmanager
 def together(agreement: Agreement, operation: str) -> Iterator[None]:
-    """Runs a block on every rank of ``agreement``; if it raised on any rank, raises on every rank. Collective.
+    """Runs the block on every rank; if it raises on any rank, every rank raises an error that names that rank.
 
-    A rank on which the block is interrupted (``KeyboardInterrupt`` and other exceptions that are no ``Exception``) tells
-    the other ranks before it raises what interrupted it.
+    Collective: every rank of ``agreement`` must call it. A rank that is interrupted (``KeyboardInterrupt``,
+    ``SystemExit``) raises that itself.
 
     Args:
         agreement: the ranks.
-        operation: what the block does, for errors.
+        operation: the public call that runs the block, such as ``"save()"``.
 
     Raises:
-        ValueError, TypeError: the block raised it, on the first rank on which it failed.
-        CheckpointError: the block raised any other exception, or was interrupted on another rank.
+        ValueError, TypeError: the lowest failing rank raised one.
+        CheckpointError: the lowest failing rank raised any other exception, or was interrupted.
     """
-    own: BaseException | None = None
-    with only_checkpoint_errors():
-        try:
-            with agreement.together(operation):
-                try:
-                    yield
-                except Exception as error:
-                    own = error
-                    raise
-                except BaseException as error:
-                    own = error
-                    raise CheckpointError(f"{operation} was interrupted by {type(error).__name__}") from error
-        except Exception as error:
-            if own is not None and not isinstance(own, Exception):
-                raise own from None
-            if own is None or own in (error, error.__cause__):
-                raise
-            raise CheckpointError(f"{own}. Nor could ranks tell one another so: {error}") from own
+    with only_checkpoint_errors(), agreement.together(operation):
+        yield
 
 
 @contextlib.contextmanager
@@ -59,7 +43,7 @@ def only_checkpoint_errors() -> Iterator[None]:
     except (CheckpointError, ValueError, TypeError):
         raise
     except Exception as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(error_text(error)) from error
 
 
 @contextlib.contextmanager

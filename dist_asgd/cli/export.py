@@ -1,86 +1,128 @@
-"""``dist-asgd export``: a checkpoint's tensors as a file for torch.load or safetensors, or as transformers has them."""
+"""``dist-asgd export``: writes tensors of a checkpoint for torch.load, safetensors or transformers."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dist_asgd.checkpoint.export.formats import FORMATS, SUFFIXES, Exported, FileOf, format_by, safetensors_file
+from dist_asgd.checkpoint.export.formats import FORMATS, SUFFIXES, Exported, FileFormat, format_by, safetensors_file
 from dist_asgd.checkpoint.export.from_checkpoint import (
     ExportSource,
     StockExportSource,
-    averaged,
-    entries,
-    matching,
+    entry_names,
+    tensors_matching,
     tensors_of,
+    with_averages,
 )
-from dist_asgd.checkpoint.export.huggingface import MAX_SHARD_BYTES, split, write_directory
+from dist_asgd.checkpoint.export.huggingface import MAX_SHARD_BYTES, split_into_files, write_directory
 from dist_asgd.checkpoint.format.manifest import NAME, Manifest, read_manifest
 from dist_asgd.checkpoint.loading.sources import open_checkpoint
 from dist_asgd.checkpoint.storage.storage import Storage
-from dist_asgd.cli.output import ReportProgress, printable, progress_bar, readable, write
-from dist_asgd.cli.places import (
-    LOCAL,
+from dist_asgd.checkpoint.storage.url import LOCAL, protocol_of
+from dist_asgd.cli.arguments import add_checkpoint_arguments
+from dist_asgd.cli.output import ReportProgress, format_bytes, printable, progress_bar, write
+from dist_asgd.cli.urls import (
     OpenedCheckpoint,
     UsageError,
-    checkpoint_at,
-    file_at,
-    opened,
-    options_of,
-    protocol_of,
+    find_checkpoint,
+    open_parent,
+    open_storage,
+    storage_options,
 )
 
-DIRECTORY = "huggingface"
-DEFAULT = "model"
+HELP = "write tensors of a checkpoint to one file, for torch.load or safetensors, or to a directory for transformers"
+DIRECTORY = "huggingface"  # the value of --format that writes a directory
+DEFAULT_ENTRY = "model"
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the checkpoint, the output and its format, and which tensors are exported."""
+    add_checkpoint_arguments(parser)
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        help="path or URL of the file; replaced if it is there. Or, with a / at its end, of a directory, which gets "
+        "the layout of Hugging Face. Storage options are for URL, and for OUT where both are on one kind of store or "
+        "URL is a path",
+    )
+    parser.add_argument("--format", choices=[*FORMATS, DIRECTORY], help="default: by OUT's suffix")
+    parser.add_argument(
+        "--average",
+        nargs="?",
+        default=False,
+        const=True,
+        metavar="NAME",
+        help="optimizers' averages in place of parameters; of several the first, or that of the NAME",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=_size,
+        metavar="SIZE",
+        help="of tensors in one file of a directory: bytes, or as 500MB, 2GiB (default: 5GB)",
+    )
+    parser.add_argument("--config", metavar="FILE", help="becomes config.json of a directory: checkpoints have none")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--entry", metavar="NAME", help="of what was saved; keys lose this prefix (default: model)")
+    which.add_argument("--keys", metavar="GLOB", help="tensors with such keys, which stay whole, as 'model.layers.*'")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    kind = arguments.format or _format_by(arguments.out)
-    configs = _configs(arguments, kind)
-    place, target, name = _places(arguments, kind)
-    checkpoint, step = _opened(place)
-    raw = _chosen(checkpoint.manifest, arguments)
-    are_averages = arguments.average is not False
-    name_of = None if arguments.average is True else arguments.average
-    tensors = averaged(checkpoint, raw, name_of) if are_averages else raw
+    """Exports, and prints what was written; standard error names what could not be exported. Returns 0."""
+    format_name = arguments.format or _format_of(arguments.out)
+    configs = _read_config(arguments, format_name)
+    checkpoint, target, name = _open(arguments, format_name)
+    source, step = _open_source(checkpoint)
+    saved = _select_tensors(source.manifest, arguments)
+    use_averages = arguments.average is not False
+    average = None if arguments.average is True else arguments.average
+    tensors = with_averages(source, saved, average) if use_averages else saved
     with progress_bar("exported", hidden=arguments.json) as progress:
-        file_of = _watched(FORMATS.get(kind, safetensors_file), sum(tensor.nbytes for tensor in tensors), progress)
-        if kind == DIRECTORY:
-            files = split(tensors, arguments.max_shard_size or MAX_SHARD_BYTES)
+        file_of = _with_progress(FORMATS.get(format_name, safetensors_file), tensors, progress)
+        if format_name == DIRECTORY:
+            files = split_into_files(tensors, arguments.max_shard_size or MAX_SHARD_BYTES)
             size = write_directory(
-                target, files, configs, lambda file: target.write(file.name, file_of(checkpoint, file.tensors))
+                target, files, configs, lambda file: target.write(file.name, file_of(source, file.tensors))
             )
         else:
-            size = target.write(name, file_of(checkpoint, tensors))
-    done = {"out": f"{target.url}/{name}", "bytes": size, "step": step, "tensors": len(tensors)}
-    unchanged = [tensor.name for tensor, before in zip(tensors, raw, strict=True) if tensor == before]
-    left_out = [] if arguments.keys else _values_below(checkpoint.manifest, arguments.entry or DEFAULT)
+            size = target.write(name, file_of(source, tensors))
+    report = {"out": f"{target.url}/{name}", "bytes": size, "step": step, "tensors": len(tensors)}
+    unchanged = [tensor.name for tensor, before in zip(tensors, saved, strict=True) if tensor == before]
+    left_out = [] if arguments.keys else _values_in(source.manifest, arguments.entry or DEFAULT_ENTRY)
     if arguments.json:
-        write({**done, "not_averaged": unchanged if are_averages else None, "left_out": left_out})
+        write({**report, "not_averaged": unchanged if use_averages else None, "left_out": left_out})
         return 0
-    of_these = f", {len(unchanged)} of them not averages: {_listed(unchanged)}" if unchanged and are_averages else ""
+    not_averaged = (
+        f", {len(unchanged)} of them not averages: {_listed(unchanged)}" if unchanged and use_averages else ""
+    )
     of_step = "" if step is None else f" of step {step}"
-    write(printable(f"{done['out']}: {len(tensors)} tensors{of_step}, {readable(size)}{of_these}"))
+    write(printable(f"{report['out']}: {len(tensors)} tensors{of_step}, {format_bytes(size)}{not_averaged}"))
     if left_out:
         print(f"dist-asgd: left out, as they are no tensors: {printable(_listed(left_out))}", file=sys.stderr)
-    if kind == DIRECTORY and not configs:
+    if format_name == DIRECTORY and not configs:
         print("dist-asgd: there is no config.json, which checkpoints do not have: put it there", file=sys.stderr)
     return 0
 
 
-def _places(arguments: argparse.Namespace, kind: str) -> tuple[OpenedCheckpoint, Storage, str]:
-    """The checkpoint, the folder that is written to, and the file's name; "" where the folder is what is written."""
-    options = options_of(arguments.storage_option, arguments.storage_options)
+def _open(arguments: argparse.Namespace, format_name: str) -> tuple[OpenedCheckpoint, Storage, str]:
+    """Returns the checkpoint, the folder to write to and the file's name, which is "" where a directory is written."""
+    options = storage_options(arguments)
     source, out = protocol_of(arguments.url), protocol_of(arguments.out)
-    of_out = options if out != LOCAL and source in (out, LOCAL) else {}
-    target, name = (opened(arguments.out, of_out), "") if kind == DIRECTORY else file_at(arguments.out, of_out)
-    return checkpoint_at(arguments.url, {} if source == LOCAL != out else options, arguments.step), target, name
+    out_options = options if out != LOCAL and source in (out, LOCAL) else {}
+    if format_name == DIRECTORY:
+        target, name = open_storage(arguments.out, out_options), ""
+    else:
+        target, name = open_parent(arguments.out, out_options)
+    return find_checkpoint(arguments.url, {} if source == LOCAL != out else options, arguments.step), target, name
 
 
-def _configs(arguments: argparse.Namespace, kind: str) -> dict[str, bytes]:
-    if kind != DIRECTORY and (arguments.config or arguments.max_shard_size):
+def _read_config(arguments: argparse.Namespace, format_name: str) -> dict[str, bytes]:
+    """Returns the file of ``--config`` under the name that transformers reads; nothing without the option."""
+    if format_name != DIRECTORY and (arguments.config or arguments.max_shard_size):
         raise UsageError(f"--config and --max-shard-size are for --format {DIRECTORY}")
     if arguments.config is None:
         return {}
@@ -91,36 +133,35 @@ def _configs(arguments: argparse.Namespace, kind: str) -> dict[str, bytes]:
         raise UsageError(f"cannot read {arguments.config}: {error.strerror}") from error
 
 
-def _opened(place: OpenedCheckpoint) -> tuple[ExportSource, int | None]:
-    """A checkpoint, and its step if it tells."""
-    if NAME not in place.sizes():
-        return StockExportSource.open(place.storage, place.directory), None
-    manifest = read_manifest(open_checkpoint(place.storage, place.directory))
-    return ExportSource(place.storage, place.directory, manifest), manifest.step
+def _open_source(checkpoint: OpenedCheckpoint) -> tuple[ExportSource, int | None]:
+    """Returns what tensors are read from, and the step, which stock checkpoints do not have."""
+    if NAME not in checkpoint.sizes():
+        return StockExportSource.open(checkpoint.storage, checkpoint.directory), None
+    manifest = read_manifest(open_checkpoint(checkpoint.storage, checkpoint.directory))
+    return ExportSource(checkpoint.storage, checkpoint.directory, manifest), manifest.step
 
 
-def _format_by(out: str) -> str:
-    found = DIRECTORY if out.endswith("/") else format_by(out)
-    if found is None:
+def _format_of(out: str) -> str:
+    format_name = DIRECTORY if out.endswith("/") else format_by(out)
+    if format_name is None:
         raise UsageError(
             f"OUT ends in none of {', '.join(SUFFIXES)}: say --format torch or --format safetensors; or, for a "
             "directory as Hugging Face has it, end it with / or say --format huggingface"
         )
-    return found
+    return format_name
 
 
-def _chosen(manifest: Manifest, arguments: argparse.Namespace) -> list[Exported]:
+def _select_tensors(manifest: Manifest, arguments: argparse.Namespace) -> list[Exported]:
     if arguments.keys is not None:
-        return matching(manifest, arguments.keys)
-    entry = arguments.entry
-    if entry is None:
-        entry = DEFAULT
-        if entry not in entries(manifest):
-            raise UsageError(f"the checkpoint has no {entry!r}: say --entry or --keys. It has {entries(manifest)}")
-    return tensors_of(manifest, entry)
+        return tensors_matching(manifest, arguments.keys)
+    if arguments.entry is None and DEFAULT_ENTRY not in entry_names(manifest):
+        raise UsageError(
+            f"the checkpoint has no {DEFAULT_ENTRY!r}: say --entry or --keys. It has {entry_names(manifest)}"
+        )
+    return tensors_of(manifest, DEFAULT_ENTRY if arguments.entry is None else arguments.entry)
 
 
-def _values_below(manifest: Manifest, entry: str) -> list[str]:
+def _values_in(manifest: Manifest, entry: str) -> list[str]:
     return [key for key in manifest.values if key.startswith(f"{entry}.")]
 
 
@@ -128,10 +169,21 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _watched(file_of: FileOf, total: int, progress: ReportProgress) -> FileOf:
-    def watched(source: Any, tensors: Sequence[Exported]) -> Iterator[bytes | memoryview]:
+def _with_progress(file_of: FileFormat, tensors: Sequence[Exported], progress: ReportProgress) -> FileFormat:
+    """Wraps ``file_of`` so that each chunk of a file is reported; ``tensors``: those of all files."""
+    total = sum(tensor.nbytes for tensor in tensors)
+
+    def reporting(source: Any, tensors: Sequence[Exported]) -> Iterator[bytes | memoryview]:
         for chunk in file_of(source, tensors):
             yield chunk
             progress(len(chunk), total)
 
-    return watched
+    return reporting
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch("([0-9]{1,18})([KMGT]i?B|)", text)
+    size = int(found[1]) * UNITS[found[2]] if found else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 5GB, 500MB, 2GiB, or a number of bytes")
+    return size

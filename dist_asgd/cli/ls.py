@@ -1,4 +1,4 @@
-"""``dist-asgd ls``: the checkpoints of a run."""
+"""``dist-asgd ls``: lists the checkpoints of a run, with their sizes and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -9,33 +9,39 @@ from typing import Any
 
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.manifest import NAME, Manifest, read_manifest
-from dist_asgd.checkpoint.retention import Directory, attempts, newest_of
+from dist_asgd.checkpoint.retention import Directory, newest_of
 from dist_asgd.checkpoint.storage.storage import Storage
-from dist_asgd.cli.output import ago, printable, readable, table, write
-from dist_asgd.cli.places import NotFound, opened, options_of
+from dist_asgd.cli.arguments import add_run_arguments
+from dist_asgd.cli.output import format_bytes, format_duration, printable, table, write
+from dist_asgd.cli.urls import bytes_in, open_run
 
+HELP = "the checkpoints of a run: steps, sizes, age, number of ranks"
 COLUMNS = ("step", "size", "tensors", "ranks", "age", "state", "directory")
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the run."""
+    add_run_arguments(parser)
+
+
 def run(arguments: argparse.Namespace) -> int:
-    storage = opened(arguments.url, options_of(arguments.storage_option, arguments.storage_options))
-    sizes = storage.sizes()
-    found = attempts(sizes)
-    if not found:
-        raise NotFound(f"{storage.url} has no checkpoints of a run: no directories step-..., that Checkpointer makes")
-    counted = {directory.name for directory in newest_of(found).values()}
-    manifests = _manifests(storage, found, sizes)
-    rows = [_describe(storage, directory, sizes, manifests, directory.name in counted) for directory in found]
+    """Prints a row for each directory of a checkpoint. Returns 1 where one is damaged, else 0."""
+    storage, sizes, directories = open_run(arguments)
+    newest = newest_of(directories).values()
+    manifests = _read_manifests(storage, directories, sizes)
+    rows = [_directory_report(storage, directory, sizes, manifests, directory in newest) for directory in directories]
     if arguments.json:
         write({"url": storage.url, "checkpoints": rows})
     else:
-        write(table([list(COLUMNS), *map(_row, rows)], left=(5, 6)))
+        write(table([list(COLUMNS), *map(_table_row, rows)], left_aligned=(5, 6)))
     return 1 if any(row["state"] == "damaged" for row in rows) else 0
 
 
-def _manifests(storage: Storage, found: list[Directory], sizes: Mapping[str, int]) -> dict[str, Manifest | str]:
-    """By directory; what is wrong with it instead of a manifest that cannot be read."""
-    names = [directory.name for directory in found if directory.is_committed]
+def _read_manifests(
+    storage: Storage, directories: list[Directory], sizes: Mapping[str, int]
+) -> dict[str, Manifest | str]:
+    """Returns the manifest of each committed directory, by name; in place of a damaged checkpoint's, the problem."""
+    names = [directory.name for directory in directories if directory.is_committed]
     manifests: dict[str, Manifest | str] = {}
     for index, data in storage.read_ranges([(f"{name}/{NAME}", 0, sizes[f"{name}/{NAME}"]) for name in names]):
         try:
@@ -48,25 +54,26 @@ def _manifests(storage: Storage, found: list[Directory], sizes: Mapping[str, int
     return manifests
 
 
-def _describe(
+def _directory_report(
     storage: Storage,
     directory: Directory,
     sizes: Mapping[str, int],
     manifests: Mapping[str, Manifest | str],
-    is_counted: bool,
+    is_newest: bool,
 ) -> dict[str, Any]:
+    """Returns what ``--json`` prints of one directory; ``is_newest``: no later attempt at its step was committed."""
     manifest = manifests.get(directory.name)
-    row: dict[str, Any] = {"step": directory.step, "attempt": directory.attempt, "directory": directory.name}
-    row["bytes"] = sum(size for path, size in sizes.items() if path.startswith(f"{directory.name}/"))
+    report: dict[str, Any] = {"step": directory.step, "attempt": directory.attempt, "directory": directory.name}
+    report["bytes"] = bytes_in(directory.name, sizes)
     if isinstance(manifest, Manifest):
-        row |= {"tensors": len(manifest.tensors), "world_size": manifest.world_size, "created": manifest.created}
-        return row | {"state": "committed" if is_counted else "replaced", "damage": None}
-    row |= {"tensors": None, "world_size": None, "created": storage.modified(directory.name)}
-    return row | {"state": "incomplete" if manifest is None else "damaged", "damage": manifest}
+        report |= {"tensors": len(manifest.tensors), "world_size": manifest.world_size, "created": manifest.created}
+        return report | {"state": "committed" if is_newest else "replaced", "damage": None}
+    report |= {"tensors": None, "world_size": None, "created": storage.modified(directory.name)}
+    return report | {"state": "incomplete" if manifest is None else "damaged", "damage": manifest}
 
 
-def _row(row: Mapping[str, Any]) -> list[str]:
-    age = "" if row["created"] is None else ago(time.time() - row["created"])
-    tensors, ranks = ("" if row[name] is None else f"{row[name]:,}" for name in ("tensors", "world_size"))
-    state = row["state"] if row["damage"] is None else f"{row['state']}: {printable(row['damage'])}"
-    return [str(row["step"]), readable(row["bytes"]), tensors, ranks, age, state, row["directory"]]
+def _table_row(report: Mapping[str, Any]) -> list[str]:
+    age = "" if report["created"] is None else format_duration(time.time() - report["created"])
+    tensors, ranks = ("" if report[name] is None else f"{report[name]:,}" for name in ("tensors", "world_size"))
+    state = report["state"] if report["damage"] is None else f"{report['state']}: {printable(report['damage'])}"
+    return [str(report["step"]), format_bytes(report["bytes"]), tensors, ranks, age, state, report["directory"]]

@@ -1,4 +1,7 @@
-"""What commands print: nothing that a checkpoint says can move the cursor of the terminal."""
+"""Output of commands: text, tables, JSON and progress bars.
+
+Names and values of a checkpoint may come from anybody: ``printable`` keeps them from sending codes to the terminal.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,18 @@ from typing import Any, Protocol
 
 
 class OutputError(OSError):
-    """Standard output takes no more."""
+    """Standard output cannot be written; ``__cause__`` is the error of the system."""
 
 
 class ReportProgress(Protocol):
-    """Told of work that was done."""
+    """Callback of long work, which calls it after each part."""
 
     def __call__(self, done: int, total: int) -> None:
-        """``done`` more bytes of ``total`` in all."""
+        """Reports that ``done`` more bytes are done, of ``total`` bytes altogether."""
 
 
 def write(content: Any) -> None:
-    """Lines of text, or else anything as JSON, to standard output. Raises OutputError."""
+    """Prints a string as it is, and anything else as JSON, to standard output. Raises ``OutputError``."""
     text = content if isinstance(content, str) else json.dumps(content, indent=2)
     encoding = sys.stdout.encoding or "utf-8"
     try:
@@ -31,32 +34,41 @@ def write(content: Any) -> None:
 
 
 def printable(text: str) -> str:
-    """One line: control characters, also those that change the direction of writing, as escapes."""
+    """Returns ``text`` as one line without control characters: each that cannot be printed becomes an escape.
+
+    Line breaks, codes for terminals, surrogates and characters that change the direction of writing are among them.
+    """
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
     )
 
 
-def table(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
-    """Columns as wide as their widest cell; those numbered in ``left`` are set flush left, all others flush right."""
+def table(rows: Sequence[Sequence[str]], left_aligned: Sequence[int] = ()) -> str:
+    """Returns lines of columns, each as wide as its widest cell; two spaces stand between columns.
+
+    Args:
+        rows: at least one; all have the same number of cells.
+        left_aligned: numbers of the columns that are aligned left, counted from 0; all others are aligned right.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = enumerate(zip(row, widths, strict=True))
-        lines.append("  ".join(cell.ljust(width) if at in left else cell.rjust(width) for at, (cell, width) in cells))
+        padded = (cell.ljust(width) if at in left_aligned else cell.rjust(width) for at, (cell, width) in cells)
+        lines.append("  ".join(padded))
     return "\n".join(line.rstrip() for line in lines)
 
 
-def readable(count: int) -> str:
-    """A number of bytes."""
+def format_bytes(count: int) -> str:
+    """Returns a number of bytes in the largest binary unit up to TiB, as ``1.50 GiB``."""
     if count < 1024:
         return f"{count} B"
     power = min((count.bit_length() - 1) // 10, 4)
     return f"{count / 1024**power:.2f} {('KiB', 'MiB', 'GiB', 'TiB')[power - 1]}"
 
 
-def ago(seconds: float) -> str:
-    """A duration in its largest unit."""
+def format_duration(seconds: float) -> str:
+    """Returns a duration in its largest unit of days, hours, minutes and seconds, as ``3 h``; never below ``0 s``."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
@@ -65,8 +77,8 @@ def ago(seconds: float) -> str:
 
 @contextmanager
 def progress_bar(title: str, hidden: bool) -> Iterator[ReportProgress]:
-    """A bar on standard error, if that is a terminal and tqdm is installed."""
-    bar = None if hidden or not sys.stderr.isatty() else _bar(title)
+    """Shows a bar on standard error while the block runs, if that is a terminal and tqdm is installed."""
+    bar = None if hidden or not sys.stderr.isatty() else _new_bar(title)
 
     def advance(done: int, total: int) -> None:
         if bar is not None:
@@ -80,7 +92,7 @@ def progress_bar(title: str, hidden: bool) -> Iterator[ReportProgress]:
             bar.close()
 
 
-def _bar(title: str) -> Any:
+def _new_bar(title: str) -> Any:
     try:
         from tqdm import tqdm
     except ImportError:

@@ -1,4 +1,4 @@
-"""``dist-asgd show``: what is in a checkpoint, and where."""
+"""``dist-asgd show``: lists the tensors and values of a checkpoint, and the files that they are stored in."""
 
 from __future__ import annotations
 
@@ -11,26 +11,35 @@ from typing import Any
 
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.dcp_metadata import StoredChunk
-from dist_asgd.checkpoint.format.entries import SavedTensor
+from dist_asgd.checkpoint.format.entries import SavedTensor, dtype_name
 from dist_asgd.checkpoint.format.json_values import decode
-from dist_asgd.checkpoint.format.manifest import NAME, STOCK, Manifest, dtype_name, in_directory, read_manifest
+from dist_asgd.checkpoint.format.manifest import NAME, STOCK, Manifest, in_directory, read_manifest
+from dist_asgd.checkpoint.state.mismatches import truncate
 from dist_asgd.checkpoint.stock.metadata import read_stock_metadata
-from dist_asgd.cli.output import printable, readable, table, write
-from dist_asgd.cli.places import OpenedCheckpoint, checkpoint_at, options_of
+from dist_asgd.cli.arguments import add_checkpoint_arguments
+from dist_asgd.cli.output import format_bytes, printable, table, write
+from dist_asgd.cli.urls import OpenedCheckpoint, find_checkpoint, storage_options
 
-FILES = 3  # that are named of one tensor
-LONGEST = 80  # characters of a value
+HELP = "what is in a checkpoint: tensors, where they are stored, values"
+MAX_FILES = 3  # files named in the row of a tensor
+MAX_VALUE = 80  # characters of a value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the checkpoint and which of its entries are shown."""
+    add_checkpoint_arguments(parser)
+    parser.add_argument("--keys", metavar="GLOB", help="only entries with such keys, as 'model.*'")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    options = options_of(arguments.storage_option, arguments.storage_options)
-    place = checkpoint_at(arguments.url, options, arguments.step)
-    sizes = place.sizes()
-    found = _of_manifest(place) if NAME in sizes else _of_stock(place)
-    found = {"url": place.url, "bytes": sum(sizes.values()), **found}
+    """Prints what a checkpoint of dist_asgd or of ``torch.distributed.checkpoint`` says of itself. Returns 0."""
+    checkpoint = find_checkpoint(arguments.url, storage_options(arguments), arguments.step)
+    sizes = checkpoint.sizes()
+    contents = _manifest_report(checkpoint) if NAME in sizes else _stock_report(checkpoint)
+    report = {"url": checkpoint.url, "bytes": sum(sizes.values()), **contents}
     for kind in ("tensors", "values"):
-        found[kind] = {key: entry for key, entry in found[kind].items() if _matches(key, arguments.keys)}
-    write(found if arguments.json else _as_text(found))
+        report[kind] = {key: entry for key, entry in report[kind].items() if _matches(key, arguments.keys)}
+    write(report if arguments.json else _report_text(report))
     return 0
 
 
@@ -38,8 +47,8 @@ def _matches(key: str, pattern: str | None) -> bool:
     return pattern is None or fnmatch.fnmatchcase(key, pattern)
 
 
-def _of_manifest(place: OpenedCheckpoint) -> dict[str, Any]:
-    manifest = read_manifest(place.storage.read(in_directory(place.directory, NAME)))
+def _manifest_report(checkpoint: OpenedCheckpoint) -> dict[str, Any]:
+    manifest = read_manifest(checkpoint.storage.read(in_directory(checkpoint.directory, NAME)))
     return {
         "format": "dist_asgd",
         "step": manifest.step,
@@ -47,26 +56,28 @@ def _of_manifest(place: OpenedCheckpoint) -> dict[str, Any]:
         "created": manifest.created,
         "versions": dict(manifest.versions),
         "files": {name: file.size for name, file in manifest.files.items()},
-        "tensors": {key: _tensor(tensor.saved, _chunks(manifest, key)) for key, tensor in manifest.tensors.items()},
+        "tensors": {
+            key: _tensor_report(tensor.saved, _stored_chunks(manifest, key)) for key, tensor in manifest.tensors.items()
+        },
         "values": {key: value.encoded for key, value in manifest.values.items()},
     }
 
 
-def _chunks(manifest: Manifest, key: str) -> list[StoredChunk]:
+def _stored_chunks(manifest: Manifest, key: str) -> list[StoredChunk]:
     chunks = [(chunk.box, manifest.items[chunk.item]) for chunk in manifest.tensors[key].chunks]
     return [StoredChunk(box, item.file, item.offset, item.stop - item.offset) for box, item in chunks]
 
 
-def _of_stock(place: OpenedCheckpoint) -> dict[str, Any]:
-    stock = read_stock_metadata(place.storage.read(in_directory(place.directory, STOCK)))
+def _stock_report(checkpoint: OpenedCheckpoint) -> dict[str, Any]:
+    stock = read_stock_metadata(checkpoint.storage.read(in_directory(checkpoint.directory, STOCK)))
     return {
         "format": "torch.distributed.checkpoint",
-        "tensors": {key: _tensor(tensor.saved, list(tensor.chunks)) for key, tensor in stock.tensors.items()},
+        "tensors": {key: _tensor_report(tensor.saved, list(tensor.chunks)) for key, tensor in stock.tensors.items()},
         "values": dict.fromkeys(stock.objects),
     }
 
 
-def _tensor(saved: SavedTensor, chunks: list[StoredChunk]) -> dict[str, Any]:
+def _tensor_report(saved: SavedTensor, chunks: list[StoredChunk]) -> dict[str, Any]:
     return {
         "dtype": dtype_name(saved.dtype),
         "shape": list(saved.shape),
@@ -84,42 +95,39 @@ def _tensor(saved: SavedTensor, chunks: list[StoredChunk]) -> dict[str, Any]:
     }
 
 
-def _as_text(found: Mapping[str, Any]) -> str:
-    is_stock = "step" not in found
-    facts = [["format", found["format"]], ["size", readable(found["bytes"])]]
+def _report_text(report: Mapping[str, Any]) -> str:
+    is_stock = "step" not in report
+    facts = [["format", report["format"]], ["size", format_bytes(report["bytes"])]]
     if not is_stock:
-        created = datetime.fromtimestamp(found["created"], timezone.utc)
-        facts += [["step", str(found["step"])], ["ranks", str(found["world_size"])]]
-        facts += [["saved", f"{created:%Y-%m-%d %H:%M:%S} UTC"], ["by", _versions(found["versions"])]]
-        facts += [["files", str(len(found["files"]))]]
-    sections = [printable(found["url"]), table(facts, left=(0, 1))]
-    if found["tensors"]:
-        rows = [_row(key, tensor) for key, tensor in found["tensors"].items()]
-        sections.append(table([["tensor", "dtype", "shape", "size", "stored in"], *rows], left=(0, 1, 2, 4)))
-    if found["values"]:
-        shown = {key: "" if is_stock else _short(key, value) for key, value in found["values"].items()}
-        rows = [[printable(key), value] for key, value in shown.items()]
-        sections.append(table([["value", ""], *rows], left=(0, 1)))
+        created = datetime.fromtimestamp(report["created"], timezone.utc)
+        versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+        facts += [["step", str(report["step"])], ["ranks", str(report["world_size"])]]
+        facts += [["saved", f"{created:%Y-%m-%d %H:%M:%S} UTC"], ["by", printable(versions)]]
+        facts += [["files", str(len(report["files"]))]]
+    sections = [printable(report["url"]), table(facts, left_aligned=(0, 1))]
+    if report["tensors"]:
+        rows = [_tensor_row(key, tensor) for key, tensor in report["tensors"].items()]
+        sections.append(table([["tensor", "dtype", "shape", "size", "stored in"], *rows], left_aligned=(0, 1, 2, 4)))
+    if report["values"]:
+        # The metadata of stock checkpoints names values without having them.
+        rows = [[printable(key), "" if is_stock else _value(key, encoded)] for key, encoded in report["values"].items()]
+        sections.append(table([["value", ""], *rows], left_aligned=(0, 1)))
     return "\n\n".join(sections)
 
 
-def _versions(versions: Mapping[str, str]) -> str:
-    return printable(", ".join(f"{name} {version}" for name, version in versions.items()))
-
-
-def _row(key: str, tensor: Mapping[str, Any]) -> list[str]:
+def _tensor_row(key: str, tensor: Mapping[str, Any]) -> list[str]:
     chunks = tensor["chunks"]
     files = list(dict.fromkeys(chunk["file"] for chunk in chunks))
-    more = f" and {len(files) - FILES} more" if len(files) > FILES else ""
+    more = f" and {len(files) - MAX_FILES} more" if len(files) > MAX_FILES else ""
     parts = f"{len(chunks)} parts: " if len(chunks) > 1 else ""
-    stored = f"{parts}{' '.join(files[:FILES])}{more}"
-    return [printable(key), tensor["dtype"], str(tensor["shape"]), readable(tensor["bytes"]), printable(stored)]
+    stored = f"{parts}{' '.join(files[:MAX_FILES])}{more}"
+    return [printable(key), tensor["dtype"], str(tensor["shape"]), format_bytes(tensor["bytes"]), printable(stored)]
 
 
-def _short(key: str, encoded: Any) -> str:
+def _value(key: str, encoded: Any) -> str:
+    """Returns a value for display, or why it cannot be decoded."""
     try:
         text = repr(decode(encoded, key))
     except CheckpointError as error:
         text = str(error)
-    text = printable(text)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+    return truncate(printable(text), MAX_VALUE)

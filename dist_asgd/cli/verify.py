@@ -1,4 +1,4 @@
-"""``dist-asgd verify``: reads every byte of a checkpoint, and tells all that is wrong."""
+"""``dist-asgd verify``: reads every byte of a checkpoint and reports everything that is wrong."""
 
 from __future__ import annotations
 
@@ -8,31 +8,37 @@ from dataclasses import asdict
 
 from dist_asgd.checkpoint.format.manifest import NAME
 from dist_asgd.checkpoint.loading.verify import verify_checkpoint, verify_stock_checkpoint
-from dist_asgd.cli.output import printable, progress_bar, readable, write
-from dist_asgd.cli.places import checkpoint_at, options_of
+from dist_asgd.cli.arguments import add_checkpoint_arguments
+from dist_asgd.cli.output import format_bytes, printable, progress_bar, write
+from dist_asgd.cli.urls import find_checkpoint, storage_options
+
+HELP = "read every byte of a checkpoint and tell all that is wrong; stock DCP checkpoints, too"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the checkpoint."""
+    add_checkpoint_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    options = options_of(arguments.storage_option, arguments.storage_options)
-    place = checkpoint_at(arguments.url, options, arguments.step)
-    sizes = place.sizes()
-    is_ours = NAME in sizes
+    """Verifies a checkpoint of dist_asgd or of ``torch.distributed.checkpoint``. Returns 1 if it is damaged, else 0."""
+    checkpoint = find_checkpoint(arguments.url, storage_options(arguments), arguments.step)
+    sizes = checkpoint.sizes()
+    has_manifest = NAME in sizes
+    verify = verify_checkpoint if has_manifest else verify_stock_checkpoint
     with progress_bar("verified", hidden=arguments.json) as progress:
-        faults = (verify_checkpoint if is_ours else verify_stock_checkpoint)(place.storage, place.directory, progress)
-    kind = "dist_asgd" if is_ours else "torch.distributed.checkpoint"
+        faults = verify(checkpoint.storage, checkpoint.directory, progress)
+    kind = "dist_asgd" if has_manifest else "torch.distributed.checkpoint"
+    url, size = printable(checkpoint.url), sum(sizes.values())
     if arguments.json:
         faulty = [asdict(fault) for fault in faults]
-        write({"url": place.url, "format": kind, "bytes": sum(sizes.values()), "faults": faulty})
+        write({"url": checkpoint.url, "format": kind, "bytes": size, "faults": faulty})
         return 1 if faults else 0
-    by = (
-        "" if is_ours else f", a checkpoint of torch.distributed.checkpoint without {NAME}, by the CRC-32s in its items"
-    )
+    basis = "" if has_manifest else f", a checkpoint of {kind} without {NAME}, by the CRC-32s in its items"
     if not faults:
-        write(
-            f"{printable(place.url)}: {readable(sum(sizes.values()))} in {len(sizes)} files are as they were saved{by}"
-        )
+        write(f"{url}: {format_bytes(size)} in {len(sizes)} files are as they were saved{basis}")
         return 0
     lines = [f"{fault.file}: {f'{fault.key!r}: ' if fault.key else ''}{fault.text}" for fault in faults]
     write("\n".join(map(printable, lines)))
-    print(f"dist-asgd: {printable(place.url)}{by}, is damaged: {len(faults)} faults", file=sys.stderr)
+    print(f"dist-asgd: {url}{basis}, is damaged: {len(faults)} faults", file=sys.stderr)
     return 1

@@ -1,1 +1,1 @@
-"""Communication between ranks: process groups, the two collectives of a step, and agreement."""
+"""Communication between ranks: process groups, the two collectives of a step, Python objects, and agreement."""

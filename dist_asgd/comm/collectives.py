@@ -1,4 +1,7 @@
-"""The two collectives of a step, over flat buffers: reduce-scatter of gradients and all-gather of parameters."""
+"""Starts the two collectives of a step: the reduce-scatter of flat gradients and the all-gather of flat parameters.
+
+On gloo both are built from all-to-all exchanges where these are faster than gloo's own collectives.
+"""
 
 from __future__ import annotations
 
@@ -13,33 +16,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_asgd.comm.process_groups import group_of_its_own
+from dist_asgd.comm.process_groups import separate_group
 
 # torch 2.13 gave the flat collectives new names and deprecated the old ones.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-# Up to so many bytes for each rank, one exchange of gloo is faster than one for each direction.
+# Bytes of a shard up to which one exchange of gloo is faster than separate exchanges for the two directions.
 SMALL = 256 * 1024
 
-# Bytes of one message. When a rank dies, gloo fails what has not begun; what has begun may wait out the timeout.
+# Bytes of one message. When a rank dies, gloo fails the messages that have not begun, while a message under way may
+# wait for the whole timeout: short messages make a survivor's error come early.
 MESSAGE = 2**20
 
-POLL = 0.0002  # seconds
+POLL = 0.0002  # seconds between two looks at a collective of a device
 
 
 class Transfer(Protocol):
-    """A collective under way."""
+    """A collective that has been started and not yet waited for."""
 
-    def wait(self) -> None: ...
+    def wait(self) -> None:
+        """Waits for the collective, or makes the device's current stream wait; raises ``RuntimeError`` if it failed."""
 
     def completes_within(self, seconds: float) -> bool:
-        """Whether it is complete, on its device too, or has failed, at the latest after ``seconds``."""
+        """Waits at most ``seconds``; returns whether the collective has completed, on its device too, or has failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostTransfer:
-    """Collectives of gloo under way, as one."""
+    """Several gloo collectives under way that are waited for as one."""
 
     works: Sequence[dist.Work]
 
@@ -51,8 +56,8 @@ class HostTransfer:
         deadline = time.monotonic() + seconds
         for work in self.works:
             left = deadline - time.monotonic()
-            if not work.is_completed() and left >= 1e-3:  # whole milliseconds, of which 0 means without end
-                with contextlib.suppress(RuntimeError):  # it took longer, or failed: then wait() will say so
+            if not work.is_completed() and left >= 1e-3:  # gloo counts whole milliseconds, and 0 means no limit
+                with contextlib.suppress(RuntimeError):  # it took longer or failed; wait() raises the latter
                     work.wait(timedelta(seconds=left))
             if not work.is_completed():
                 return False
@@ -61,7 +66,7 @@ class HostTransfer:
 
 @dataclass(frozen=True, slots=True)
 class DeviceTransfer:
-    """A collective under way whose ``wait()`` only makes the device's stream wait."""
+    """A collective of a device's backend under way; ``wait()`` makes the current stream wait, and not the host."""
 
     work: dist.Work
 
@@ -79,18 +84,18 @@ class DeviceTransfer:
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """A reduce-scatter under way. Keeps the buffers of the wire alive until ``finish``."""
+    """A reduce-scatter under way. Keeps the buffers that are sent and received alive until ``finish``."""
 
     work: Transfer
-    source: Tensor  # this rank's gradients
-    parts: Sequence[Tensor]  # of the result, 1-D: this rank's shard from each rank, in order; or their sum alone
+    source: Tensor  # 1-D, world_size shards: this rank's gradients
+    parts: Sequence[Tensor]  # 1-D: this rank's shard as each rank has it, in rank order; or their sum alone
     world_size: int
-    dtype: torch.dtype  # of the result
+    dtype: torch.dtype  # the dtype in which ``finish`` adds and returns
 
     def finish(self) -> Tensor:
-        """Waits, and returns the mean of this rank's shard over the ranks, 1-D.
+        """Waits, and returns the mean over the ranks of this rank's shard: 1-D, in ``dtype``.
 
-        Shards that came apart are added in rank order in ``dtype``, so the bits of the mean depend neither on the
+        Shards that were received separately are added in rank order, so the bits of the mean depend neither on the
         bucket layout nor on timing.
         """
         self.work.wait()
@@ -102,11 +107,13 @@ class Reduction:
 
 @dataclass(frozen=True, slots=True)
 class Collectives:
-    """The collectives of one device type between the ranks of a process group.
+    """The collectives between the ranks of a process group for tensors of one device type.
+
+    Every method is collective: all ranks of ``group`` must call it in the same order.
 
     Args:
-        group: its backend is gloo, or one with a reduce-scatter of its own (nccl).
-        downward: for gloo, another group of the same ranks, for what goes to lower ranks; None for other backends.
+        group: its backend is gloo, or one that has a reduce-scatter, such as nccl.
+        downward: a second gloo group of the same ranks that carries data to lower ranks; None for other backends.
     """
 
     group: dist.ProcessGroup
@@ -114,24 +121,29 @@ class Collectives:
 
     @classmethod
     def on(cls, group: dist.ProcessGroup, device: torch.device) -> Collectives:
-        """Those of ``group`` for tensors on ``device``. Collective."""
+        """Returns the collectives of ``group`` for tensors on ``device``; with gloo, makes a second group."""
         config = dict(part.split(":") for part in dist.get_backend_config(group).split(",") if ":" in part)
         backend = config.get(device.type, dist.get_backend(group))
-        return cls(group, group_of_its_own(group, "gloo") if backend == "gloo" else None)
+        return cls(group, separate_group(group, "gloo") if backend == "gloo" else None)
 
     @property
     def world_size(self) -> int:
         return dist.get_world_size(self.group)
 
     def start_reduce(self, source: Tensor, dtype: torch.dtype) -> Reduction:
-        """Starts the mean of ``source`` (1-D, world_size shards, real) over the ranks; each rank gets its shard."""
+        """Starts a reduce-scatter that gives each rank the mean over the ranks of its shard of ``source``.
+
+        Args:
+            source: 1-D, real; its length is a multiple of world_size. It must not change until ``Reduction.finish``.
+            dtype: real; the dtype of the mean. gloo sends in the dtype of ``source`` and adds in ``dtype``.
+        """
         rank, size = dist.get_rank(self.group), self.world_size
         shards = source.view(size, -1).unbind()
         if self.downward is None:
             total = torch.empty_like(shards[rank])
             work = _reduce_scatter(total, source, group=self.group, async_op=True)
             return Reduction(DeviceTransfer(work), source, [total], size, dtype)
-        # gloo's reduce-scatter is an all-reduce inside, which sends twice the bytes.
+        # gloo implements reduce-scatter by an all-reduce, which sends twice the bytes.
         if shards[rank].nbytes <= SMALL:
             received = torch.empty_like(source)
             work = dist.all_to_all_single(received, source, group=self.group, async_op=True)
@@ -140,43 +152,50 @@ class Collectives:
         return Reduction(self._start_exchange(self.downward, shards, parts), source, parts, size, dtype)
 
     def start_gather(self, buffer: Tensor, shard: Tensor) -> Transfer:
-        """Starts filling ``buffer`` (1-D) with the ``shard`` of every rank; ``shard`` is this rank's part of it."""
+        """Starts an all-gather that fills ``buffer`` with the ``shard`` of every rank, in rank order.
+
+        Args:
+            buffer: 1-D, any dtype; its length is a multiple of world_size.
+            shard: this rank's slice of ``buffer``, a view of its memory.
+        """
         if self.downward is None:
             return DeviceTransfer(all_gather(buffer, shard, group=self.group, async_op=True))
-        # Among more than two, no rank of gloo's ring both sends to another and receives from it.
+        # In gloo's ring of more than two ranks, no rank both sends to a peer and receives from that peer, so there is
+        # no gain from a second connection.
         if self.world_size > 2 or shard.nbytes <= SMALL:
             return HostTransfer([all_gather(buffer, shard, group=self.group, async_op=True)])
         return self._start_exchange(self.downward, [shard, shard], buffer.view(2, -1).unbind())
 
     def _start_exchange(
-        self, downward: dist.ProcessGroup, given: Sequence[Tensor], taken: Sequence[Tensor]
+        self, downward: dist.ProcessGroup, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]
     ) -> HostTransfer:
-        """Gives each other rank its tensor of ``given``, and takes one from each; all are 1-D and of one length.
+        """Starts sending ``outgoing[rank]`` to each other rank and receiving ``incoming[rank]`` from it.
 
-        A rank tells its peer that it is ready to receive over the connection on which it sends, and gloo's all-to-all
-        begins with the sends: so the word often waits behind the data, and two ranks send one after the other. A group
-        has connections of its own; with one for each direction, both directions of a link are busy.
+        All tensors are 1-D and equally long. With gloo a rank announces that it is ready to receive on the connection
+        on which it also sends, and gloo's all-to-all begins with the sends. The announcement then often waits behind
+        data, and two ranks send one after the other. Each group has its own connections, so one group for each
+        direction keeps both directions of a link busy.
         """
         rank, works = dist.get_rank(self.group), list[dist.Work]()
         for distance in range(1, self.world_size):
-            works += _start_messages(self.group, given, rank + distance, taken, rank - distance)
-            works += _start_messages(downward, given, rank - distance, taken, rank + distance)
+            works += _start_messages(self.group, outgoing, rank + distance, incoming, rank - distance)
+            works += _start_messages(downward, outgoing, rank - distance, incoming, rank + distance)
         return HostTransfer(works)
 
     def broadcast(self, buffer: Tensor) -> None:
-        """Rank 0's ``buffer`` to every rank."""
+        """Overwrites ``buffer``, of any shape and dtype, with rank 0's, and waits for that."""
         dist.broadcast(buffer, group=self.group, group_src=0)
 
 
 def _start_messages(
-    group: dist.ProcessGroup, given: Sequence[Tensor], to: int, taken: Sequence[Tensor], origin: int
+    group: dist.ProcessGroup, outgoing: Sequence[Tensor], to: int, incoming: Sequence[Tensor], origin: int
 ) -> list[dist.Work]:
-    """Sends ``given[to]`` and receives ``taken[origin]``, where there are such ranks."""
-    ranks, nothing = range(dist.get_world_size(group)), given[0][:0]
-    sent = given[to] if to in ranks else nothing
-    received = taken[origin] if origin in ranks else nothing
+    """Starts sending ``outgoing[to]`` and receiving ``incoming[origin]``; skips a rank that the group does not have."""
+    ranks, nothing = range(dist.get_world_size(group)), outgoing[0][:0]
+    sent = outgoing[to] if to in ranks else nothing
+    received = incoming[origin] if origin in ranks else nothing
     works, most = [], MESSAGE // nothing.element_size()
-    for first in range(0, len(given[0]), most):
+    for first in range(0, len(outgoing[0]), most):
         out, into = sent[first : first + most], received[first : first + most]
         gives, takes = ([len(part) * (rank == at) for rank in ranks] for part, at in ((out, to), (into, origin)))
         works.append(dist.all_to_all_single(into, out, takes, gives, group=group, async_op=True))

@@ -1,11 +1,12 @@
-"""Keeps ranks of one mind: the same error on every rank, and no silent difference between them.
+"""Agreement between ranks: an error of one rank becomes an error of every rank, and differences are found.
 
-It all runs over one small gloo group of host tensors, so it never waits for a device or queues behind gradients.
+Every exchange uses one small gloo group of host tensors, so it never waits for a device or queues behind gradients.
 """
 
 from __future__ import annotations
 
 import contextlib
+import traceback
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_asgd.comm.process_groups import _check_group, default_group, group_of_its_own
+from dist_asgd.comm.objects import all_gather_object, gather_object
+from dist_asgd.comm.process_groups import check_group, default_group, separate_group
 
 _ERRORS: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": ValueError}
 
@@ -21,11 +23,15 @@ _ERRORS: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": Val
 Facts = list[tuple[str, str]]  # (name, value)
 
 
-MAX_VALUES = 7  # of one exchange
+MAX_VALUES = 7  # the most integers that one call of Agreement.maximum compares
 
 
 class DifferentOperations(RuntimeError):
-    """Ranks met in different collective calls. Raised on every rank, with the ``values`` of that exchange."""
+    """Raised on every rank when ranks meet in different collective calls.
+
+    Attributes:
+        values: the element-wise maximum over the ranks of the values given to ``Agreement.maximum``, padded with 0.
+    """
 
     def __init__(self, message: str, values: Sequence[int]) -> None:
         super().__init__(message)
@@ -33,40 +39,70 @@ class DifferentOperations(RuntimeError):
 
 
 class Agreement:
-    """Exchanges between the ranks of a process group. Every method is collective; with one rank it does nothing.
+    """Exchanges small facts and errors between the ranks of a process group.
+
+    The constructor and every method are collective: every rank of ``group`` must call them in the same order. With one
+    rank nothing is sent.
 
     Args:
         group: the ranks that must agree; None for one process without torch.distributed.
+
+    Raises:
+        TypeError: ``group`` is no process group.
+        ValueError: this rank is not a member of ``group``.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        _check_group(group)
+        check_group(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world_size = 1 if group is None else dist.get_world_size(group)
-        self.ranks = [] if group is None else dist.get_process_group_ranks(group)  # in the numbers of all ranks
-        self.group = group_of_its_own(group, "gloo")
+        self.ranks = [] if group is None else dist.get_process_group_ranks(group)  # global rank of each group rank
+        self.group = separate_group(group, "gloo")
 
     @contextlib.contextmanager
     def together(self, operation: str) -> Iterator[None]:
-        """Runs the block on every rank; if it raised anywhere, every rank raises the same error."""
-        error: Exception | None = None
+        """Runs the block on every rank; if it raises on any rank, every rank raises an error that names that rank.
+
+        A ``TypeError`` or ``ValueError`` of the lowest failing rank keeps its type on all ranks; any other exception
+        becomes a ``RuntimeError``. A rank that is interrupted (``KeyboardInterrupt``, ``SystemExit``) raises that again
+        itself, and the other ranks raise a ``RuntimeError`` that says so.
+
+        Args:
+            operation: the public call that runs the block, such as ``"save()"``.
+        """
+        own: BaseException | None = None
         try:
             yield
-        except Exception as caught:
-            error = caught
-        self.maximum(operation, error=error)
+        except StopIteration as error:  # contextlib swallows an error raised here whose cause is the StopIteration
+            own = RuntimeError(error_text(error)).with_traceback(error.__traceback__)
+        except BaseException as error:
+            own = error
+        try:
+            self.maximum(operation, error=own)
+        except Exception as error:
+            if own is not None and not isinstance(own, Exception):
+                raise own from None
+            if own is None or own in (error, error.__cause__):
+                raise
+            raise RuntimeError(f"{error_text(own)}. Nor could ranks tell one another so: {error}") from own
 
-    def maximum(self, operation: str, values: Sequence[int] = (), error: Exception | None = None) -> list[int]:
-        """The element-wise maximum of up to ``MAX_VALUES`` ``values`` (int64, as many on each rank) over the ranks.
+    def maximum(self, operation: str, values: Sequence[int] = (), error: BaseException | None = None) -> list[int]:
+        """Returns the element-wise maximum of ``values`` over the ranks.
 
-        Raises on every rank, in the place of a result, where any rank brings an ``error`` or is in another
-        ``operation``: what the user has called, in words.
+        Args:
+            operation: the public call that the rank is in, such as ``"step()"``.
+            values: at most ``MAX_VALUES`` integers that fit into int64, equally many on every rank.
+            error: what went wrong on this rank, or None.
+
+        Raises:
+            DifferentOperations: on every rank, if ranks are in different operations.
+            TypeError, ValueError, RuntimeError: on every rank, if any rank has an ``error``; see ``together``.
         """
         if self.group is None:
             if error is not None:
                 raise error
             return list(values)
-        # Of one length, whatever it carries: ranks in different operations must meet here, or none could say so.
+        # The length is the same for every operation: ranks in different operations must meet here to be told so.
         code = fingerprint(operation)
         padding = [0] * (MAX_VALUES - len(values))
         vector = torch.tensor([code, -code, error is not None, *values, *padding], dtype=torch.int64, device="cpu")
@@ -75,11 +111,11 @@ class Agreement:
         if high != -minus_low:
             self._raise_different(operation, result)
         if failed:
-            self._raise_together(error)
+            self._raise_everywhere(operation, error)
         return result[: len(values)]
 
     def union(self, flags: Sequence[bool]) -> list[bool]:
-        """Which of the flags are set on any rank."""
+        """Returns, for each flag, whether it is set on any rank. Every rank gives equally many."""
         if self.group is None:
             return list(flags)
         vector = torch.tensor(flags, dtype=torch.uint8, device="cpu")
@@ -87,31 +123,27 @@ class Agreement:
         return vector.bool().tolist()
 
     def gather(self, item: Any) -> list[Any]:
-        """The ``item`` (anything that can be pickled) of every rank, by rank."""
-        everyone: list[Any] = [item] * self.world_size
-        if self.group is not None:
-            dist.all_gather_object(everyone, item, group=self.group)
-        return everyone
+        """Returns the ``item`` of every rank, in rank order, on every rank. Items must be picklable."""
+        return all_gather_object(item, self.group)
 
     def collect(self, item: Any, tensors: Sequence[torch.Tensor]) -> Iterator[tuple[Any, list[torch.Tensor]]]:
-        """On rank 0 what each rank brings, one rank after the other; on the others nothing, but they must iterate too.
+        """Yields, on rank 0, the item and the tensors of one rank after the other, in rank order.
+
+        On other ranks it yields nothing, but sends while it is iterated over: they must exhaust it too.
 
         Args:
-            item: anything that can be pickled.
-            tensors: 1-D, on the CPU.
+            item: any picklable object.
+            tensors: 1-D, on the CPU, of any dtype. Ranks may give different numbers and sizes.
         """
         if self.rank == 0:
             yield item, list(tensors)
         if self.group is None:
             return
-        everyone: list[Any] = [None] * self.world_size
-        kinds = [(tensor.dtype, tensor.numel()) for tensor in tensors]
-        dist.gather_object((item, kinds), everyone if self.rank == 0 else None, group=self.group, group_dst=0)
+        everyone = gather_object((item, [(tensor.dtype, tensor.numel()) for tensor in tensors]), self.group)
         for tensor in tensors if self.rank else []:
             if tensor.numel():
                 dist.send(tensor.contiguous().view(torch.uint8), group=self.group, group_dst=0)
-        for rank in range(1, self.world_size) if self.rank == 0 else []:
-            other, kinds = everyone[rank]
+        for rank, (other, kinds) in enumerate(everyone[1:], 1):
             received = [torch.empty(numel, dtype=dtype, device="cpu") for dtype, numel in kinds]
             for tensor in received:
                 if tensor.numel():
@@ -119,7 +151,11 @@ class Agreement:
             yield other, received
 
     def require_equal(self, what: str, facts: Facts) -> None:
-        """Raises ``ValueError`` on every rank unless all ranks bring the same ``facts`` in the same order."""
+        """Raises ``ValueError`` on every rank unless all ranks give equal ``facts`` in the same order.
+
+        Args:
+            what: names the facts in the error message.
+        """
         code = fingerprint(facts)
         high, minus_low = self.maximum(what, [code, -code])
         if high != -minus_low:
@@ -136,8 +172,10 @@ class Agreement:
             values,
         )
 
-    def _raise_together(self, error: Exception | None) -> None:
-        mine = None if error is None else (type(error).__name__, str(error))
+    def _raise_everywhere(self, operation: str, error: BaseException | None) -> None:
+        mine = None if error is None else (type(error).__name__, error_text(error))
+        if mine is not None and not isinstance(error, Exception):
+            mine = (mine[0], f"{operation} was interrupted by {mine[0]}")
         everyone = self.gather(mine)
         failures = [(rank, *failure) for rank, failure in enumerate(everyone) if failure is not None]
         kind = _ERRORS.get(failures[0][1], RuntimeError)
@@ -154,7 +192,7 @@ class Agreement:
 
 @contextlib.contextmanager
 def agreement_of_all() -> Iterator[Agreement]:
-    """Of all ranks, for as long as the block takes; collective."""
+    """Yields an ``Agreement`` of all ranks, and destroys its process group after the block. Collective."""
     agreement = Agreement(default_group(None))
     try:
         yield agreement
@@ -163,8 +201,18 @@ def agreement_of_all() -> Iterator[Agreement]:
             dist.destroy_process_group(agreement.group)
 
 
+def error_text(error: BaseException) -> str:
+    """Returns the message of ``error``; if that is empty, the name of its type and the line that raised it."""
+    text = str(error)
+    if text.strip():
+        return text
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" (raised by `{frames[-1].line}` in {frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return type(error).__name__ + place
+
+
 def fingerprint(facts: object) -> int:
-    """A number below 2**32 that differs, almost surely, where ``repr(facts)`` differs."""
+    """Returns the CRC-32 of ``repr(facts)``: an integer in [0, 2**32) by which ranks compare facts."""
     return zlib.crc32(repr(facts).encode())
 
 

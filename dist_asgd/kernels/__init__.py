@@ -1,1 +1,1 @@
-"""The update in one pass over memory, on CPU and GPU, and the choice between its forms."""
+"""Updates parameters in one pass over memory, on CPU and GPU, and chooses between that and PyTorch's operators."""

@@ -1,9 +1,14 @@
-// One step of the rule (see asgd/rule.py) in one pass over memory, with the bits of PyTorch's operators.
+// Performs one step of the ASGD rule (asgd/rule.py) in one pass over memory, with the bits of PyTorch's operators.
 //
-// kernels/cpu.py compiles this for one combination of dtypes: PARAM, GRAD and ROUNDED are one of F32, F64, BF16, F16. ROUNDED
-// is what parameters are rounded to: PARAM, or narrower. MASTER is 1 where there are masters, STOCHASTIC where rounding
-// goes by chance. It computes in double where PARAM is F64, else in float; averages and masters have that type.
-// -ffp-contract=off is needed: of all products only the two by FMA are fused with a sum, as torch.add(alpha=) does.
+// kernels/cpu.py compiles this file once for each combination of dtypes, given by macros:
+// PARAM, GRAD, ROUNDED  F32, F64, BF16 or F16: dtypes of parameters and gradients, and the one to which parameters are
+//                       rounded, which is PARAM or narrower.
+// MASTER                1 if there are masters.
+// STOCHASTIC            1 if rounding is stochastic.
+// The arithmetic, averages and masters are double if PARAM is F64, otherwise float.
+//
+// It must be compiled with -ffp-contract=off: only the two products written as FMA are fused with a sum, because
+// torch.add(alpha=) fuses these and no others.
 
 #include <math.h>
 #include <stdint.h>
@@ -35,24 +40,25 @@ static inline float from_bfloat(bfloat value) {
     return result;
 }
 
-static inline bfloat to_bfloat(float value) {  // to the nearest, ties to even
+static inline bfloat to_bfloat(float value) {  // rounds to the nearest, ties to even
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     bits = value != value ? 0x7fc00000 : bits + 0x7fff + ((bits >> 16) & 1);
     return (bfloat){(uint16_t)(bits >> 16)};
 }
 
-static inline uint32_t scramble(uint32_t number) {  // the finalizer of MurmurHash3 (Appleby, 2011, public domain)
+static inline uint32_t scramble(uint32_t number) {  // finalizer of MurmurHash3 (Appleby, 2011, public domain)
     number = (number ^ number >> 16) * 0x85ebca6b;
     number = (number ^ number >> 13) * 0xc2b2ae35;
     return number ^ number >> 16;
 }
 
-static inline bfloat to_bfloat_by_chance(float value, uint32_t seed, uint32_t number) {
+// Rounds to the value above or below, with the bits of round_stochastically in asgd/rounding.py.
+static inline bfloat to_bfloat_stochastically(float value, uint32_t seed, uint32_t number) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     uint32_t noise = scramble((number * 0x9e3779b1) ^ seed) & 0xffff;
-    bits = value - value == 0 ? bits + noise : value != value ? 0x7fc00000 : bits;  // infinite ones stay
+    bits = value - value == 0 ? bits + noise : value != value ? 0x7fc00000 : bits;  // infinities stay
     return (bfloat){(uint16_t)(bits >> 16)};
 }
 
@@ -95,9 +101,10 @@ typedef float grad_t;
 typedef struct {
     double shrink, eta, mu, weight_decay;
     int64_t maximize, averages, seed, first;
-} Step;  // as kernels/cpu.py packs it
+} Step;  // kernels/cpu.py packs it
 
-// What the average does. A constant in each call of step(), as weight decay, so that loops have no branches.
+// What a step does to the average. It is a constant in each call of step(), so that the loop has no branches; so is
+// whether there is weight decay.
 enum { NO_AVERAGE, BECOMES, MOVES };
 
 static inline __attribute__((always_inline)) void step(
@@ -108,7 +115,7 @@ static inline __attribute__((always_inline)) void step(
     for (int64_t i = 0; i < numel; i++) {
         real p = PARAM_TO_REAL(param[i]);
 #if MASTER
-        // Where somebody has written the parameter, its master is out of date.
+        // A master whose rounding is not the parameter is out of date: somebody has written the parameter.
         p = PARAM_TO_REAL(ROUND(master[i])) == p ? master[i] : p;
 #endif
         real g = sign * GRAD_TO_REAL(grad[i]);
@@ -121,7 +128,7 @@ static inline __attribute__((always_inline)) void step(
         master[i] = p;
 #endif
 #if STOCHASTIC
-        param[i] = to_bfloat_by_chance(p, (uint32_t)s->seed, first + (uint32_t)i);
+        param[i] = to_bfloat_stochastically(p, (uint32_t)s->seed, first + (uint32_t)i);
 #else
         param[i] = ROUND(p);
 #endif
@@ -144,14 +151,14 @@ static void update_part(
 }
 
 typedef struct {
-    const int64_t *params, *grads;   // addresses
-    const int64_t *starts, *numels;  // of the parts, in elements; starts in average and master
-    int64_t count;
-    real *average, *master;  // may be null
+    const int64_t *params, *grads;   // memory addresses of each part and its gradient
+    const int64_t *starts, *numels;  // for each part: its first index in average and master, and its number of elements
+    int64_t count;                   // number of parts
+    real *average, *master;          // null if there is none
     const Step *step;
 } Work;
 
-// Elements [first, stop) of all parts one after the other.
+// Updates elements [first, stop), counted through all parts one after the other.
 static void update_range(const Work *w, int64_t first, int64_t stop) {
     for (int64_t k = 0, start = 0; k < w->count && start < stop; start += w->numels[k++]) {
         int64_t from = first > start ? first - start : 0;
@@ -165,6 +172,7 @@ static void update_range(const Work *w, int64_t first, int64_t stop) {
     }
 }
 
+// Updates all parts of one step, by at most `threads` threads. The arguments are those of Work.
 void update(
     const int64_t *params, const int64_t *grads, const int64_t *starts, const int64_t *numels, int64_t count,
     real *average, real *master, const Step *s, int64_t threads) {

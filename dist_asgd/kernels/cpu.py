@@ -1,48 +1,45 @@
-"""The rule in one pass over memory on a CPU: kernels/cpu.c, compiled when it is first needed, for the dtypes at hand.
+"""The update rule in one pass over main memory on a CPU: kernels/cpu.c, compiled at first use for the dtypes at hand.
 
-Walking blocks by PyTorch's operators moves everything several times, if through caches; one pass over main memory is
-what a step costs at least. Small parameters lie all over memory: the pass takes a list of their addresses, so that each
-costs some nanoseconds and not several operators.
+PyTorch's operators, even on blocks that stay in cache, move all data several times; one pass over main memory is the
+least that a step can cost. A model has many small parameters, so one call takes a list of addresses: each parameter
+then costs some nanoseconds instead of several operators.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dist_asgd.asgd.rounding import Rounding, compute_dtype
 from dist_asgd.asgd.schedule import Hyperparameters, Scalars
-from dist_asgd.kernels.selfcheck import has_the_bits, say_once
+from dist_asgd.kernels.c_library import compile_library
+from dist_asgd.kernels.selfcheck import matches_operators, warn_once
 from dist_asgd.kernels.tensor_list import Gradients, TensorList
 
-SOURCE = Path(__file__).with_name("cpu.c")
-COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno")
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 
-# Below so many elements a thread, starting threads takes longer than they save.
+# Elements for each thread below which starting threads takes longer than they save.
 GRAIN = 32 * 1024
 
 
 class _Step(ctypes.Structure):
+    """``Step`` of kernels/cpu.c."""
+
     _fields_ = [(name, ctypes.c_double) for name in ("shrink", "eta", "mu", "weight_decay")] + [
         (name, ctypes.c_int64) for name in ("maximize", "averages", "seed", "first")
     ]
 
 
 class NativeUpdate:
-    """One step of several parts, which share ``scalars``, in one pass. See ``FusedUpdate`` in kernels/dispatch.py.
+    """Updates several parameters that share ``scalars`` in one pass. See ``FusedUpdate`` in kernels/dispatch.py.
 
     Args:
-        function: ``update`` of kernels/cpu.c.
+        function: ``update`` of kernels/cpu.c, compiled for the dtypes of what is updated.
     """
 
     takes_device_scalars = False
@@ -79,47 +76,28 @@ class NativeUpdate:
 def native_update(
     param: torch.dtype, grad: torch.dtype, has_master: bool, rounded: torch.dtype, stochastic: bool
 ) -> NativeUpdate | None:
-    """For these dtypes; None where there is no compiler, or what it makes has other bits than PyTorch's operators.
+    """Returns the compiled update of these dtypes, or None if it cannot be had or has other bits than the operators.
+
+    The first call with a combination of arguments runs the C compiler; a message is logged, or a warning if it fails.
 
     Args:
-        rounded: as ``Rounding.dtype``.
-        stochastic: ``Rounding.seed`` is not None.
+        param, grad: real dtypes of parameters and gradients.
+        rounded: the dtype to which parameters are rounded (``Rounding.dtype``).
+        stochastic: whether that rounding is stochastic (``Rounding.seed`` is not None).
     """
     if param not in DTYPES or grad not in (param, compute_dtype(param)) or rounded not in DTYPES:
         return None
-    found = compiler()
-    if found is None:
-        say_once(f"no C compiler found ({', '.join(COMPILERS)})")
-        return None
     types = [f"-DPARAM={DTYPES[param]}", f"-DGRAD={DTYPES[grad]}", f"-DMASTER={int(has_master)}"]
     types += [f"-DROUNDED={DTYPES[rounded]}", f"-DSTOCHASTIC={int(stochastic)}"]
-    try:
-        function = compiled(found, [*FLAGS, *types, str(SOURCE)]).update
-    except (OSError, subprocess.SubprocessError) as error:
-        say_once(f"{found} failed", getattr(error, "stderr", None) or str(error))
+    library = compile_library("cpu.c", [*FLAGS, *types], f"the update of {param} parameters in one pass over memory")
+    if library is None:
         return None
-    address, count = ctypes.c_void_p, ctypes.c_int64
+    function, address, count = library.update, ctypes.c_void_p, ctypes.c_int64
     function.argtypes = [address, address, address, address, count, address, address, address, count]
     function.restype = None
     update = NativeUpdate(function)
     rounding = Rounding(rounded, 1234 if stochastic else None, 5)
-    if not has_the_bits(update, torch.device("cpu"), param, grad, has_master, rounding):
-        say_once(f"the compiled update of {param} differs from PyTorch's operators on this CPU")
+    if not matches_operators(update, torch.device("cpu"), param, grad, has_master, rounding):
+        warn_once(f"the compiled update of {param} differs from PyTorch's operators on this CPU")
         return None
     return update
-
-
-def compiler() -> str | None:
-    """The path of a C compiler, if there is one."""
-    return next(filter(None, map(shutil.which, COMPILERS)), None)
-
-
-def compiled(compiler: str, arguments: Sequence[str], kind: type[ctypes.CDLL] = ctypes.CDLL) -> ctypes.CDLL:
-    """Anew in each process, which takes 0.2 s: a library that others could have written must not be loaded."""
-    with tempfile.TemporaryDirectory(prefix="dist_asgd-") as folder:
-        library = f"{folder}/native.so"
-        command = [compiler, *arguments, "-o", library, "-lm"]
-        run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=60)
-        if run([*command, "-fopenmp"]).returncode != 0:  # Apple's compiler has none: then by one thread
-            run(command, check=True)
-        return kind(library)

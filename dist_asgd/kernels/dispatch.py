@@ -1,7 +1,7 @@
-"""One step of a slice of a shard, in the form that suits the device and the dtypes.
+"""Updates a slice of a shard by the fastest code there is for its device and dtypes.
 
-One pass over memory where there is one (cpu.py for CPUs, kernels/gpu.py for GPUs); else PyTorch's operators, which on a
-CPU walk blocks that stay in cache. Both have the same bits.
+That is one pass over memory (kernels/cpu.py, kernels/gpu.py), or else PyTorch's operators, which on a CPU work on one
+block after the other, so that a block stays in cache. Both give the same bits.
 """
 
 from __future__ import annotations
@@ -18,35 +18,34 @@ from dist_asgd.asgd.rounding import Rounding, compute_dtype
 from dist_asgd.asgd.rule import low_precision_step_
 from dist_asgd.asgd.schedule import AnyScalars, DeviceScalars, Hyperparameters, Scalars
 from dist_asgd.kernels.cpu import native_update
-from dist_asgd.kernels.selfcheck import has_the_bits, say_once
+from dist_asgd.kernels.selfcheck import matches_operators, warn_once
 from dist_asgd.kernels.tensor_list import Gradients, TensorList, as_real
 
-# CPU operators are walked in blocks of about this many elements for each thread: parameter, gradient, average and
-# temporaries of a block (512 KiB each in fp32) stay in a core's cache between the operators, which is twice as fast as
-# passes over whole tensors and has the same bits. Smaller blocks lose more by starting operators, larger ones leave the
-# cache.
+# Elements, for each thread, of a block that CPU operators work on. Parameter, gradient, average and temporaries of a
+# block (512 KiB each in fp32) stay in a core's cache between the operators, which is twice as fast as passes over whole
+# tensors and gives the same bits. Smaller blocks lose more by starting operators; larger ones do not fit the cache.
 BLOCK_PER_THREAD = 128 * 1024
 
 
-# An average beside the first takes iterates by PyTorch's operators, in blocks of so many bytes: they stay in cache from
-# one operator to the next, and temporaries are no larger.
+# Bytes of the blocks in which PyTorch's operators update every average but the first. A block stays in cache from one
+# operator to the next, and temporaries are no larger.
 PASS_BYTES = {"cpu": 2**20, "others": 2**24}
 
 
 class FusedUpdate(Protocol):
-    """One step of several parts, which share ``scalars``, in one pass."""
+    """Updates several tensors that share ``scalars`` by one step, in one pass over memory."""
 
-    takes_device_scalars: bool
+    takes_device_scalars: bool  # whether ``scalars`` may be DeviceScalars
 
     def __call__(
         self,
-        parts: TensorList,  # updated in place
-        grads: Gradients,  # of each part
+        parts: TensorList,  # the parameters; updated in place
+        grads: Gradients,  # one for each part; only read
         average: Tensor | None,  # 1-D, in compute_dtype, indexed by parts.starts; updated in place
-        master: Tensor | None,  # the same
+        master: Tensor | None,  # 1-D, in compute_dtype, indexed by parts.starts; updated in place
         h: Hyperparameters,
-        scalars: Any,  # Scalars, or DeviceScalars if it takes them
-        rounding: Rounding,  # of the element whose place in parts.starts is 0
+        scalars: Any,  # Scalars, or DeviceScalars if takes_device_scalars
+        rounding: Rounding,  # its ``first`` is the number of the element at index 0 of average and master
     ) -> None: ...
 
 
@@ -58,7 +57,13 @@ def fused_update(
     has_master: bool,
     rounding: Rounding,
 ) -> FusedUpdate | None:
-    """For these dtypes, of real numbers; None where there is none. ``average`` None: no average."""
+    """Returns the one-pass update for real parameters of these dtypes on ``device``, or None if there is none.
+
+    The first call with a combination of arguments compiles code and checks its bits.
+
+    Args:
+        average: the dtype of the average, or None without an average.
+    """
     dtype = compute_dtype(param)
     if average not in (None, dtype) or grad not in (param, dtype):
         return None
@@ -91,34 +96,41 @@ def _on_gpu(
 
     update = triton_update(param, grad, rounded)
     if update is None:
-        say_once("Triton is not installed, or has no update of these dtypes")
+        warn_once("Triton is not installed, or has no update of these dtypes")
         return None
     rounding = Rounding(rounded, 1234 if stochastic else None, 5)
     try:
-        works = has_the_bits(update, device, param, grad, has_master, rounding)
-    except Exception as error:  # of many kinds: no C compiler for its launcher, a GPU that it does not know
-        say_once(f"Triton's update does not run on {device}", repr(error))
+        works = matches_operators(update, device, param, grad, has_master, rounding)
+    except Exception as error:  # of any type: no C compiler for Triton's launcher, an unknown GPU, ...
+        warn_once(f"Triton's update does not run on {device}", repr(error))
         return None
     if not works:
-        say_once(f"Triton's update of {param} differs from PyTorch's operators on {device}")
+        warn_once(f"Triton's update of {param} differs from PyTorch's operators on {device}")
     return update if works else None
 
 
-# By type of device.
+# For each device type, the function that makes its one-pass update.
 FORMS: dict[str, Callable[..., FusedUpdate | None]] = {"cpu": _on_cpu, "cuda": _on_gpu}
 
 
 def can_fuse(
     device: torch.device, param: torch.dtype, average: torch.dtype, has_master: bool, rounding: Rounding
 ) -> bool:
-    """Whether parameters of a dtype, which may be complex, are updated in one pass wherever they lie."""
+    """Returns whether parameters of dtype ``param``, real or complex, can be updated in one pass wherever they lie.
+
+    Args:
+        average: the dtype of the average, real or complex.
+    """
     return fused_update(device, param.to_real(), param.to_real(), average.to_real(), has_master, rounding) is not None
 
 
 def can_capture(
     device: torch.device, param: torch.dtype, average: torch.dtype, has_master: bool, rounding: Rounding
 ) -> bool:
-    """Whether they are so with ``DeviceScalars``, and with the bits of PyTorch's operators."""
+    """Returns whether ``can_fuse`` holds with ``DeviceScalars``, so that a CUDA graph can capture the update.
+
+    The arguments are those of ``can_fuse``.
+    """
     probed = Rounding(rounding.dtype, None if rounding.seed is None else 1234, 5)
     return _captures(device, param.to_real(), average.to_real(), has_master, probed)
 
@@ -130,28 +142,29 @@ def _captures(
     fused = fused_update(device, param, param, average, has_master, rounding)
     if fused is None or not fused.takes_device_scalars:
         return False
-    works = has_the_bits(fused, device, param, param, has_master, rounding, on_device=True)
+    works = matches_operators(fused, device, param, param, has_master, rounding, on_device=True)
     if not works:
-        say_once(f"Triton's update of {param} with scalars on {device} differs from PyTorch's operators")
+        warn_once(f"Triton's update of {param} with scalars on {device} differs from PyTorch's operators")
     return works
 
 
 def advance_(scalars: DeviceScalars, h: Hyperparameters) -> None:
-    """After a step with ``scalars``, which become those of the next one."""
+    """Advances ``scalars``, in place and without waiting for the device, from one step to the next."""
     from dist_asgd.kernels import gpu_schedule  # here, since it imports Triton
 
     gpu_schedule.advance_(scalars, h)
 
 
 class UpdateSlice(Protocol):
-    """What one call updates: neighbours in the shard with equal scalars."""
+    """A range of a shard, all of whose elements have equal scalars, that one call updates."""
 
     @property
     def start(self) -> int:
-        """In the shard."""
+        """Index in the shard of the first element."""
 
     @property
-    def stop(self) -> int: ...
+    def stop(self) -> int:
+        """Index in the shard after the last element."""
 
     def update_(
         self,
@@ -161,20 +174,22 @@ class UpdateSlice(Protocol):
         scalars: AnyScalars,
         rounding: Rounding,
     ) -> None:
-        """One step; ``average`` and ``master`` are those of ``[start, stop)``, 1-D, and are updated as well.
+        """Updates the parameters, ``average`` and ``master`` in place by one step.
 
-        ``rounding`` is that of the element at ``start``.
+        Args:
+            average, master: 1-D, the elements ``[start, stop)``; None if there is none.
+            rounding: its ``first`` is the number of the element at ``start``.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class PartsSlice:
-    """An ``UpdateSlice`` of parts that stay where they lie. ``can_fuse`` must hold for them."""
+    """An ``UpdateSlice`` of parameters that are updated where they lie. ``can_fuse`` must hold for them."""
 
     start: int
     stop: int
     parts: TensorList
-    grads: Gradients  # of each part, in the parts' dtype or compute_dtype
+    grads: Gradients  # one for each part, in the parts' dtype or in compute_dtype
 
     def update_(
         self,
@@ -196,11 +211,11 @@ class PartsSlice:
 
 @dataclass(frozen=True, slots=True)
 class FlatSlice:
-    """An ``UpdateSlice`` whose parameters and gradients lie in one 1-D tensor each."""
+    """An ``UpdateSlice`` whose parameters lie in one 1-D tensor, and its gradients in another."""
 
     start: int
-    param: Tensor  # any floating or complex dtype; updated in place
-    grad: Tensor  # only read
+    param: Tensor  # 1-D, any floating or complex dtype; updated in place
+    grad: Tensor  # 1-D, as long as param; only read
 
     @property
     def stop(self) -> int:
@@ -220,13 +235,16 @@ class FlatSlice:
 def update_(
     param: Tensor,  # 1-D, any floating or complex dtype; updated in place
     grad: Tensor,  # 1-D, same length; only read
-    average: Tensor | None,  # 1-D, same length; updated in place. None where the average still is the parameter
+    average: Tensor | None,  # 1-D, same length; updated in place. None while the average is the parameter
     master: Tensor | None,  # 1-D, same length, in compute_dtype; updated in place. None for no master
     h: Hyperparameters,
     scalars: AnyScalars,
     rounding: Rounding,
 ) -> None:
-    """One step of one slice whose elements share ``scalars``; masters and low precision as in low_precision_step_."""
+    """Updates a slice whose elements share ``scalars`` by one step, with the bits of ``low_precision_step_``.
+
+    Raises ``RuntimeError`` if ``scalars`` are on the device and there is no one-pass update of these dtypes.
+    """
     param, grad = as_real(param), as_real(grad)
     average = None if average is None else as_real(average)
     master = None if master is None else as_real(master)
@@ -249,12 +267,12 @@ def update_blocks_(
     scalars: Scalars,
     rounding: Rounding,
 ) -> None:
-    """The same by PyTorch's operators, of real numbers."""
+    """Performs ``update_`` on real tensors by PyTorch's operators, block by block."""
     size = block_size(param.numel(), param.device)
     if param.numel() <= size:
         low_precision_step_(param, grad, average, master, h, scalars, rounding)
         return
-    params = param.split(size)  # all at once: a slice costs as much as a small operator
+    params = param.split(size)  # one call: slicing block by block would cost as much as small operators
     averages = [None] * len(params) if average is None else average.split(size)
     masters = [None] * len(params) if master is None else master.split(size)
     for number, blocks in enumerate(zip(params, grad.split(size), averages, masters, strict=True)):
@@ -263,7 +281,10 @@ def update_blocks_(
 
 
 def block_size(numel: int, device: torch.device) -> int:
-    """Elements of each of the even blocks, a multiple of 32, in which ``numel`` elements are walked."""
+    """Returns the number of elements of the blocks in which ``update_blocks_`` works on ``numel`` elements.
+
+    On a CPU it is a multiple of 32, and all blocks but the last are equally long; elsewhere there is one block.
+    """
     if device.type != "cpu":
         return max(numel, 1)
     count = max(1, round(numel / (BLOCK_PER_THREAD * torch.get_num_threads())))

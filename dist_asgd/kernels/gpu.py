@@ -1,11 +1,11 @@
-"""The rule in one pass over memory on a GPU: one launch of a Triton kernel, whatever the number of parts.
+"""The update rule in one pass over memory on a GPU: one launch of a Triton kernel for any number of tensors.
 
-Each program of the kernel updates one block of one part. Where to find it stands in tables in device memory (see
-kernels/pointer_tables.py); a single part needs none.
+Each program of the kernel updates one block of one tensor. Tables in device memory say where the block lies
+(kernels/pointer_tables.py); a single tensor needs no table.
 
-The bits are those of PyTorch's CUDA operators. These compute ``add(alpha=)`` as an FMA, since nvcc contracts
-``a + alpha * b`` (pytorch#175838), and round everything else by itself; so the kernel asks for those FMAs and is
-compiled without any other contraction.
+The bits are those of PyTorch's CUDA operators. They compute ``add(alpha=)`` as an FMA, because nvcc contracts
+``a + alpha * b`` (pytorch#175838), and round after every other operation. So the kernel asks for these FMAs explicitly
+and is compiled without any other contraction.
 """
 
 from __future__ import annotations
@@ -30,34 +30,38 @@ try:
 except ImportError:
     triton = tl = None
 
-# Elements of a block: 16 for each of the threads, which have 4 vector loads of fp32 under way for each tensor.
+# Elements of a block: 16 for each thread, which then has 4 vector loads of fp32 under way for each tensor.
 BLOCK = 2048
-SMALL = 512  # where the part ends within the block, or is not aligned
+SMALL = 512  # elements that are updated at once where the tensor ends within the block, or is not aligned
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
-# Numbers that would be compiled in where they are 1 or a multiple of 16, and pointers whose alignment would be.
-NUMBERS = ("numel", "lambd", "eta", "mu", "weight_decay", "seed", "number")
-POINTERS = ("param", "grad", "average", "master")
 SCALARS = ("device_step", "device_eta", "device_mu", "device_lr", "inverse_scale", "found_inf")  # 1 element each
 
 
-def compiled(numbers: Sequence[str], pointers: Sequence[str]) -> Any:
-    """A decorator of kernels: one compilation for all values of ``numbers`` and all alignments of ``pointers``."""
+def jit(numbers: Sequence[str] = (), pointers: Sequence[str] = ()) -> Any:
+    """Returns a decorator that makes a Triton function, or that changes nothing if Triton is not installed.
+
+    Args:
+        numbers: arguments for all of whose values one compilation is enough. Triton would compile again for values of 1
+            and multiples of 16.
+        pointers: arguments for all of whose alignments one compilation is enough.
+    """
     if triton is None:
         return lambda function: function
     return triton.jit(do_not_specialize=numbers, do_not_specialize_on_alignment=pointers)
 
 
-def inlined(function: Any) -> Any:
-    return function if triton is None else triton.jit(function)
-
-
-@inlined
+@jit()
 def _place(
     param: tl.tensor, grad: tl.tensor, numel: tl.tensor,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr,
 ) -> tuple:  # fmt: skip
-    """Of the program's block: addresses in its part and gradient, place in the averages, and elements from there on."""
+    """Locates the block of this program.
+
+    Returns:
+        The addresses of its first element in the parameter and in the gradient, the index of that element in the
+        averages, and the number of elements from there to the end of the parameter.
+    """
     program = tl.program_id(0).to(tl.int64)
     if MANY:
         work = tl.load(param + 3 * numel + program)
@@ -78,24 +82,27 @@ def _place(
     return param_address, grad_address, place, left
 
 
-@inlined
+@jit()
 def double(bits: tl.tensor) -> tl.tensor:
-    """Of its bits: see ``bits``."""
+    """Returns the double whose bits are ``bits``; the host makes them by ``double_bits``."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
-@inlined
+@jit()
 def loaded(value: tl.tensor, instead: tl.tensor, TYPE: tl.constexpr) -> tl.tensor:
-    """``value``, or what is at the pointer ``instead``, if any."""
+    """Returns what the pointer ``instead`` points to, as ``TYPE``, or ``value`` if that is None."""
     if instead is None:
         return value
     else:
         return tl.load(instead).to(TYPE)
 
 
-@inlined
-def _eta(eta: tl.tensor, device_step: tl.tensor, device_eta: tl.tensor, device_lr: tl.tensor) -> tl.tensor:
-    """Of this step; on the device, that of the first step is the ``lr``, ``device_lr`` or else ``eta``."""
+@jit()
+def _current_eta(eta: tl.tensor, device_step: tl.tensor, device_eta: tl.tensor, device_lr: tl.tensor) -> tl.tensor:
+    """Returns the eta of this step as a double: ``eta``, or ``device_eta`` if given.
+
+    In the first step with scalars on the device it is the lr: ``device_lr``, or ``eta`` if that is None.
+    """
     if device_eta is None:
         return double(eta)
     else:
@@ -103,30 +110,35 @@ def _eta(eta: tl.tensor, device_step: tl.tensor, device_eta: tl.tensor, device_l
         return tl.where(tl.load(device_step) == 0, first, tl.load(device_eta)).to(tl.float64)
 
 
-@inlined
-def _seed(seed: tl.tensor, device_step: tl.tensor) -> tl.tensor:
-    """As ``Rounding.at``, which leaves it to the device to scramble where the device knows the step."""
+@jit()
+def _scramble(number: tl.tensor) -> tl.tensor:
+    """Returns ``scramble`` (asgd/rounding.py) of uint32 numbers."""
+    number = (number ^ number >> 16) * 0x85EBCA6B
+    number = (number ^ number >> 13) * 0xC2B2AE35
+    return number ^ number >> 16
+
+
+@jit()
+def _current_seed(seed: tl.tensor, device_step: tl.tensor) -> tl.tensor:
+    """Returns the seed of this step. ``Rounding.at`` computes it on the host unless the device holds the step."""
     if device_step is None:
         return seed
     else:
-        number = (seed + tl.load(device_step)).to(tl.uint32)
-        number = (number ^ number >> 16) * 0x85EBCA6B
-        number = (number ^ number >> 13) * 0xC2B2AE35
-        return number ^ number >> 16
+        return _scramble((seed + tl.load(device_step)).to(tl.uint32))
 
 
-@inlined
+@jit()
 def _block(
     address: tl.tensor, first: tl.tensor, TYPE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
 ) -> tl.tensor:
-    """Pointers to the elements of a block."""
+    """Returns pointers to ``BLOCK`` elements of type ``TYPE`` from index ``first`` on, counted from ``address``."""
     pointer = address.to(tl.pointer_type(TYPE))
     if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)  # bytes: loads and stores become vectors
+        pointer = tl.multiple_of(pointer, 16)  # bytes: loads and stores become vector instructions
     return pointer + first + tl.arange(0, BLOCK)
 
 
-@inlined
+@jit()
 def _load(pointers: tl.tensor, left: tl.tensor, BLOCK: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
     if ALIGNED:
         return tl.load(pointers)
@@ -134,7 +146,7 @@ def _load(pointers: tl.tensor, left: tl.tensor, BLOCK: tl.constexpr, ALIGNED: tl
         return tl.load(pointers, mask=tl.arange(0, BLOCK) < left)
 
 
-@inlined
+@jit()
 def _store(pointers: tl.tensor, values: tl.tensor, left: tl.tensor, BLOCK: tl.constexpr, ALIGNED: tl.constexpr) -> None:
     if ALIGNED:
         tl.store(pointers, values)
@@ -142,18 +154,19 @@ def _store(pointers: tl.tensor, values: tl.tensor, left: tl.tensor, BLOCK: tl.co
         tl.store(pointers, values, mask=tl.arange(0, BLOCK) < left)
 
 
-@inlined
-def _by_chance(values: tl.tensor, seed: tl.tensor, number: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
-    """fp32 to bf16 as ``stochastically`` in asgd/rule.py, bit for bit; ``number`` is that of the first value."""
-    noise = (number + tl.arange(0, BLOCK)).to(tl.uint32) * 0x9E3779B1 ^ seed.to(tl.uint32)
-    noise = (noise ^ noise >> 16) * 0x85EBCA6B
-    noise = (noise ^ noise >> 13) * 0xC2B2AE35
-    bits = values.to(tl.uint32, bitcast=True) + ((noise ^ noise >> 16) & 0xFFFF)
+@jit()
+def _round_stochastically(values: tl.tensor, seed: tl.tensor, number: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
+    """Rounds fp32 to bf16 with the bits of ``round_stochastically`` in asgd/rounding.py.
+
+    ``number`` is the number of the first value.
+    """
+    noise = _scramble((number + tl.arange(0, BLOCK)).to(tl.uint32) * 0x9E3779B1 ^ seed.to(tl.uint32)) & 0xFFFF
+    bits = values.to(tl.uint32, bitcast=True) + noise
     rounded = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return tl.where(values - values == 0, rounded, values.to(tl.bfloat16))  # infinite ones and NaNs stay
+    return tl.where(values - values == 0, rounded, values.to(tl.bfloat16))  # infinities and NaNs stay
 
 
-@inlined
+@jit()
 def _update_block(
     param_address: tl.tensor, grad_address: tl.tensor, average_address: tl.tensor, master_address: tl.tensor,
     left: tl.tensor, first: tl.tensor, shrink: tl.tensor, minus_eta: tl.tensor, mu: tl.tensor, decay: tl.tensor,
@@ -162,7 +175,10 @@ def _update_block(
     MAXIMIZE: tl.constexpr, DECAYS: tl.constexpr, AVERAGES: tl.constexpr, STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The rule, operation by operation as in asgd/rule.py."""
+    """Updates ``BLOCK`` elements from index ``first`` on by the rule, operation by operation as in asgd/rule.py.
+
+    ``left`` is the number of elements from index 0 to the end of the parameter.
+    """
     params = _block(param_address, first, PARAM, BLOCK, ALIGNED)
     p = _load(params, left - first, BLOCK, ALIGNED).to(REAL)
     if master_address is not None:
@@ -173,7 +189,7 @@ def _update_block(
     if inverse_scale is not None:
         g = g * tl.load(inverse_scale).to(REAL)
     if MAXIMIZE:
-        g = g * -1.0  # 0 - g, which Triton makes of -g, has another zero
+        g = g * -1.0  # Triton computes -g as 0 - g, which gives another sign of zero
     if DECAYS:
         g = tl.fma(p, decay, g)
     p = p * shrink
@@ -190,12 +206,15 @@ def _update_block(
     if master_address is not None:
         _store(masters, p, left - first, BLOCK, ALIGNED)
     if STOCHASTIC:
-        _store(params, _by_chance(p, seed, number + first, BLOCK), left - first, BLOCK, ALIGNED)
+        _store(params, _round_stochastically(p, seed, number + first, BLOCK), left - first, BLOCK, ALIGNED)
     else:
         _store(params, p.to(ROUNDED).to(PARAM), left - first, BLOCK, ALIGNED)
 
 
-@compiled(NUMBERS, POINTERS + SCALARS)
+@jit(
+    ("numel", "lambd", "eta", "mu", "weight_decay", "seed", "number"),
+    ("param", "grad", "average", "master", *SCALARS),
+)
 def update_kernel(
     param: tl.tensor, grad: tl.tensor, average: tl.tensor, master: tl.tensor,
     numel: tl.int64, lambd: tl.int64, eta: tl.int64, mu: tl.int64, weight_decay: tl.int64,
@@ -206,17 +225,20 @@ def update_kernel(
     MAXIMIZE: tl.constexpr, DECAYS: tl.constexpr, AVERAGES: tl.constexpr, STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr, SMALL: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One block.
+    """Updates the block of this program, unless ``found_inf`` points to a value other than 0.
 
     Args:
-        param, grad: the part and its gradient; with MANY, the tables of ``DeviceTables``.
-        numel: of the part; with MANY, how many parts there are.
-        lambd, eta, mu, weight_decay: doubles, as bits.
-        seed, number: as ``Rounding.seed`` and ``first``.
-        device_step, device_eta, device_mu: ``DeviceScalars``, instead of ``eta`` and ``mu``, if not None.
-        device_lr: then instead of ``eta``, which is the ``lr`` then, if not None.
+        param, grad: the parameter and its gradient; with MANY, the two tables of ``DeviceTables``.
+        average, master: as ``FusedUpdate`` takes them, or None.
+        numel: the number of elements of the parameter; with MANY, the number of parameters.
+        lambd, eta, mu, weight_decay: the bits of doubles. With scalars on the device ``eta`` is the lr.
+        seed, number: ``Rounding.seed`` and ``Rounding.first``.
+        device_step, device_eta, device_mu: the tensors of ``DeviceScalars``, which replace ``eta`` and ``mu``, or None.
+        device_lr: a tensor that replaces the lr, or None.
+        inverse_scale, found_inf: the tensors of ``Scaling``, or None.
+        AVERAGES: "becomes" if mu is 1, "moves" if it is not, "asks" if only the device knows mu.
     """
-    if found_inf is not None:  # noqa: SIM102 (two kinds of condition: this one is decided when it is compiled)
+    if found_inf is not None:  # noqa: SIM102 (two kinds of condition: Triton decides this one when it compiles)
         if tl.load(found_inf) != 0:
             return
     param_address, grad_address, place, left = _place(param, grad, numel, PARAM, GRAD, MANY, BLOCK)
@@ -229,19 +251,19 @@ def update_kernel(
     if master is not None:
         master_address = master.to(tl.int64) + place * (REAL.primitive_bitwidth // 8)
         addresses |= master_address
-    eta_now = _eta(eta, device_step, device_eta, device_lr)
+    eta_now = _current_eta(eta, device_step, device_eta, device_lr)
     mu_now = loaded(double(mu), device_mu, tl.float64).to(REAL)
     shrink = (1.0 - double(lambd) * eta_now).to(REAL)
     minus_eta = (eta_now * -1.0).to(REAL)
     decay = double(weight_decay).to(REAL)
-    seed_now = _seed(seed, device_step)
+    seed_now = _current_seed(seed, device_step)
     if (left >= BLOCK) & (addresses & 15 == 0):
         _update_block(
             param_address, grad_address, average_address, master_address, left, 0, shrink, minus_eta, mu_now, decay,
             inverse_scale, seed_now, number + place,
             PARAM, GRAD, REAL, ROUNDED, MAXIMIZE, DECAYS, AVERAGES, STOCHASTIC, BLOCK, True,
         )  # fmt: skip
-    else:  # in steps of another size, or else Triton would lay them out for vectors too
+    else:  # in pieces of another size, or else Triton would lay these out for vectors too
         for first in range(0, tl.minimum(left, BLOCK).to(tl.int32), SMALL):
             _update_block(
                 param_address, grad_address, average_address, master_address, left, first, shrink, minus_eta, mu_now,
@@ -261,7 +283,12 @@ def _types() -> dict[torch.dtype, Any]:
 
 
 class TritonUpdate:
-    """One step of several parts, which share ``scalars``, in one launch. See ``FusedUpdate`` in kernels/dispatch.py."""
+    """Updates several tensors that share ``scalars`` in one launch. See ``FusedUpdate`` in kernels/dispatch.py.
+
+    Args:
+        param, grad: real dtypes of parameters and gradients.
+        rounded: the dtype to which parameters are rounded (``Rounding.dtype``).
+    """
 
     takes_device_scalars = True
 
@@ -280,7 +307,7 @@ class TritonUpdate:
         scalars: AnyScalars,
         rounding: Rounding,
     ) -> None:
-        """Scalars on the device are read there, so that a captured CUDA graph takes those of the time of its replay."""
+        """Launches the kernel. It reads scalars on the device there, so a CUDA graph reads them when it is replayed."""
         with torch.cuda.device_of(parts.tensors[0]):
             if len(grads.tensors) == 1:
                 programs, numel, start = -(-parts.numel // BLOCK), parts.numel, parts.starts[0]
@@ -298,13 +325,13 @@ class TritonUpdate:
                 )  # fmt: skip
 
 
-def bits(*numbers: float) -> list[int]:
-    """Of doubles, since Triton rounds the floats that it is passed to fp32."""
+def double_bits(*numbers: float) -> list[int]:
+    """Returns the bits of doubles as int64, because Triton rounds floats that it is passed to fp32."""
     return array("q", array("d", numbers).tobytes()).tolist()
 
 
 def _numbers(h: Hyperparameters, scalars: AnyScalars) -> dict[str, Any]:
-    """The arguments of the kernel that say which step it is."""
+    """Returns the arguments of ``update_kernel`` that differ from step to step."""
     arguments: dict[str, Any] = dict.fromkeys(SCALARS)
     if isinstance(scalars, DeviceScalars):
         lr = 0.0 if h.device_lr is not None else float(h.lr)
@@ -315,7 +342,7 @@ def _numbers(h: Hyperparameters, scalars: AnyScalars) -> dict[str, Any]:
             arguments |= {"inverse_scale": scaling.inverse_scale, "found_inf": scaling.found_inf}
     else:
         known, averages = scalars, "becomes" if scalars.mu == 1 else "moves"
-    numbers = bits(h.lambd, known.eta, known.mu, h.weight_decay)
+    numbers = double_bits(h.lambd, known.eta, known.mu, h.weight_decay)
     return {
         **arguments,
         **dict(zip(("lambd", "eta", "mu", "weight_decay"), numbers, strict=True)),
@@ -325,7 +352,10 @@ def _numbers(h: Hyperparameters, scalars: AnyScalars) -> dict[str, Any]:
 
 @functools.cache
 def triton_update(param: torch.dtype, grad: torch.dtype, rounded: torch.dtype) -> TritonUpdate | None:
-    """For these dtypes, the last as ``Rounding.dtype``; None where there is no Triton."""
+    """Returns the update of these dtypes, or None if Triton is not installed or has no such update.
+
+    The arguments are those of ``TritonUpdate``. Compiling happens at the first launch.
+    """
     if triton is None or not {param, rounded} <= _types().keys() or grad not in (param, compute_dtype(param)):
         return None
     return TritonUpdate(param, grad, rounded)

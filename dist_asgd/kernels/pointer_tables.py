@@ -1,7 +1,7 @@
-"""Tables in device memory by which one kernel launch finds its way through parts that lie anywhere.
+"""Keeps tables of addresses in device memory, so that one kernel launch can update tensors that lie anywhere.
 
-They are written when parts are first seen. Of a step, only the addresses of gradients are sent, if they are other ones
-than before, from pinned memory, so that the host never waits.
+The tables of parameters are sent once. A step sends only the addresses of gradients, and only if they have changed,
+from pinned memory, so that the host never waits.
 """
 
 from __future__ import annotations
@@ -18,19 +18,24 @@ STEP = "take a step() without capturing it before each capture"
 
 
 class DeviceTables:
-    """What a kernel whose programs update a block of a part each reads of ``parts``.
+    """The tables for a kernel each of whose programs updates one block of one of ``parts``.
 
     Args:
-        block: how many elements that is.
+        parts: the tensors to be updated.
+        block: the number of elements that a program updates.
 
     Attributes:
-        of_parts: their addresses, starts and numels; then, for each program, its part (upper 32 bits) and block.
-        programs: how many.
+        of_parts: 1-D, int64: addresses, starts and numels of ``parts``; then, for each program, the index of its part
+            (upper 32 bits) and the index of its block in the part (lower 32 bits).
+        programs: the number of programs.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
     """
 
     def __init__(self, parts: TensorList, block: int) -> None:
         self._device = parts.tensors[0].device
-        if is_captured(self._device):  # they would be sent from memory that is not the graph's
+        if is_captured(self._device):  # a replay would read host memory that the graph does not own
             raise RuntimeError(f"a CUDA graph is being captured, and these parameters were not updated before: {STEP}")
         tables = [torch.frombuffer(table, dtype=torch.int64) for table in (parts.addresses, parts.starts, parts.numels)]
         blocks = (tables[2] + (block - 1)) // block
@@ -38,15 +43,17 @@ class DeviceTables:
         place = torch.arange(len(part)) - (blocks.cumsum(0) - blocks)[part]
         self.programs = len(part)
         self.of_parts = self._pinned(torch.cat([*tables, part << 32 | place])).to(self._device, non_blocking=True)
-        self._sent: tuple[array[int], Tensor] | None = None
-        self._spares: list[tuple[Tensor, Tensor]] = []
-        self._of_graphs: list[tuple[Tensor, Tensor]] = []
+        self._sent: tuple[array[int], Tensor] | None = None  # the gradients' addresses, and their copy on the device
+        self._spares: list[tuple[Tensor, Tensor]] = []  # unused (host, device) buffers, each 1-D, int64
+        self._of_graphs: list[tuple[Tensor, Tensor]] = []  # (host, device) buffers that captured graphs use
         self._count = len(parts.tensors)
 
     def of_grads(self, addresses: array[int]) -> Tensor:
-        """``addresses``, those of gradients, in device memory.
+        """Returns ``addresses``, which are those of the gradients, in device memory: 1-D, int64.
 
-        Each time in pinned memory of its own, which PyTorch does not hand out again before the copy is done.
+        Every copy starts from a new pinned buffer, which PyTorch does not reuse before the copy is done.
+
+        Raises ``RuntimeError`` if a CUDA graph is being captured and no step was taken since the last capture.
         """
         if is_captured(self._device):
             return self._captured(addresses)
@@ -55,15 +62,16 @@ class DeviceTables:
         if self._sent is None or self._sent[0] != addresses:
             values = self._pinned(torch.frombuffer(addresses, dtype=torch.int64))
             self._sent = (addresses, values.to(self._device, non_blocking=True))
-        if self._device.type == "cuda":  # where the stream is not the one they were made on, they must outlive its work
+        if self._device.type == "cuda":  # the current stream need not be the one they were made on
             for table in (self.of_parts, self._sent[1]):
                 table.record_stream(torch.cuda.current_stream(self._device))
         return self._sent[1]
 
     def _captured(self, addresses: array[int]) -> Tensor:
-        """A graph sends them again whenever it is replayed: the memory is its own, as long as there are the parts.
+        """Copies ``addresses`` within a CUDA graph, from a buffer that is reserved for the graph.
 
-        It was got before, since pinned memory must not be while a stream is captured.
+        Every replay copies from this buffer again, so it lives as long as this object. It was allocated before the
+        capture, since pinned memory must not be allocated during one.
         """
         if not self._spares:
             raise RuntimeError(f"there is no pinned memory for the gradients' addresses of another CUDA graph: {STEP}")

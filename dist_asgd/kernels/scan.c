@@ -1,10 +1,10 @@
-// How tensors lie in memory, asked of PyTorch for many of them by one call, through DLPack's C exchange API
-// (https://dmlc.github.io/dlpack). kernels/scan.py says what for.
+// Reads the memory layout of many tensors by one call, through DLPack's C exchange API (https://dmlc.github.io/dlpack).
+// kernels/scan.py compiles and calls this; its head says what for.
 
 #include <stdint.h>
 #include <string.h>
 
-#define AHEAD 16  // so many parameters; 8 to 32 take the same time
+#define AHEAD 16  // number of parameters between a prefetch and its use; 8 to 32 take the same time
 
 typedef struct { int32_t type, id; } Device;
 typedef struct { uint8_t code, bits; uint16_t lanes; } DType;
@@ -16,24 +16,24 @@ typedef struct {
     DType dtype;
     int64_t *shape, *strides;
     uint64_t byte_offset;
-} DLTensor;  // as in dlpack.h, version 1
+} DLTensor;  // layout as in dlpack.h, version 1
 
 typedef struct {
     int (*view)(void *object, DLTensor *view);      // dltensor_from_py_object_no_sync; 0, or an exception was set
     void *(*get)(void *object, void *name);         // PyObject_GetAttr: a new reference, or an exception was set
     int (*append)(void *list, void *object);        // PyList_Append: 0, or an exception was set
     void (*release)(void *object);                  // Py_DecRef
-} Python;  // as kernels/scan.py packs it
+} Python;  // kernels/scan.py packs it
 
 typedef struct {
-    const int64_t *dims;  // of each tensor: how many; then size and stride of each
-    void *like;           // a tensor of their dtype and on their device
-    int64_t count;
-} Expected;  // as kernels/scan.py packs it
+    const int64_t *dims;  // for each tensor: the number of dims, then the size and the stride (in elements) of each dim
+    void *like;           // a Python tensor of the expected dtype and device
+    int64_t count;        // number of tensors
+} Expected;  // kernels/scan.py packs it
 
-// Whether there are so many dims, of these sizes and strides. Of one element or none, or one along a dim, strides say
-// nothing.
-static int fits(const DLTensor *view, const int64_t *dims) {
+// Returns whether `view` has the expected dims. A dim of size 1 may have any stride, and so may every dim of a tensor
+// without elements.
+static int has_dims(const DLTensor *view, const int64_t *dims) {
     int dense = 1, empty = 0;
     if (view->ndim != *dims++) return 0;
     for (int32_t d = 0; d < view->ndim; d++) {
@@ -48,39 +48,42 @@ static int64_t address_of(const DLTensor *view) {
     return (int64_t)((intptr_t)view->data + view->byte_offset);
 }
 
-// Whether it lies as expected.
-static int is(const DLTensor *view, const DLTensor *like, const int64_t *dims) {
+// Returns whether `view` has the device and dtype of `like`, and the expected dims.
+static int fits(const DLTensor *view, const DLTensor *like, const int64_t *dims) {
     return !memcmp(&view->device, &like->device, sizeof view->device) &&
-        !memcmp(&view->dtype, &like->dtype, sizeof view->dtype) && fits(view, dims);
+        !memcmp(&view->dtype, &like->dtype, sizeof view->dtype) && has_dims(view, dims);
 }
 
-// Writes the addresses of tensors. Returns 1; 0 at the first that does not lie as expected; -1 if an exception was set.
-int64_t look(const Python *python, const Expected *expected, void *const *tensors, int64_t *addresses) {
+// Writes the address of each of the Python objects `tensors` into `addresses`. Returns 1 if all are as expected, 0 if
+// any is not, and -1 if a Python exception was set.
+int64_t scan(const Python *python, const Expected *expected, void *const *tensors, int64_t *addresses) {
     DLTensor like, view;
     if (python->view(expected->like, &like)) return -1;
     const int64_t *dims = expected->dims;
     for (int64_t k = 0; k < expected->count; k++, dims += 1 + 2 * *dims) {
         if (python->view(tensors[k], &view)) return -1;
-        if (!is(&view, &like, dims)) return 0;
+        if (!fits(&view, &like, dims)) return 0;
         addresses[k] = address_of(&view);
     }
     return 1;
 }
 
 typedef struct {
-    const int64_t *param, *grad;  // their shapes, which PyTorch keeps within the tensors
-    const void *object;           // the gradient, to Python
-} Seen;  // by the last look
+    const int64_t *param, *grad;  // the shapes of both, which PyTorch keeps inside the C++ tensor objects
+    const void *object;           // the Python object of the gradient
+} Seen;  // addresses from the last scan, used only to prefetch
 
-// Asks the caches for what lies around a shape: ahead, so that memory is not waited for anew with each tensor, which
-// takes a third off the look after a backward. Nothing is read, so it may be gone.
-static void fetch(const int64_t *shape) {
+// Prefetches the cache lines around a shape. A prefetch ahead of its use takes a third off a scan that follows a
+// backward. It reads nothing, so the memory may have been freed.
+static void prefetch(const int64_t *shape) {
     for (int line = -1; line <= 2; line++) __builtin_prefetch((const void *)((intptr_t)shape + 64 * line));
 }
 
-// The same of the gradients of `params`, which it appends to the list `found`. The parameters, too, have to lie as
-// expected, and at `places`. Both by one walk, since after a backward none of this is in the caches.
-int64_t look_at_gradients(
+// Writes the address of the gradient of each of `params` into `addresses`, and appends the gradients to the Python list
+// `found`. Parameters must be as expected too, and lie at `places`. `grad` is the Python string "grad". Returns what
+// scan() returns.
+// One pass reads parameters and gradients, since after a backward neither is in the caches.
+int64_t scan_gradients(
     const Python *python, const Expected *expected, void *const *params, const int64_t *places, Seen *seen, void *grad,
     void *found, int64_t *addresses) {
     DLTensor like, param, view;
@@ -91,16 +94,16 @@ int64_t look_at_gradients(
             const Seen *next = &seen[k + AHEAD];
             __builtin_prefetch(params[k + AHEAD]);
             __builtin_prefetch(next->object);
-            fetch(next->param);
-            fetch(next->grad);
+            prefetch(next->param);
+            prefetch(next->grad);
         }
         void *object = python->get(params[k], grad);
         if (!object) return -1;
         int failed = python->append(found, object);
-        python->release(object);  // the list has it
+        python->release(object);  // the list holds a reference
         if (failed || python->view(params[k], &param) || python->view(object, &view)) return -1;
         seen[k] = (Seen){param.shape, view.shape, object};
-        if (address_of(&param) != places[k] || !is(&param, &like, dims) || !is(&view, &like, dims)) return 0;
+        if (address_of(&param) != places[k] || !fits(&param, &like, dims) || !fits(&view, &like, dims)) return 0;
         addresses[k] = address_of(&view);
     }
     return 1;

@@ -1,8 +1,8 @@
-"""How thousands of tensors lie, asked by one call.
+"""Reads the memory layout of thousands of tensors by one call of C.
 
-A step has to know of every gradient that it has the parameter's shape, dtype, device and memory order, and its address.
-Asked one attribute of one tensor after the other, 10,000 of them take 10 ms. scan.c, compiled when it is first needed,
-asks PyTorch for all of that at once, through the C exchange API of DLPack (version 1.3, in PyTorch since 2.10).
+A step must know that every gradient has the shape, dtype, device and memory order of its parameter, and where it lies.
+Reading one attribute of one tensor after the other takes 10 ms for 10,000 tensors. kernels/scan.c, compiled at first
+use, reads all of them at once through the C exchange API of DLPack (version 1.3, in PyTorch since 2.10).
 """
 
 from __future__ import annotations
@@ -10,24 +10,20 @@ from __future__ import annotations
 import ctypes
 import functools
 import operator
-import subprocess
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dist_asgd.kernels.cpu import compiled, compiler
+from dist_asgd.kernels.c_library import compile_library
 from dist_asgd.kernels.tensor_list import Gradients
 
-SOURCE = Path(__file__).with_name("scan.c")
-FLAGS = ("-O2", "-shared", "-fPIC")
 CAPSULE = "__dlpack_c_exchange_api__"  # an attribute of torch.Tensor
 DLPACK_MAJOR = 1
-GRAD = "grad"  # held here, since kernels/scan.c is given its address
+GRAD = "grad"  # kernels/scan.c is given the address of this object, so it must live as long as the module
 
 
 class _ExchangeApi(ctypes.Structure):
@@ -39,19 +35,30 @@ class _ExchangeApi(ctypes.Structure):
 
 
 class _Python(ctypes.Structure):
+    """``Python`` of kernels/scan.c."""
+
     _fields_ = [(name, ctypes.c_void_p) for name in ("view", "get", "append", "release")]
 
 
 class _Expected(ctypes.Structure):
+    """``Expected`` of kernels/scan.c."""
+
     _fields_ = [("dims", ctypes.c_void_p), ("like", ctypes.c_void_p), ("count", ctypes.c_int64)]
 
 
-Functions = tuple[Callable[..., int], Callable[..., int]]  # look and look_at_gradients of kernels/scan.c
+Functions = tuple[Callable[..., int], Callable[..., int]]  # scan and scan_gradients of kernels/scan.c
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterPlaces:
-    """Where parameters are, and their elements; ``seen`` is where kernels/scan.c last saw them and their gradients."""
+    """Memory addresses of parameters.
+
+    Attributes:
+        params: the parameters.
+        ids: the address of each Python object.
+        addresses: the address of each parameter's first element.
+        seen: three addresses for each parameter that kernels/scan.c remembers from one scan to the next.
+    """
 
     params: tuple[Tensor, ...]
     ids: array[int]
@@ -60,21 +67,24 @@ class ParameterPlaces:
 
     @classmethod
     def of(cls, params: tuple[Tensor, ...]) -> ParameterPlaces:
+        """Reads the addresses of ``params``."""
         seen = array("q", bytes(3 * 8 * len(params)))
         return cls(params, array("q", map(id, params)), array("q", map(Tensor.data_ptr, params)), seen)
 
     @property
-    def hold(self) -> bool:
+    def are_current(self) -> bool:
+        """Whether the elements of every parameter still lie at its address."""
         return array("q", map(Tensor.data_ptr, self.params)) == self.addresses
 
 
-class Look:
-    """At tensors that are expected to lie in a certain way.
+class LayoutScan:
+    """Compares tensors with expected shapes, strides, dtype and device, and reads their addresses.
 
     Args:
-        shapes, strides: of each.
-        like: a tensor of their dtype and on their device.
-        functions: None to ask each tensor.
+        shapes: the expected shape of each tensor.
+        strides: the expected strides of each tensor, in elements.
+        like: a tensor of the expected dtype and device.
+        functions: the compiled functions; None to read each attribute of each tensor by Python.
     """
 
     def __init__(
@@ -92,38 +102,46 @@ class Look:
         self._singles = [position for position, sizes in enumerate(shapes) if set(sizes) <= {1}]
 
     @classmethod
-    def of(cls, shapes: Sequence[tuple[int, ...]], strides: Sequence[tuple[int, ...]], like: Tensor) -> Look:
+    def of(cls, shapes: Sequence[tuple[int, ...]], strides: Sequence[tuple[int, ...]], like: Tensor) -> LayoutScan:
+        """Makes a scan by the compiled functions where they can be had. The first call runs the C compiler."""
         return cls(shapes, strides, like, _functions())
 
-    def at(self, tensors: Sequence[Tensor]) -> Gradients | None:
-        """``tensors``, if all lie as expected."""
+    def scan(self, tensors: Sequence[Tensor]) -> Gradients | None:
+        """Returns ``tensors`` and their addresses if each is as expected and no subclass of Tensor; otherwise None."""
         if self._functions is None:
-            return self._asked_each(tensors)
+            return self._scan_by_python(tensors)
         ids = array("q", map(id, tensors))
-        return self._plain(tensors, self._call(self._functions[0], _pointer(ids)))
+        return self._if_plain(tensors, self._call(self._functions[0], _pointer(ids)))
 
-    def at_gradients(self, places: ParameterPlaces) -> Gradients | None:
-        """Those of parameters, if all are there and lie as expected, as the parameters do themselves, at ``places``."""
+    def scan_gradients(self, places: ParameterPlaces) -> Gradients | None:
+        """Returns the gradients of parameters and their addresses, or None if anything is not as expected.
+
+        Every parameter must have a gradient. Parameter and gradient must have the expected layout, and the parameter
+        must lie at its address in ``places``.
+        """
         if self._functions is None:
-            return self._asked_each([param.grad for param in places.params]) if places.hold else None
+            return self._scan_by_python([param.grad for param in places.params]) if places.are_current else None
         found: list[Tensor] = []
         where = map(_pointer, (places.ids, places.addresses, places.seen))
-        return self._plain(found, self._call(self._functions[1], *where, id(GRAD), id(found)))
+        return self._if_plain(found, self._call(self._functions[1], *where, id(GRAD), id(found)))
 
     def _call(self, function: Callable[..., int], *arguments: int) -> array[int] | None:
-        """The addresses it writes. What ``arguments`` point to must live until it returns."""
+        """Returns the addresses that ``function`` writes, or None if a tensor is not as expected.
+
+        The objects that ``arguments`` point to must live until ``function`` returns.
+        """
         addresses = array("q", bytes(8 * len(self._shapes)))
         try:
             as_expected = function(ctypes.byref(self._expected), *arguments, _pointer(addresses))
-        except Exception:  # for None, and what has no memory: whoever asks each of them can say more
+        except Exception:  # a tensor is None or has no memory; the checks that follow a failed scan say which
             return None
         return addresses if as_expected else None
 
-    def _plain(self, tensors: Sequence[Tensor], addresses: array[int] | None) -> Gradients | None:
-        """If they have the values that are in memory.
+    def _if_plain(self, tensors: Sequence[Tensor], addresses: array[int] | None) -> Gradients | None:
+        """Returns ``tensors`` and ``addresses`` if memory holds the values that the tensors show; otherwise None.
 
-        DLPack does not tell which are lazily negated. These are parts of complex numbers, two elements apart, so that
-        only single elements can be taken for what they are not.
+        DLPack does not tell whether a tensor is lazily negated. Such a tensor is a part of a complex one, with a stride
+        of two elements, so the strides already refuse it unless it has a single element.
         """
         if addresses is None or self._like.is_complex():
             return None
@@ -131,21 +149,21 @@ class Look:
             return None
         return Gradients(tensors, addresses)
 
-    def _asked_each(self, tensors: Sequence[Any]) -> Gradients | None:
+    def _scan_by_python(self, tensors: Sequence[Any]) -> Gradients | None:
         try:
-            # One after the other: thousands of shapes held at once would start Python's garbage collector.
+            # One shape at a time: thousands of shapes held at once would start Python's garbage collector.
             same = all(map(operator.eq, map(operator.attrgetter("shape"), tensors), self._shapes))
             same = same and all(map(operator.eq, map(Tensor.stride, tensors), self._strides))
             return Gradients.of(tensors) if same and are_plain(tensors, self._like) else None
-        except (AttributeError, RuntimeError):  # None; sparse
+        except (AttributeError, RuntimeError):  # a tensor is None, or sparse
             return None
 
 
 def are_plain(tensors: Sequence[Tensor], like: Tensor) -> bool:
-    """Whether they are contiguous, their memory has the values that they show, and dtype and device are of ``like``."""
+    """Returns whether all are contiguous, of ``like``'s dtype and device, no subclasses, and not lazily negated."""
     count = len(tensors)
     return (
-        not like.is_complex()  # they may be lazily conjugated
+        not like.is_complex()  # a complex tensor may be lazily conjugated
         and list(map(type, tensors)).count(Tensor) == count
         and [tensor.dtype for tensor in tensors].count(like.dtype) == count
         and [tensor.device for tensor in tensors].count(like.device) == count
@@ -160,46 +178,45 @@ def _pointer(table: array[int]) -> int:
 
 @functools.cache
 def _functions() -> Functions | None:
-    """None where there is no C compiler, or PyTorch has no exchange API."""
-    capsule, found = getattr(Tensor, CAPSULE, None), compiler()
-    if capsule is None or found is None:
+    """Compiles kernels/scan.c; returns None without PyTorch's exchange API or a C compiler, or if checks fail."""
+    capsule = getattr(Tensor, CAPSULE, None)
+    if capsule is None:
         return None
     prototype = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
     pointer_of = prototype(("PyCapsule_GetPointer", ctypes.pythonapi))
     api = _ExchangeApi.from_address(pointer_of(capsule, b"dlpack_exchange_api"))
     if api.major != DLPACK_MAJOR or not api.view:
         return None
-    try:
-        library = compiled(found, [*FLAGS, str(SOURCE)], ctypes.PyDLL)  # which holds Python's lock
-        functions = (library.look, library.look_at_gradients)
-    except (OSError, subprocess.SubprocessError, AttributeError):
+    library = compile_library("scan.c", ["-O2"], "the check of all gradients by one call", ctypes.PyDLL)
+    if library is None:
         return None
-    asked = (ctypes.pythonapi.PyObject_GetAttr, ctypes.pythonapi.PyList_Append, ctypes.pythonapi.Py_DecRef)
-    python = ctypes.pointer(_Python(api.view, *(ctypes.cast(function, ctypes.c_void_p) for function in asked)))
+    functions = (library.scan, library.scan_gradients)
+    callbacks = (ctypes.pythonapi.PyObject_GetAttr, ctypes.pythonapi.PyList_Append, ctypes.pythonapi.Py_DecRef)
+    python = ctypes.pointer(_Python(api.view, *(ctypes.cast(function, ctypes.c_void_p) for function in callbacks)))
     for function, count in zip(functions, (2, 6), strict=True):
         function.argtypes = [ctypes.POINTER(_Python), ctypes.POINTER(_Expected), *[ctypes.c_void_p] * count]
         function.restype = ctypes.c_int64
     bound = (functools.partial(functions[0], python), functools.partial(functions[1], python))
-    return bound if _work(bound) else None
+    return bound if _see_layouts(bound) else None
 
 
-def _work(functions: Functions) -> bool:
-    """Whether they see what they should. Asked before they are used."""
+def _see_layouts(functions: Functions) -> bool:
+    """Returns whether the compiled functions accept expected layouts and refuse others on this machine."""
     params = tuple(torch.nn.Parameter(torch.zeros(shape)) for shape in ((3,), (2, 4), ()))
     shapes, strides = [tuple(param.shape) for param in params], [param.stride() for param in params]
-    look, places = Look(shapes, strides, params[0].detach(), functions), ParameterPlaces.of(params)
+    scan, places = LayoutScan(shapes, strides, params[0].detach(), functions), ParameterPlaces.of(params)
     grads = [torch.zeros_like(param) for param in params]
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
-    seen = look.at_gradients(places)
-    if seen is None or not all(map(operator.is_, seen.tensors, grads)) or look.at(grads) is None:
+    seen = scan.scan_gradients(places)
+    if seen is None or not all(map(operator.is_, seen.tensors, grads)) or scan.scan(grads) is None:
         return False
     if seen.addresses != Gradients.of(grads).addresses:
         return False
     for other in (None, torch.zeros(4, 2).t(), torch.zeros(1, 4).expand(2, 4), torch.zeros(2, 4).to_sparse()):
         params[1].grad = other
-        if look.at_gradients(places) is not None:
+        if scan.scan_gradients(places) is not None:
             return False
     wrong = (torch.zeros(2, 4, dtype=torch.int32), torch.zeros(8), torch.zeros(2, 5), torch.zeros(2, 4, device="meta"))
     params[1].grad, params[1].data = grads[1], torch.zeros(2, 4)
-    return look.at_gradients(places) is None and all(look.at([grads[0], other, grads[2]]) is None for other in wrong)
+    return scan.scan_gradients(places) is None and not any(scan.scan([grads[0], other, grads[2]]) for other in wrong)

@@ -1,4 +1,4 @@
-"""Whether a form of the update has the bits of PyTorch's operators where it runs. Asked before it is used."""
+"""Checks, before a fast form of the update is used, that it gives the bits of PyTorch's operators on this machine."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dist_asgd.asgd.rule import low_precision_step_
 from dist_asgd.asgd.schedule import DeviceScalars, Hyperparameters, Scalars
 from dist_asgd.kernels.tensor_list import Gradients, TensorList
 
-# Elements on which each combination of options is compared: some blocks of the operators' and a rest.
+# Elements on which each combination of options is compared: several vectors of PyTorch's operators and a remainder.
 CHECKED = 211
 
-logger = logging.getLogger(__name__)
-_said: set[str] = set()
+logger = logging.getLogger("dist_asgd")
+_warned: set[str] = set()
 
 
-def has_the_bits(
+def matches_operators(
     update: Callable[..., None],
     device: torch.device,
     param: torch.dtype,
@@ -29,21 +29,26 @@ def has_the_bits(
     rounding: Rounding,
     on_device: bool = False,
 ) -> bool:
-    """Whether ``update``, a ``FusedUpdate``, does what PyTorch's operators do, under all combinations of options.
+    """Returns whether ``update`` gives the bits of ``low_precision_step_`` under all combinations of options.
 
     Args:
-        on_device: with ``DeviceScalars``.
+        update: a ``FusedUpdate`` (kernels/dispatch.py) for the dtypes that follow.
+        device: where the test tensors lie.
+        param, grad: dtypes of parameters and gradients.
+        has_master: whether there are masters.
+        rounding: how parameters are rounded.
+        on_device: whether ``update`` is given ``DeviceScalars`` instead of ``Scalars``.
     """
     generator, dtype = torch.Generator().manual_seed(0), compute_dtype(param)
     combinations = itertools.product((False, True), (0.0, 0.1), (False, True), (1.0, 0.3))
     for maximize, weight_decay, averages, mu in combinations:
         h = Hyperparameters(lr=0.1, lambd=0.1, alpha=0.75, t0=0.0, weight_decay=weight_decay, maximize=maximize)
-        scalars = Scalars(3, *torch.tensor([0.07, mu], dtype=torch.float32).tolist())  # as a device keeps them
+        scalars = Scalars(3, *torch.tensor([0.07, mu], dtype=torch.float32).tolist())  # a device keeps fp32
         values = torch.randn(4, CHECKED, dtype=torch.float64, generator=generator).to(device, dtype)
         first, second, average, other = values
         p, g = first.to(param), second.to(grad)
-        p = torch.where(second > 0, p, p.to(rounding.dtype).to(param))  # some have been rounded
-        # Half of the masters are those of the parameters, half out of date.
+        p = torch.where(second > 0, p, p.to(rounding.dtype).to(param))  # some are already rounded
+        # Half of the masters belong to their parameters; the other half are out of date, and must be replaced.
         master = torch.where(other > 0, p.to(dtype), other)
         own, expected = ([tensor.clone() for tensor in (p, average, master)] for _ in range(2))
         given = DeviceScalars.of(scalars, device) if on_device else scalars
@@ -58,8 +63,8 @@ def has_the_bits(
     return True
 
 
-def say_once(what: str, why: str = "") -> None:
-    """That the operators are used, and why."""
-    if what not in _said:
-        _said.add(what)
-        logger.warning("%s; updates go by PyTorch's operators instead, which takes longer. %s", what, why)
+def warn_once(what: str, why: str = "") -> None:
+    """Logs, once for each ``what``, that PyTorch's operators are used instead of a faster form, and why."""
+    if what not in _warned:
+        _warned.add(what)
+        logger.warning("%s; PyTorch's operators are used instead: the same bits, but slower. %s", what, why)

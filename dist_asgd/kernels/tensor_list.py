@@ -1,4 +1,4 @@
-"""Parts of parameters that one call updates, wherever they lie in memory."""
+"""Lists of tensors, with their addresses, that one call of an update kernel works on."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity: what is derived from them is kept beside them
+@dataclass(frozen=True, eq=False)  # compared by identity, as keys of a WeakKeyDictionary in kernels/gpu.py
 class TensorList:
-    """Each is 1-D and contiguous; all are real, of one dtype and device.
+    """Parameters, or slices of parameters, that one call updates, wherever they lie in memory.
 
     Attributes:
-        tensors: the parts.
-        starts: where each lies in the averages and masters of all, in elements.
-        addresses, numels: of ``tensors``.
-        numel: of all together.
+        tensors: each 1-D and contiguous; all real, of one dtype and on one device.
+        starts: for each tensor the index, in averages and masters, of its first element.
+        addresses: the memory address of each tensor, in bytes.
+        numels: the number of elements of each tensor.
+        numel: the number of elements of all tensors together.
     """
 
     tensors: tuple[Tensor, ...]
@@ -29,7 +30,12 @@ class TensorList:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], starts: Sequence[int] = (0,)) -> TensorList:
-        """Of real or complex ones; ``starts`` in their elements."""
+        """Makes the list from 1-D real or complex tensors.
+
+        Args:
+            tensors: at least one; complex tensors are listed as reals, of twice the length.
+            starts: as the attribute, but counted in elements of ``tensors``.
+        """
         real = tuple(map(as_real, tensors))
         factor = 2 if tensors[0].is_complex() else 1
         addresses = array("q", map(Tensor.data_ptr, real))
@@ -39,16 +45,22 @@ class TensorList:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Gradients:
-    """Of parts: contiguous, each of as many elements, all of one dtype."""
+    """The gradients of the tensors of a ``TensorList``, in its order.
+
+    Attributes:
+        tensors: contiguous, all of one dtype, each with as many elements as its parameter.
+        addresses: the memory address of each tensor, in bytes.
+    """
 
     tensors: Sequence[Tensor]
-    addresses: array[int]  # of the tensors
+    addresses: array[int]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Gradients:
+        """Reads the addresses of ``tensors``."""
         return cls(tensors, array("q", map(Tensor.data_ptr, tensors)))
 
 
 def as_real(flat: Tensor) -> Tensor:
-    """Complex numbers are pairs of reals to the rule, as in torch.optim."""
+    """Returns the 1-D view of a 1-D complex tensor as pairs of reals (as in torch.optim), or a real tensor itself."""
     return torch.view_as_real(flat).view(-1) if flat.is_complex() else flat

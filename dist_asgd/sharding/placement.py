@@ -1,4 +1,4 @@
-"""XXX docstring."""
+"""``Placement``: the shape, strides and position that this rank's block of a parameter has, in pure integers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dist_asgd._torch_private import local_tensor
 from dist_asgd.boxes import Box, boxes
 
 
@@ -103,8 +104,3 @@ class Placement:
         for value, dim in zip(values, self.order, strict=True):
             result[dim] = value
         return tuple(result)
-
-
-def local_tensor(tensor: DTensor) -> Tensor:
-    """What this rank has of it. ``to_local()`` is the same, but of a parameter it makes a view, which takes longer."""
-    return tensor._local_tensor

@@ -30,7 +30,7 @@ def select_runs(runs: Sequence[Run], active: Sequence[bool] | None) -> list[tupl
         first = run.first
         for position in range(run.first + 1, run.stop + 1):
             if position == run.stop or active[position] != active[first]:
-                scalars = run.scalars if first == run.first else run.scalars.apart()
+                scalars = run.scalars if first == run.first else run.scalars.copy()
                 result.append((Run(first, position, scalars), active[first]))
                 first = position
     return result

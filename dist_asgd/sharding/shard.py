@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_asgd.asgd.rounding import Rounding, compute_dtype, followed
+from dist_asgd.asgd.rounding import Rounding, compute_dtype, current_master
 from dist_asgd.asgd.rule import average_step_
 from dist_asgd.asgd.schedule import (
     AnyScalars,
@@ -195,7 +195,7 @@ class Shard:
     def _iterate(self, where: slice = slice(None)) -> Tensor:
         """What training has made of the parameters; of masters, if any, a copy: looking changes nothing."""
         param = self.parameters.read(where) if self._raw is None else self._raw[where]
-        return param if self.master is None else followed(self.master[where], param, self.rounding.dtype)
+        return param if self.master is None else current_master(self.master[where], param, self.rounding.dtype)
 
     # State dicts -----------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dist_asgd._torch_private import local_tensor
 from dist_asgd.sharding.layout import BucketLayout, Piece
-from dist_asgd.sharding.placement import Placement, local_tensor
+from dist_asgd.sharding.placement import Placement
 
 
 class PlacedParameters:

@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from dist_asgd._torch_private import TO_COPY, aten, disabled_torch_function, make_wrapper_subclass
 from dist_asgd.boxes import Box
 from dist_asgd.sharding.placement import Placement
-
-aten = torch.ops.aten
 
 
 class StatePiece(Tensor):
@@ -35,9 +34,7 @@ class StatePiece(Tensor):
 
     @staticmethod
     def __new__(cls, local: Tensor, start: int, placement: Placement) -> StatePiece:
-        piece = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, placement.whole, dtype=local.dtype, device=local.device
-        )
+        piece = make_wrapper_subclass(cls, placement.whole, dtype=local.dtype, device=local.device)
         piece.local, piece.start, piece.placement = local, start, placement
         return piece
 
@@ -88,7 +85,7 @@ class StatePiece(Tensor):
         piece = args[0]
         if func in (aten.detach.default, aten.alias.default):
             return StatePiece(piece.local, piece.start, piece.placement)
-        if func in (aten.clone.default, aten._to_copy.default, aten.new_empty.default, aten.empty_like.default):
+        if func in (aten.clone.default, TO_COPY, aten.new_empty.default, aten.empty_like.default):
             kwargs = {key: value for key, value in (kwargs or {}).items() if key != "memory_format"}
             rest = args[1:] if func is not aten.new_empty.default else (piece.local.shape,)
             return StatePiece(func(piece.local, *rest, **kwargs), piece.start, piece.placement)
@@ -115,11 +112,11 @@ class ScalarCopy(Tensor):
     but one. In every other respect it is a plain tensor, and so are copies of it.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what is computed with it is plain
+    __torch_function__ = disabled_torch_function  # what is computed with it is plain
 
     @staticmethod
     def __new__(cls, value: Tensor) -> ScalarCopy:
-        return Tensor._make_subclass(cls, value)
+        return value.as_subclass(cls)
 
     def plain(self) -> Tensor:
         return torch.Tensor.as_subclass(self, Tensor)
@@ -150,5 +147,8 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.sizes))
 
 
-# So that torch.load(weights_only=True), its default, takes state dicts that torch.save has written.
-torch.serialization.add_safe_globals([StatePiece, Placement])
+# torch.load(weights_only=True), its default, takes only pickled classes that it was told of. Version 0.1 pickled both
+# under the name of another module.
+torch.serialization.add_safe_globals(
+    [StatePiece, Placement, (StatePiece, "dist_asgd.pieces.StatePiece"), (Placement, "dist_asgd.pieces.Placement")]
+)

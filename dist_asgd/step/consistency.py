@@ -1,4 +1,7 @@
-"""XXX docstring."""
+"""Facts that must be equal on every rank, as (name, value) pairs of text: arguments, options and gradients.
+
+``Agreement.require_equal`` (``comm/consensus.py``) compares the facts; a step compares only their fingerprint.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,22 @@ from dist_asgd.buckets.base import Bucket
 from dist_asgd.buckets.local_tensors import is_placed
 from dist_asgd.buckets.replicas import family_of
 from dist_asgd.comm.consensus import Facts, fingerprint
-from dist_asgd.step.validation import (
-    Groups,
-    Options,
-    parameter_names,
-)
+from dist_asgd.step.validation import Groups, parameter_names
 
 _KINDS = ("frozen", "trained", "frozen, with a gradient", "trained, with a gradient")
 
-
+# Facts about a parameter in a step, in words. Indices: 1 for trained, 2 for a gradient, 4 for a gradient with other
+# placements than the parameter, or a sum of these.
 PARAMETER_FACTS = (*_KINDS, *(f"{kind} in another placement" for kind in _KINDS))
 
 
 def argument_facts(arguments: Mapping[str, object], groups: Groups, first: int) -> Facts:
-    """What must be the same on every rank to build the groups from ``first`` on."""
+    """Returns what must be equal on every rank to build buckets for the param groups from index ``first`` on.
+
+    Args:
+        arguments: arguments of the optimizer by name.
+        groups: ``optimizer.param_groups``.
+    """
     facts = [(name, repr(value)) for name, value in arguments.items()]
     for number, group in enumerate(groups[first:], start=first):
         facts += [*option_facts(Hyperparameters.of(group), number), (f"average of group {number}", average_of(group))]
@@ -47,24 +52,37 @@ def argument_facts(arguments: Mapping[str, object], groups: Groups, first: int) 
     return facts
 
 
-def step_facts(options: Options, shared: Mapping[Bucket, Sequence[int]]) -> Facts:
-    """What must be the same on every rank for a step; ``shared``: for each parameter, an index of PARAMETER_FACTS."""
+def step_facts(options: Sequence[Hyperparameters], parameters: Mapping[Bucket, Sequence[int]]) -> Facts:
+    """Returns what must be equal on every rank for a step, in words that name a difference.
+
+    Args:
+        options: options of each param group.
+        parameters: for each bucket, an index of ``PARAMETER_FACTS`` for each of its parameters.
+    """
     facts = [fact for number, h in enumerate(options) for fact in option_facts(h, number)]
-    for bucket, own in shared.items():
+    for bucket, own in parameters.items():
         facts += [(f"parameter {name!r}", PARAMETER_FACTS[fact]) for name, fact in zip(bucket.names, own, strict=True)]
     return facts
 
 
-def step_code(options: Options, shared: Mapping[Bucket, Sequence[int]], begun: Sequence[Sequence[int]]) -> int:
-    """A fingerprint of the same and of the passes in which gradients were ``begun``, cheap enough for every step."""
-    known = [h if h.device_lr is None else replace(h, lr=0.0) for h in options]  # a step does not wait for a device
+def step_code(
+    options: Sequence[Hyperparameters], parameters: Mapping[Bucket, Sequence[int]], begun: Sequence[Sequence[int]]
+) -> int:
+    """Returns a fingerprint, below 2**32, of ``step_facts`` and ``begun``. Cheap enough for every step.
+
+    Args:
+        options: options of each param group. An ``lr`` on a GPU is left out, because reading it would wait for the GPU.
+        parameters: for each bucket, an index of ``PARAMETER_FACTS`` for each of its parameters.
+        begun: for each bucket that reduces, the pass in which the gradient of each parameter was begun.
+    """
+    known = [h if h.device_lr is None else replace(h, lr=0.0) for h in options]
     values = [_values(h) for h in known]
-    # Together: the buckets of DTensors may end elsewhere on ranks that have fewer rows.
-    return fingerprint((values, b"".join(map(bytes, shared.values())), begun))
+    # All buckets joined: ranks that have fewer rows of the DTensors may cut the same parameters into other buckets.
+    return fingerprint((values, b"".join(map(bytes, parameters.values())), begun))
 
 
 def option_facts(h: Hyperparameters, number: int) -> Facts:
-    """The options of group ``number``."""
+    """Returns the options of param group ``number`` as facts."""
     return [(f"{name} of group {number}", repr(value)) for name, value in zip(h.__slots__, _values(h), strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""What steps with their scalars on the device ask for, and what a captured step and GradScaler ask of them."""
+"""Checks of ``capturable=True`` and of captures in CUDA graphs, and the loss scale that GradScaler hands to a step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from dist_asgd.step.validation import parameter_names
 
 
 def check_capturable(group: Mapping[str, Any], number: int, precision: Precision, world_size: int) -> None:
-    """Raises ``ValueError`` where the parameters of a group cannot be updated as ``precision.capturable`` says."""
+    """Raises ``ValueError`` where ``capturable=True`` cannot hold for a parameter of param group ``number``.
+
+    Args:
+        group: the param group.
+        precision: options of the optimizer, ``capturable`` among them.
+        world_size: number of ranks of the optimizer.
+    """
     found = group["capturable"]
     if found is not precision.capturable:
         raise ValueError(f"group {number} has capturable={found!r}: it is an option of the optimizer, for all groups")
@@ -51,11 +57,12 @@ def _can_capture(device: torch.device, dtype: torch.dtype, precision: Precision)
 
 
 def refuse_capture(options: Sequence[Hyperparameters], started: bool, buckets: Sequence[Bucket]) -> None:
-    """Raises ``RuntimeError`` where a step, or what comes before it, is being captured in a graph that cannot hold it.
+    """Raises ``RuntimeError`` where a step is being captured in a CUDA graph whose replays would be wrong.
 
     Args:
-        options: of each group.
-        started: whether there was a step before.
+        options: options of each param group.
+        started: whether a step was taken since the last param group was added.
+        buckets: all buckets of the optimizer.
     """
     if not any(map(is_captured, {bucket.device for bucket in buckets})):
         return
@@ -72,9 +79,14 @@ def refuse_capture(options: Sequence[Hyperparameters], started: bool, buckets: S
 
 
 def scaling_of(optimizer: Any) -> Scaling | None:
-    """What ``torch.amp.GradScaler`` leaves at an optimizer whose steps support scaling, for the time of a step."""
+    """Returns the scale that ``torch.amp.GradScaler`` has set on ``optimizer`` for this step; None without a scaler.
+
+    The scaler sets ``found_inf`` and ``grad_scale`` on optimizers that unscale gradients themselves
+    (``_step_supports_amp_scaling``), and deletes both after the step.
+    """
     found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
     if found_inf is None:
         return None
     scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-    return Scaling(None if scale is None else scale.double().reciprocal().float(), found_inf)  # as GradScaler.unscale_
+    # In fp64 and then rounded, as in GradScaler.unscale_.
+    return Scaling(None if scale is None else scale.double().reciprocal().float(), found_inf)

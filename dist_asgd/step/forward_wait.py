@@ -1,4 +1,4 @@
-"""Lets the all-gather of parameters run under the next forward: each module waits for its own parameters."""
+"""Overlap of the all-gather of parameters with the next forward: each module waits for its own parameters."""
 
 from __future__ import annotations
 
@@ -17,35 +17,38 @@ CONTAINERS = (nn.ModuleList, nn.Sequential)
 
 
 class ForwardWaits:
-    """Pre-forward hooks that wait for parameters, and a pre-hook on the module's ``state_dict()``.
+    """Hooks of a model that wait for parameters before a forward and before ``state_dict()``.
 
-    A module may read the parameters of any module below it without calling it (MultiheadAttention does, and whole
-    Transformer layers in their fast path). So every module waits for all parameters below it, save those below the
-    members of a ModuleList or Sequential: they are there to be called, and then wait for themselves.
+    A module may read the parameters of any submodule without calling the submodule (``MultiheadAttention`` does, and
+    ``TransformerEncoderLayer`` in its fast path). So a module waits for all parameters below it. Exempt are the members
+    of a ``ModuleList`` or ``Sequential`` below it: they are called as modules, and then wait by their own hooks.
+
+    Args:
+        module: the model; None if the optimizer was not given one, and then nothing is hooked.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
         self.module = module
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, remove_hooks, self._hooks)
-        self._covered: set[int] = set()
+        self._covered: set[int] = set()  # ids of the parameters that a hook waits for
         self._owned: list[tuple[nn.Module, str, str, nn.Parameter]] = []  # module, attribute, full name, parameter
 
     def attach(self, buckets: Sequence[Bucket]) -> None:
-        """Hooks the modules that are waited for. torch.compile breaks its graph at each of them."""
+        """Hooks the modules that have parameters in ``buckets``. torch.compile breaks its graph at each hook."""
         if self.module is None:
             return
         owner = {id(param): bucket for bucket in buckets for param in bucket.params}
         gathered = {bucket for bucket in buckets if bucket.may_lag}
-        units = set(_units(self.module))
+        called = set(_called_members(self.module))
         for submodule in self.module.modules():
-            needed = {owner[id(param)] for param in _parameters(submodule, units) if id(param) in owner}
+            needed = {owner[id(param)] for param in _parameters_read_by(submodule, called) if id(param) in owner}
             if needed & gathered:
-                # First: others (weight_norm's, pruning's) make weights from parameters.
-                hook = submodule.register_forward_pre_hook(_Wait(needed & gathered), prepend=True)
+                # Prepended: the hooks of weight_norm and of pruning compute weights from parameters.
+                hook = submodule.register_forward_pre_hook(_WaitHook(needed & gathered), prepend=True)
                 self._hooks.append(hook)
         if gathered:
-            self._hooks.append(self.module.register_state_dict_pre_hook(_Wait(gathered)))
+            self._hooks.append(self.module.register_state_dict_pre_hook(_WaitHook(gathered)))
         for prefix, submodule in self.module.named_modules():
             for name, param in submodule.named_parameters(recurse=False):
                 bucket = owner.get(id(param))
@@ -55,7 +58,7 @@ class ForwardWaits:
                     self._owned.append((submodule, name, f"{prefix}.{name}".lstrip("."), param))
 
     def check(self) -> None:
-        """Raises ``RuntimeError`` where the module holds another parameter now than when it was hooked."""
+        """Raises ``RuntimeError`` where the model holds another parameter now than when ``attach`` hooked it."""
         for submodule, attribute, name, param in self._owned:
             found = getattr(submodule, attribute, param)
             if found is not param and isinstance(found, nn.Parameter):
@@ -66,32 +69,32 @@ class ForwardWaits:
                 )
 
     def covers(self, bucket: Bucket) -> bool:
-        """Whether every parameter of the bucket is waited for by a module."""
+        """Whether a hook waits for every parameter of the bucket, so that ``step()`` need not."""
         return self._covered.issuperset(map(id, bucket.params))
 
 
-def _units(module: nn.Module) -> list[nn.Module]:
-    """The outermost members of the containers in ``module`` that are no containers themselves."""
-    units: list[nn.Module] = []
+def _called_members(module: nn.Module) -> list[nn.Module]:
+    """Returns the outermost members of the containers in ``module`` that are no containers themselves."""
+    called: list[nn.Module] = []
     for child in module.children():
         if type(module) in CONTAINERS and type(child) not in CONTAINERS:
-            units.append(child)
+            called.append(child)
         else:
-            units += _units(child)
-    return units
+            called += _called_members(child)
+    return called
 
 
-def _parameters(module: nn.Module, without: set[nn.Module]) -> list[nn.Parameter]:
-    """The parameters of ``module`` and of what is below it, but for the modules ``without``."""
+def _parameters_read_by(module: nn.Module, without: set[nn.Module]) -> list[nn.Parameter]:
+    """Returns the parameters of ``module`` and its submodules, leaving out the submodules ``without``."""
     params = list(module.parameters(recurse=False))
     for child in module.children():
         if child not in without:
-            params += _parameters(child, without)
+            params += _parameters_read_by(child, without)
     return params
 
 
-class _Wait:
-    """A hook. Copies and pickles of a module get one that waits for nothing: their parameters are their own."""
+class _WaitHook:
+    """Hook that waits for buckets. A copy of it waits for none: a copied module has parameters of its own."""
 
     def __init__(self, buckets: set[Bucket]) -> None:
         self._buckets = weakref.WeakSet(buckets)  # the module may outlive the optimizer
@@ -101,8 +104,8 @@ class _Wait:
         for bucket in self._buckets:
             bucket.wait()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Wait:
-        return _Wait(set())
+    def __deepcopy__(self, memo: dict[int, Any]) -> _WaitHook:
+        return _WaitHook(set())
 
-    def __reduce__(self) -> tuple[type[_Wait], tuple[set[Bucket]]]:
-        return _Wait, (set(),)
+    def __reduce__(self) -> tuple[type[_WaitHook], tuple[set[Bucket]]]:
+        return _WaitHook, (set(),)

@@ -1,4 +1,8 @@
-"""Compares gradients between ranks: those that somebody else must have averaged, and slices that must differ."""
+"""Comparison of gradients between ranks in the first steps: averaged ones must be equal, slices must differ.
+
+The optimizer averages only the gradients of plain parameters with ``gradients="local"``. Where DistributedDataParallel,
+FSDP or tensor parallelism has to, nothing else would notice that it did not.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +13,25 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dist_asgd._torch_private import is_fsdp1_slice
 from dist_asgd.buckets.base import Bucket
 from dist_asgd.buckets.local_tensors import local_gradient
-from dist_asgd.kernels.tensor_list import as_real
+from dist_asgd.buckets.replicas import sum_and_norm
 from dist_asgd.sharding.shard_views import local_of
 
-SAMPLED = 8  # gradients of a bucket
+SAMPLED = 8  # number of gradients of a bucket that are compared at most
 
-# Name, weighted sum and 2-norm of a gradient; the first of the ranks that must have it, None if nobody else must.
+# (name of the parameter, weighted sum and 2-norm of the tensor, owner). The owner is the first rank of the ranks that
+# must have the same tensor; None for a slice, which no other rank may have.
 Sample = tuple[str, float, float, int | None]
 
 
 def gradient_sample(buckets: Sequence[Bucket]) -> list[Sample]:
-    """Gradients that nothing but the user makes equal, or different, on ranks.
+    """Returns samples of this rank's gradients that only the user's setup makes equal, or different, on the ranks.
 
-    A few of plain parameters, and of FSDP1's slices with their parameters. All of DTensors on several meshes: each of
-    those may be another parameter.
+    A bucket of plain parameters or of FSDP1's slices gives at most ``SAMPLED`` gradients; slices also give the values
+    of their parameters. DTensors that ranks of several meshes share give all gradients, because any of them may be
+    different parameters that have one name.
     """
     found: list[tuple[str, Tensor, int | None]] = []
     for bucket in buckets:
@@ -37,26 +44,24 @@ def gradient_sample(buckets: Sequence[Bucket]) -> list[Sample]:
             few = own if isinstance(bucket.params[0], DTensor) else own[:SAMPLED]
             found += [(name, local_gradient(param), bucket.mirrors[0]) for name, param in few]
         for name, param in own[:SAMPLED] if bucket.uneven else []:
-            if getattr(param, "_fsdp_flattened", False):
+            if is_fsdp1_slice(param):
                 found += [(name, local_gradient(param), None), (name, param.detach(), None)]
     if not found:
         return []
-    flats = [as_real(tensor.flatten().resolve_conj()).double() for _, tensor, _ in found]
-    values = torch.stack([_sum_and_norm(flat).cpu() for flat in flats]).tolist()
+    values = torch.stack([sum_and_norm(tensor).cpu() for _, tensor, _ in found]).tolist()
     return [(name, total, norm, owner) for (name, _, owner), (total, norm) in zip(found, values, strict=True)]
 
 
-def _sum_and_norm(grad: Tensor) -> Tensor:
-    """The plain sum says nothing about a softmax, whose gradients add up to zero; so no two elements weigh the same."""
-    weights = torch.linspace(0.5, 1.5, len(grad), dtype=grad.dtype, device=grad.device)
-    return torch.stack([weights @ grad, grad.norm()])
-
-
 def require_same_gradients(everyone: Sequence[Sequence[Sample]]) -> bool:
-    """Raises ``RuntimeError`` where one gradient differs on ranks by more than rounding, or slices do not.
+    """Raises ``RuntimeError`` where a gradient differs between ranks by more than rounding, or where slices are equal.
 
-    Gradients of different data have sums that differ about as much as their norm. Returns whether all that was compared
-    told something: was finite and not zero.
+    Gradients of different data have weighted sums that differ about as much as their norms.
+
+    Args:
+        everyone: the result of ``gradient_sample`` on each rank, by rank.
+
+    Returns:
+        Whether every gradient was finite and not zero, so that the comparison proves something.
     """
     _require_different_slices(everyone)
     firsts = [{name: (total, norm) for name, total, norm, _ in sample} for sample in everyone]
@@ -65,7 +70,7 @@ def require_same_gradients(everyone: Sequence[Sequence[Sample]]) -> bool:
             if owner is None:
                 continue
             first, first_norm = firsts[owner].get(name, (total, norm))
-            if abs(total - first) > 0.01 * max(norm, first_norm):  # False where one is not finite
+            if abs(total - first) > 0.01 * max(norm, first_norm):  # False for a sum or norm that is not finite
                 raise RuntimeError(
                     f"the gradient of parameter {name!r} differs between ranks (norm {first_norm:.6g} on rank "
                     f"{owner}, {norm:.6g} on rank {rank}), and it should have been averaged. A plain parameter with "

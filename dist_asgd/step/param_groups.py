@@ -1,4 +1,4 @@
-"""A param group on its way into the optimizer: all of it, or nothing."""
+"""Adds param groups to an optimizer, each one completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from dist_asgd.step.validation import check_last_group, drop_duplicates
 
 
 def add_checked(optimizer: Optimizer, param_group: dict[str, Any], setting: Setting, agreement: Agreement) -> None:
-    """torch's own checks, then ours. Nothing is added where one fails, which raises ``ValueError`` or ``TypeError``."""
+    """Adds a param group on this rank after torch's checks and the package's own.
+
+    Raises:
+        ValueError, TypeError: where a check fails; nothing is added then.
+    """
     groups = optimizer.param_groups
     count = len(groups)
     try:
@@ -25,7 +29,7 @@ def add_checked(optimizer: Optimizer, param_group: dict[str, Any], setting: Sett
         check_last_group(groups, agreement.ranks)
         check_average(groups[-1], count, setting.averages)
         check_capturable(groups[-1], count, setting.precision, agreement.world_size)
-    except Exception:
+    except BaseException:
         del groups[count:]
         raise
 
@@ -37,13 +41,20 @@ def add_agreed(
     agreement: Agreement,
     arguments: Mapping[str, object],
 ) -> None:
-    """The same on every rank, once the optimizer is built; also where ranks add different groups. Collective."""
+    """Adds a param group on every rank, or on none. Collective.
+
+    Args:
+        arguments: the arguments of the optimizer that must be equal on every rank.
+
+    Raises:
+        ValueError, TypeError: the same on every rank, where a check fails on a rank or ranks add different groups.
+    """
     first = len(optimizer.param_groups)
     try:
         with agreement.together("add_param_group()"):
             add_checked(optimizer, param_group, setting, agreement)
             facts = argument_facts(arguments, optimizer.param_groups, first)
         agreement.require_equal("the arguments of the optimizer", facts)
-    except Exception:
+    except BaseException:
         del optimizer.param_groups[first:]
         raise

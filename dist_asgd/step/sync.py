@@ -1,12 +1,17 @@
-"""Before a step: every gradient reduced, and every rank of one mind about what the step does."""
+"""Agreement of the ranks before a step: one exchange that spreads errors, compares options and completes gradients.
+
+``StepAgreement`` talks over ``Agreement`` (``comm/consensus.py``), on the CPU; ``update_and_gather`` takes the step.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from dist_asgd.asgd.schedule import Hyperparameters, Scaling
 from dist_asgd.buckets.base import Bucket
@@ -16,148 +21,207 @@ from dist_asgd.step.consistency import step_code, step_facts
 from dist_asgd.step.cuda_graphs import refuse_capture
 from dist_asgd.step.forward_wait import ForwardWaits
 from dist_asgd.step.gradient_check import gradient_sample, require_same_gradients
-from dist_asgd.step.validation import Groups, require_gradients, require_registered, some_of
+from dist_asgd.step.validation import Groups, require_built_groups, require_gradients, some_of
 
-# Steps in a row without a gradient, after which it is said: of all parameters; of one (models may use them in turns).
-NONE_USED, ONE_UNUSED = 3, 100
+# Consecutive steps without a gradient after which a warning is due: for all parameters together, for a parameter that
+# has never had one, unless find_unused_parameters allows for it, and for any other parameter, which a model may use in
+# turns.
+NONE_USED, NEVER_USED, ONE_UNUSED = 3, 10, 100
 
-# Steps in which gradients are compared, as long as some of them say nothing, being zero.
+# Steps in which gradients are compared between ranks at most, while some of them are zero and so prove nothing.
 MAX_COMPARISONS = 100
 
-STEP = "step()"  # the operation
+STEP = "step()"  # name of the operation that takes a step
 
-Flags = dict[Bucket, list[bool]]  # a fact about each parameter of each bucket
+Flags = dict[Bucket, list[bool]]  # one flag for each parameter of each bucket
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
-    """What a step does, the same on every rank."""
+class StepPlan:
+    """Options of a step and the parameters that take it; equal on every rank once the ranks have agreed."""
 
-    options: list[Hyperparameters]  # by group
-    active: Flags  # which parameters take the step
+    options: list[Hyperparameters]  # one for each param group
+    active: Flags  # which parameters have a gradient, and so take the step
 
 
-def take(settled: Settled, buckets: Sequence[Sequence[Bucket]], scaling: Scaling | None) -> None:
-    """Takes the step: updates the ``buckets``, by group, and starts their all-gathers. Collective.
+def update_and_gather(plan: StepPlan, buckets: Sequence[Sequence[Bucket]], scaling: Scaling | None) -> None:
+    """Updates this rank's shard of every bucket and starts the all-gather of the result. Collective.
 
-    From the last bucket: its parameters are those that the next forward asks for first.
+    Args:
+        buckets: the buckets of each param group.
+        scaling: loss scale of ``torch.amp.GradScaler`` and whether it has found an inf; None without a scaler.
     """
-    options = [(h, bucket) for h, of_group in zip(settled.options, buckets, strict=True) for bucket in of_group]
-    for h, bucket in reversed(options):
-        flags = settled.active[bucket]
-        if any(flags):
-            bucket.update(h, None if all(flags) else flags, scaling)
-        if any(flags) or bucket.always_gathers:
+    with_options = [(h, bucket) for h, of_group in zip(plan.options, buckets, strict=True) for bucket in of_group]
+    # The last bucket goes first: it has the parameters that the next forward reads first.
+    for h, bucket in reversed(with_options):
+        active = plan.active[bucket]
+        if any(active):
+            bucket.update(h, None if all(active) else active, scaling)
+        if any(active) or bucket.always_gathers:
             bucket.start_gather()
 
 
-class Settlement:
-    """The one point of a step at which ranks talk about anything but gradients and parameters.
+class StepAgreement:
+    """Agreement of the ranks before each step and before each other collective call of the optimizer.
 
     Args:
-        reducer: of the buckets that reduce.
-        waits: of the module, if one was given.
-        find_unused: whether a parameter whose gradients are reduced here may lack one on some ranks, or all.
+        agreement: the exchanges that this class is made of.
+        reducer: holds the buckets whose gradients the optimizer averages.
+        forward_waits: holds the model, if the optimizer was given one.
+        find_unused: whether a parameter whose gradient the optimizer averages may lack one on some ranks, or on all.
+        alone: whether the optimizer was built without a process group.
     """
 
-    def __init__(self, agreement: Agreement, reducer: Reducer, waits: ForwardWaits, find_unused: bool) -> None:
+    def __init__(
+        self, agreement: Agreement, reducer: Reducer, forward_waits: ForwardWaits, *, find_unused: bool, alone: bool
+    ) -> None:
         self.agreement = agreement
-        self._reducer, self._waits = reducer, waits
-        self._find_unused = find_unused
-        self._comparisons = 0
-        self._started = False  # whether ranks have agreed on a step since parameters were added
-        self._unmet = 0  # fingerprint of the steps on which ranks have not talked
-        self._without: Counter[str] = Counter()  # steps in a row that found no gradient, by name of the parameter
-        self._warned = self._warned_orphans = False
+        self._reducer, self._forward_waits = reducer, forward_waits
+        self._find_unused, self._alone = find_unused, alone
+        self._built: list[list[Tensor]] = []  # the parameters of each param group when it was added
+        self._comparisons = 0  # steps in which gradients were compared
+        self._started = False  # whether the ranks have agreed on a step since the last group was added
+        self._unmet = 0  # fingerprint of the steps that were taken without an exchange
+        self._steps = 0  # steps taken; a parameter without a gradient in all of them has never had one
+        self._without: Counter[str] = Counter()  # consecutive steps without a gradient, by name of the parameter
+        self._warned_reduced_twice = self._warned_unused = False
+
+    def add_group(self, params: Sequence[Tensor]) -> None:
+        """Records the parameters of a new param group; the next step counts as the first one again."""
+        self._built.append(list(params))
+        self._started, self._comparisons = False, 0
+
+    # What gradients ask for (``buckets/gradient_tensors.py``) --------------------------------------------------------
 
     @property
     def passes(self) -> int:
+        """Number of reduction passes that this rank has begun (``buckets/reducer.py``)."""
         return self._reducer.passes
 
     @property
     def enabled(self) -> bool:
-        """False inside ``no_sync()``."""
+        """Whether backward reduces gradients; False inside ``no_sync()``."""
         return self._reducer.enabled
 
-    def suspended(self) -> AbstractContextManager[None]:
-        """Inside, gradients stay on this rank."""
-        return self._reducer.suspended()
-
-    def align(self, operation: str, buckets: Sequence[Bucket] = (), error: Exception | None = None) -> None:
-        """Comes before the collectives of any ``operation`` but a step. Collective.
-
-        Brings every rank to the same number of passes. Then raises on every rank where any rank brings an ``error``,
-        has parameters that are not those of ``buckets`` any more, or is in another operation.
-        """
-        self._reducer.close_pass()
-        try:
-            self._check_parameters(buckets)
-        except RuntimeError as caught:
-            error = error or caught
-        self._meet(operation, [], error)
-
-    def start_again(self) -> None:
-        """Parameters were added: the next step is the first with them."""
-        self._started, self._comparisons = False, 0
-
     def warn_reduced_twice(self) -> None:
-        if not self._warned:
-            self._warned = True
+        """Warns, once, that DistributedDataParallel and the optimizer both average the gradients."""
+        if not self._warned_reduced_twice:
+            self._warned_reduced_twice = True
             warnings.warn(
                 "gradients are reduced twice: by DistributedDataParallel and by ShardedASGD(gradients='local'). The "
                 "results are right, the work is double: pass gradients='reduced', or do not wrap the model",
                 stacklevel=2,
             )
 
-    def settle(
-        self, operation: str, groups: Groups, buckets: Sequence[Bucket], error: Exception | None = None
-    ) -> Settled:
-        """Reduces what is not yet reduced. Collective. An ``error`` of this rank becomes that of all.
+    # Exchanges -------------------------------------------------------------------------------------------------------
 
-        Raises the same error on every rank where any rank found one or where ranks differ, also in ``operation``;
-        gradients are then as they were, and no collective is left unmatched.
+    @contextlib.contextmanager
+    def together(self, operation: str) -> Iterator[list[int]]:
+        """Runs a block of checks on every rank; if it raises on one rank, every rank raises. Collective.
+
+        One exchange at the end of the block does all of the following:
+
+        - It compares ``operation``, the user's call in words.
+        - It brings every rank to the same number of reduction passes, so that no error leaves a reduction unmatched.
+        - It spreads an error of the block, also ``KeyboardInterrupt``.
+        - It compares the steps that were taken without an exchange.
+        - It replaces the integers that the block has put into the yielded list, at most 3, by their maximum over the
+          ranks.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: the same on every rank, where the block raised on a rank, or where
+                ranks are in different operations or have taken different steps.
         """
-        steps = False
+        # ``Agreement.together`` would make an exchange of its own before the one with the integers, and a step has only
+        # one. So the error travels as a flag in that one, and ``Agreement.together`` spreads its text once it is set.
+        self._reducer.close_pass()
+        values: list[int] = []
+        error: BaseException | None = None
         try:
-            settled = self._settle(operation, groups, buckets, error)
-            steps = operation == STEP
+            yield values
+        except BaseException as caught:
+            error = caught
+        mine = [self._reducer.passes, error is not None, self._unmet, -self._unmet, *values]
+        try:
+            maxima = self.agreement.maximum(operation, mine)
+        except RuntimeError as failure:
+            if isinstance(failure, DifferentOperations):  # whose first value is the number of passes, on every rank
+                self._reducer.catch_up(failure.values[0])
+            raise failure from error
+        passes, failed, high, minus_low = maxima[:4]
+        values[:] = maxima[4:]
+        self._reducer.catch_up(passes)
+        if failed:
+            with self.agreement.together(operation):
+                if error is not None:
+                    raise error
+        self._unmet = 0
+        if high != -minus_low:
+            raise RuntimeError(
+                f"before {operation}, ranks took different steps, as their options (lr, ...), or which parameters were "
+                "frozen or had gradients, were not the same on every rank: what they have computed does not belong "
+                "together. Load an earlier state"
+            )
+
+    def agree_on(self, operation: str, groups: Groups | None = None, buckets: Sequence[Bucket] = ()) -> None:
+        """Makes the exchange of ``together`` for an operation that checks only what the optimizer was built for.
+
+        Collective. Raises on every rank where the ``groups``, the parameters of ``buckets`` or the module have changed
+        on any rank since the optimizer was built.
+        """
+        with self.together(operation):
+            if groups is not None:
+                self.check_groups(groups)
+            self.check_parameters(buckets)
+
+    def agree_and_reduce(self, operation: str, groups: Groups, buckets: Sequence[Bucket]) -> StepPlan:
+        """Checks what a step needs, agrees on it with the other ranks and completes the gradients. Collective.
+
+        Afterwards every gradient is reduced and has the placement of its parameter. A step without buckets of plain
+        parameters makes an exchange only if it is the first one since a param group was added.
+
+        Args:
+            operation: the user's call in words. Buckets keep the gradients that they have found for ``step()`` only.
+            groups: ``optimizer.param_groups``.
+            buckets: all buckets of the optimizer.
+
+        Raises:
+            RuntimeError, ValueError: the same on every rank, where a check failed on a rank or where ranks differ;
+                without an exchange, on this rank alone. The gradients are then as they were, and no collective is left
+                unmatched.
+        """
+        takes_step = False
+        try:
+            for bucket in buckets:
+                bucket.wait()
+            if operation == STEP and self._started and not any(bucket.meets for bucket in buckets):
+                plan = self._agree_later(groups, buckets)
+            else:
+                plan = self._agree_now(operation, groups, buckets)
+            takes_step = operation == STEP
         finally:
-            if not steps:  # what is held longer, nobody could free
+            if not takes_step:  # nothing else would free the gradients that the buckets hold
                 for bucket in buckets:
                     bucket.let_go()
-        return settled
+        return plan
 
-    def _settle(self, operation: str, groups: Groups, buckets: Sequence[Bucket], error: Exception | None) -> Settled:
-        reducing = self._reducer.buckets
-        options: list[Hyperparameters] = []
-        present: Flags = {}
-        shared: dict[Bucket, list[int]] = {}
-        code = 0
+    def _agree_later(self, groups: Groups, buckets: Sequence[Bucket]) -> StepPlan:
+        """Checks a step on this rank alone; the next exchange finds out whether the ranks took the same one."""
+        plan, facts = self._check_step(groups, buckets)
+        self._unmet = fingerprint((self._unmet, self._code(plan, facts)))
         for bucket in buckets:
-            bucket.wait()
-        self._reducer.close_pass()
-        try:
-            if error is not None:
-                raise error
-            options = [Hyperparameters.of(group) for group in groups]
-            refuse_capture(options, self._started, buckets)
-            present = self._check(buckets)
-            if self.agreement.world_size > 1:
-                shared = {bucket: self._shared(bucket, present[bucket]) for bucket in buckets}
-                code = step_code(options, shared, [bucket.begun(self._reducer.passes) for bucket in reducing])
-        except Exception as caught:
-            error = caught
-        if self._started and operation == STEP and not any(bucket.meets for bucket in buckets):
-            if error is not None:
-                raise error
-            self._unmet = fingerprint((self._unmet, code))
-            for bucket in buckets:
-                bucket.place_gradients()
-            return Settled(options, present)
-        unreduced = any(bucket.has_unreduced() for bucket in reducing)
-        high, minus_low, any_unreduced = self._meet(operation, [code, -code, unreduced], error)
+            bucket.place_gradients()
+        return plan
+
+    def _agree_now(self, operation: str, groups: Groups, buckets: Sequence[Bucket]) -> StepPlan:
+        reducing = self._reducer.buckets
+        with self.together(operation) as values:
+            plan, facts = self._check_step(groups, buckets)
+            code = self._code(plan, facts)
+            values += [code, -code, any(bucket.has_unreduced() for bucket in reducing)]
+        high, minus_low, any_unreduced = values
         if high != -minus_low:
-            self.agreement.require_equal("this step", step_facts(options, shared))
+            self.agreement.require_equal("this step", step_facts(plan.options, facts))
             raise RuntimeError(
                 "the gradients of different ranks were begun in different backwards, so they do not belong together: "
                 "ranks dropped them (zero_grad(), p.grad = ...) between different backwards, or only some did. Drop "
@@ -168,54 +232,50 @@ class Settlement:
         self._reducer.rest()
         for bucket in buckets:
             bucket.place_gradients()
-        self._begin(buckets, present)
-        return Settled(options, self._union(present) if reducing and self._find_unused else present)
+        if not self._started:
+            self._compare_gradients(buckets, plan)
+        return replace(plan, active=self._union(plan.active)) if reducing and self._find_unused else plan
 
-    def _begin(self, buckets: Sequence[Bucket], present: Flags) -> None:
-        """Until there was a step with gradients: compares those that nothing but the user makes equal. Collective."""
-        if self._started:
-            return
-        some = any(map(any, present.values()))
+    def _compare_gradients(self, buckets: Sequence[Bucket], plan: StepPlan) -> None:
+        """Compares gradients that ranks must have alike, until a comparison proves that they do. Collective."""
+        some = any(map(any, plan.active.values()))
         samples, found = zip(*self.agreement.gather((gradient_sample(buckets), some)), strict=True)
         self._comparisons += 1
-        told_apart = require_same_gradients(samples) or self._comparisons >= MAX_COMPARISONS
-        self._started = told_apart and any(found)
+        proven = require_same_gradients(samples) or self._comparisons >= MAX_COMPARISONS
+        self._started = proven and any(found)
 
-    def _check_parameters(self, buckets: Iterable[Bucket]) -> None:
-        """Raises ``RuntimeError`` where the model or a parameter is not what the optimizer was built for any more."""
-        self._waits.check()
+    def _union(self, flags: Flags) -> Flags:
+        """Returns the flags of reducing buckets that are set on any rank, and this rank's flags of other buckets."""
+        reducing = {bucket: own for bucket, own in flags.items() if bucket.reduces}
+        union = iter(self.agreement.union([flag for own in reducing.values() for flag in own]))
+        return flags | {bucket: [next(union) for _ in own] for bucket, own in reducing.items()}
+
+    # Checks on this rank ---------------------------------------------------------------------------------------------
+
+    def check_groups(self, groups: Groups) -> None:
+        """Raises ``RuntimeError`` where ``groups`` or the world are not the ones that the optimizer was built for."""
+        require_built_groups(self._alone, groups, self._built)
+
+    def check_parameters(self, buckets: Sequence[Bucket]) -> None:
+        """Raises ``RuntimeError`` where the module or a parameter is not what the optimizer was built for any more."""
+        self._forward_waits.check()
         for bucket in buckets:
             bucket.check_parameters()
 
-    def _meet(self, operation: str, values: Sequence[int], error: Exception | None) -> list[int]:
-        """Exchanges ``values`` for their maximum, with every rank at the same pass; then raises any rank's ``error``.
+    def _check_step(self, groups: Groups, buckets: Sequence[Bucket]) -> tuple[StepPlan, dict[Bucket, list[int]]]:
+        """Returns the step as this rank's gradients have it, and the facts about parameters that ranks must share."""
+        self.check_groups(groups)
+        options = [Hyperparameters.of(group) for group in groups]
+        refuse_capture(options, self._started, buckets)
+        present = self._check_gradients(buckets)
+        alone = self.agreement.world_size == 1
+        facts = {} if alone else {bucket: self._facts(bucket, present[bucket]) for bucket in buckets}
+        return StepPlan(options, present), facts
 
-        In this order: an error leaves no collective unmatched.
-        """
-        mine = [self._reducer.passes, error is not None, self._unmet, -self._unmet, *values]
-        try:
-            passes, failed, high, minus_low, *result = self.agreement.maximum(operation, mine)
-        except DifferentOperations as different:  # each of them begins here
-            self._reducer.catch_up(different.values[0])
-            raise
-        self._reducer.catch_up(passes)
-        if failed:
-            self.agreement.maximum(operation, error=error)
-        self._unmet = 0
-        if high != -minus_low:
-            raise RuntimeError(
-                f"before {operation}, ranks took different steps, as their options (lr, ...), or which parameters were "
-                "frozen or had gradients, were not the same on every rank: what they have computed does not belong "
-                "together. Load an earlier state"
-            )
-        return result
-
-    def _check(self, buckets: Sequence[Bucket]) -> Flags:
-        """Checks what a user can have broken since the last step; tells which parameters have a gradient here."""
+    def _check_gradients(self, buckets: Sequence[Bucket]) -> Flags:
+        """Checks parameters and gradients; returns which parameters have a gradient on this rank."""
         found = {bucket for bucket in buckets if bucket.find_gradients()}
-        self._check_parameters(bucket for bucket in buckets if bucket not in found)
-        if not self._started:
-            require_registered(buckets)
+        self.check_parameters([bucket for bucket in buckets if bucket not in found])
         present = {}
         for bucket in buckets:
             present[bucket] = [True] * len(bucket.params) if bucket in found else bucket.check_gradients()
@@ -223,42 +283,50 @@ class Settlement:
                 require_gradients(bucket, present[bucket])
         return present
 
-    def _shared(self, bucket: Bucket, present: Sequence[bool]) -> list[int]:
-        """What must be the same on every rank about each parameter: an index of ``checks.PARAMETER_FACTS``."""
+    def _facts(self, bucket: Bucket, present: Sequence[bool]) -> list[int]:
+        """Returns an index of ``PARAMETER_FACTS`` (``step/consistency.py``) for each parameter of ``bucket``."""
         trained = bucket.requires_grad()
         if bucket.uneven or (bucket.reduces and self._find_unused):
             return [int(train) for train in trained]
         facts = zip(trained, present, bucket.has_misplaced(), strict=True)
         return [train + 2 * has + 4 * misplaced for train, has, misplaced in facts]
 
-    def _union(self, flags: Flags) -> Flags:
-        reducing = {bucket: own for bucket, own in flags.items() if bucket.reduces}
-        union = iter(self.agreement.union([flag for own in reducing.values() for flag in own]))
-        return flags | {bucket: [next(union) for _ in own] for bucket, own in reducing.items()}
+    def _code(self, plan: StepPlan, facts: dict[Bucket, list[int]]) -> int:
+        """Returns a fingerprint of the step, equal on ranks that are to take the same step; 0 on a single rank."""
+        if self.agreement.world_size == 1:
+            return 0
+        return step_code(plan.options, facts, [bucket.begun(self.passes) for bucket in self._reducer.buckets])
 
-    def warn_if_orphaned(self, settled: Settled) -> None:
-        """What the model uses no more gets no gradient; torch's optimizers say nothing. A given module is checked."""
-        if self._warned_orphans or all(map(all, settled.active.values())):
+    def warn_of_unused(self, plan: StepPlan) -> None:
+        """Warns, once, of parameters that have had no gradient for many steps; their module may have replaced them.
+
+        torch's optimizers skip such parameters silently. Plain parameters of a given module are left out, because
+        ``ForwardWaits.check`` notices when they are replaced.
+        """
+        self._steps += 1
+        if self._warned_unused or all(map(all, plan.active.values())):
             self._without.clear()
             return
-        checked = self._waits.module is not None
+        checked = self._forward_waits.module is not None
         without = [
             name
-            for bucket, flags in settled.active.items()
+            for bucket, flags in plan.active.items()
             if not (checked and bucket.always_registered)
             for name, param, has in zip(bucket.names, bucket.params, flags, strict=True)
             if param.requires_grad and not has
         ]
         self._without = Counter({name: self._without[name] + 1 for name in without})
-        none_used = not any(map(any, settled.active.values()))
+        none_used = not any(map(any, plan.active.values()))
         limit = NONE_USED if none_used else ONE_UNUSED
-        orphans = [name for name, steps in self._without.items() if steps >= limit]
-        if orphans and not (none_used and len(orphans) < len(without)):
-            self._warned_orphans = True
+        never_limit = limit if self._find_unused else min(limit, NEVER_USED)
+        unused = [name for name, n in self._without.items() if n >= (never_limit if n == self._steps else limit)]
+        if unused and not (none_used and len(unused) < len(without)):
+            self._warned_unused = True
             warnings.warn(
-                f"{limit} steps in a row found no gradient for parameter {some_of(orphans)}. If the model's "
-                "parameters were replaced after the optimizer was built (load_state_dict(assign=True)), build it "
-                "again, or pass module=, which notices with plain parameters. Run the last backward of a step outside "
-                "of no_sync(). Freeze those that are never used (requires_grad=False)",
+                f"{self._without[unused[0]]} steps in a row found no gradient for parameter {some_of(unused)}. If the "
+                "model's parameters were replaced after the optimizer was built (fully_shard, parallelize_module, "
+                "load_state_dict(assign=True)), build it again, or pass module=, which notices with plain parameters. "
+                "Run the last backward of a step outside of no_sync(). Freeze those that are never used "
+                "(requires_grad=False)",
                 stacklevel=4,
             )

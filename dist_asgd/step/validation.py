@@ -1,8 +1,7 @@
-"""What a user can get wrong: checks of arguments, parameters and gradients, and the facts that ranks must share."""
+"""Checks, on one rank, of arguments, param groups, parameters, gradients and state dicts: bad ones raise."""
 
 from __future__ import annotations
 
-import gc
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
@@ -23,10 +22,7 @@ from dist_asgd.buckets.replicas import mesh_ranks
 from dist_asgd.sharding.placement import Placement
 from dist_asgd.sharding.shard_views import local_of
 
-Groups = Sequence[Mapping[str, Any]]  # optimizer.param_groups
-
-
-Options = Sequence[Hyperparameters]  # of each group
+Groups = list[dict[str, Any]]  # optimizer.param_groups
 
 
 def check_arguments(
@@ -43,7 +39,14 @@ def check_arguments(
     module: object,
     unknown: Mapping[str, object],
 ) -> None:
-    """Raises ``ValueError`` or ``TypeError`` that names the argument, its value and what it may be."""
+    """Validates the keyword arguments of ``ShardedASGD`` that are no options of param groups.
+
+    Args:
+        unknown: keyword arguments that ``ShardedASGD`` does not have.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and the allowed values.
+    """
     if unknown:
         raise TypeError(f"ShardedASGD has no option {', '.join(map(repr, unknown))}")
     if gradients not in ("local", "reduced", "sharded"):
@@ -74,12 +77,20 @@ def check_arguments(
 
 
 def check_last_group(groups: Groups, ranks: Sequence[int]) -> None:
-    """Raises ``ValueError`` or ``TypeError`` for options, and for parameters that the ``ranks`` cannot optimize."""
+    """Validates the options and the parameters of the last one of ``groups``. Not collective.
+
+    Args:
+        groups: ``optimizer.param_groups``, of which all but the last have passed.
+        ranks: the ranks of the optimizer, numbered as in the default process group.
+
+    Raises:
+        ValueError, TypeError: naming the option or the parameter.
+    """
     h = Hyperparameters.of(groups[-1])
     if h.device_lr is not None:
-        replace(h, lr=h.device_lr.item())  # looks at its value, which no step does
+        replace(h, lr=h.device_lr.item())  # steps leave its value on the device, so it is validated only here
     number = len(groups) - 1
-    reaches: dict[DeviceMesh, bool] = {}  # whether its ranks are some of ours; asked once, as it looks at each of them
+    reaches: dict[DeviceMesh, bool] = {}  # once a mesh, because it looks at every rank of the mesh
     for name, param in zip(parameter_names(groups[-1], number), groups[-1]["params"], strict=True):
         _check_parameter(name, param)
         if isinstance(param, DTensor):
@@ -127,7 +138,7 @@ def _check_dtensor(name: str, param: DTensor, ranks: Sequence[int], reachable: b
 
 
 def _check_memory(groups: Groups) -> None:
-    """Raises ``ValueError`` where two parameters lie in the same memory: each gets its own here."""
+    """Raises ``ValueError`` where two parameters share memory, because each parameter gets memory of its own."""
     spans = sorted(
         (param.device.type, param.data_ptr(), param.data_ptr() + _dense_bytes(param), name)
         for number, group in enumerate(groups)
@@ -143,13 +154,13 @@ def _check_memory(groups: Groups) -> None:
 
 
 def _dense_bytes(param: Tensor) -> int:
-    """The memory from the parameter's first element to its last; of one element where it has holes or repeats."""
+    """Returns the bytes from the first to the last element, or of one element where the layout has gaps or repeats."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
     return param.element_size() * (extent if extent == param.numel() else 1)
 
 
 def check_state_dict(state_dict: object) -> None:
-    """Raises ``TypeError`` or ``ValueError`` for what is no state dict at all."""
+    """Raises ``TypeError`` for an object that is no mapping, and ``ValueError`` for an empty one."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"load_state_dict() needs a state dict on every rank, got {type(state_dict).__name__}")
     if not state_dict:
@@ -159,34 +170,38 @@ def check_state_dict(state_dict: object) -> None:
         )
 
 
-def built_for_another(alone: bool, groups: Groups, built: Sequence[Sequence[Tensor]]) -> RuntimeError | None:
-    """The error where the world or the groups are not those that the optimizer was built for.
+def require_built_groups(alone: bool, groups: Groups, built: Sequence[Sequence[Tensor]]) -> None:
+    """Raises ``RuntimeError`` where the world or the groups are not the ones that the optimizer was built for.
 
     Args:
-        alone: it was built without a process group, before torch.distributed was initialized if it is now.
-        built: the parameters of each group as it was added.
+        alone: whether the optimizer was built without a process group.
+        groups: ``optimizer.param_groups`` now.
+        built: the parameters of each group when it was added.
     """
     if alone and dist.is_initialized() and dist.get_world_size() > 1:
-        return RuntimeError(
+        raise RuntimeError(
             "torch.distributed was initialized after the optimizer was built, so it would train this rank alone. Build "
             "it after init_process_group(); for one rank by itself, pass process_group=dist.new_group([rank])"
         )
     if len(groups) != len(built):
-        return RuntimeError(
+        raise RuntimeError(
             f"the optimizer has {len(groups)} param_groups and was built with {len(built)}: add groups by "
             "add_param_group(), and to take one away build another optimizer"
         )
     for number, (group, params) in enumerate(zip(groups, built, strict=True)):
         if len(group["params"]) != len(params) or not all(map(operator.is_, group["params"], params)):
-            return RuntimeError(
+            raise RuntimeError(
                 f"param_groups[{number}] does not list the parameters that it was built with: add parameters by "
                 "add_param_group(), freeze those that are not to be trained, or build another optimizer"
             )
-    return None
 
 
 def require_gradients(bucket: Bucket, present: Sequence[bool]) -> None:
-    """Raises ``RuntimeError`` that names the parameters of ``bucket`` which need a gradient and have none."""
+    """Raises ``RuntimeError``, naming them, if parameters of ``bucket`` that are trained have no gradient.
+
+    Args:
+        present: for each parameter, whether this rank has a gradient.
+    """
     missing = [
         name
         for name, param, has in zip(bucket.names, bucket.params, present, strict=True)
@@ -201,45 +216,18 @@ def require_gradients(bucket: Bucket, present: Sequence[bool]) -> None:
         )
 
 
-def require_registered(buckets: Sequence[Bucket]) -> None:
-    """Raises ``RuntimeError`` where a parameter without a gradient has been replaced in its module by a sharded one."""
-    without = [
-        (name, param)
-        for bucket in buckets
-        if bucket.always_registered
-        for name, param in zip(bucket.names, bucket.params, strict=True)
-        if param.grad is None and param.requires_grad
-    ]
-    if not without or not dist.is_initialized():
-        return
-    # type(): an isinstance() would ask weak proxies, also of what is gone, for their class.
-    modules = [item for item in gc.get_objects() if issubclass(type(item), torch.nn.Module)]
-    held = {id(param): param for module in modules for param in module._parameters.values() if param is not None}
-    ours = {id(param) for bucket in buckets for param in bucket.params}
-    others = [param for index, param in held.items() if index not in ours]
-    shapes = {param.shape for param in others if isinstance(param, DTensor)}
-    joined = any(isinstance(param, FlatParameter) for param in others)
-    lost = [name for name, param in without if id(param) not in held and (joined or param.shape in shapes)]
-    if lost:
-        raise RuntimeError(
-            f"parameter {some_of(lost)} has no gradient and is in no module any more: the model was sharded after the "
-            "optimizer was built (fully_shard, parallelize_module, FSDP), which replaces parameters. Build the "
-            "optimizer after that"
-        )
-
-
 def some_of(names: Sequence[object]) -> str:
-    """The first few names, for a message."""
+    """Returns the first three of ``names`` and the number of the remaining ones, for a message."""
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def parameter_names(group: Mapping[str, Any], number: int) -> list[str]:
-    """The names that the user gave, or positions."""
+    """Returns a name for each parameter of group ``number``: the user's, or else its position."""
     return group.get("param_names") or [f"{index} of group {number}" for index in range(len(group["params"]))]
 
 
 def drop_duplicates(group: dict[str, Any]) -> None:
-    """torch warns of a parameter that a group lists twice; it is one parameter, and takes one step."""
+    """Removes repeated parameters from a group, in place, so that each takes one step. torch only warns of them."""
     first = {param: index for index, param in reversed(list(enumerate(group["params"])))}
     for key in {"params", "param_names"} & group.keys():
         group[key] = [group[key][index] for index in sorted(first.values())]

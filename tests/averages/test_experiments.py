@@ -1,25 +1,26 @@
-"""Two experiments of benchmarks/averaging at their real size: the figures that docs/averaging.md gives."""
+"""Two experiments of benchmarks/averaging at their real size: the figures that the guide to averaging gives."""
 
 from typing import Any
 
-from benchmarks.averaging import bf16, least_squares
-from tests.support.ranks import run_ranks
+from tests.support.processes import free_port, start_ranks
 
-SEED = 0
+TIMEOUT = 300.0
+
+
+def figures_of(experiment: str, ranks: int, *arguments: str) -> dict[str, Any]:
+    """Runs an experiment as its command does, on ``ranks`` processes, and returns what rank 0 reports."""
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    command = ["--worker", "--seed=0", *arguments]
+    module = f"benchmarks.averaging.{experiment}"
+    return start_ranks(module, command, prefixes=[[]] * ranks, environment=environment, timeout=TIMEOUT)[0]
 
 
 def test_the_average_is_optimal_on_least_squares() -> None:
-    def ranks(rank: int) -> dict[str, Any]:
-        return least_squares.measure(SEED, least_squares.CASES["well chosen"])
-
-    (figures,) = run_ranks(1, ranks)
+    figures = figures_of("least_squares", 1, "--case=well chosen")
     assert 0.9 < figures["average"] <= 1.15
     assert figures["last"] >= 40
 
 
 def test_averages_of_bf16_parameters_beside_torchs() -> None:
-    def ranks(rank: int) -> dict[str, Any]:
-        return bf16.measure(bf16.ours, SEED, skipped=1)
-
-    figures = run_ranks(2, ranks)[0]
+    figures = figures_of("bf16", 2)
     assert abs(figures["drift"] - 1.5) < 1e-3 and figures["noise_error"] < 1e-5

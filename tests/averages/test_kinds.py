@@ -13,11 +13,10 @@ import torch.distributed.checkpoint as dcp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dist_asgd
-from benchmarks.memory import reachable
 from dist_asgd import EMA, Checkpointer, PolynomialDecay, ShardedASGD, Tail, Uniform
 from dist_asgd.averages.kinds import Average
-from tests.buckets import test_fsdp1
-from tests.support import layouts
+from tests.support import fsdp1, layouts
+from tests.support.memory import reachable
 from tests.support.oracle import LOW, Spec, make_parameters, named, random_gradients, same_bits, wide
 from tests.support.ranks import message_of, run_alone, run_ranks
 
@@ -509,16 +508,16 @@ def test_a_tail_that_is_started_by_hand_keeps_its_own_later_start() -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:`_get_pg_default_device`", "ignore:Multiple backends")
 def test_slices_of_fsdp1_have_several_averages_too(tmp_path: Path) -> None:
     def ranks(rank: int) -> Mapping[int, dict[str, torch.Tensor]]:
-        model, optimizer = test_fsdp1.build(t0=T0, average=SEVERAL)
+        model, optimizer = fsdp1.build(t0=T0, average=SEVERAL)
         found: list[dict[str, torch.Tensor]] = []
         for step in range(STEPS):
-            test_fsdp1.train(model, optimizer, range(step, step + 1))
-            found.append({name: p.clone() for name, p in test_fsdp1.model_state(model).items()})
+            fsdp1.train(model, optimizer, range(step, step + 1))
+            found.append({name: p.clone() for name, p in fsdp1.model_state(model).items()})
         state = optimizer.full_state_dict().get("state", {})
         for index, name in enumerate(found[0] if rank == 0 else ()):
             check_means(SEVERAL, state[index], [values[name] for values in found[T0 + 1 :]], name)
         with optimizer.averaged_parameters("kind3"):
-            inside = {name: p.clone() for name, p in test_fsdp1.model_state(model).items()}
+            inside = {name: p.clone() for name, p in fsdp1.model_state(model).items()}
         for index, entry in state.items():
             assert same_bits(inside[list(inside)[index]], entry["ax_kind3"])
         dist_asgd.save(tmp_path / "saved", {"model": model, "optimizer": optimizer})

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
 from dist_asgd import ShardedASGD
-from dist_asgd.asgd.rounding import Rounding, stochastically
+from dist_asgd.asgd.rounding import Rounding, round_stochastically
 from tests.support.oracle import Spec, backward, make_parameters, named, random_gradients
 from tests.support.ranks import run_alone, run_ranks
 
@@ -211,22 +211,22 @@ def test_chances_are_those_of_the_fraction_that_is_cut_off() -> None:
     for fraction in (0.0, 0.1, 0.5, 0.93):
         values = torch.full((count,), 1 + fraction * step)
         for seed in (1, 2**31, 123456789):
-            rounded = stochastically(values, seed, first=7).float()
+            rounded = round_stochastically(values, seed, first=7).float()
             assert set(rounded.tolist()) <= {1.0, 1 + step}
             share = (rounded > 1).float().mean().item()
             assert abs(share - fraction) <= 5 * math.sqrt(fraction * (1 - fraction) / count) + 2**-16
-    signs = stochastically(-torch.full((count,), 1 + 0.25 * step), 3, 0).float()
+    signs = round_stochastically(-torch.full((count,), 1 + 0.25 * step), 3, 0).float()
     assert abs(signs.mean().item() + 1 + 0.25 * step) < 1e-4
 
 
 def test_choices_belong_to_elements_and_infinite_values_stay() -> None:
     values = torch.randn(1000)
-    whole = stochastically(values, 5, 100)
-    assert torch.equal(whole[300:], stochastically(values[300:], 5, 400))
-    assert not torch.equal(whole, stochastically(values, 6, 100))
+    whole = round_stochastically(values, 5, 100)
+    assert torch.equal(whole[300:], round_stochastically(values[300:], 5, 400))
+    assert not torch.equal(whole, round_stochastically(values, 6, 100))
     odd = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-45])
-    assert torch.equal(stochastically(odd[:2], 1, 0).float(), odd[:2])
-    assert stochastically(odd, 1, 0)[2].isnan() and not stochastically(odd[3:5], 1, 0).any()
+    assert torch.equal(round_stochastically(odd[:2], 1, 0).float(), odd[:2])
+    assert round_stochastically(odd, 1, 0)[2].isnan() and not round_stochastically(odd[3:5], 1, 0).any()
     assert not Rounding(torch.bfloat16).at(3, 4).first
 
 

@@ -25,8 +25,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 import dist_asgd
 from dist_asgd import Checkpointer
 from dist_asgd.checkpoint import CheckpointError, RandomState, checkpointer, progress
-from tests.optimizer.test_portability import LAST, OPTIONS, SAVED, check, reference, train
 from tests.support.layouts import Model, build
+from tests.support.portability import LAST, OPTIONS, SAVED, check, reference, train
 from tests.support.ranks import Sent, message_of, run_alone, run_ranks
 
 # 0-d, empty, fewer rows than ranks, odd sizes in one to three dims

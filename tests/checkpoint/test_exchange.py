@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import dist_asgd
-from benchmarks.checkpointing import proxy as counting
 from dist_asgd.checkpoint import CheckpointError
 from dist_asgd.checkpoint.loading import exchange
+from tests.support import counting_proxy as counting
 from tests.support.oracle import same_bits
 from tests.support.ranks import message_of, run_ranks
 from tests.support.stores import *  # noqa: F403 fixtures

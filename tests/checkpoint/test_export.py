@@ -21,12 +21,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import dist_asgd
-from benchmarks.memory import map_large_blocks, peak_resident, reset_peak
 from dist_asgd import ShardedASGD, export
 from dist_asgd.checkpoint import CheckpointError
 from dist_asgd.checkpoint.export import gather
 from dist_asgd.checkpoint.storage.storage import Storage
 from tests.support.layouts import WORLD_SIZES, Model, build, give_gradients, named_parameters, train, whole
+from tests.support.memory import map_large_blocks, peak_resident, reset_peak
 from tests.support.ranks import RankError, message_of, run_alone, run_ranks
 from tests.support.stores import *  # noqa: F403 fixtures
 
@@ -65,7 +65,7 @@ def plain_model() -> nn.Module:
 
 @pytest.mark.parametrize(("layout", "world_size"), CASES)
 def test_under_every_layout(layout: str, world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "BATCH", 300)  # bytes: tensors are cut
+    monkeypatch.setattr(gather, "BATCH_BYTES", 300)  # bytes: tensors are cut
 
     def ranks(rank: int) -> tuple[Tensors, Tensors, Tensors]:
         model, optimizer = build(layout, **OPTIONS)
@@ -269,7 +269,7 @@ LIMIT = 300_000  # bytes of a file; the harness has its store in one
 @pytest.mark.parametrize("out", ["x.pt", "x.safetensors", "x/y"])
 def test_a_full_disk(out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every rank says so, training goes on, and nothing is left that is not whole."""
-    monkeypatch.setattr(gather, "BATCH", 50_000)
+    monkeypatch.setattr(gather, "BATCH_BYTES", 50_000)
     (tmp_path / "x.pt").write_text("older")
 
     def ranks(rank: int) -> str:
@@ -347,7 +347,7 @@ def test_errors_are_the_same_on_every_rank(act: Any, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "BATCH", 8)
+    monkeypatch.setattr(gather, "BATCH_BYTES", 8)
 
     def ranks(rank: int) -> None:
         model = fully_shard(nn.Linear(1000, 300))
@@ -363,7 +363,7 @@ def test_a_rank_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_rank_that_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "BATCH", 8)
+    monkeypatch.setattr(gather, "BATCH_BYTES", 8)
 
     def ranks(rank: int) -> str:
         model = fully_shard(nn.Linear(1000, 300))
@@ -406,7 +406,7 @@ def test_what_is_no_tensor_is_left_out_aloud(tmp_path: Path) -> None:
 @pytest.mark.parametrize("out", ["x.pt", "x.safetensors", "x"])
 def test_no_rank_has_a_whole_copy_nor_a_whole_tensor(out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, megabyte = 2**20, 2**20
-    monkeypatch.setattr(gather, "BATCH", batch)
+    monkeypatch.setattr(gather, "BATCH_BYTES", batch)
 
     def ranks(rank: int) -> int:
         map_large_blocks()

@@ -1,6 +1,6 @@
 """Damage in every kind of file is refused before anything live changes. More of it: python -m benchmarks.faults."""
 
-from benchmarks.faults import CHECKS, WHOLE_KINDS, find
+from tests.support.faults import CHECKS, WHOLE_KINDS, find
 
 
 def test_every_fault_is_refused_by_all_ranks_and_changes_nothing():

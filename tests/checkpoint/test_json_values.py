@@ -183,8 +183,8 @@ class Text(str):
     ("value", "words"),
     [
         ({"a": [0, object()]}, ["data['a'][1]", "builtins.object", "state_dict()"]),
-        (Pair(1, 2), ["test_values.Pair"]),
-        (Text("x"), ["test_values.Text"]),
+        (Pair(1, 2), ["test_json_values.Pair"]),
+        (Text("x"), ["test_json_values.Text"]),
         ((torch.zeros(2),), ["data[0]", "a tensor in a tuple"]),
         ({1: lambda: 0}, ["data[1]", "function"]),
         (numpy.array([object()]), ["numpy.ndarray"]),

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.kill import FAULTS, kill_all, local_place, s3_place
 from dist_asgd import Checkpointer
 from dist_asgd.checkpoint import CheckpointError
 from dist_asgd.checkpoint.saving import rendezvous
 from dist_asgd.checkpoint.saving.rendezvous import Rendezvous, store_of_its_own
 from dist_asgd.checkpoint.storage.posix import LocalStore
+from tests.support.kill import FAULTS, kill_all, local_place, s3_place
 from tests.support.ranks import RankError, message_of, run_ranks
 from tests.support.stores import *  # noqa: F403 fixtures
 

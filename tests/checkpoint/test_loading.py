@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import memory
 from dist_asgd import ShardedASGD
+from tests.support import memory
 from tests.support.oracle import PLAIN, Pair, Spec, backward, make_parameters, named, random_gradients, same_bits
 from tests.support.ranks import message_of, run_ranks
 

@@ -24,9 +24,9 @@ from dist_asgd.checkpoint.format.dcp_metadata import StoredChunk, StoredObject, 
 from dist_asgd.checkpoint.loading import stock_reader
 from dist_asgd.checkpoint.stock.items import item_object
 from dist_asgd.checkpoint.storage.storage import Storage
-from tests.checkpoint.test_stock_metadata import Call, harmful, saved, with_description
 from tests.support.items import DTYPES, item, raw_bytes, sample
 from tests.support.ranks import message_of, run_alone, run_ranks
+from tests.support.stock_checkpoints import Call, harmful, saved, with_description
 
 OPTIMIZERS = {
     "asgd": functools.partial(torch.optim.ASGD, lr=0.05, t0=1),
@@ -236,6 +236,13 @@ def test_a_value_that_grows_is_refused():
         value = [value, value]
     with pytest.raises(CheckpointError, match="very often"):
         item_object(saved(value))
+
+
+def test_a_scalar_of_scalars_is_refused_at_some_depth():
+    dtype = b"cnumpy\ndtype\n(X\x02\x00\x00\x00f8\x89\x88tR"
+    scalar = b"cnumpy.core.multiarray\nscalar\nq\x00" + dtype + b"q\x01]q\x02"
+    with pytest.raises(CheckpointError, match="refer to themselves"):
+        item_object(with_description(b"\x80\x02" + scalar + b"h\x00h\x01h\x02\x86Rq\x02" * 20_000 + b"."))
 
 
 def test_nothing_is_run(tmp_path):

@@ -6,7 +6,10 @@ import copyreg
 import io
 import os
 import pickle
+import pickletools
+import random
 import struct
+import sys
 import tracemalloc
 import zipfile
 from pathlib import PosixPath
@@ -19,8 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as OldTensorProperties
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -30,15 +32,11 @@ from dist_asgd.checkpoint.format.dcp_metadata import StoredChunk, StoredObject, 
 from dist_asgd.checkpoint.format.entries import SavedTensor
 from dist_asgd.checkpoint.stock.items import item_object, item_tensor
 from dist_asgd.checkpoint.stock.metadata import read_stock_metadata
-from dist_asgd.checkpoint.stock.pickle_reader import read_pickle
+from dist_asgd.checkpoint.stock.pickle_reader import Call as PickledCall
+from dist_asgd.checkpoint.stock.pickle_reader import Global, read_pickle
 from tests.support.items import DTYPES, SHAPES, item, raw_bytes, sample
-from tests.support.ranks import run_ranks
-
-
-def saved(value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
+from tests.support.ranks import run_alone, run_ranks
+from tests.support.stock_checkpoints import METADATA, ONE, Call, harmful, saved, text, with_description
 
 
 def read_checkpoint(folder):
@@ -128,9 +126,6 @@ def test_strides_are_kept():
     assert torch.equal(found, tensor) and found.stride() == tensor.stride()
 
 
-ONE = {"a": (torch.float32, (4, 6), [StoredChunk(Box((0, 0), (4, 6)), "x", 0, 800)])}
-
-
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_metadata_of_other_releases(protocol):
     metadata = pickle.loads(stock_metadata(ONE, {"b": StoredObject("dir/y", 1, 2)}, {}))
@@ -184,9 +179,6 @@ def test_no_flipped_bit_of_a_value_changes_it():
     for _, damaged in flips(data):
         with contextlib.suppress(CheckpointError):
             assert item_object(damaged) == {"lr": 0.1, "names": ["a", "b"]}
-
-
-METADATA = stock_metadata(ONE, {"b": StoredObject("y", 1, 2)}, {"a": ("a",), "b": ("b",)})
 
 
 @settings(max_examples=300, deadline=None)
@@ -311,46 +303,6 @@ def test_an_item_is_what_the_metadata_says():
 # --- harm ---
 
 
-class Call:
-    """Pickled as a call."""
-
-    def __init__(self, function, *arguments):
-        self.parts = function, arguments
-
-    def __reduce__(self):
-        return self.parts
-
-
-def text(value):
-    return pickle.BINUNICODE + struct.pack("<I", len(value)) + value.encode()
-
-
-def harmful(canary):
-    """Pickles that make the file `canary` when they are loaded by pickle."""
-    command = f"touch {canary}"
-    for protocol in range(6):
-        yield f"reduce, protocol {protocol}", pickle.dumps(Call(os.system, command), protocol)
-        whole = Metadata({}, planner_data={"a": [(Call(eval, f"__import__('os').system({command!r})"),)]})
-        yield f"nested, protocol {protocol}", pickle.dumps(whole, protocol)
-    place = pickle.loads(METADATA)
-    place.storage_data[Call(os.system, command)] = _StorageInfo("x", 0, 1)
-    yield "a key", pickle.dumps(place)
-    yield "inst", b"(S'" + command.encode() + b"'\nios\nsystem\n."
-    yield "obj", b"(cos\nsystem\n" + text(command) + b"o."
-    yield "stack global", b"\x80\x04" + text("os") + text("system") + b"\x93" + text(command) + b"\x85R."
-    dotted = b"\x80\x04" + text("torch.serialization") + text("os.system") + b"\x93"
-    yield "dotted", dotted + text(command) + b"\x85R."
-    yield "through the memo", b"\x80\x02cos\nsystem\nq\x050h\x05" + text(command) + b"\x85R."
-    partial = b"\x80\x04cfunctools\npartial\n"
-    yield "newobj", partial + b"cos\nsystem\n" + text(command) + b"\x86\x81)R."
-    yield "newobj_ex", partial + b"cos\nsystem\n\x85}\x92" + text(command) + b"\x85R."
-    yield "extension", b"\x80\x02\x82\xf0" + text(command) + b"\x85R."
-    getattr_of = b"cbuiltins\ngetattr\nctorch.serialization\nos\n" + text("system") + b"\x86R"
-    yield "getattr", b"\x80\x04" + getattr_of + text(command) + b"\x85R."
-    build = b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\nN}" + text("harmed")
-    yield "build", b"\x80\x02" + build + b"cos\nsystem\ns\x86b0cos\nsystem\n" + text(command) + b"\x85R."
-
-
 @pytest.fixture
 def extension():
     copyreg.add_extension("os", "system", 0xF0)
@@ -373,15 +325,6 @@ def test_nothing_is_run(tmp_path, extension):
             with pytest.raises(CheckpointError):
                 read(with_description(data))
         assert not canary.exists(), name
-
-
-def with_description(data, compression=zipfile.ZIP_STORED):
-    """A correct item but for its data.pkl."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        for name, record in (("data.pkl", data), ("byteorder", b"little"), ("version", b"3\n"), ("data/0", bytes(4))):
-            archive.writestr(f"archive/{name}", record)
-    return buffer.getvalue()
 
 
 def test_trust_skips_what_it_does_not_know_and_runs_a_value(tmp_path):
@@ -413,11 +356,36 @@ DAMAGED = {
     "call of a value": b"\x80\x02N)R.",
     "persistent id": b"\x80\x02NQ.",
     "no UTF-8": b"\x80\x02X\x03\x00\x00\x00\xff\xfe\xfd.",
+    "protocol": b"\x80\x06N.",
+    "cut off text": b"\x80\x02X\x09\x00\x00\x00abc",
+    "cut off global": b"\x80\x02ctorch\nSize\n",
+    "mark in a mark": b"\x80\x02((.",
+    "items of a list": b"\x80\x02]K\x00Ns.",
+    "append to a dict": b"\x80\x02}Na.",
+    "state of a dict": b"\x80\x02}}b.",
+    "second state": b"\x80\x02ctorch\nSize\n)R}b}b.",
+    "call with a list": b"\x80\x02ctorch\nSize\n]R.",
+    "call of a call": b"\x80\x02ctorch\nSize\n)R)R.",
+    "object of a call": b"\x80\x02ctorch\nSize\n)R)\x81.",
+    "global of numbers": b"\x80\x04K\x01K\x02\x93.",
     "deep key": b"\x80\x02})" + b"\x85" * 10**6 + b"Ns.",  # hashing it would overflow the stack
 }
 LARGE = {
     "memo": b"\x80\x02Nr\xff\xff\xff\xff.",
     "frame": b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"N.",
+    "long text": b"\x80\x04]" + b"\x8c\x01a\x94a" * 1000 + b".",
+    "lists": b"\x80\x02(" + b"]" * 10_000 + b"t.",
+    "marks": b"\x80\x02(" + b"(" * 10_000 + b"t" * 10_000 + b"t.",
+    "one tuple for many calls": b"\x80\x02ctorch\nSize\nq\x00("
+    + b"N" * 10_000
+    + b"tq\x01("
+    + b"h\x00h\x01R" * 2000
+    + b"t.",
+    "one tuple for many objects": b"\x80\x02ctorch\nSize\nq\x00("
+    + b"N" * 10_000
+    + b"tq\x01("
+    + b"h\x00h\x01\x81" * 2000
+    + b"t.",
     "deep": b"\x80\x02)" + b"\x85" * 50_000 + b".",
     "deep objects": b"\x80\x02ctorch\nSize\nq\x00)q\x01" + b"h\x00h\x01R\x85q\x01" * 10**4 + b".",
 }
@@ -437,6 +405,123 @@ def test_a_pickle_takes_little_memory_whatever_it_says(name):
         assert tracemalloc.get_traced_memory()[1] < 1000 * len(LARGE[name])
     finally:
         tracemalloc.stop()
+
+
+DATA_INSTRUCTIONS = {
+    *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1"),
+    *(
+        "BINFLOAT",
+        "SHORT_BINUNICODE",
+        "BINUNICODE",
+        "BINUNICODE8",
+        "EMPTY_TUPLE",
+        "TUPLE",
+        "TUPLE1",
+        "TUPLE2",
+        "TUPLE3",
+    ),
+    *("EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS", "MEMOIZE", "BINPUT", "LONG_BINPUT"),
+    *("BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID"),
+}
+
+
+def test_instructions_that_describe_no_data_are_refused(extension):
+    names = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
+    for code in (code for code in range(256) if names.get(code) not in DATA_INSTRUCTIONS):
+        for prepared in (b"", b"ctorch\nSize\n)", b"ctorch\nSize\n)}", b"(ctorch\nSize\nN", b"N"):
+            for argument in (b"", b"\xf0", b"\xf0\x00\x00\x00", bytes(8), b"os\nsystem\n"):
+                data = b"\x80\x04" + prepared + bytes([code]) + argument + b"."
+                with pytest.raises(CheckpointError, match="is no instruction that describes data"):
+                    read_pickle(data, (), trust=True, persistent=True)
+
+
+def test_lone_surrogates_are_read_as_pickle_reads_them():
+    for protocol in (2, 3, 4, 5):
+        assert read_pickle(pickle.dumps({"\ud800": ["\udfff\ud800"]}, protocol), ()) == {"\ud800": ["\udfff\ud800"]}
+
+
+MUTATED = 5000
+INERT = {type(None), bool, int, float, str, tuple, list, dict, collections.OrderedDict, Global, PickledCall}
+
+
+def mutated_pickles(canary):
+    """Random edits of good and of harmful pickles, and random sequences of instructions."""
+    choices = random.Random(0)
+    values = [torch.Size([1, 2]), {"a": [1, 2.5, None, True], 3: (1, 2, 3, 4)}, collections.OrderedDict(a=-5, b=10**20)]
+    seeds = [METADATA, *(pickle.dumps(values, protocol) for protocol in range(2, 6))]
+    seeds += [zipfile.ZipFile(io.BytesIO(saved(torch.zeros(2, 3)))).read("archive/data.pkl")]
+    seeds += [data for _, data in harmful(canary)]
+    codes = [ord(opcode.code) for opcode in pickletools.opcodes]
+    globals_ = [b"cos\nsystem\n", b"cbuiltins\neval\n", b"ccollections\nOrderedDict\n", text("touch " + str(canary))]
+    for number in range(MUTATED):
+        if number % 4 == 0:
+            parts = [
+                choices.choice(
+                    [bytes([choices.choice(codes)]), choices.choice(globals_), b"(", b")", b"]", b"}", b"\x94"]
+                )
+                for _ in range(choices.randrange(40))
+            ]
+            yield b"\x80\x04" + b"".join(parts) + b"."
+            continue
+        data = bytearray(choices.choice(seeds))
+        for _ in range(choices.choice([1, 1, 2, 5, 20])):
+            at = choices.randrange(len(data))
+            new = bytes([choices.choice([choices.randrange(256), choices.choice(codes)])])
+            data[at : at + choices.randrange(3)] = choices.choice([new, new, b"", choices.choice(globals_)])
+        yield bytes(data)
+
+
+def read_mutations(canary):
+    """Returns the number of pickles that were read, and what Python saw happen while they were."""
+    events, read = [], 0
+    pickles = list(mutated_pickles(canary))
+    with contextlib.suppress(CheckpointError):
+        read_pickle(pickles[0], ())  # whatever is imported at its first use
+    watched = False
+    watch = ("import", "pickle.find_class", "open", "exec", "compile", "os.", "subprocess.", "ctypes.", "socket.")
+    sys.addaudithook(lambda event, _: events.append(event) if watched and event.startswith(watch) else None)
+    tracemalloc.start()
+    for data in pickles:
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        watched = True
+        try:
+            found = read_pickle(data, (), trust=True, persistent=True)
+        except CheckpointError:
+            found = None
+        else:
+            read += 1
+        finally:
+            watched = False
+        grown = tracemalloc.get_traced_memory()[1] - before
+        assert grown < 20_000 + 1000 * len(data), (data, grown)
+        assert types_in(found) <= INERT, data
+    return read, events
+
+
+def types_in(value):
+    """Returns the types of everything in a value that may contain itself."""
+    left, seen = [value], {}
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, dict):
+            left += [*value, *value.values()]
+        elif isinstance(value, tuple | list):
+            left += value
+        elif isinstance(value, PickledCall):
+            left += [value.name, value.arguments, value.state]
+    return {type(value) for value in seen.values()}
+
+
+def test_mutated_pickles_are_inert_or_refused(tmp_path, extension):
+    canary = tmp_path / "canary"
+    read, events = run_alone(read_mutations, canary, timeout=120)
+    assert read > MUTATED / 50
+    assert events == []
+    assert not canary.exists()
 
 
 def test_a_list_referred_to_many_times_is_refused():

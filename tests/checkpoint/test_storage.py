@@ -21,8 +21,8 @@ import pytest
 
 from dist_asgd.checkpoint.storage import multipart, retry
 from dist_asgd.checkpoint.storage import storage as storage_module
-from dist_asgd.checkpoint.storage.storage import Storage, StorageError
 from dist_asgd.checkpoint.storage.registry import target_of
+from dist_asgd.checkpoint.storage.storage import Storage, StorageError
 from tests.support.ranks import RankError, message_of, run_alone
 from tests.support.stores import (  # noqa: F401
     AZURE_KEY,

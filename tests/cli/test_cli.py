@@ -10,7 +10,7 @@ import torch
 
 from dist_asgd import ShardedASGD, __version__
 from dist_asgd.cli.main import main
-from dist_asgd.cli.output import readable
+from dist_asgd.cli.output import format_bytes
 from dist_asgd.cli.plan import BUCKET_BYTES
 
 SHAPES = ["1000x1000", "1000", "1000", "10"]
@@ -92,7 +92,7 @@ def test_wrong_arguments_exit_with_2_and_a_reason(capsys, arguments, message):
 
 def test_sizes_are_readable():
     sizes = (0, 1023, 1024, 25 * 2**20, 2**41, 2**55)
-    assert [readable(n) for n in sizes] == ["0 B", "1023 B", "1.00 KiB", "25.00 MiB", "2.00 TiB", "32768.00 TiB"]
+    assert [format_bytes(n) for n in sizes] == ["0 B", "1023 B", "1.00 KiB", "25.00 MiB", "2.00 TiB", "32768.00 TiB"]
 
 
 def test_python_dash_m():

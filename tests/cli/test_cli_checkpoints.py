@@ -4,14 +4,11 @@ import io
 import itertools
 import json
 import random
-import re
-import shlex
 import shutil
 import struct
 import sys
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -56,7 +53,7 @@ class Model(nn.Module):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """(directory of a run with steps 5 and 10, model's state at step 10, averages at step 10 by name)."""
+    """Returns (directory of a run with steps 5 and 10, model's state at step 10, averages at step 10 by name)."""
     folder = tmp_path_factory.mktemp("cli") / "run"
 
     def ranks(rank):
@@ -86,7 +83,7 @@ def run(saved, tmp_path):
 
 
 def called(capsys, *arguments):
-    """(exit status, what it printed)"""
+    """Runs a command. Returns (exit status, standard output, standard error)."""
     status = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err and (status == 0 or captured.err.count("\n") <= 1)
@@ -154,7 +151,7 @@ def test_show(saved, capsys):
 
 
 def test_verify_reads_every_byte(run, capsys):
-    """Wherever a byte is changed, it is found, and the file is named; the others still count as sound."""
+    """A changed byte is found wherever it is. Its file is named, and no other file."""
     folder = newest(run)
     status, out, _ = called(capsys, "verify", run)
     assert status == 0 and "as they were saved" in out
@@ -269,10 +266,10 @@ def test_export_of_a_stock_checkpoint(tmp_path, capsys, suffix):
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize(
-    ("batch", "long"), [(from_checkpoint.BATCH, torch_archive.LONG), (40_000, 30_000)]
+    ("batch", "long"), [(from_checkpoint.BATCH_BYTES, torch_archive.LONG), (40_000, 30_000)]
 )  # small: zip64, pieces
 def test_export(saved, tmp_path, capsys, monkeypatch, suffix, batch, long):
-    monkeypatch.setattr(from_checkpoint, "BATCH", batch)
+    monkeypatch.setattr(from_checkpoint, "BATCH_BYTES", batch)
     monkeypatch.setattr(torch_archive, "LONG", long)
     folder, model, averages = saved
     assert called(capsys, "export", folder, tmp_path / f"raw{suffix}")[0] == 0
@@ -306,7 +303,7 @@ def test_export_of_other_entries_and_to_a_store(saved, tmp_path, capsys):
 
 
 def test_elements_are_aligned(tmp_path, capsys, monkeypatch):
-    """As safetensors asks (each dtype on multiples of its size) and torch does (64), in zip64 forms too."""
+    """Elements of safetensors begin on multiples of their size, those of torch.save on 64 bytes, in zip64 form too."""
     state = {
         "a": torch.ones(3, dtype=torch.bfloat16),
         "b": torch.ones(1, dtype=torch.bool),
@@ -427,7 +424,7 @@ def test_where_there_is_no_checkpoint(tmp_path, capsys, command):
 
 @pytest.mark.parametrize("command", ["show", "verify", "export"])
 def test_what_was_not_committed_is_no_checkpoint(run, tmp_path, capsys, command):
-    """Although stock readers would take it."""
+    """A directory without manifest.json is none, although stock readers would take it."""
     (newest(run) / "manifest.json").rename(newest(run) / "manifest.json.old")
     out = [tmp_path / "out.pt"] if command == "export" else []
     status, text, err = called(capsys, command, newest(run), *out)
@@ -521,13 +518,3 @@ def test_on_a_store(s3_server, saved, tmp_path, capsys):
     options.write_text(json.dumps({**s3_server.options, "secret": "sesame-of-tests"}))
     status, text, err = called(capsys, "ls", url, *common)
     assert status == 1 and "sesame" not in text + err and url in err
-
-
-def test_the_commands_of_the_readme(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    lines = re.findall(r"^    dist-asgd (.*?)(?: +#.*)?$", readme, re.MULTILINE)
-    assert [line.split()[0] for line in lines] == ["ls", "show", "verify", "export", "gc"]
-    for line in lines:
-        assert called(capsys, *shlex.split(line.replace("s3://bucket/run", str(run))))[0] == 0
-    assert {file.name for file in tmp_path.iterdir()} == {"run", "model.safetensors"}

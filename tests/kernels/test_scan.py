@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_asgd import ShardedASGD
-from dist_asgd.kernels.scan import Look
+from dist_asgd.kernels.scan import LayoutScan
 from tests.support.oracle import PLAIN, Pair, make_parameters, random_gradients, same_bits
 from tests.support.ranks import run_alone
 
@@ -44,13 +44,13 @@ OTHERS = {
 def test_a_look_sees_what_asking_each_sees(what: str) -> None:
     position, make = OTHERS[what]
     like, strides = torch.zeros(1), [torch.zeros(shape).stride() for shape in SHAPES]
-    look = Look.of(SHAPES, strides, like)
-    if look._functions is None:
+    scan = LayoutScan.of(SHAPES, strides, like)
+    if scan._functions is None:
         pytest.skip("NO C COMPILER HERE, or a PyTorch without DLPack's exchange API: only asking each was tested")
     grads = [torch.ones(shape) for shape in SHAPES]
     grads[position] = make()
-    for each in (look, Look(SHAPES, strides, like, None)):
-        found = each.at(grads)
+    for each in (scan, LayoutScan(SHAPES, strides, like, None)):
+        found = each.scan(grads)
         if what == "as expected":
             assert found is not None and list(found.addresses) == [grad.data_ptr() for grad in grads]
         elif "any stride" not in what:  # in which asking each may be stricter

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from dist_asgd import ShardedASGD
 from dist_asgd.sharding.shard import Shard
+from tests.support.averaging import trained
 from tests.support.oracle import (
     MIXED,
     PLAIN,
@@ -26,15 +27,6 @@ from tests.support.oracle import (
 from tests.support.ranks import message_of, run_alone, run_ranks
 
 LOW = [Spec((33,), torch.bfloat16), Spec((5, 7), torch.float16), Spec((9, 3))]
-
-
-def trained(specs: list[Spec], world_size: int, steps: int = 10, **options: object) -> Pair:
-    pair = Pair(make_parameters(specs), lr=0.05, **{"t0": 1, "bucket_bytes": 256, **options})
-    for step in range(steps):
-        pair.backward(random_gradients(specs, world_size, step))
-        pair.step()
-        pair.zero_grad()
-    return pair
 
 
 @pytest.mark.parametrize("gradients", ["local", "reduced"])

@@ -380,6 +380,23 @@ def test_averages_under_fsdp2_need_the_module(layout: str) -> None:
     assert all("pass module=" in text for text in run_ranks(2, ranks))
 
 
+def test_a_swap_leaves_the_copies_of_another_model_alone() -> None:
+    """As a teacher's, whose parameters the optimizer does not have: they are gathered, and stay so."""
+
+    def ranks(rank: int) -> None:
+        teacher = place("fsdp", Model())
+        model, optimizer = build("fsdp", **OPTIONS)
+        train(model, optimizer, "fsdp", range(8))
+        teacher(batch(0)[0])
+        gathered = list(teacher.parameters())
+        assert not all(isinstance(param, DTensor) for param in gathered)
+        with optimizer.averaged_parameters():
+            pass
+        assert all(one is other for one, other in zip(gathered, teacher.parameters(), strict=True))
+
+    run_ranks(2, ranks)
+
+
 def test_averages_under_tensor_parallelism_need_no_module() -> None:
     def ranks(rank: int) -> None:
         model = place("tp", Model())

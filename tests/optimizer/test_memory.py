@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from benchmarks import contestants, memory
+from tests.support import contestants, memory
 from tests.support.ranks import run_ranks
 
 PARAMETERS, WIDTH = 4e6, 128  # the largest parameter has 256 KiB

@@ -18,35 +18,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from dist_asgd import ShardedASGD
-from tests.support.layouts import EVERYWHERE, WORLD_SIZES, Model, build, give_gradients, local, named_parameters, whole
-from tests.support.oracle import check_dense_state, same_bits
+from tests.support.layouts import EVERYWHERE, WORLD_SIZES, build, local, named_parameters
+from tests.support.oracle import same_bits
+from tests.support.portability import LAST, OPTIONS, SAVED, check, reference, train
 from tests.support.ranks import run_ranks
-
-OPTIONS: dict[str, Any] = {"lr": 0.05, "lambd": 1e-3, "t0": 10}
-SAVED, LAST = 14, 18  # averaging starts between 10 and SAVED
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    for step in steps:
-        give_gradients(named_parameters(model), step)
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def reference(steps: int) -> tuple[Model, torch.optim.ASGD]:
-    model = Model()
-    optimizer = torch.optim.ASGD(model.parameters(), foreach=False, **OPTIONS)
-    train(model, optimizer, range(steps))
-    return model, optimizer
-
-
-def check(model: nn.Module, optimizer: ShardedASGD, expected: tuple[Model, torch.optim.ASGD], where: object) -> None:
-    twins = dict(expected[0].named_parameters())
-    for name, param in named_parameters(model).items():
-        assert same_bits(whole(param), twins[name]), (where, name)
-    full = optimizer.full_state_dict()
-    if full:
-        check_dense_state(full, expected[1], where)
 
 
 def state_of(model: nn.Module, optimizer: ShardedASGD, **options: Any) -> dict[str, Any]:

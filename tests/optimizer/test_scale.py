@@ -16,11 +16,11 @@ from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from benchmarks import scale
 from dist_asgd import ShardedASGD
 from dist_asgd.boxes import Box
 from dist_asgd.buckets import replicas
 from dist_asgd.step import gradient_check, validation
+from tests.support import scale
 from tests.support.ranks import run_alone
 
 SHAPES = [(7, 5), (64, 3), (1,), (33, 2, 4), (130,), (16, 16)]

@@ -14,14 +14,20 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim.swa_utils import update_bn
 
 import dist_asgd
 from dist_asgd import Checkpointer, ShardedASGD, swap
 from dist_asgd.checkpoint import CheckpointError
-from tests.buckets import test_fsdp1
-from tests.optimizer.test_averaging import trained
+from tests.support import fsdp1
+from tests.support.averaging import trained
 from tests.support.failures import one_message
 from tests.support.layouts import EVERYWHERE, Model, backward, batch, build, data_rank, named_parameters, train, whole
 from tests.support.oracle import PLAIN, Spec, same_bits, wide
@@ -40,20 +46,20 @@ FSDP1 = [("fsdp1", 1), ("fsdp1", 2), ("fsdp1", 3)]
 def make(layout: str, **options: Any) -> tuple[nn.Module, ShardedASGD]:
     """A model after a few steps, averaging."""
     options = OPTIONS | options
-    model, optimizer = test_fsdp1.build(**options) if layout == "fsdp1" else build(layout, **options)
+    model, optimizer = fsdp1.build(**options) if layout == "fsdp1" else build(layout, **options)
     steps(model, optimizer, layout, range(6))
     return model, optimizer
 
 
 def steps(model: nn.Module, optimizer: ShardedASGD, layout: str, numbers: range) -> None:
     if layout == "fsdp1":
-        test_fsdp1.train(model, optimizer, numbers)
+        fsdp1.train(model, optimizer, numbers)
     else:
         train(model, optimizer, layout, numbers)
 
 
 def give(model: nn.Module, layout: str, step: int) -> None:
-    (test_fsdp1.backward if layout == "fsdp1" else lambda *_: backward(model, layout, step))(model, step)
+    (fsdp1.backward if layout == "fsdp1" else lambda *_: backward(model, layout, step))(model, step)
 
 
 def bits(optimizer: ShardedASGD) -> list[Tensor]:
@@ -69,11 +75,11 @@ def all_same(some: list[Tensor], others: list[Tensor]) -> bool:
 
 def values_of(model: nn.Module, layout: str) -> list[Tensor]:
     if layout == "fsdp1":
-        return list(test_fsdp1.get_model_state_dict(model, options=WHOLE).values())
+        return list(get_model_state_dict(model, options=WHOLE).values())
     return [whole(param) for param in named_parameters(model).values()]
 
 
-WHOLE = test_fsdp1.StateDictOptions(full_state_dict=True)
+WHOLE = StateDictOptions(full_state_dict=True)
 
 
 def averages_of(optimizer: ShardedASGD) -> list[Tensor]:
@@ -214,9 +220,7 @@ def test_loading_as_stock_pytorch_does_is_refused(tmp_path: Path) -> None:
         state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
         dcp.save(state, checkpoint_id=str(tmp_path))
         with optimizer.averaged_parameters():
-            return message_of(
-                lambda: test_fsdp1.set_optimizer_state_dict(model, optimizer, state["optimizer"]), RuntimeError
-            )
+            return message_of(lambda: set_optimizer_state_dict(model, optimizer, state["optimizer"]), RuntimeError)
 
     one_message(run_ranks(2, ranks), "inside averaged_parameters()")
 
@@ -585,12 +589,13 @@ class Normed(nn.Module):
         return self.outside(torch.tanh(self.norm(self.inside(x))))
 
 
-RECIPE = re.search(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/averaging.md").read_text(), re.DOTALL)
+GUIDE = (Path(__file__).parents[2] / "docs/guide/averaging.md").read_text()
+RECIPE = re.search(r"```python\n(from torch\.optim\.swa_utils import update_bn\n.*?)```", GUIDE, re.DOTALL)
 
 
 @pytest.mark.parametrize(("layout", "world_size"), [("zero", 1), ("zero", 2), ("ddp", 2), ("fsdp", 2)])
 def test_statistics_of_the_average_as_the_docs_have_it(layout: str, world_size: int) -> None:
-    """The recipe of docs/averaging.md, beside a plain model that holds the averages; every rank has its own batches."""
+    """Runs the recipe of docs/guide/averaging.md beside a plain model that holds the averages."""
 
     def ranks(rank: int) -> None:
         torch.set_default_dtype(torch.float64)

@@ -140,6 +140,36 @@ def test_a_rank_without_any_gradient_under_accumulation() -> None:
     one_message(failing_step(2, spoil), "layer", "rank 1", "find_unused_parameters=True")
 
 
+class Interrupting(float):
+    """Number during whose check Ctrl-C comes."""
+
+    def __float__(self) -> float:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("call", ["step", "clip_grad_norm_"])
+def test_an_interrupt_of_one_rank_among_the_checks_of_all(call: str) -> None:
+    """It stays an interrupt on its rank, and is an error on the others, which would wait for that rank otherwise."""
+
+    def ranks(rank: int) -> str:
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=1)
+        pair.train(range(4))
+        gradients_but(rank, pair, {})
+        if rank == 1:
+            pair.optimizer.param_groups[0]["lr"] = Interrupting(0.1)
+        kind = KeyboardInterrupt if rank == 1 else RuntimeError
+        before = [p.detach().clone() for p in pair.params]
+        text = quick_message(lambda: pair.optimizer.step() if call == "step" else CALLS[call](pair), kind)
+        assert all(map(same_bits, pair.params, before))
+        pair.optimizer.param_groups[0]["lr"] = 0.1
+        pair.optimizer.zero_grad()
+        pair.train(range(10, 13))
+        return text
+
+    texts = run_ranks(3, ranks)
+    assert texts[0] == texts[2] and "rank 1" in texts[0] and "interrupt" in texts[0].lower(), texts
+
+
 def test_a_frozen_parameter_on_one_rank_only() -> None:
     def spoil(rank: int, pair: Pair) -> None:
         if rank == 1:

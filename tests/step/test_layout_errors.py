@@ -41,8 +41,7 @@ def parallelize(model: Model) -> None:
         parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
 
-@pytest.mark.parametrize("given", ["module", "no module"])
-@pytest.mark.parametrize("gradients", ["local", "reduced"])
+@pytest.mark.parametrize(("gradients", "given"), [("local", "module"), ("local", "no module"), ("reduced", "module")])
 @pytest.mark.parametrize("shard", [shard_fully, parallelize])
 def test_a_model_that_is_sharded_after_the_optimizer_was_built(
     shard: Callable[[Model], None], gradients: str, given: str
@@ -59,6 +58,26 @@ def test_a_model_that_is_sharded_after_the_optimizer_was_built(
     one_message(
         run_ranks(2, ranks), "after the optimizer was built", "fully_shard", "build it again|Build the optimizer"
     )
+
+
+@pytest.mark.parametrize("shard", [shard_fully, parallelize])
+def test_a_model_that_is_sharded_after_the_optimizer_was_built_is_warned_of_without_module(
+    shard: Callable[[Model], None],
+) -> None:
+    """Parameters without a gradient are skipped, as in torch; nothing tells the optimizer that a module had them."""
+
+    def ranks(rank: int) -> str:
+        model = Model()
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.1, gradients="reduced")
+        shard(model)
+        x, y = batch(0)
+        with pytest.warns(UserWarning) as caught:
+            for _ in range(3 if shard is shard_fully else 10):  # parallelize leaves some parameters as they are
+                (model(x) - y).square().mean().backward()
+                optimizer.step()
+        return str(caught[0].message)
+
+    one_message(run_ranks(2, ranks), "after the optimizer was built", "fully_shard", "build it again", "module=")
 
 
 def test_a_model_that_fsdp1_wraps_after_the_optimizer_was_built() -> None:

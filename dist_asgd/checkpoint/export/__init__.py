@@ -1,1 +1,1 @@
-"""Weights as files for others: torch.save, safetensors, Hugging Face directories."""
+"""Writers of weights to files that other programs read: torch.save, safetensors, Hugging Face directories."""

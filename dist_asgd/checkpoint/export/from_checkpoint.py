@@ -1,4 +1,4 @@
-"""A checkpoint's tensors, or their averages, for files of other formats: verified, and in bounded memory."""
+"""Reads tensors of a checkpoint, or their averages, for an export: verified, and in bounded memory."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ import torch
 
 from dist_asgd.boxes import Box, batches, whole
 from dist_asgd.checkpoint.errors import CheckpointError
-from dist_asgd.checkpoint.export.formats import Exported
+from dist_asgd.checkpoint.export.formats import BATCH_BYTES, Exported
 from dist_asgd.checkpoint.format.entries import Block, TensorEntry
 from dist_asgd.checkpoint.format.manifest import STOCK, Manifest, TensorRecord, ValueRecord, in_directory
 from dist_asgd.checkpoint.format.tensor_bytes import memory
 from dist_asgd.checkpoint.format.torch_archive import payload_bytes
 from dist_asgd.checkpoint.loading.reader import plan_reads, read_into
-from dist_asgd.checkpoint.loading.stock_reader import plan_items
-from dist_asgd.checkpoint.loading.stock_reader import read_items_into
+from dist_asgd.checkpoint.loading.stock_reader import plan_items, read_items_into
 from dist_asgd.checkpoint.state.averages import average_keys, average_names
 from dist_asgd.checkpoint.state.tree import key_of, tree_of
 from dist_asgd.checkpoint.stock.metadata import StockCheckpoint, read_stock_metadata
 from dist_asgd.checkpoint.storage.storage import Storage
 
-BATCH = 16 * 2**20  # bytes that are read together
-BATCHES_AHEAD = 2  # batches that are read while one is written
+BATCHES_AHEAD = 2  # batches that threads read while the caller writes one
 
 
 def tensors_of(manifest: Manifest, entry: str) -> list[Exported]:
-    """The tensors of an entry of the saved state, such as ``model``, by the names that its ``load_state_dict`` has."""
+    """Returns the tensors of an entry of the saved state, such as "model", by the names of its ``load_state_dict``.
+
+    Raises:
+        CheckpointError: the entry has no tensors.
+    """
     prefix = f"{entry}."
     found = [
         _exported(key.removeprefix(prefix), key, tensor)
@@ -40,12 +42,16 @@ def tensors_of(manifest: Manifest, entry: str) -> list[Exported]:
         if key == entry or key.startswith(prefix)
     ]
     if not found:
-        raise CheckpointError(f"the checkpoint has no tensors in an entry {entry!r}; it has {entries(manifest)}")
+        raise CheckpointError(f"the checkpoint has no tensors in an entry {entry!r}; it has {entry_names(manifest)}")
     return found
 
 
-def matching(manifest: Manifest, pattern: str) -> list[Exported]:
-    """The tensors whose keys match a pattern with ``*``, ``?`` and ``[...]``, by their keys."""
+def tensors_matching(manifest: Manifest, pattern: str) -> list[Exported]:
+    """Returns the tensors whose keys match ``pattern`` (``*``, ``?`` and ``[...]`` as in a shell), named by their keys.
+
+    Raises:
+        CheckpointError: no key matches.
+    """
     found = [
         _exported(key, key, tensor) for key, tensor in manifest.tensors.items() if fnmatch.fnmatchcase(key, pattern)
     ]
@@ -54,8 +60,8 @@ def matching(manifest: Manifest, pattern: str) -> list[Exported]:
     return found
 
 
-def entries(manifest: Manifest) -> list[str]:
-    """What was saved, by its names."""
+def entry_names(manifest: Manifest) -> list[str]:
+    """Returns the sorted names at the top of the saved state, such as "model" and "optimizer"."""
     paths = [tensor.path for tensor in manifest.tensors.values()] + [value.path for value in manifest.values.values()]
     return sorted({str(path[0]) for path in paths})
 
@@ -64,18 +70,22 @@ def _exported(name: str, key: str, tensor: TensorRecord) -> Exported:
     return Exported(name, key, tensor.saved.shape, tensor.saved.dtype)
 
 
-def averaged(source: ExportSource, tensors: Sequence[Exported], average: str | None = None) -> list[Exported]:
-    """With the averages (``ax``) that optimizers of the checkpoint have of them, rounded to the dtypes of the tensors.
+def with_averages(source: ExportSource, tensors: Sequence[Exported], average: str | None = None) -> list[Exported]:
+    """Returns the tensors with the keys of their averages (``ax``) in the state of the checkpoint's optimizers.
 
-    Tied weights are saved under each of their names, and the optimizer knows one of them: a tensor without an average
-    that has the same bytes as one with an average takes it, too. Others, such as buffers, stay as they are.
+    Names and dtypes stay, so an export rounds the averages to the dtypes of the tensors. A checkpoint has tied weights
+    under each of their names, but the optimizer's state has one of the names only. So a tensor without an average takes
+    the average that all tensors of equal bytes have in common. Tensors without any average, such as buffers, are
+    returned unchanged.
 
     Args:
+        source: the checkpoint.
+        tensors: tensors of the checkpoint, such as `tensors_of` returns.
         average: the name of one of several averages; None for the first.
 
     Raises:
-        CheckpointError: none has an average, or one of that name; several optimizers have one, or it is of another
-            shape.
+        CheckpointError: no tensor has an average, there is no average of that name, several optimizers have an average
+            of one tensor, the shape of an average differs, or tensors could not be read to compare their bytes.
     """
     manifest = source.manifest
     of_all: dict[str, TensorRecord | ValueRecord] = {**manifest.tensors, **manifest.values}
@@ -96,45 +106,55 @@ def averaged(source: ExportSource, tensors: Sequence[Exported], average: str | N
             found[tensor.key] = key
     if not found:
         raise CheckpointError("the checkpoint has no averages (entries like 'optimizer.state.<name>.ax') of them")
-    found |= _ties(source, [tensor.key for tensor in tensors if tensor.key not in found], found)
+    found |= _averages_of_ties(source, [tensor.key for tensor in tensors if tensor.key not in found], found)
     return [replace(tensor, key=found.get(tensor.key, tensor.key)) for tensor in tensors]
 
 
-def _ties(source: ExportSource, keys: Sequence[str], found: Mapping[str, str]) -> dict[str, str]:
+def _averages_of_ties(source: ExportSource, keys: Sequence[str], found: Mapping[str, str]) -> dict[str, str]:
+    """Returns keys of averages for those ``keys`` whose tensor has equal bytes as a tensor in ``found``."""
     tensors = source.manifest.tensors
     alike = {tensors[key].saved for key in keys}
-    by_content: dict[Any, list[str]] = {}
+    by_fingerprint: dict[Any, list[str]] = {}
     for key, average in found.items():
         if tensors[key].saved in alike:
-            by_content.setdefault(source.content(key), []).append(average)
+            by_fingerprint.setdefault(source.fingerprint(key), []).append(average)
     ties = {}
-    for key in keys if by_content else ():
-        averages = by_content.get(source.content(key), [])
-        if len({source.content(average) for average in averages}) == 1:
+    for key in keys if by_fingerprint else ():
+        averages = by_fingerprint.get(source.fingerprint(key), [])
+        if len({source.fingerprint(average) for average in averages}) == 1:
             ties[key] = averages[0]
     return ties
 
 
 @dataclass(frozen=True, slots=True)
 class ExportSource:
-    """A checkpoint that is read from."""
+    """Source of the tensors of a checkpoint that this library wrote."""
 
     storage: Storage
-    directory: str
+    directory: str  # the checkpoint's, relative to the storage's URL
     manifest: Manifest
 
-    def content(self, key: str) -> Any:
-        """Equal for tensors with the same bytes that were cut in the same way."""
+    def fingerprint(self, key: str) -> Any:
+        """Returns a value that is equal for two tensors of equal bytes that the save cut into equal chunks.
+
+        Tensors of other bytes have another value, unless their CRC-32 happen to be equal.
+        """
         tensor = self.manifest.tensors[key]
         return tensor.saved, tuple((chunk.box, self.manifest.items[chunk.item].crc32) for chunk in tensor.chunks)
 
     def payloads(self, tensors: Sequence[Exported]) -> Iterator[tuple[int, memoryview]]:
-        """(number of the tensor, a part of its elements in row-major order), one after another, verified."""
+        """Yields the verified elements of all ``tensors`` in parts, tensor after tensor, in row-major order.
+
+        Yields pairs of the index of a tensor in ``tensors`` and the bytes of its next part in the tensor's dtype.
+
+        Raises:
+            CheckpointError: elements could not be read or are damaged.
+        """
         pending: deque[Future[list[tuple[int, memoryview]]]] = deque()
         with ThreadPoolExecutor(BATCHES_AHEAD, thread_name_prefix="dist_asgd-export") as pool:
             try:
                 for batch in self._batches(tensors):
-                    pending.append(pool.submit(self._read, tensors, batch))
+                    pending.append(pool.submit(self._load, tensors, batch))
                     if len(pending) > BATCHES_AHEAD:
                         yield from pending.popleft().result()
                 while pending:
@@ -144,56 +164,60 @@ class ExportSource:
                     future.cancel()
 
     def _batches(self, tensors: Sequence[Exported]) -> Iterator[list[tuple[int, Box]]]:
+        """Yields lists of (index of a tensor in ``tensors``, box of it) to be read together, in row-major order."""
         saved = [self.manifest.tensors[tensor.key].saved for tensor in tensors]
-        return batches([(tensor.shape, tensor.dtype.itemsize) for tensor in saved], BATCH)
+        return batches([(tensor.shape, tensor.dtype.itemsize) for tensor in saved], BATCH_BYTES)
 
-    def _fill(self, wanted: Sequence[tuple[str, TensorEntry]]) -> None:
+    def _read_into(self, wanted: Sequence[tuple[str, TensorEntry]]) -> None:
         read_into(self.storage, self.directory, plan_reads(self.manifest, wanted))
 
-    def _read(self, tensors: Sequence[Exported], batch: Sequence[tuple[int, Box]]) -> list[tuple[int, memoryview]]:
+    def _load(self, tensors: Sequence[Exported], batch: Sequence[tuple[int, Box]]) -> list[tuple[int, memoryview]]:
         wanted, parts = [], []
         for number, box in batch:
             saved = self.manifest.tensors[tensors[number].key].saved
             part = torch.empty(box.sizes, dtype=saved.dtype, device="cpu")
             parts.append((number, part))
             wanted.append((tensors[number].key, TensorEntry(saved.shape, saved.dtype, [Block(box, part)])))
-        self._fill(wanted)
+        self._read_into(wanted)
         return [(number, memory(part.to(tensors[number].dtype))) for number, part in parts]
 
 
 @dataclass(frozen=True, slots=True)
 class StockExportSource(ExportSource):
-    """One of ``torch.distributed.checkpoint``; its manifest tells paths, shapes and dtypes only.
+    """Source of the tensors of a checkpoint that torch.distributed.checkpoint wrote.
 
-    Parts can be verified as a whole only, so tensors are read as a whole: some of them have to fit into memory.
+    Its items can be verified only as a whole, so tensors are read as a whole, and a few must fit into memory.
     """
 
-    stock: StockCheckpoint
+    stock: StockCheckpoint  # ``manifest`` is made of it, and has paths, shapes and dtypes only
 
     @classmethod
     def open(cls, storage: Storage, directory: str) -> StockExportSource:
+        """Opens the checkpoint in ``directory``. Raises CheckpointError if its ``.metadata`` is not valid."""
         stock = read_stock_metadata(storage.read(in_directory(directory, STOCK)))
         tensors = {key: TensorRecord(tensor.saved, (), stock.paths[key]) for key, tensor in stock.tensors.items()}
         values = {key: ValueRecord(None, stock.paths[key]) for key in stock.objects}
         return cls(storage, directory, Manifest(0, 0, 0.0, {}, {}, (), tensors, values), stock)
 
-    def content(self, key: str) -> Any:
+    def fingerprint(self, key: str) -> Any:
+        """Returns a value that is equal for two tensors of equal bytes. Reads all of the tensor."""
         saved, crc = self.manifest.tensors[key].saved, 0
         for _, data in self.payloads([_exported(key, key, self.manifest.tensors[key])]):
             crc = zlib.crc32(data, crc)
         return saved, crc
 
     def _batches(self, tensors: Sequence[Exported]) -> Iterator[list[tuple[int, Box]]]:
+        """Yields lists of (index of a tensor in ``tensors``, box of the whole tensor) to be read together."""
         batch: list[tuple[int, Box]] = []
         size = 0
         for number, tensor in enumerate(tensors):
             saved = self.manifest.tensors[tensor.key].saved
-            if batch and size + payload_bytes(saved.dtype, saved.shape) > BATCH:
+            if batch and size + payload_bytes(saved.dtype, saved.shape) > BATCH_BYTES:
                 yield batch
                 batch, size = [], 0
             batch.append((number, whole(saved.shape)))
             size += payload_bytes(saved.dtype, saved.shape)
         yield batch
 
-    def _fill(self, wanted: Sequence[tuple[str, TensorEntry]]) -> None:
+    def _read_into(self, wanted: Sequence[tuple[str, TensorEntry]]) -> None:
         read_items_into(self.storage, self.directory, plan_items(self.stock.tensors, wanted))

@@ -1,4 +1,4 @@
-"""``export``: the weights of a live model, or their averages, as files that need no more than torch or safetensors."""
+"""Implements `export`, which writes the weights of a live model to files that need only torch or safetensors."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from torch import Tensor, nn
 
 from dist_asgd.checkpoint.errors import only_checkpoint_errors, together
 from dist_asgd.checkpoint.export.formats import FORMATS, Exported, format_by, safetensors_dtype
-from dist_asgd.checkpoint.export.gather import AllFailed, Gathering, Owned, owned_by
+from dist_asgd.checkpoint.export.gather import FailedOnAllRanks, GatherSource, OwnedBoxes, owned_boxes
 from dist_asgd.checkpoint.export.huggingface import (
     MAX_SHARD_BYTES,
-    File,
-    configs_of,
+    ExportFile,
+    config_files,
     name_to_keep,
-    split,
+    split_into_files,
     write_directory,
 )
 from dist_asgd.checkpoint.format.entries import TensorEntry
 from dist_asgd.checkpoint.saving.assign import Offer
-from dist_asgd.checkpoint.saving.save import scatter
 from dist_asgd.checkpoint.state.module_names import tied_names
 from dist_asgd.checkpoint.state.modules import module_state
 from dist_asgd.checkpoint.state.tensor_blocks import to_save
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.checkpoint.storage.url import folder_and_name
 from dist_asgd.comm.consensus import Agreement, agreement_of_all
+from dist_asgd.comm.objects import scatter_object
 
 
 @dataclass(frozen=True, slots=True)
 class _ModelContribution:
-    """What each rank tells rank 0 of its model."""
+    """Description of the tensors that one rank has, which it sends to rank 0."""
 
-    offers: dict[str, Offer]
-    ties: list[list[str]]  # names of the same tensor; the first is the one to keep
+    offers: dict[str, Offer]  # by name of the tensor
+    ties: list[list[str]]  # the names of each tied weight; the first is the name to keep where only one is possible
 
 
 @dataclass(frozen=True, slots=True)
 class _ExportPlan:
-    """What one rank has to do."""
+    """Work of one rank in an export. All ranks have equal ``format`` and ``files``."""
 
-    format: str
-    files: Sequence[File]
-    owned: Sequence[Owned]  # on rank 0 by rank; elsewhere this rank's only
+    format: str  # a key of FORMATS, or "huggingface"
+    files: Sequence[ExportFile]
+    owned: Sequence[OwnedBoxes]  # on rank 0: for each rank; on other ranks: for this rank only
 
 
 @only_checkpoint_errors()
@@ -57,45 +57,48 @@ def export(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes the weights of ``model`` for the use without this library. Collective.
+    """Writes the weights of ``model`` to files that other programs read without this library. Collective.
 
-    Inside ``with opt.averaged_parameters():`` they are the averages. Parameters and persistent buffers are written in
-    their own dtypes, by the names of ``model.state_dict()`` without those of wrappers (DistributedDataParallel,
-    ``torch.compile``, FSDP1). Rank 0 writes, and gathers what other ranks have in parts of some megabytes, so no rank
-    ever has a whole copy, nor a whole tensor. Of what ranks have in common (buffers, say), rank 0's counts.
+    Inside of ``with opt.averaged_parameters():`` the weights are the averages. The files have parameters and persistent
+    buffers in their own dtypes, by the names of ``model.state_dict()`` without the names of wrappers
+    (DistributedDataParallel, ``torch.compile``, FSDP1). Rank 0 writes the files. It gathers the blocks of other ranks
+    in parts of at most 16 MiB, so the memory that an export takes does not grow with the model or its largest tensor.
+    Where several ranks have a block, such as of a buffer, the block of the lowest rank is written. Warns about entries
+    of the state that are no tensors, and leaves them out.
 
     Args:
-        url: of rank 0, a local path or the URL of any fsspec protocol, to
-            - a file that ends in ``.safetensors``, or in ``.pt``, ``.pth`` or ``.bin``, which
-              ``torch.load(weights_only=True)`` reads; one of that name is replaced;
-            - or else a directory, which gets the layout of Hugging Face: ``model.safetensors``, or numbered files and
-              ``model.safetensors.index.json``, and ``config.json`` where the model is one of transformers, which then
-              reads it by ``from_pretrained``. It must not have such weights yet.
-        model: plain, or placed and wrapped in whatever way the optimizer takes it. A tensor with several names (tied
-            weights) is in ``.pt`` under all of them; in safetensors under one, that which transformers expects.
-        storage_options: fsspec's, for that protocol.
-        max_shard_bytes: of tensors in one file of a directory; a larger tensor has a file for itself.
+        url: a local path or the URL of any fsspec protocol. Rank 0's counts. It names
+            - a file that ends in ``.safetensors``;
+            - a file that ends in ``.pt``, ``.pth`` or ``.bin``, which ``torch.load(weights_only=True)`` reads;
+            - or else a directory in the layout of Hugging Face: ``model.safetensors``, or numbered files and
+              ``model.safetensors.index.json``. For a model of transformers also ``config.json`` is written, so that
+              ``from_pretrained`` reads the directory.
+            An existing file is replaced. A directory must not have weights in the layout of Hugging Face yet.
+        model: a plain model, or one that is placed and wrapped in any way that `ShardedASGD` takes. ``.pt`` has a tied
+            weight under all its names, safetensors under the one name that transformers expects.
+        storage_options: options of fsspec for the protocol of ``url``. Rank 0's count.
+        max_shard_bytes: maximum bytes of tensors in one file of a directory. A larger tensor has its own file.
 
     Raises:
-        CheckpointError: on every rank: it could not be written. Nothing that is not whole is there under its name.
-        ValueError, TypeError: bad arguments; the same on every rank.
+        CheckpointError: the files could not be written. Every rank raises it. No incomplete file is left.
+        ValueError, TypeError: a bad argument on some rank. Every rank raises it.
     """
     with agreement_of_all() as agreement:
         with together(agreement, "export()"):
             _check(model, max_shard_bytes)
-            entries, brought = _contribution(model)
-        everyone = [item for item, _ in agreement.collect(brought, [])]
+            entries, contribution = _contribution(model)
+        by_rank = [item for item, _ in agreement.collect(contribution, [])]
         configs: dict[str, bytes] = {}
         storage, plans = None, []
         with together(agreement, "export()"):
             if agreement.rank == 0:
                 kind = format_by(os.fspath(url))
-                storage, name = _place(url, storage_options, kind)
-                tensors = _tensors(everyone)
-                plans = _plan(everyone, tensors, kind, name, max_shard_bytes)
-                configs = configs_of(model, tensors)
-        plan: _ExportPlan = scatter(agreement, plans)
-        _carry_out(agreement, plan, Gathering(agreement, entries, plan.owned), storage, configs)
+                storage, name = _target(url, storage_options, kind)
+                tensors = _all_tensors(by_rank)
+                plans = _plan(by_rank, tensors, kind, name, max_shard_bytes)
+                configs = config_files(model, tensors)
+        plan: _ExportPlan = scatter_object(plans, agreement.group)
+        _write_or_send(agreement, plan, GatherSource(agreement, entries, plan.owned), storage, configs)
 
 
 def _check(model: object, max_shard_bytes: object) -> None:
@@ -106,6 +109,7 @@ def _check(model: object, max_shard_bytes: object) -> None:
 
 
 def _contribution(model: nn.Module) -> tuple[dict[str, TensorEntry], _ModelContribution]:
+    """Returns this rank's tensors in live memory by name, and their description for rank 0."""
     state = module_state(model)
     entries = {name: to_save(name, value) for name, value in state.items() if isinstance(value, Tensor)}
     if left_out := sorted(state.keys() - entries.keys()):
@@ -122,20 +126,20 @@ def _contribution(model: nn.Module) -> tuple[dict[str, TensorEntry], _ModelContr
     return entries, _ModelContribution(offers, ties)
 
 
-def _tensors(everyone: Sequence[_ModelContribution]) -> list[Exported]:
-    """All tensors, those that rank 0 knows first; tied ones once."""
+def _all_tensors(by_rank: Sequence[_ModelContribution]) -> list[Exported]:
+    """Returns the tensors of all ranks, in the order of ranks and of their states; a tied weight once."""
     found: dict[str, Exported] = {}
-    for brought in everyone:
-        others = {name: kept for kept, *names in brought.ties for name in names}
-        ties = {kept: tuple(names) for kept, *names in brought.ties}
-        for name, offer in brought.offers.items():
+    for contribution in by_rank:
+        others = {name: kept for kept, *names in contribution.ties for name in names}
+        ties = {kept: tuple(names) for kept, *names in contribution.ties}
+        for name, offer in contribution.offers.items():
             if name not in others:
                 found.setdefault(name, Exported(name, name, offer.shape, offer.dtype, ties.get(name, ())))
     return list(found.values())
 
 
-def _place(url: str | os.PathLike[str], options: Mapping[str, Any] | None, kind: str | None) -> tuple[Storage, str]:
-    """Where to write: a directory, or for a file the one that it is in, and its name."""
+def _target(url: str | os.PathLike[str], options: Mapping[str, Any] | None, kind: str | None) -> tuple[Storage, str]:
+    """Returns the directory to write to, and the name of the file in it, which is "" for a whole directory."""
     if kind is not None:
         folder, name = folder_and_name(os.fspath(url))
         return Storage.open(folder, options), name
@@ -143,20 +147,21 @@ def _place(url: str | os.PathLike[str], options: Mapping[str, Any] | None, kind:
 
 
 def _plan(
-    everyone: Sequence[_ModelContribution], tensors: Sequence[Exported], kind: str | None, name: str, most: int
+    by_rank: Sequence[_ModelContribution], tensors: Sequence[Exported], kind: str | None, name: str, max_bytes: int
 ) -> list[_ExportPlan]:
-    files = split(tensors, most) if kind is None else [File(name, tensors)]
+    """Returns the work of each rank."""
+    files = split_into_files(tensors, max_bytes) if kind is None else [ExportFile(name, tensors)]
     for tensor in tensors if kind == "safetensors" else ():
-        safetensors_dtype(tensor)  # before anything is gathered
-    owned = owned_by([brought.offers for brought in everyone])
+        safetensors_dtype(tensor)  # raises for a dtype that the format lacks before anything is gathered
+    owned = owned_boxes([contribution.offers for contribution in by_rank])
     shares = [owned, *([share] for share in owned[1:])]
     return [_ExportPlan(kind or "huggingface", files, share) for share in shares]
 
 
-def _carry_out(
-    agreement: Agreement, plan: _ExportPlan, source: Gathering, storage: Storage | None, configs: Mapping[str, bytes]
+def _write_or_send(
+    agreement: Agreement, plan: _ExportPlan, source: GatherSource, storage: Storage | None, configs: Mapping[str, bytes]
 ) -> None:
-    """Rank 0 writes, the others send; what fails on one rank is raised on all, as soon as they meet again."""
+    """Writes the files on rank 0 and sends blocks to it on all other ranks. Raises on all ranks what fails on one."""
     file_of = FORMATS.get(plan.format, FORMATS["safetensors"])
     failure: Exception | None = None
     try:
@@ -170,7 +175,7 @@ def _carry_out(
             )
         else:
             storage.write(plan.files[0].name, file_of(source, plan.files[0].tensors))
-    except AllFailed as failed:
+    except FailedOnAllRanks as failed:
         raise failed.error from failed.error.__cause__
     except Exception as error:
         failure = error

@@ -1,8 +1,8 @@
 """Makes items and ``.metadata`` in the format of ``torch.distributed.checkpoint`` (DCP), without copying payloads.
 
 [Note: items]
-A ``.distcp`` file is a sequence of items. The item of a tensor is what ``torch.save`` makes of the tensor: a zip archive
-with its pickled description and, uncompressed, its elements (format/torch_archive.py). An item has three parts:
+A ``.distcp`` file is a sequence of items. The item of a tensor is what ``torch.save`` makes of the tensor: a zip
+archive with its pickled description and, uncompressed, its elements (format/torch_archive.py). An item has three parts:
 
 - *head*: everything before the elements. It depends on dtype and shape only.
 - *payload*: the elements, row-major, little endian, like the memory of a contiguous tensor.
@@ -20,7 +20,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from dist_asgd._torch_private import StorageInfo
 from dist_asgd.boxes import Box
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.torch_archive import (
@@ -112,7 +112,7 @@ def stock_metadata(
         committed_by: name of the file without which this library takes the checkpoint for unfinished. DCP ignores it.
     """
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    places: dict[MetadataIndex, StorageInfo] = {}
     for name, (dtype, shape, chunks) in tensors.items():
         key = sys.intern(name)
         described = []
@@ -137,8 +137,8 @@ def stock_metadata(
     return pickle.dumps(metadata, protocol=4)
 
 
-def _storage_info(stored: StoredChunk | StoredObject) -> _StorageInfo:
-    return _StorageInfo(sys.intern(stored.path), stored.offset, stored.length)
+def _storage_info(stored: StoredChunk | StoredObject) -> StorageInfo:
+    return StorageInfo(sys.intern(stored.path), stored.offset, stored.length)
 
 
 @lru_cache(maxsize=1024)

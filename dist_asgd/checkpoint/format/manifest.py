@@ -21,7 +21,7 @@ from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.entries import SavedTensor, dtype_name
 from dist_asgd.checkpoint.format.manifest_rules import (
     EntryPlace,
-    InvalidManifest,
+    FormatError,
     check_lengths,
     check_overlaps,
     check_paths,
@@ -35,7 +35,7 @@ VERSION = 1  # of the format that is written
 READER = 1  # the oldest version of a reader that understands the written format
 
 NO_FRAME = "0" * 16  # the checksums of an empty head and an empty tail
-MAX_PATH_NAMES = 200  # names in the path of an entry
+MAX_PATH = 200  # names in the path of an entry
 SHARED = 1024  # bytes up to which a payload may be stored once for several tensors
 _FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata")
 _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"}\s*\Z')
@@ -222,23 +222,23 @@ def read_manifest(data: bytes) -> Manifest:
         raise CheckpointError(f"{NAME} is damaged: its contents do not have the sha256 that stands in it")
     try:
         return _manifest(json.loads(data))
-    except InvalidManifest as error:
+    except FormatError as error:
         raise CheckpointError(f"{NAME} is not valid: {error}") from None
     except (ValueError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{NAME} is not valid: {error}") from error
 
 
 def _manifest(record: Any) -> Manifest:
-    record = _checked(record, dict, "it")
+    record = _typed(record, dict, "it")
     if record.get("format") != FORMAT:
-        raise InvalidManifest(f"its format is {record.get('format')!r}, not {FORMAT!r}")
+        raise FormatError(f"its format is {record.get('format')!r}, not {FORMAT!r}")
     reader = _count(record.get("reader"), "reader")
     if reader > VERSION:
-        raise InvalidManifest(f"it asks for a reader of version {reader}, and this is version {VERSION}: upgrade dist_asgd")
+        raise FormatError(f"it asks for a reader of version {reader}, and this is version {VERSION}: upgrade dist_asgd")
     files = {_file_name(name): _file(value, name) for name, value in _members(record, "files")}
-    items = tuple(_item(value, files) for value in _checked(record.get("items"), list, "items"))
+    items = tuple(_item(value, files) for value in _typed(record.get("items"), list, "items"))
     if STOCK not in files or files[STOCK].sha256 is None:
-        raise InvalidManifest(f"it has no sha256 of {STOCK}")
+        raise FormatError(f"it has no sha256 of {STOCK}")
     check_overlaps((item.file, item.offset, item.stop) for item in items)
     tensors = {key: _tensor(key, value, items) for key, value in _members(record, "tensors")}
     _check_sharing(tensors, items)
@@ -248,8 +248,8 @@ def _manifest(record: Any) -> Manifest:
     return Manifest(
         step=_count(record.get("step"), "step"),
         world_size=_count(record.get("world_size"), "world_size"),
-        created=_checked(record.get("created"), (int, float), "created"),
-        versions={name: _checked(value, str, f"version of {name}") for name, value in _members(record, "versions")},
+        created=_typed(record.get("created"), (int, float), "created"),
+        versions={name: _typed(value, str, f"version of {name}") for name, value in _members(record, "versions")},
         files=files,
         items=items,
         tensors=tensors,
@@ -258,84 +258,86 @@ def _manifest(record: Any) -> Manifest:
 
 
 def _members(record: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
-    return list(_checked(record.get(name), dict, name).items())
+    return list(_typed(record.get(name), dict, name).items())
 
 
-def _checked(value: Any, kind: Any, what: str) -> Any:
+def _typed(value: Any, kind: Any, what: str) -> Any:
     """Returns ``value`` if it is an instance of ``kind``; a bool is no int. ``what`` is its name in the error."""
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         expected = kind.__name__ if isinstance(kind, type) else "number"
-        raise InvalidManifest(f"{what} is a {type(value).__name__}, expected a {expected}")
+        raise FormatError(f"{what} is a {type(value).__name__}, expected a {expected}")
     return value
 
 
 def _count(value: Any, what: str) -> int:
-    number: int = _checked(value, int, what)
+    number: int = _typed(value, int, what)
     if not 0 <= number < 2**63:
-        raise InvalidManifest(f"{what} is {number}")
+        raise FormatError(f"{what} is {number}")
     return number
 
 
 def _list_of(value: Any, convert: Callable[[Any, str], T], what: str) -> tuple[T, ...]:
-    return tuple(convert(entry, what) for entry in _checked(value, list, what))
+    return tuple(convert(entry, what) for entry in _typed(value, list, what))
 
 
 def _file_name(name: str) -> str:
     if not _FILE.fullmatch(name):
-        raise InvalidManifest(f"{name!r} is no name of a file of a checkpoint")
+        raise FormatError(f"{name!r} is no name of a file of a checkpoint")
     return name
 
 
 def _file(value: Any, name: str) -> FileRecord:
-    value = _checked(value, dict, f"file {name}")
+    value = _typed(value, dict, f"file {name}")
     sha256 = value.get("sha256")
     if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
-        raise InvalidManifest(f"the sha256 of file {name} is {sha256!r}")
+        raise FormatError(f"the sha256 of file {name} is {sha256!r}")
     return FileRecord(_count(value.get("size"), f"the size of file {name}"), sha256)
 
 
 def _item(value: Any, files: Mapping[str, FileRecord]) -> Item:
-    fields = _checked(value, list, "an item")
+    fields = _typed(value, list, "an item")
     if len(fields) != 8:
-        raise InvalidManifest(f"an item has {len(fields)} fields, expected 8")
+        raise FormatError(f"an item has {len(fields)} fields, expected 8")
     name = fields[0]
     if not isinstance(name, str) or name not in files:
-        raise InvalidManifest(f"an item is in file {name!r}, which is not listed")
+        raise FormatError(f"an item is in file {name!r}, which is not listed")
     offset, head, size, tail, block = (_count(field, f"an item in {name}") for field in fields[1:6])
     check_lengths(head, tail, block)
-    item = Item(name, offset, head, size, tail, block, *(_checked(field, str, "a checksum") for field in fields[6:]))
+    item = Item(name, offset, head, size, tail, block, *(_typed(field, str, "a checksum") for field in fields[6:]))
     if item.stop > files[name].size:
-        raise InvalidManifest(f"an item ends at byte {item.stop} of {name}, which has {files[name].size}")
+        raise FormatError(f"an item ends at byte {item.stop} of {name}, which has {files[name].size}")
     if len(item.crc32) != 8 * -(-size // block) or not re.fullmatch("[0-9a-f]*", item.crc32):
-        raise InvalidManifest(f"the item at byte {offset} of {name} has not one checksum for each {block} of its {size} bytes")
+        raise FormatError(
+            f"the item at byte {offset} of {name} has not one checksum for each {block} of its {size} bytes"
+        )
     if not re.fullmatch("[0-9a-f]{16}", item.frame):
-        raise InvalidManifest(f"the item at byte {offset} of {name} has the frame's checksums {item.frame!r}")
+        raise FormatError(f"the item at byte {offset} of {name} has the frame's checksums {item.frame!r}")
     return item
 
 
 def _tensor(key: str, value: Any, items: tuple[Item, ...]) -> TensorRecord:
-    value = _checked(value, dict, f"tensor {key!r}")
-    dtype = _DTYPES.get(_checked(value.get("dtype"), str, f"the dtype of {key!r}"))
+    value = _typed(value, dict, f"tensor {key!r}")
+    dtype = _DTYPES.get(_typed(value.get("dtype"), str, f"the dtype of {key!r}"))
     if dtype is None:
-        raise InvalidManifest(f"tensor {key!r} has the dtype {value['dtype']!r}, which this torch does not have")
+        raise FormatError(f"tensor {key!r} has the dtype {value['dtype']!r}, which this torch does not have")
     saved = SavedTensor(_list_of(value.get("shape"), _count, f"the shape of {key!r}"), dtype)
-    chunks = tuple(_chunk(chunk, key, dtype, items) for chunk in _checked(value.get("chunks"), list, f"chunks of {key!r}"))
+    chunks = _list_of(value.get("chunks"), lambda chunk, _: _chunk(chunk, key, dtype, items), f"the chunks of {key!r}")
     if not chunks or not tiles([chunk.box for chunk in chunks], saved.shape):
-        raise InvalidManifest(f"the chunks of tensor {key!r} do not make up its shape {saved.shape}")
+        raise FormatError(f"the chunks of tensor {key!r} do not make up its shape {saved.shape}")
     return TensorRecord(saved, chunks, *_path_and_rank(value, key))
 
 
 def _chunk(value: Any, key: str, dtype: torch.dtype, items: tuple[Item, ...]) -> Chunk:
-    fields = _checked(value, list, f"a chunk of {key!r}")
+    fields = _typed(value, list, f"a chunk of {key!r}")
     if len(fields) != 3:
-        raise InvalidManifest(f"a chunk of {key!r} has {len(fields)} fields, expected 3")
+        raise FormatError(f"a chunk of {key!r} has {len(fields)} fields, expected 3")
     offsets, sizes = (_list_of(field, _count, f"a chunk of {key!r}") for field in fields[:2])
     index = _count(fields[2], f"the item of {key!r}")
     if index >= len(items):
-        raise InvalidManifest(f"tensor {key!r} is in item {index} of {len(items)}")
+        raise FormatError(f"tensor {key!r} is in item {index} of {len(items)}")
     box = Box(offsets, sizes)
     if box.numel * dtype.itemsize != items[index].size:
-        raise InvalidManifest(f"a chunk of {key!r} of sizes {sizes} is in an item of {items[index].size} bytes")
+        raise FormatError(f"a chunk of {key!r} of sizes {sizes} is in an item of {items[index].size} bytes")
     return Chunk(box, index)
 
 
@@ -345,7 +347,7 @@ def _check_sharing(tensors: Mapping[str, TensorRecord], items: tuple[Item, ...])
     for key, tensor in tensors.items():
         for chunk in tensor.chunks:
             if chunk.item in used and (items[chunk.item].size > SHARED or len(tensor.chunks) > 1):
-                raise InvalidManifest(f"tensor {key!r} has an item in common with another tensor or chunk")
+                raise FormatError(f"tensor {key!r} has an item in common with another tensor or chunk")
             used.add(chunk.item)
 
 
@@ -356,17 +358,17 @@ def _paths_of_keys(values: Mapping[str, ValueRecord]) -> set[EntryPlace]:
 
 
 def _value(key: str, value: Any) -> ValueRecord:
-    if "value" not in _checked(value, dict, f"value {key!r}"):
-        raise InvalidManifest(f"entry {key!r} has no value")
+    if "value" not in _typed(value, dict, f"value {key!r}"):
+        raise FormatError(f"entry {key!r} has no value")
     return ValueRecord(value["value"], *_path_and_rank(value, key))
 
 
 def _path_and_rank(value: Mapping[str, Any], key: str) -> tuple[tuple[str | int, ...], int | None]:
-    path = _list_of(value.get("path"), lambda part, what: _checked(part, (str, int), what), f"the path of {key!r}")
-    if not 1 <= len(path) <= MAX_PATH_NAMES:
-        raise InvalidManifest(f"entry {key[:100]!r} has a path of {len(path)} names")
+    path = _list_of(value.get("path"), lambda part, what: _typed(part, (str, int), what), f"the path of {key!r}")
+    if not 1 <= len(path) <= MAX_PATH:
+        raise FormatError(f"entry {key[:100]!r} has a path of {len(path)} names")
     rank = None if value.get("rank") is None else _count(value["rank"], f"the rank of {key!r}")
     expected = ".".join(map(str, path)) if rank is None else key_of_rank(".".join(map(str, path)), rank)
     if expected != key:
-        raise InvalidManifest(f"entry {key!r} has the path {list(path)}")
+        raise FormatError(f"entry {key!r} has the path {list(path)}")
     return path, rank

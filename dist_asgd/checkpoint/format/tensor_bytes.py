@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from dist_asgd.boxes import cut, narrowed, whole
+from dist_asgd.boxes import Box, cut, whole
 from dist_asgd.checkpoint.format.manifest_rules import MAX_CRC_BLOCK, MIN_CRC_BLOCK
 
 COPY_BYTES = 8 * 2**20  # bytes that are copied at once from a device, or from a tensor that is not contiguous
@@ -66,6 +66,13 @@ def memory_of(data: Tensor) -> Iterator[memoryview]:
     box = whole(tuple(data.shape))
     for part in cut(box, max(1, COPY_BYTES // data.dtype.itemsize)) if box.numel else ():
         yield memory(narrowed(data, part).resolve_conj().resolve_neg().cpu().contiguous())
+
+
+def narrowed(data: Tensor, box: Box) -> Tensor:
+    """Returns the view of ``data``, of any number of dims, that holds the elements of ``box``."""
+    for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+        data = data.narrow(dim, offset, size)
+    return data
 
 
 def memory(tensor: Tensor) -> memoryview:

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from dist_asgd._torch_private import rebuild_tensor_v2, rebuild_tensor_v3
+
 PAYLOAD_ALIGNMENT = 64  # bytes: torch, too, starts payloads on multiples of it, counted from the archive's start
 LONG = 2**32 - 1  # bytes from which on sizes and offsets take the zip64 forms
 IN_ZIP64 = 2**32 - 1  # stands in the usual field of a size or offset that is in a zip64 field
@@ -155,8 +157,8 @@ class Stub:
         hooks: OrderedDict[int, Any] = OrderedDict()
         arguments = (storage, 0, self.shape, strides, False, hooks)
         if self.dtype in STORAGE_CLASSES:
-            return torch._utils._rebuild_tensor_v2, arguments
-        return torch._utils._rebuild_tensor_v3, (*arguments, self.dtype)
+            return rebuild_tensor_v2, arguments
+        return rebuild_tensor_v3, (*arguments, self.dtype)
 
 
 class _Pickler(pickle.Pickler):

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_asgd.boxes import Box, cut_to_extents, extent, intersection, narrowed, strides, within
+from dist_asgd.boxes import Box, cut_to_extents, extent, intersection, strides, within
 from dist_asgd.checkpoint.errors import only_checkpoint_errors, together
 from dist_asgd.checkpoint.format.manifest import Manifest, in_directory
-from dist_asgd.checkpoint.format.tensor_bytes import memory
+from dist_asgd.checkpoint.format.tensor_bytes import memory, narrowed
 from dist_asgd.checkpoint.loading.reader import EXTENT, ChunkPart, ChunkRead, RangeRequest, blocks_of, verify_range
 from dist_asgd.checkpoint.loading.spool import Spool
 from dist_asgd.checkpoint.progress import Progress

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_asgd.boxes import Box, cut_to_extents, extent, intersection, narrowed, strides, whole, within
+from dist_asgd.boxes import Box, cut_to_extents, extent, intersection, strides, whole, within
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.entries import Block, TensorEntry
 from dist_asgd.checkpoint.format.manifest import Chunk, Item, Manifest, in_directory
-from dist_asgd.checkpoint.format.tensor_bytes import memory
+from dist_asgd.checkpoint.format.tensor_bytes import memory, narrowed
 from dist_asgd.checkpoint.loading.spool import Verified
 from dist_asgd.checkpoint.progress import Progress
 from dist_asgd.checkpoint.storage.storage import Storage

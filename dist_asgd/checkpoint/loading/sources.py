@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-
 from dist_asgd.checkpoint.errors import CheckpointError, naming, together
 from dist_asgd.checkpoint.format.dcp_metadata import StoredChunk, StoredObject
 from dist_asgd.checkpoint.format.entries import SavedTensor, TensorEntry
@@ -23,7 +21,7 @@ from dist_asgd.checkpoint.format.manifest import (
     in_directory,
     read_manifest,
 )
-from dist_asgd.checkpoint.format.manifest_rules import InvalidManifest, check_paths
+from dist_asgd.checkpoint.format.manifest_rules import FormatError, check_paths
 from dist_asgd.checkpoint.loading.exchange import SharedParts, shared
 from dist_asgd.checkpoint.loading.reader import VerifiedBlocks, parts_of, plan_parts, plan_rest, verify_range
 from dist_asgd.checkpoint.loading.spool import Verified
@@ -33,6 +31,7 @@ from dist_asgd.checkpoint.stock.items import item_object
 from dist_asgd.checkpoint.stock.metadata import StockCheckpoint, read_stock_metadata
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.comm.consensus import Agreement
+from dist_asgd.comm.objects import broadcast_object
 
 Destinations = Iterable[tuple[str, TensorEntry]]  # keys, with tensors to be filled
 
@@ -107,7 +106,7 @@ def source_of(
     url = in_directory(storage.url, directory)
     with together(agreement, "load()"):
         opened = _opened(storage, directory, stock) if agreement.rank == 0 else (True, b"")
-    is_ours, data = _broadcast(agreement, opened)
+    is_ours, data = broadcast_object(opened, agreement.group)
     if is_ours:
         return _ours(storage, directory, read_manifest(data), agreement.rank)
     with together(agreement, "load()"), naming(url):
@@ -122,7 +121,7 @@ def source_of(
     }
     with together(agreement, "load()"), naming(url):
         read = read_objects(storage, directory, objects) if agreement.rank == 0 else {}
-    values = Values(_broadcast(agreement, read), lambda item, key: _value(item, key, trust))
+    values = Values(broadcast_object(read, agreement.group), lambda item, key: _value(item, key, trust))
     tensors = {key: tensor.saved for key, tensor in found.tensors.items()}
     return DcpSource(storage, directory, tensors, values, found.paths, found)
 
@@ -188,8 +187,8 @@ def _check(found: StockCheckpoint, sizes: Mapping[str, int] | None) -> None:
     """Raises CheckpointError where entries are in each other, or parts of files are missing; ``sizes`` if known."""
     try:
         check_paths([(path, None) for path in found.paths.values()], ())
-    except InvalidManifest as error:
-        raise CheckpointError(f"{STOCK} is not valid: {wrong}") from None
+    except FormatError as error:
+        raise CheckpointError(f"{STOCK} is not valid: {error}") from None
     if sizes is None:
         return
     places: list[StoredChunk | StoredObject] = list(found.objects.values())
@@ -208,11 +207,3 @@ def _value(item: bytes, key: str, trust: bool) -> Any:
         return item_object(item, trust)
     except CheckpointError as error:
         raise CheckpointError(f"{key!r}: {error}") from error
-
-
-def _broadcast(agreement: Agreement, item: Any) -> Any:
-    if agreement.group is None:
-        return item
-    box = [item]
-    dist.broadcast_object_list(box, group=agreement.group, group_src=0)
-    return box[0]

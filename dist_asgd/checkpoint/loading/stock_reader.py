@@ -15,16 +15,16 @@ from typing import BinaryIO, cast
 import torch
 from torch import Tensor
 
-from dist_asgd.boxes import Box, boxes, intersection, narrowed, strides, whole, within
+from dist_asgd.boxes import Box, boxes, intersection, strides, whole, within
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.dcp_metadata import StoredObject
 from dist_asgd.checkpoint.format.entries import SavedTensor, TensorEntry
 from dist_asgd.checkpoint.format.manifest import in_directory
-from dist_asgd.checkpoint.format.tensor_bytes import memory
+from dist_asgd.checkpoint.format.tensor_bytes import memory, narrowed
 from dist_asgd.checkpoint.loading.ranges import ByteRange, FileRange, joined
 from dist_asgd.checkpoint.loading.spool import Verified
 from dist_asgd.checkpoint.progress import Progress
-from dist_asgd.checkpoint.stock.items import NO_CRCS, Layout, item_layout, item_tensor
+from dist_asgd.checkpoint.stock.items import CRC_HINT, Layout, item_layout, item_tensor
 from dist_asgd.checkpoint.stock.metadata import StockTensor
 from dist_asgd.checkpoint.storage.storage import Storage
 
@@ -176,7 +176,7 @@ def _large(storage: Storage, directory: str, item: StockItem) -> Iterator[tuple[
         yield from _boxes(item.saved, layout, order, at, data)
         at += len(data)
     if crc != layout.crc32:
-        raise _damaged(item, f"its elements do not have the CRC-32 that was saved with them{NO_CRCS}")
+        raise _damaged(item, f"its elements do not have the CRC-32 that was saved with them{CRC_HINT}")
 
 
 def _in_order(storage: Storage, path: str, start: int, stop: int) -> Iterator[bytes]:

@@ -1,4 +1,16 @@
-"""XXX docstring."""
+"""The commit of a checkpoint: the record that makes the files of all ranks exist as one checkpoint.
+
+The order of writing, below the checkpoint's own new directory:
+
+1. Each rank writes its file of tensors, ``__<rank>_0.distcp`` (saving/writer.py).
+2. When all ranks have reported their files, rank 0 compares their sizes with the store's listing.
+3. Rank 0 creates ``.metadata``, by which torch.distributed.checkpoint reads the directory.
+4. Rank 0 creates ``manifest.json``, which names every file, byte range and checksum.
+
+The checkpoint exists from the moment in which ``manifest.json`` exists, and not before: both files are created
+exclusively and whole. A crash before step 4 leaves a directory without a manifest, which loads ignore and a later save
+sweeps away (checkpoint/retention.py). A crash after step 4 leaves a complete checkpoint.
+"""
 
 from __future__ import annotations
 

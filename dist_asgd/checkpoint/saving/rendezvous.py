@@ -16,6 +16,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
+from dist_asgd._torch_private import default_store
 from dist_asgd.checkpoint.errors import CheckpointError
 
 BEAT = 2.0  # seconds between heartbeats
@@ -35,7 +36,7 @@ def store_of_its_own() -> dist.Store | None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    store = dist.distributed_c10d._get_default_store()  # there is no public way to ask for it
+    store = default_store()
     try:
         return store.clone()  # type: ignore[attr-defined,no-any-return]  # torch's stubs lack it
     except RuntimeError:  # a store that is written in Python need not have it

@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from dist_asgd.boxes import narrowed, whole, within
+from dist_asgd.boxes import whole, within
 from dist_asgd.checkpoint.errors import CheckpointError, only_checkpoint_errors, together
 from dist_asgd.checkpoint.format.entries import SavedTensor
 from dist_asgd.checkpoint.format.json_values import decode
@@ -19,7 +18,7 @@ from dist_asgd.checkpoint.format.manifest import (
     ValueRecord,
     key_of_rank,
 )
-from dist_asgd.checkpoint.format.tensor_bytes import memory_of
+from dist_asgd.checkpoint.format.tensor_bytes import memory_of, narrowed
 from dist_asgd.checkpoint.saving.assign import Offer, Share, assign, varying_keys
 from dist_asgd.checkpoint.saving.commit import CommitRecord, Path, commit
 from dist_asgd.checkpoint.saving.rendezvous import Rendezvous
@@ -27,6 +26,7 @@ from dist_asgd.checkpoint.saving.writer import BlockToWrite, Written, write_part
 from dist_asgd.checkpoint.state.contents import Contents
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.comm.consensus import Agreement
+from dist_asgd.comm.objects import scatter_object
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +59,8 @@ def plan_save(agreement: Agreement, step: int, directory: str | None, contents: 
         if agreement.rank == 0:
             record, shares = _plan(step, everyone)
             answers = [(directory, share) for share in shares]
-    answer = scatter(agreement, answers)
+    answer = scatter_object(answers, agreement.group)
     return SavePlan(answer[0], _parts(answer[1], contents, agreement.rank), record)
-
-
-def scatter(agreement: Agreement, answers: Sequence[Any]) -> Any:
-    """Of the ``answers`` that rank 0 has, by rank, this one's."""
-    if agreement.group is None:
-        return answers[0]
-    mine: list[Any] = [None]
-    dist.scatter_object_list(mine, list(answers) if agreement.rank == 0 else None, group=agreement.group, group_src=0)
-    return mine[0]
 
 
 def _contribution(contents: Contents, agreement: Agreement) -> _Contribution:

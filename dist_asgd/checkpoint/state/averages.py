@@ -1,4 +1,8 @@
-"""XXX docstring."""
+"""Finds the averages of parameters that a checkpoint's optimizers have, by the keys and values of its entries.
+
+An optimizer has the average of a parameter as ``<optimizer>.state.<parameter>.ax``. Further averages, of an optimizer
+that keeps several, are ``ax_<name>``; the name of the first is in the text of ``param_groups.0.average``.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,14 @@ NO_VALUES: Mapping[str, Any] = MappingProxyType({})
 def average_keys(
     root: TreeNode, path: Path, name: str, average: str | None = None, values: Mapping[str, Any] = NO_VALUES
 ) -> list[str]:
-    """What optimizers below ``root`` have as averages of the parameter ``name`` of the module at ``path``.
+    """Returns the keys of the average of one parameter, one for each optimizer that has it.
 
     Args:
-        average: the name of one of several; None for the first, which is ``ax`` whatever its name.
-        values: of the checkpoint, by key. What they say of the groups of an optimizer tells the name of its first.
+        root: the tree of the checkpoint's entries. Optimizers are looked for among its children.
+        path: of the module in the checkpoint.
+        name: of the parameter in the module. Optimizers may know it with the module's path in front.
+        average: the name of one of several averages; None for the first, which is ``ax`` whatever its name.
+        values: of the checkpoint, by key; the options of an optimizer's groups tell the name of its first average.
     """
     found = []
     for child in root.children.values():
@@ -29,14 +36,18 @@ def average_keys(
 
 
 def average_names(root: TreeNode, values: Mapping[str, Any] = NO_VALUES) -> list[str]:
-    """The names of the averages that optimizers below ``root`` have; ``values`` as for ``average_keys``."""
+    """Returns the names of all averages that optimizers of the checkpoint have, each once.
+
+    Args:
+        root: the tree of the checkpoint's entries. Optimizers are looked for among its children.
+        values: of the checkpoint, by key; the options of an optimizer's groups tell the name of its first average.
+    """
     names: dict[str, None] = {}
     for child in root.children.values():
         for state in child.at(("state",)).children.values():
-            first = ["ax"] if state.at(("ax",)).key is not None else []
-            others = [str(key) for key in state.children if str(key).startswith("ax_")]
-            names |= dict.fromkeys([_first_name(child, values) for _ in first])
-            names |= dict.fromkeys([key.removeprefix("ax_") for key in others])
+            first = [_first_name(child, values)] if state.at(("ax",)).key is not None else []
+            others = [str(key).removeprefix("ax_") for key in state.children if str(key).startswith("ax_")]
+            names |= dict.fromkeys([*first, *others])
     return list(names)
 
 

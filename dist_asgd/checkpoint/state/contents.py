@@ -1,7 +1,7 @@
-"""Live state as the contents of a checkpoint, and as the destination of one.
+"""Converts live state into the contents of a checkpoint, and plans how a checkpoint is loaded into live state.
 
 State is a nested dict of modules, optimizers, LR schedulers, anything with ``state_dict()`` and ``load_state_dict()``,
-tensors, and values that ``values`` knows.
+tensors, and values that ``checkpoint/format/json_values.py`` can encode.
 """
 
 from __future__ import annotations
@@ -15,58 +15,60 @@ from torch import Tensor, nn
 
 from dist_asgd.checkpoint.format.entries import SavedTensor, TensorEntry
 from dist_asgd.checkpoint.format.json_values import encode
-from dist_asgd.checkpoint.state.load_plan import OTHERS, Finish, LoadPlan, missing, plain_tensor
+from dist_asgd.checkpoint.state.load_plan import OTHERS, Callback, LoadPlan, empty_cpu_tensor
 from dist_asgd.checkpoint.state.mismatches import Problems
 from dist_asgd.checkpoint.state.modules import module_state, plan_module
-from dist_asgd.checkpoint.state.optimizer_names import by_parameter_names
+from dist_asgd.checkpoint.state.optimizer_names import named_optimizer
 from dist_asgd.checkpoint.state.optimizers import plan_optimizer
 from dist_asgd.checkpoint.state.rng import RandomState, warn_unchanged
 from dist_asgd.checkpoint.state.tensor_blocks import is_sharded, to_save
-from dist_asgd.checkpoint.state.tree import Keys, Leaf, Path, has_state, key_of, leaves, restored, tree_of
+from dist_asgd.checkpoint.state.tree import Leaf, MappingKeys, Path, has_state, key_of, leaves, tree_of, with_types_of
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What one rank brings to a checkpoint, by key."""
+    """The entries that one rank contributes to a checkpoint, by key."""
 
-    tensors: dict[str, TensorEntry]  # blocks are live memory
-    values: dict[str, Any]  # encoded: what ``json.dumps(..., allow_nan=False)`` takes
-    paths: dict[str, Path]  # of all of them, in the nested state
-    varying: frozenset[str]  # may differ between ranks: all but modules, optimizers, LR schedulers, sharded tensors
+    tensors: dict[str, TensorEntry]  # with the blocks that this rank saves; they are live memory
+    values: dict[str, Any]  # encoded, so that json.dumps(..., allow_nan=False) accepts them
+    paths: dict[str, Path]  # of all tensors and values, in the nested state
+    # Keys of entries that may differ between ranks: all but modules', optimizers', LR schedulers' and sharded tensors.
+    varying: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where the entries of a checkpoint go.
+    """The live state that a checkpoint is loaded into, as one rank plans it."""
 
-    ``tensors`` has, for the key of an entry of the checkpoint, every place that it is to be read into: there are
-    several where weights are tied, or where an average is read into parameters.
-    """
-
+    # The tensors that each entry is read into, by the entry's key. An entry has several where weights are tied, or
+    # where it is an average that is read into parameters.
     tensors: dict[str, list[TensorEntry]]
-    problems: Problems
-    finishers: tuple[Finish, ...]
+    problems: Problems  # mismatches found by this rank; nothing may be loaded if any rank has some
+    callbacks: tuple[Callback, ...]  # for ``finish``, in order
 
     def finish(self) -> None:
-        """After the tensors were filled: gives what was read to modules, optimizers and the others.
+        """Calls ``load_state_dict`` of modules, optimizers and other objects, and puts values into their dicts.
 
-        Collective where their ``load_state_dict`` is, as that of ShardedASGD and under FSDP1.
+        To be called once all ``tensors`` are filled. Collective where a ``load_state_dict`` is, such as that of
+        ShardedASGD and that of optimizers of FSDP1's parameters.
         """
-        for finish in self.finishers:
-            finish()
+        for callback in self.callbacks:
+            callback()
 
 
 def contents_of(state: Mapping[str, Any]) -> Contents:
-    """What this rank brings to a checkpoint of ``state``. No tensor is copied. Collective under FSDP1 only.
+    """Returns the entries that this rank contributes to a checkpoint of ``state``. Copies no tensor.
+
+    Collective only where the state has a module wrapped in FSDP1.
 
     Raises:
-        TypeError: for what a checkpoint cannot hold, with its key.
-        ValueError: where parameters of an optimizer have no names, or two entries have the same key.
+        TypeError: for what a checkpoint cannot hold; the message has its key.
+        ValueError: where a parameter of an optimizer has no name, or two entries have the same key.
     """
     contents = Contents({}, {}, {}, frozenset())
     varying = set()
     for leaf in leaves(state):
-        for part in _parts(leaf, state):
+        for part in _parts_to_save(leaf, state):
             key = key_of(part.path)
             if key in contents.paths:
                 raise ValueError(f"two entries have the key {key}: {contents.paths[key]} and {part.path}. Rename one")
@@ -74,7 +76,7 @@ def contents_of(state: Mapping[str, Any]) -> Contents:
             if isinstance(part.value, Tensor):
                 contents.tensors[key] = to_save(key, part.value)
             else:
-                value = part.value.keys if isinstance(part.value, Keys) else part.value
+                value = part.value.keys if isinstance(part.value, MappingKeys) else part.value
                 contents.values[key] = encode(value, key)
             shared = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
             if not (isinstance(leaf.value, shared) or is_sharded(part.value)):
@@ -92,42 +94,46 @@ def destination_of(
     average: bool | str = False,
     stock: bool = False,
 ) -> Destination:
-    """Where this rank's part of a checkpoint goes in ``state``. Changes nothing. Collective under FSDP1 only.
+    """Plans how this rank loads a checkpoint into ``state``. Changes nothing and reads no tensor.
+
+    Collective only where the state has a module wrapped in FSDP1.
 
     Args:
-        state: as for ``contents_of``. Of the checkpoint only what has its top-level names is asked for. A dict in it
-            that is empty takes all that the checkpoint has there; an empty state takes the whole checkpoint.
+        state: of the kinds of objects that ``contents_of`` takes. Entries of the checkpoint below other top-level
+            names than those of ``state`` are ignored. An empty dict in the state takes all entries that the checkpoint
+            has below it; an empty state takes the whole checkpoint.
         saved: the tensors that the checkpoint has for this rank, by key.
-        values: the values that it has for this rank, by key. They are asked for as they are needed.
-        paths: of all entries of the checkpoint, by key, also of those that only other ranks have.
+        values: the values that the checkpoint has for this rank, by key. Only those that are needed are looked up.
+        paths: the paths of all entries of the checkpoint, by key, including entries that only other ranks have.
         strict: whether entries that are missing or unexpected are problems.
-        average: parameters of modules take the ``ax`` that the optimizer of the checkpoint has of them, if it has one,
-            rounded once if it is wider; a name: that one of several averages.
+        average: True to load into parameters the averages (``ax``) that the checkpoint's optimizer has of them, rounded
+            once if they are wider; the name of one of several averages; False to load parameters.
         stock: whether ``torch.distributed.checkpoint`` took the state apart.
 
     Raises:
-        CheckpointError: from ``values``.
-        TypeError, ValueError: as ``contents_of``.
+        CheckpointError: where looking up a value raises it, because the value is damaged.
+        TypeError: for live tensors that cannot be written to; the message has the key.
+        ValueError: where a parameter of an optimizer has no name, or where averages that were asked for do not exist.
     """
     plan = LoadPlan(saved, values, tree_of(paths), strict, stock)
     for leaf in leaves(state) if state else [Leaf((), state, None, None)]:
         _plan_leaf(plan, leaf, state, average)
     plan.note_unexpected(set(map(str, state)))
-    finishers = [finish for _, finish in sorted(plan.finishers, key=lambda item: item[0])]
-    return Destination(plan.fills, plan.problems, tuple(finishers))
+    callbacks = [callback for _, callback in sorted(plan.callbacks, key=lambda item: item[0])]
+    return Destination(plan.fills, plan.problems, tuple(callbacks))
 
 
 def _modules(state: Mapping[str, Any]) -> dict[Path, nn.Module]:
     return {leaf.path: leaf.value for leaf in leaves(state) if isinstance(leaf.value, nn.Module)}
 
 
-def _parts(leaf: Leaf, state: Mapping[str, Any]) -> Iterator[Leaf]:
-    """What there is to save of a leaf of the state."""
+def _parts_to_save(leaf: Leaf, state: Mapping[str, Any]) -> Iterator[Leaf]:
+    """Yields the leaves of the state of a module, an optimizer or a stateful object; else the leaf itself."""
     value = leaf.value
     if isinstance(value, nn.Module):
         return leaves(module_state(value), leaf.path)
     if isinstance(value, torch.optim.Optimizer):
-        return leaves(by_parameter_names(leaf.path, value, _modules(state)).state_dict(), leaf.path)
+        return leaves(named_optimizer(leaf.path, value, _modules(state)).state_dict(), leaf.path)
     if has_state(value):
         return leaves(value.state_dict(), leaf.path)
     return iter([leaf])
@@ -138,10 +144,10 @@ def _plan_leaf(plan: LoadPlan, leaf: Leaf, state: Mapping[str, Any], average: bo
     if isinstance(value, nn.Module):
         plan_module(plan, path, value, average)
     elif isinstance(value, torch.optim.Optimizer):
-        plan_optimizer(plan, path, by_parameter_names(path, value, _modules(state)))
+        plan_optimizer(plan, path, named_optimizer(path, value, _modules(state)))
     elif has_state(value):
         _plan_stateful(plan, path, value)
-    elif isinstance(value, Keys):
+    elif isinstance(value, MappingKeys):
         plan.used.add(key_of(path))
     elif isinstance(value, Tensor):
         if plan.fits(key_of(path), value):
@@ -153,11 +159,11 @@ def _plan_leaf(plan: LoadPlan, leaf: Leaf, state: Mapping[str, Any], average: bo
 
 
 def _plan_stateful(plan: LoadPlan, path: Path, target: Any) -> None:
-    """All that was saved goes to its ``load_state_dict``, which knows what it wants."""
+    """Plans to give ``load_state_dict`` of ``target`` all that was saved below ``path``, whatever its state is now."""
     node = plan.root.at(path)
-    if isinstance(target, RandomState) and not plan.has(node.at(("generators",))):
-        plan.used.update(node.entries())
-        plan.finish_with(OTHERS, lambda: warn_unchanged(key_of(path)))
+    if isinstance(target, RandomState) and not plan.has_all(node.at(("generators",))):
+        plan.used.update(node.entry_keys())
+        plan.after_read(OTHERS, lambda: warn_unchanged(key_of(path)))
         return
     if plan.is_stock and node.key is not None and not node.children:
         plan.used.add(node.key)
@@ -165,62 +171,64 @@ def _plan_stateful(plan: LoadPlan, path: Path, target: Any) -> None:
             f"found a tensor or a value, expected the state of {type(target).__name__}"
         )
         return
-    # Otherwise it is not asked: that may be expensive.
-    is_asked = plan.is_stock or any(key in plan.tensors for key in node.entries())
-    state = target.state_dict() if is_asked else {}
-    if not list(node.entries()):
+    # state_dict() may be expensive: it is called only for live tensors to read into, or for the types that DCP drops.
+    needs_state = plan.is_stock or any(key in plan.tensors for key in node.entry_keys())
+    state = target.state_dict() if needs_state else {}
+    if not list(node.entry_keys()):
         if state or not plan.is_stock:
-            missing(plan, path, type(target).__name__)
+            plan.note_missing(key_of(path), f"expected the state of {type(target).__name__}")
         return
     live = {key_of(leaf.path): leaf.value for leaf in leaves(state, path)}
 
     def tensor_for(key: str, saved: SavedTensor) -> Tensor | None:
         known = live.get(key)
-        if isinstance(known, Tensor) and (is_sharded(known) or _alike(known, saved)):
+        if isinstance(known, Tensor) and (is_sharded(known) or _same_shape_and_dtype(known, saved)):
             return known if plan.fits(key, known) else None
-        return plain_tensor(key, saved)
+        return empty_cpu_tensor(key, saved)
 
-    taken = plan.take(node, tensor_for)
-    if taken is not None:
-        plan.finish_with(OTHERS, lambda: target.load_state_dict(restored(taken(), state) if plan.is_stock else taken()))
+    loaded = plan.read_subtree(node, tensor_for)
+    if loaded is not None:
+        plan.after_read(
+            OTHERS, lambda: target.load_state_dict(with_types_of(state, loaded()) if plan.is_stock else loaded())
+        )
 
 
-def _alike(tensor: Tensor, saved: SavedTensor) -> bool:
+def _same_shape_and_dtype(tensor: Tensor, saved: SavedTensor) -> bool:
     return tuple(tensor.shape) == saved.shape and tensor.dtype == saved.dtype
 
 
 def _plan_empty(plan: LoadPlan, leaf: Leaf) -> None:
-    """An empty dict takes all that there is."""
+    """Plans to put all entries below the path of an empty dict into it."""
     node = plan.root.at(leaf.path)
-    if not list(node.entries()):
+    if not list(node.entry_keys()):
         if leaf.path and not plan.is_stock:
-            plan.lacks(key_of(leaf.path), "expected a dict")
+            plan.note_missing(key_of(leaf.path), "expected a dict")
         return
-    taken = plan.take(node, plain_tensor)
-    if taken is not None:
-        plan.finish_with(OTHERS, lambda: _put(leaf, taken()))
+    loaded = plan.read_subtree(node, empty_cpu_tensor)
+    if loaded is not None:
+        plan.after_read(OTHERS, lambda: _replace(leaf, loaded()))
 
 
 def _plan_value(plan: LoadPlan, leaf: Leaf) -> None:
     key, node = key_of(leaf.path), plan.root.at(leaf.path)
     plan.used.add(key)
     if plan.is_stock and node.children:
-        taken = plan.take(node, plain_tensor)
-        if taken is not None:
-            plan.finish_with(OTHERS, lambda: _put(leaf, restored(taken(), leaf.value)))
+        loaded = plan.read_subtree(node, empty_cpu_tensor)
+        if loaded is not None:
+            plan.after_read(OTHERS, lambda: _replace(leaf, with_types_of(leaf.value, loaded())))
     elif key in plan.values:
         value = plan.values[key]
-        plan.finish_with(OTHERS, lambda: _put(leaf, value))
+        plan.after_read(OTHERS, lambda: _replace(leaf, value))
     elif key in plan.tensors:
         plan.problems.wrong_dtype[key] = f"found a tensor, expected a value like the {type(leaf.value).__name__} there"
     else:
-        plan.lacks(key, f"expected a value like the {type(leaf.value).__name__} there")
+        plan.note_missing(key, f"expected a value like the {type(leaf.value).__name__} there")
 
 
-def _put(leaf: Leaf, value: Any) -> None:
-    """Into the dict that is there, if there is one and it is to be one: others may have it, too."""
+def _replace(leaf: Leaf, value: Any) -> None:
+    """Replaces the leaf's value in its container. A dict is refilled instead, as other objects may refer to it."""
     if isinstance(leaf.value, dict) and type(value) is type(leaf.value):
         leaf.value.clear()
         leaf.value.update(value)
     else:
-        leaf.container[leaf.place] = value
+        leaf.container[leaf.index] = value

@@ -1,4 +1,4 @@
-"""What a load is going to do: which entries are read to where, and what is done with them afterwards."""
+"""The plan of a load: which entries are read into which tensors, what mismatches, and what is called after reading."""
 
 from __future__ import annotations
 
@@ -9,73 +9,85 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_asgd.checkpoint.format.entries import SavedTensor, TensorEntry
-from dist_asgd.checkpoint.state.mismatches import Problems
+from dist_asgd.checkpoint.format.entries import SavedTensor, TensorEntry, dtype_name
+from dist_asgd.checkpoint.state.mismatches import Problems, truncate
 from dist_asgd.checkpoint.state.tensor_blocks import to_fill
-from dist_asgd.checkpoint.state.tree import Path, TreeNode, key_of, nested
+from dist_asgd.checkpoint.state.tree import TreeNode, unflatten
 
-Finish = Callable[[], None]
-MODULES, OPTIMIZERS, OTHERS = range(3)  # the order in which things are finished: optimizers may look at parameters
+MAX_VALUE = 60  # characters of a value in an error message
+
+Callback = Callable[[], None]
+DeferredValue = Callable[[], Any]  # returns a value that was read; to be called after the load has filled all tensors
+MODULES, OPTIMIZERS, OTHERS = range(3)  # the order of callbacks: an optimizer's load_state_dict may look at parameters
 
 
 @dataclass
 class LoadPlan:
-    """A load in the making. Nothing live changes."""
+    """A load into live state, while it is being planned. Planning changes no live state and reads no tensor.
 
-    tensors: Mapping[str, SavedTensor]  # of the checkpoint
-    values: Mapping[str, Any]  # of the checkpoint; an access may raise CheckpointError
-    root: TreeNode  # of the checkpoint
-    strict: bool
-    is_stock: bool  # taken apart by DCP: all keys are strings, and what is empty is left out
-    fills: dict[str, list[TensorEntry]] = field(default_factory=dict)
+    Methods that find a mismatch add it to ``problems`` and go on, so that one error can name them all.
+    """
+
+    tensors: Mapping[str, SavedTensor]  # the checkpoint's tensors for this rank, by key
+    values: Mapping[str, Any]  # the checkpoint's values for this rank, by key; an access may raise CheckpointError
+    root: TreeNode  # of all the checkpoint's entries, including those that only other ranks have
+    strict: bool  # whether missing and unexpected entries are problems
+    is_stock: bool  # whether DCP took the state apart: then all keys are strings, and empty containers are left out
+    fills: dict[str, list[TensorEntry]] = field(default_factory=dict)  # the destinations of each tensor, by key
     problems: Problems = field(default_factory=Problems)
-    finishers: list[tuple[int, Finish]] = field(default_factory=list)
-    used: set[str] = field(default_factory=set)
+    callbacks: list[tuple[int, Callback]] = field(default_factory=list)  # with MODULES, OPTIMIZERS or OTHERS
+    used: set[str] = field(default_factory=set)  # keys that live state has asked for; all others are unexpected
 
     def fill(self, key: str, tensor: Tensor) -> None:
-        """The entry is to be read into ``tensor``, which has its shape and dtype."""
+        """Plans to read the entry into ``tensor``, which has the entry's global shape and dtype."""
         self.fills.setdefault(key, []).append(to_fill(key, tensor))
 
     def fits(self, key: str, tensor: Tensor, any_dtype: bool = False) -> bool:
-        """Whether the checkpoint has a tensor like ``tensor`` there. Notes what is wrong, and that it was asked for."""
+        """Returns whether the checkpoint has a tensor of the shape and dtype of ``tensor``; adds problems if not.
+
+        Marks the entry as used. ``any_dtype`` accepts every dtype.
+        """
         self.used.add(key)
         saved = self.tensors.get(key)
         if saved is None:
             if key in self.values:
-                found = f"found the value {_short(self.values[key])}"
-                self.problems.wrong_dtype[key] = f"{found}, expected {_described(tensor)}"
+                found = f"found the value {truncate(repr(self.values[key]), MAX_VALUE)}"
+                self.problems.wrong_dtype[key] = f"{found}, expected {_dtype_and_shape(tensor)}"
             else:
-                self.lacks(key, f"expected {_described(tensor)}")
+                self.note_missing(key, f"expected {_dtype_and_shape(tensor)}")
             return False
         if saved.shape != tuple(tensor.shape):
-            self.problems.wrong_shape[key] = f"found {_described(saved)}, expected {_described(tensor)}"
+            self.problems.wrong_shape[key] = f"found {_dtype_and_shape(saved)}, expected {_dtype_and_shape(tensor)}"
         elif saved.dtype != tensor.dtype and not any_dtype:
-            self.problems.wrong_dtype[key] = f"found {_described(saved)}, expected {_described(tensor)}"
+            self.problems.wrong_dtype[key] = f"found {_dtype_and_shape(saved)}, expected {_dtype_and_shape(tensor)}"
         else:
             return True
         return False
 
-    def lacks(self, key: str, text: str) -> None:
+    def note_missing(self, key: str, text: str) -> None:
+        """Adds the problem ``text`` for an entry that the checkpoint lacks, if the load is strict."""
         if self.strict:
             self.problems.missing[key] = text
 
-    def has(self, node: TreeNode) -> bool:
-        """Whether the checkpoint has all entries at ``node`` and below for this rank, and any."""
-        keys = list(node.entries())
+    def has_all(self, node: TreeNode) -> bool:
+        """Returns whether there are entries at ``node`` or below, and this rank has them all."""
+        keys = list(node.entry_keys())
         return bool(keys) and all(key in self.tensors or key in self.values for key in keys)
 
-    def take(self, node: TreeNode, tensor_for: Callable[[str, SavedTensor], Tensor | None]) -> Callable[[], Any] | None:
-        """All entries at ``node`` and below are read. Returns what makes nested state of them when they were.
+    def read_subtree(
+        self, node: TreeNode, tensor_for: Callable[[str, SavedTensor], Tensor | None]
+    ) -> DeferredValue | None:
+        """Plans to read all entries at ``node`` and below, and marks them as used.
 
         Args:
-            tensor_for: the tensor to read an entry into, given its key; None where there was a problem.
+            tensor_for: returns the tensor to read an entry into, given its key; None where it has added a problem.
 
         Returns:
-            None where something is missing or wrong.
+            What returns the nested state of the entries, once they were read. None where something is missing or wrong.
         """
         entries: dict[str, Any] = {}
         complete = True
-        for key in node.entries():
+        for key in node.entry_keys():
             self.used.add(key)
             if key in self.tensors:
                 tensor = tensor_for(key, self.tensors[key])
@@ -87,35 +99,27 @@ class LoadPlan:
             elif key in self.values:
                 entries[key] = self.values[key]
             else:
-                self.lacks(key, "only other ranks have it")
+                self.note_missing(key, "only other ranks have it")
                 complete = False
-        return (lambda: nested(node, entries)) if complete else None
+        return (lambda: unflatten(node, entries)) if complete else None
 
-    def finish_with(self, order: int, finish: Finish) -> None:
-        self.finishers.append((order, finish))
+    def after_read(self, order: int, callback: Callback) -> None:
+        """Plans to call ``callback`` after all tensors were read; ``order`` is MODULES, OPTIMIZERS or OTHERS."""
+        self.callbacks.append((order, callback))
 
     def note_unexpected(self, names: set[str]) -> None:
-        """Entries of the top-level ``names`` that nothing has asked for are unexpected."""
+        """Adds a problem for each unused entry below the top-level ``names``, if the load is strict."""
         for name in names if self.strict else ():
-            for key in self.root.at((name,)).entries():
+            for key in self.root.at((name,)).entry_keys():
                 if key not in self.used:
-                    found = _described(self.tensors[key]) if key in self.tensors else "found a value"
+                    found = _dtype_and_shape(self.tensors[key]) if key in self.tensors else "found a value"
                     self.problems.unexpected[key] = f"{found}, nothing here takes it"
 
 
-def plain_tensor(key: str, saved: SavedTensor) -> Tensor:
-    """A new tensor on the CPU."""
+def empty_cpu_tensor(key: str, saved: SavedTensor) -> Tensor:
+    """Returns a new CPU tensor of the saved shape and dtype, not initialized; a ``tensor_for`` of ``read_subtree``."""
     return torch.empty(saved.shape, dtype=saved.dtype, device="cpu")
 
 
-def missing(plan: LoadPlan, path: Path, what: str) -> None:
-    plan.lacks(key_of(path), f"expected the state of {what}")
-
-
-def _described(tensor: Tensor | SavedTensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _dtype_and_shape(tensor: Tensor | SavedTensor) -> str:
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"

@@ -1,16 +1,16 @@
-"""Everything in which a checkpoint and live state differ, for one error that says it all."""
+"""Mismatches between a checkpoint and the live state that it is loaded into, collected for one error message."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-MAX_LINES = 50  # of each kind
+MAX_LINES = 50  # entries that the message lists of each kind of mismatch
 
 
 @dataclass(frozen=True, slots=True)
 class Problems:
-    """By key, what is wrong with the entry; of each kind."""
+    """Mismatches of one rank or of several: four kinds, each with a text by the key of the entry. False if empty."""
 
     missing: dict[str, str] = field(default_factory=dict)
     unexpected: dict[str, str] = field(default_factory=dict)
@@ -21,7 +21,7 @@ class Problems:
         return any(found for _, found in self._kinds())
 
     def merge(self, other: Problems) -> Problems:
-        """Those of both, such as two ranks. Where both have a key, what this one says of it."""
+        """Returns the mismatches of ``self`` and ``other``; the text of ``self`` counts for a key that both have."""
         return Problems(
             {**other.missing, **self.missing},
             {**other.unexpected, **self.unexpected},
@@ -30,7 +30,7 @@ class Problems:
         )
 
     def message(self) -> str:
-        """A line for each kind and each entry, sorted; at most ``MAX_LINES`` entries of a kind."""
+        """Returns a line for each kind, followed by its first ``MAX_LINES`` entries, a line each, sorted by key."""
         lines = []
         for title, found in self._kinds():
             if found:
@@ -47,3 +47,8 @@ class Problems:
             ("of another shape", self.wrong_shape),
             ("of another dtype or kind", self.wrong_dtype),
         ]
+
+
+def truncate(text: str, limit: int) -> str:
+    """Returns ``text``, cut to ``limit`` characters of which the last three are dots where it is longer."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -1,4 +1,8 @@
-"""XXX docstring."""
+"""Names of modules' parameters and buffers without the parts that wrappers add.
+
+Wrappers are DistributedDataParallel, ``torch.compile``, FSDP1 and activation checkpointing. The names are those of
+``torch.distributed.checkpoint.state_dict``.
+"""
 
 from __future__ import annotations
 
@@ -8,42 +12,43 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_asgd._torch_private import WRAPPER_NAMES, submodules
 from dist_asgd.checkpoint.state.tree import Path
-
-# What torch.compile, FSDP1 and activation checkpointing put into names; DistributedDataParallel's is a usual word.
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def fqn_of(module: nn.Module, name: str) -> str:
-    """A name in ``module``'s state dict without the wrappers, as ``torch.distributed.checkpoint.state_dict`` has it."""
+    """Returns ``name``, of an entry in the state dict of ``module``, without the parts that wrappers add."""
     kept: list[str] = []
     current: nn.Module | None = module
     for part in name.split("."):
-        if part not in WRAPPERS and not (part == "module" and isinstance(current, DistributedDataParallel)):
+        if part not in WRAPPER_NAMES and not (part == "module" and isinstance(current, DistributedDataParallel)):
             kept.append(part)
-        current = current._modules.get(part) if current is not None else None
+        current = submodules(current).get(part) if current is not None else None
     return ".".join(kept)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """What the wrappers around ``module`` itself are wrapped around."""
-    names = {"module"} if isinstance(module, DistributedDataParallel) else WRAPPERS & module._modules.keys()
-    inner = module._modules[names.pop()] if names else None
+    """Returns the user's module inside all wrappers around ``module``. Wrappers of its submodules stay."""
+    names = {"module"} if isinstance(module, DistributedDataParallel) else submodules(module).keys() & WRAPPER_NAMES
+    inner = submodules(module)[names.pop()] if names else None
     return module if inner is None else unwrapped(inner)
 
 
 def without_wrappers(name: str) -> str:
-    """A name that may have those of wrappers in it, where the module is not there to tell."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    """Returns ``name`` without the parts of ``WRAPPER_NAMES``, where no module is at hand for ``fqn_of``.
+
+    The "module" of DistributedDataParallel stays.
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPER_NAMES)
 
 
 def parameter_names(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters by name; tied ones under each of theirs."""
+    """Returns the module's parameters by name. A tied parameter is there under each of its names."""
     return {fqn_of(module, name): param for name, param in module.named_parameters(remove_duplicate=False)}
 
 
 def tied_names(module: nn.Module) -> list[list[str]]:
-    """For each parameter and buffer that has several names, all of them, in the order of the modules."""
+    """Returns all names of each parameter or buffer that has several, in the order of the modules."""
     names: dict[int, list[str]] = {}
     for find in (module.named_parameters, module.named_buffers):
         for name, tensor in find(remove_duplicate=False):
@@ -52,13 +57,17 @@ def tied_names(module: nn.Module) -> list[list[str]]:
 
 
 def is_fsdp1(module: nn.Module) -> bool:
+    """Returns whether ``module`` or one of its submodules is wrapped in FSDP1."""
     return any(isinstance(child, FullyShardedDataParallel) for child in module.modules())
 
 
-def names_in(modules: Mapping[Path, nn.Module]) -> dict[int, tuple[Path, str]]:
-    """For each parameter, by identity, the path of the module that has it and its name there: the first of both."""
-    names: dict[int, tuple[Path, str]] = {}
+def parameter_owners(modules: Mapping[Path, nn.Module]) -> dict[int, tuple[Path, str]]:
+    """Returns (path of the module, name in the module) of each parameter, by the parameter's ``id``.
+
+    For a parameter that several modules have, or that has several names, these are the first ones.
+    """
+    owners: dict[int, tuple[Path, str]] = {}
     for path, module in modules.items():
         for name, param in parameter_names(module).items():
-            names.setdefault(id(param), (path, name))
-    return names
+            owners.setdefault(id(param), (path, name))
+    return owners

@@ -1,4 +1,4 @@
-"""Modules: the names of their parameters, without those of wrappers, and their state."""
+"""The state of modules: what is saved of a module, and how a load fills it, with parameters or with averages."""
 
 from __future__ import annotations
 
@@ -9,24 +9,34 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from dist_asgd.checkpoint.state.averages import average_keys, average_names
-from dist_asgd.checkpoint.state.load_plan import MODULES, LoadPlan, plain_tensor
-from dist_asgd.checkpoint.state.module_names import (
-    fqn_of,
-    is_fsdp1,
-    parameter_names,
-)
+from dist_asgd.checkpoint.state.load_plan import MODULES, LoadPlan, empty_cpu_tensor
+from dist_asgd.checkpoint.state.module_names import fqn_of, is_fsdp1, parameter_names
 from dist_asgd.checkpoint.state.tree import Path, key_of
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:
-    """Parameters, persistent buffers and extra state by name. Tensors share memory. Collective under FSDP1."""
+    """Returns the module's parameters, persistent buffers and extra state, by their names without wrappers.
+
+    Tensors share memory with the module. Collective if a part of the module is wrapped in FSDP1.
+    """
     if is_fsdp1(module):
         return dict(get_model_state_dict(module))
     return {fqn_of(module, name): value for name, value in module.state_dict().items()}
 
 
 def plan_module(plan: LoadPlan, path: Path, module: nn.Module, average: bool | str) -> None:
-    """The module's tensors are read in place, then ``load_state_dict`` is called with them: hooks may want that."""
+    """Plans to load the module at ``path``. Collective if a part of the module is wrapped in FSDP1.
+
+    Tensors are read into the module's own memory. ``load_state_dict`` is then called with them all the same, since
+    hooks of the module may want that.
+
+    Args:
+        average: True to read averages into parameters that have one, the first where there are several; or the name
+            of an average; False for none. An average of a wider dtype is rounded once.
+
+    Raises:
+        ValueError: where averages are asked for and the checkpoint has none, or several of one parameter.
+    """
     state = module_state(module)
     averages = _averages(plan, path, module, None if average is True else average) if average else {}
     loaded: dict[str, Any] = {}
@@ -34,22 +44,22 @@ def plan_module(plan: LoadPlan, path: Path, module: nn.Module, average: bool | s
         key = key_of((*path, name))
         if not isinstance(value, Tensor):
             node = plan.root.at((*path, name))
-            if not list(node.entries()):
-                plan.lacks(key, f"expected extra state, like {type(value).__name__}")
-            elif (extra := plan.take(node, plain_tensor)) is not None:
+            if not list(node.entry_keys()):
+                plan.note_missing(key, f"expected extra state, like {type(value).__name__}")
+            elif (extra := plan.read_subtree(node, empty_cpu_tensor)) is not None:
                 loaded[name] = extra
         elif name in averages:
             plan.used.add(key)
-            if (taken := _fill_average(plan, averages[name], value)) is not None:
-                loaded[name] = lambda taken=taken: taken
+            if (tensor := _fill_average(plan, averages[name], value)) is not None:
+                loaded[name] = lambda tensor=tensor: tensor
         elif plan.fits(key, value):
             plan.fill(key, value)
             loaded[name] = lambda value=value: value
-    plan.used.add(key_of(path))  # where there is no state at all
-    plan.finish_with(MODULES, lambda: _load(module, {name: value() for name, value in loaded.items()}))
+    plan.used.add(key_of(path))  # a module without any state is saved as a single entry, an empty dict
+    plan.after_read(MODULES, lambda: _load_state_dict(module, {name: value() for name, value in loaded.items()}))
 
 
-def _load(module: nn.Module, state: dict[str, Any]) -> None:
+def _load_state_dict(module: nn.Module, state: dict[str, Any]) -> None:
     if is_fsdp1(module):
         set_model_state_dict(module, state, options=StateDictOptions(strict=False))
         return
@@ -58,7 +68,7 @@ def _load(module: nn.Module, state: dict[str, Any]) -> None:
 
 
 def _fill_average(plan: LoadPlan, key: str, param: Tensor) -> Tensor | None:
-    """The tensor that the average is read into: the parameter itself, or one of the average's dtype."""
+    """Plans to read an average. Returns the tensor it is read into: ``param``, or a new one of the average's dtype."""
     if not plan.fits(key, param, any_dtype=True):
         return None
     dtype = plan.tensors[key].dtype
@@ -68,9 +78,11 @@ def _fill_average(plan: LoadPlan, key: str, param: Tensor) -> Tensor | None:
 
 
 def _averages(plan: LoadPlan, path: Path, module: nn.Module, average: str | None) -> dict[str, str]:
-    """The key of the average of each parameter that has one, by the parameter's name.
+    """Returns the key of the average of each parameter that has one, by the parameter's name.
 
-    Raises ``ValueError`` where several optimizers have one, or none of the checkpoint has any, or one of that name.
+    Raises:
+        ValueError: where the checkpoint has no averages, or none named ``average``, or where several optimizers have
+            one of a parameter.
     """
     known = average_names(plan.root, plan.values)
     if not known:

@@ -1,8 +1,10 @@
-"""Forms that stock users give the state of an optimizer, as the one that ``get_optimizer_state_dict`` gives it.
+"""Converts forms of optimizer state that stock DCP checkpoints have into the one of ``get_optimizer_state_dict``.
 
-- by numbers, as ``optimizer.state_dict()`` has it: ``state.0.ax``, and lists of numbers in the groups;
-- flat (``flatten_optimizer_state_dict=True``, for pipeline parallelism): single entries ``state.<name>.ax``, and the
-  options of groups for each parameter, ``param_groups.<name>.lr``.
+That one has ``state.<name>.ax``, and for each group its options and the names of its parameters. The others are:
+
+- by number, from ``optimizer.state_dict()``: ``state.0.ax``, and lists of numbers in the groups;
+- flattened, from ``flatten_optimizer_state_dict=True`` (for pipeline parallelism): single entries ``state.<name>.ax``
+  whose name has the dots of all of it, and the options of groups for each parameter, ``param_groups.<name>.lr``.
 """
 
 from __future__ import annotations
@@ -17,21 +19,23 @@ STATE, GROUPS = "state", "param_groups"
 
 
 def by_names(plan: LoadPlan, path: Path, groups: Sequence[Mapping[str, Any]]) -> tuple[TreeNode, bool]:
-    """What the checkpoint has of the optimizer at ``path``, by names of parameters.
+    """Returns the tree of the entries of the optimizer at ``path``, with parameters by name.
+
+    Parameters that do not match the live ones become problems of the plan.
 
     Args:
-        groups: of the live optimizer, with the names of their parameters.
+        groups: the live optimizer's, each with the names of its parameters as ``params``.
 
     Returns:
-        The state, and whether its groups have lists of the names. Differences are noted as the plan's problems.
+        The tree, and whether its groups have ``params`` that are to be compared with the live names.
     """
     node = plan.root.at(path)
     names = [group["params"] for group in groups]
     if not plan.is_stock:
         return node, True
     if node.children.keys().isdisjoint((STATE, GROUPS)):
-        return _flat(plan, path, node, names), False
-    numbers = [_numbers(plan, node.at((GROUPS, index, "params"))) for index in range(len(names))]
+        return _from_flattened(plan, path, node, names), False
+    numbers = [_parameter_numbers(plan, node.at((GROUPS, index, "params"))) for index in range(len(names))]
     if None in numbers:
         return node, True
     states = TreeNode()
@@ -45,8 +49,8 @@ def by_names(plan: LoadPlan, path: Path, groups: Sequence[Mapping[str, Any]]) ->
     return TreeNode(children={STATE: states, GROUPS: node.at((GROUPS,))}), False
 
 
-def _numbers(plan: LoadPlan, node: TreeNode) -> list[int] | None:
-    """The list of a group's parameters, if it is one of numbers. Then it is asked for."""
+def _parameter_numbers(plan: LoadPlan, node: TreeNode) -> list[int] | None:
+    """Returns the saved parameters of a group, and marks the entry as used; None where they are not numbers."""
     found = plan.values.get(str(node.key))
     if not isinstance(found, list) or not found or not all(type(number) is int for number in found):
         return None
@@ -54,30 +58,30 @@ def _numbers(plan: LoadPlan, node: TreeNode) -> list[int] | None:
     return found
 
 
-def _flat(plan: LoadPlan, path: Path, node: TreeNode, names: Sequence[Sequence[str]]) -> TreeNode:
-    found: dict[str, dict[str | int, TreeNode]] = {STATE: {}, GROUPS: {}}  # of each parameter
+def _from_flattened(plan: LoadPlan, path: Path, node: TreeNode, names: Sequence[Sequence[str]]) -> TreeNode:
+    found: dict[str, dict[str | int, TreeNode]] = {STATE: {}, GROUPS: {}}  # by parameter
     for name, child in node.children.items():
         kind, _, rest = str(name).partition(".")
         parameter, _, last = rest.rpartition(".")
         if kind in found and parameter:
             found[kind].setdefault(parameter, TreeNode()).children[last] = child
     groups = TreeNode()
-    for index, of_group in enumerate(names):
-        options = [found[GROUPS].get(name, TreeNode()).children for name in of_group]
+    for index, group_names in enumerate(names):
+        options = [found[GROUPS].get(name, TreeNode()).children for name in group_names]
         groups.children[index] = TreeNode(children=dict(options[0]) if options else {})
-        for name, others in zip(of_group, options, strict=True):
-            _compare(plan, options[0], others, key_of((*path, GROUPS, name)))
+        for name, others in zip(group_names, options, strict=True):
+            _compare_options(plan, options[0], others, key_of((*path, GROUPS, name)))
     return TreeNode(children={STATE: TreeNode(children=found[STATE]), GROUPS: groups})
 
 
-def _compare(
+def _compare_options(
     plan: LoadPlan, first: Mapping[str | int, TreeNode], others: Mapping[str | int, TreeNode], where: str
 ) -> None:
-    """The options of a parameter must be those of the first one in its group."""
+    """Adds problems where a parameter's options differ from those of the first parameter of its group."""
     keys = [str(child.key) for child in others.values()]
     plan.used.update(keys)
     if not others:
-        plan.lacks(where, "expected the options of the parameter's group")
+        plan.note_missing(where, "expected the options of the parameter's group")
     elif first is not others:
         for name, child in others.items():
             expected, found = (plan.values.get(str(node.key)) for node in (first.get(name, TreeNode()), child))

@@ -1,4 +1,7 @@
-"""Optimizers whose state is by the names of parameters, whatever ids they have for them."""
+"""Optimizers whose state dicts are by the names of parameters, as ``get_optimizer_state_dict`` of torch makes them.
+
+``Optimizer.state_dict()`` itself numbers the parameters, which fits no other number or order of parameters.
+"""
 
 from __future__ import annotations
 
@@ -14,41 +17,45 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel, StateDictType
 
-from dist_asgd.checkpoint.state.module_names import is_fsdp1, names_in, without_wrappers
+from dist_asgd._torch_private import is_fsdp1_slice
+from dist_asgd.checkpoint.state.module_names import is_fsdp1, parameter_owners, without_wrappers
 from dist_asgd.checkpoint.state.tree import Path, key_of
 
 
 @dataclass(frozen=True, slots=True)
 class NamedOptimizer(ABC):
+    """An optimizer and the names of its parameters."""
+
     optimizer: torch.optim.Optimizer
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """As ``get_optimizer_state_dict`` has it, which takes a fake step where there is no state (pytorch#164929)."""
+        """Returns the optimizer's state by names, of the form that ``get_optimizer_state_dict`` of torch has.
+
+        An optimizer without state yet stays so; torch's function would take a fake step first (pytorch#164929).
+        """
 
     @abstractmethod
     def params(self) -> dict[str, Tensor]:
-        """Tensors of the shape, layout and device of the parameters, by name."""
+        """Returns a tensor of the shape, layout and device of each parameter, by name."""
 
     @abstractmethod
     def load(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes a state dict by names."""
+        """Loads a state dict of the form that ``state_dict()`` returns."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plain(NamedOptimizer):
-    """One of parameters that know their shape: plain tensors and DTensors."""
+class PlainOptimizer(NamedOptimizer):
+    """An optimizer of parameters that have their full shape: plain tensors and DTensors. No method is collective."""
 
-    names: list[list[str]]  # by group
+    names: list[list[str]]  # of the parameters of each group
 
     def state_dict(self) -> dict[str, Any]:
         state_dict = self.optimizer.state_dict()
         groups = zip(state_dict["param_groups"], self.names, strict=True)
-        by_parameter_names = {
-            key: name for group, names in groups for key, name in zip(group["params"], names, strict=True)
-        }
+        names_of = {key: name for group, names in groups for key, name in zip(group["params"], names, strict=True)}
         return {
-            "state": {by_parameter_names.get(key, key): entry for key, entry in state_dict["state"].items()},
+            "state": {names_of.get(key, key): entry for key, entry in state_dict["state"].items()},
             "param_groups": [
                 {**group, "params": names} for group, names in zip(state_dict["param_groups"], self.names, strict=True)
             ],
@@ -66,7 +73,7 @@ class Plain(NamedOptimizer):
         self._undo_casts(state_dict["state"])
 
     def _undo_casts(self, loaded: Mapping[str, Mapping[str, Any]]) -> None:
-        """torch gives all state but ``step`` the parameter's dtype, also where the optimizer has another (eta, mu)."""
+        """Gives state its saved dtype again: torch casts all but ``step`` to the parameter's, even fp32 eta and mu."""
         if type(self.optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
             return
         params: dict[str, Any] = dict(self.params())
@@ -79,8 +86,8 @@ class Plain(NamedOptimizer):
 
 
 @dataclass(frozen=True, slots=True)
-class Flattened(NamedOptimizer):
-    """One of slices of FSDP1's flat parameters, which only FSDP1 can name. Every method is collective."""
+class Fsdp1Optimizer(NamedOptimizer):
+    """An optimizer of FSDP1's flat parameters or slices, which only FSDP1 can name. Every method is collective."""
 
     module: nn.Module
 
@@ -103,24 +110,26 @@ class Flattened(NamedOptimizer):
         self.optimizer.load_state_dict(flat)
 
 
-def by_parameter_names(
-    path: Path, optimizer: torch.optim.Optimizer, modules: Mapping[Path, nn.Module]
-) -> NamedOptimizer:
-    """The optimizer at ``path`` of a state that has ``modules``.
+def named_optimizer(path: Path, optimizer: torch.optim.Optimizer, modules: Mapping[Path, nn.Module]) -> NamedOptimizer:
+    """Returns ``optimizer`` with names for its parameters.
 
-    Parameters have the names that their module gives them; where the optimizer has parameters of several modules, after
-    the module's path. Parameters of no module have the names that the optimizer was given.
+    A parameter is named as its module names it; the module's path comes in front where the optimizer has parameters of
+    several modules. A parameter of none of the modules has the name that the optimizer was given.
+
+    Args:
+        path: of the optimizer in the state that is saved or loaded; for errors.
+        modules: all modules of that state, by path.
 
     Raises:
-        ValueError: where a parameter has no name, or several have the same.
+        ValueError: where a parameter has no name, or two have the same, or where FSDP1's module is not in the state.
     """
-    known = names_in(modules)
+    known = parameter_owners(modules)
     params = [param for group in optimizer.param_groups for param in group["params"]]
     owners = {known[id(param)][0] for param in params if id(param) in known}
-    slices = [param for param in params if _is_slice(param)]
+    slices = [param for param in params if _is_fsdp1_slice(param)]
     for owner in owners:
         if slices and is_fsdp1(modules[owner]):
-            return Flattened(optimizer, modules[owner])
+            return Fsdp1Optimizer(optimizer, modules[owner])
     if slices:
         raise ValueError(f"{key_of(path)} has slices of FSDP1's parameters: put the module into the state as well")
     names: list[list[str]] = []
@@ -134,24 +143,24 @@ def by_parameter_names(
             elif given is not None:
                 names[-1].append(without_wrappers(given[index]).removeprefix("module."))
             else:
-                raise ValueError(_nameless(path, number, index, param))
-    flat = [name for of_group in names for name in of_group]
+                raise ValueError(_no_name_message(path, number, index, param))
+    flat = [name for group_names in names for name in group_names]
     if len(set(flat)) < len(flat):
         twice = next(name for name in flat if flat.count(name) > 1)
         raise ValueError(f"several parameters of {key_of(path)} are named {twice!r}: they need names of their own")
-    return Plain(optimizer, names)
+    return PlainOptimizer(optimizer, names)
 
 
-def _nameless(path: Path, number: int, index: int, param: Tensor) -> str:
+def _no_name_message(path: Path, number: int, index: int, param: Tensor) -> str:
     return (
         f"parameter {index} (shape {list(param.shape)}) of group {number} of {key_of(path)} has no name to save its "
         "state under: put the module into the state as well, or build the optimizer from model.named_parameters()"
     )
 
 
-def _is_slice(param: Tensor) -> bool:
-    """Whether it is flat, or a slice, which FSDP1 marks."""
-    return isinstance(param, FlatParameter) or bool(getattr(param, "_fsdp_flattened", False))
+def _is_fsdp1_slice(param: Tensor) -> bool:
+    """Returns whether ``param`` is a flat parameter of FSDP1, or a slice of one, which FSDP1 marks."""
+    return isinstance(param, FlatParameter) or is_fsdp1_slice(param)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Where the state of optimizers is read to: also that of an optimizer that has none yet."""
+"""Plans the load of an optimizer, whether it has state already or not."""
 
 from __future__ import annotations
 
@@ -10,41 +10,44 @@ from torch import Tensor
 
 from dist_asgd.averages.options import TORCHS, average_of, same_averages
 from dist_asgd.checkpoint.format.entries import SavedTensor
-from dist_asgd.checkpoint.state.load_plan import OPTIMIZERS, LoadPlan, missing
+from dist_asgd.checkpoint.state.load_plan import OPTIMIZERS, DeferredValue, LoadPlan
 from dist_asgd.checkpoint.state.optimizer_forms import by_names
 from dist_asgd.checkpoint.state.optimizer_names import NamedOptimizer
 from dist_asgd.checkpoint.state.tensor_blocks import is_sharded, new_like, share_memory
 from dist_asgd.checkpoint.state.tree import Path, TreeNode, key_of, leaves
 
-# Which averages there are. They must be as they were, since an average cannot go on as one of another kind.
+# The option that names the kinds of average. It must be as saved: an average cannot go on as one of another kind.
 AVERAGE = "average"
 
-# Options that choose an implementation, and what is not an option: these stay as they are, whatever was saved.
-KEPT = {"params", "param_names", AVERAGE, "foreach", "fused", "capturable", "differentiable"}
+# Entries of a group that a load leaves as they are: options that choose an implementation, and what is no option.
+OPTIONS_NOT_LOADED = {"params", "param_names", AVERAGE, "foreach", "fused", "capturable", "differentiable"}
 
-# Options of ASGD that torch's does not have, nor a group that does as torch does. If not saved, they stay as they are.
-OPTIONAL = {"lr_on_time", "eta_decay"}
-
-Taken = Callable[[], Any]  # what was read, once it was
+# Options of ShardedASGD that may be missing from a checkpoint and then stay as they are: torch.optim.ASGD does not have
+# them, and groups that behave as in torch do not save them.
+OPTIONS_MAY_BE_MISSING = {"lr_on_time", "eta_decay"}
 
 
 def plan_optimizer(plan: LoadPlan, path: Path, target: NamedOptimizer) -> None:
-    """All state that the checkpoint has of the optimizer's parameters is read; others will have none."""
-    if not list(plan.root.at(path).entries()):
-        missing(plan, path, type(target.optimizer).__name__)
+    """Plans to load the optimizer at ``path``. Collective if it is one of FSDP1's parameters.
+
+    After the load a parameter that the checkpoint has no state of has none, and options of groups are as saved. Each
+    mismatch becomes a problem of the plan.
+    """
+    if not list(plan.root.at(path).entry_keys()):
+        plan.note_missing(key_of(path), f"expected the state of {type(target.optimizer).__name__}")
         return
     live, params = target.state_dict(), target.params()
     node, has_names = by_names(plan, path, live["param_groups"])
     saved_state = node.at(("state",))
-    plan.used.update([] if saved_state.key is None else [saved_state.key])  # an empty one
-    state: dict[str, Taken] = {}
+    plan.used.update([] if saved_state.key is None else [saved_state.key])  # an entry of its own: an empty dict
+    state: dict[str, DeferredValue] = {}
     for name in [name for group in live["param_groups"] for name in group["params"]]:
         child = saved_state.at((name,))
-        if list(child.entries()):
-            destinations = _Destinations(plan, child, live["state"].get(name, {}), params[name])
-            taken = plan.take(child, destinations.tensor_for)
-            if taken is not None:
-                state[name] = taken
+        if list(child.entry_keys()):
+            tensors = _StateTensors(plan, child, live["state"].get(name, {}), params[name])
+            entry = plan.read_subtree(child, tensors.tensor_for)
+            if entry is not None:
+                state[name] = entry
     defaults = target.optimizer.defaults
     groups = []
     for number, group in enumerate(live["param_groups"]):
@@ -53,26 +56,29 @@ def plan_optimizer(plan: LoadPlan, path: Path, target: NamedOptimizer) -> None:
         if has_names:
             _compare_names(plan, where, group["params"])
 
-    def finish() -> None:
+    def load_state_dict() -> None:
         loaded = {name: entry() for name, entry in state.items()}
         target.load({"state": loaded, "param_groups": [group() for group in groups]})
 
-    plan.finish_with(OPTIMIZERS, finish)
+    plan.after_read(OPTIMIZERS, load_state_dict)
 
 
-class _Destinations:
-    """Tensors for the entries of the state of one parameter."""
+class _StateTensors:
+    """Chooses the tensors that the state of one parameter is read into."""
 
     def __init__(self, plan: LoadPlan, node: TreeNode, live: Any, param: Tensor) -> None:
         self._plan, self._param = plan, param
         known = {key_of(leaf.path): leaf.value for leaf in leaves(live)}
-        self._live = {key: known.get(key_of(place)) for key, place in node.places()}
+        self._live = {key: known.get(key_of(path)) for key, path in node.entry_paths()}
 
     def tensor_for(self, key: str, saved: SavedTensor) -> Tensor | None:
-        """The live tensor; a new one where there is none, or where writing to it would change the parameter."""
+        """Returns the live tensor if it can be written to, and else a new one; None where the shape or dtype is wrong.
+
+        A live tensor that shares memory with the parameter cannot be written to: reading would change the parameter.
+        """
         live, param = self._live.get(key), self._param
         if isinstance(live, Tensor):
-            if not self._plan.fits(key, live, any_dtype=not live.ndim):  # a step may be wider
+            if not self._plan.fits(key, live, any_dtype=not live.ndim):  # of scalars, such as step, any dtype is taken
                 return None
             return live if live.dtype == saved.dtype and not share_memory(live, param) else new_like(live, saved.dtype)
         if saved.shape and saved.shape == tuple(param.shape):
@@ -84,20 +90,20 @@ class _Destinations:
 def _plan_group(
     plan: LoadPlan, where: Path, node: TreeNode, live: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> Callable[[], dict[str, Any]]:
-    """The group as it is to be: the saved options, and the live ones that were not saved.
+    """Returns what makes the group after reading: the saved options, over the live ones.
 
-    Missing is an option of the optimizer that was not saved, unless it is None or False by default: a newer torch may
-    have added that.
+    An option of the optimizer that was not saved is a problem, unless its default is None or False: such an option
+    may come from a newer torch than the checkpoint.
     """
-    options: dict[str, Taken] = {}
+    options: dict[str, DeferredValue] = {}
     for name, child in node.children.items():
-        taken = plan.take(child, _beside(live.get(str(name))))
-        if taken is not None and name not in KEPT:
-            options[str(name)] = taken
+        option = plan.read_subtree(child, _empty_on_device_of(live.get(str(name))))
+        if option is not None and name not in OPTIONS_NOT_LOADED:
+            options[str(name)] = option
     for name, value in defaults.items():
-        needed = name not in KEPT | OPTIONAL and value is not None and value is not False
+        needed = name not in OPTIONS_NOT_LOADED | OPTIONS_MAY_BE_MISSING and value is not None and value is not False
         if needed and name not in node.children:
-            plan.lacks(key_of((*where, name)), f"expected a value like {value!r}")
+            plan.note_missing(key_of((*where, name)), f"expected a value like {value!r}")
     _compare_averages(plan, where, live)
     return lambda: {**live, **{name: option() for name, option in options.items()}}
 
@@ -106,28 +112,28 @@ def _compare_averages(plan: LoadPlan, where: Path, live: Mapping[str, Any]) -> N
     key, expected = key_of((*where, AVERAGE)), average_of(live)
     if key not in plan.values:
         if not same_averages(expected, TORCHS):
-            plan.lacks(key, f"expected {expected}")
+            plan.note_missing(key, f"expected {expected}")
     elif not same_averages(str(saved := plan.values[key]), expected):
         plan.problems.wrong_dtype[key] = f"found {saved}, expected {expected}"
 
 
-def _beside(live: Any) -> Callable[[str, SavedTensor], Tensor]:
-    """New tensors where the option is now: a learning rate may be a tensor."""
+def _empty_on_device_of(live: Any) -> Callable[[str, SavedTensor], Tensor]:
+    """Returns a ``tensor_for`` of ``LoadPlan.read_subtree`` for an option, which, as lr, may be a tensor on a GPU."""
     device = live.device if isinstance(live, Tensor) else "cpu"
     return lambda key, saved: torch.empty(saved.shape, dtype=saved.dtype, device=device)
 
 
 def _compare_names(plan: LoadPlan, where: Path, names: list[str]) -> None:
-    """The parameters of a group must be those of the saved one, in any order."""
+    """Adds problems where the saved group has other parameters than ``names``, in whatever order."""
     key = key_of((*where, "params"))
     if key not in plan.values:
-        plan.lacks(key, f"expected a group of {len(names)} parameters")
+        plan.note_missing(key, f"expected a group of {len(names)} parameters")
         return
     saved = plan.values[key]
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         plan.problems.wrong_dtype[key] = "expected a list of names"
         return
     for name in set(names) - set(saved):
-        plan.lacks(f"{key}: {name}", "the parameter was not in this group")
+        plan.note_missing(f"{key}: {name}", "the parameter was not in this group")
     for name in (set(saved) - set(names)) if plan.strict else ():
         plan.problems.unexpected[f"{key}: {name}"] = "the parameter is not in this group now"

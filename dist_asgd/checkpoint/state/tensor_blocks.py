@@ -1,4 +1,4 @@
-"""Which blocks of a tensor this rank has, whatever kind of tensor it is."""
+"""Blocks of tensors that this rank holds: of plain tensors, DTensors and ShardedTensors."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from dist_asgd._torch_private import AsyncCollectiveTensor, ShardedTensor
 from dist_asgd.boxes import Box
 from dist_asgd.checkpoint.format.entries import Block, TensorEntry
 
 
 @runtime_checkable
 class Sharded(Protocol):
-    """``_Checkpointable`` of torch.distributed: a tensor, such as DTensor, that tells which blocks a rank has."""
+    """A tensor, such as DTensor, that tells which blocks of it this rank has.
+
+    It is the private protocol ``_Checkpointable`` of ``torch.distributed._checkpointable``.
+    """
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[Any]: ...
     def __create_chunk_list__(self) -> list[Any]: ...
@@ -25,11 +27,16 @@ class Sharded(Protocol):
 
 
 def is_sharded(tensor: object) -> bool:
+    """Returns whether ``tensor`` is a tensor of which this rank may hold only a part."""
     return isinstance(tensor, (Sharded, ShardedTensor))
 
 
 def new_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """One not filled, in which ranks have the same blocks as in ``tensor``."""
+    """Returns a new tensor of the shape of ``tensor``, of which each rank has the blocks that it has of ``tensor``.
+
+    The elements are arbitrary. A ShardedTensor of another dtype cannot be made, so it becomes a whole CPU tensor; so
+    does a scalar (0-dim) DTensor.
+    """
     if isinstance(tensor, ShardedTensor):
         if dtype == tensor.dtype:
             return tensor.clone()
@@ -40,7 +47,7 @@ def new_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def share_memory(tensor: Tensor, other: Tensor) -> bool:
-    """Whether what is written to one may change the other."""
+    """Returns whether writing to one tensor may change the other: whether blocks of both are in one storage."""
     ours, theirs = (
         {block.data.untyped_storage().data_ptr() for block in to_fill("", one).blocks if block.box.numel}
         for one in (tensor, other)
@@ -49,28 +56,39 @@ def share_memory(tensor: Tensor, other: Tensor) -> bool:
 
 
 def to_save(key: str, tensor: Tensor) -> TensorEntry:
-    """With the blocks that this rank is to write, which may be none. No copies. Raises ``TypeError``."""
+    """Returns the blocks of ``tensor`` that this rank is to save, which may be none. Copies nothing.
+
+    Of a DTensor that ranks replicate, DTensor itself decides which rank has the block to write.
+
+    Raises:
+        TypeError: for a tensor that is not dense or has no memory; the message has its ``key``.
+    """
     if isinstance(tensor, Sharded):
         items = tensor.__create_write_items__(key, tensor)
         chunks = [(item.tensor_data.chunk, item.index) for item in items]
         return _entry(key, tensor, _sharded_blocks(tensor, chunks))
-    return _whole(key, tensor)
+    return _entry_of_local_tensors(key, tensor)
 
 
 def to_fill(key: str, tensor: Tensor) -> TensorEntry:
-    """With all blocks that this rank has of the tensor, to be written to. Raises ``TypeError``."""
+    """Returns all blocks of ``tensor`` that this rank has, to be written to. Copies nothing.
+
+    Raises:
+        TypeError: for a tensor that is not dense or has no memory, and for a lazily conjugated or
+            negated view; the message has its ``key``.
+    """
     if isinstance(tensor, Sharded):
         chunks = [(chunk, MetadataIndex(key, chunk.offsets)) for chunk in tensor.__create_chunk_list__()]
         return _entry(key, tensor, _sharded_blocks(tensor, chunks))
     if not isinstance(tensor, ShardedTensor) and (tensor.is_conj() or tensor.is_neg()):
         raise TypeError(f"{key} is a lazily conjugated or negated view, which cannot be written to: load into a tensor")
-    return _whole(key, tensor)
+    return _entry_of_local_tensors(key, tensor)
 
 
-def _whole(key: str, tensor: Tensor) -> TensorEntry:
+def _entry_of_local_tensors(key: str, tensor: Tensor) -> TensorEntry:
     if isinstance(tensor, ShardedTensor):
         shards = [(shard.metadata, shard.tensor) for shard in tensor.local_shards()]
-        blocks = [(Box(tuple(m.shard_offsets), tuple(m.shard_sizes)), data) for m, data in shards]
+        blocks = [(Box(tuple(metadata.shard_offsets), tuple(metadata.shard_sizes)), data) for metadata, data in shards]
         return _entry(key, tensor, blocks)
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
         kind = str(tensor.layout).removeprefix("torch.")
@@ -88,12 +106,16 @@ def _sharded_blocks(tensor: Sharded, chunks: Iterable[tuple[Any, MetadataIndex]]
 
 
 def _entry(key: str, tensor: Tensor, blocks: Iterable[tuple[Box, Tensor]]) -> TensorEntry:
-    filled = [(box, data) for box, data in blocks if box.numel or not tensor.numel()]
-    return TensorEntry(tuple(tensor.shape), tensor.dtype, [Block(box, _memory(key, data)) for box, data in filled])
+    # Empty blocks are left out, but for a tensor without elements, which would have no block at all.
+    kept = [(box, data) for box, data in blocks if box.numel or not tensor.numel()]
+    return TensorEntry(tuple(tensor.shape), tensor.dtype, [Block(box, _memory(key, data)) for box, data in kept])
 
 
 def _memory(key: str, data: Tensor) -> Tensor:
-    """The tensor whose memory it is. Raises ``TypeError`` where there is none: its address would be taken for one."""
+    """Returns ``data`` as a plain tensor, waited for and with its elements in memory.
+
+    Raises ``TypeError`` for a subclass of Tensor without memory, whose data pointer is 0: bytes are read from there.
+    """
     if isinstance(data, AsyncCollectiveTensor):
         data = data.wait()
     if data.numel() and not data.data_ptr():

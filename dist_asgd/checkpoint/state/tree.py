@@ -1,4 +1,8 @@
-"""Nested state as entries, each with its path, and back."""
+"""Nested state taken apart into leaves with paths, the tree of a checkpoint's keys, and nested state made of entries.
+
+A path is a tuple of names and list indices; the key of an entry is its path joined by dots, such as
+``model.wte.weight``. Both are as in ``torch.distributed.checkpoint`` (DCP).
+"""
 
 from __future__ import annotations
 
@@ -15,63 +19,67 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """What is not taken apart, and where it is."""
+    """A value of nested state that is not taken apart, and its position."""
 
     path: Path
     value: Any
-    container: Any  # the dict or list that has it
-    place: Any  # its key or index there
+    container: Any  # the dict or list that holds the value; None for the root of the state
+    index: Any  # the key or index of the value in the container
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
-    """The keys of a mapping that has parts and keys other than strings. Its entry tells them, in their order."""
+class MappingKeys:
+    """The keys of a mapping that is taken apart and has keys other than strings, in their order. Saved as an entry."""
 
     keys: tuple[Any, ...]
 
 
 @dataclass(slots=True)
 class TreeNode:
-    """A place in nested state: of an entry, if it has a ``key``, and of what is below it."""
+    """A node of the tree that the paths of a checkpoint's entries form."""
 
-    key: str | None = None
+    key: str | None = None  # of the entry with exactly this path, if there is one
     children: dict[str | int, TreeNode] = field(default_factory=dict)
 
     def at(self, path: Path) -> TreeNode:
-        """The node below this one; one without anything where there is none."""
+        """Returns the node at ``path`` below this one, or an empty node if there is none."""
         node = self
         for name in path:
             node = node.children.get(name) or TreeNode()
         return node
 
-    def entries(self) -> Iterator[str]:
-        """Of all entries here and below."""
-        return (key for key, _ in self.places())
+    def entry_keys(self) -> Iterator[str]:
+        """Yields the keys of all entries at this node and below."""
+        return (key for key, _ in self.entry_paths())
 
-    def places(self, path: Path = ()) -> Iterator[tuple[str, Path]]:
-        """The same with their paths, if that of this node is ``path``."""
+    def entry_paths(self, path: Path = ()) -> Iterator[tuple[str, Path]]:
+        """Yields (key, path) of all entries at this node and below; ``path`` is put in front of each path."""
         if self.key is not None:
             yield self.key, path
         for name, child in self.children.items():
-            yield from child.places((*path, name))
+            yield from child.entry_paths((*path, name))
 
 
 def leaves(state: Any, path: Path = ()) -> Iterator[Leaf]:
-    """The leaves of nested state at ``path``, with the paths that ``torch.distributed.checkpoint`` gives them.
+    """Yields the leaves of nested ``state``, whose own path is ``path``. DCP gives the same paths.
 
-    Mappings are taken apart, and lists in which there are mappings, tensors or objects with a state. An empty mapping
-    is a leaf. Beyond torch, which makes strings of all keys: a mapping with other keys, or of another type than dict
-    that ``values`` knows, is a leaf if it has no tensors; if it has, its Keys are one.
+    Mappings are taken apart, and lists that hold a mapping, a tensor, or an object with a state, also in inner lists.
+    An empty mapping is a leaf, unless it is the whole state.
+
+    DCP turns all keys into strings. Here a mapping with other keys, or an ``OrderedDict`` or ``Counter``, is a leaf if
+    it holds no tensor and no object with a state. If it holds any, it is taken apart; keys other than strings are then
+    saved beside its leaves, as a leaf ``MappingKeys`` at the mapping's own path.
     """
-    return _below(path, state, None, None)
+    return _walk(path, state, None, None)
 
 
 def key_of(path: Path) -> str:
+    """Returns the key of the entry with this path: its names and indices joined by dots."""
     return ".".join(map(str, path))
 
 
 def tree_of(paths: Mapping[str, Path]) -> TreeNode:
-    """The nested state in which entries have these ``paths``, by key."""
+    """Returns the root of the tree of all ``paths``, given by key."""
     root = TreeNode()
     for key, path in paths.items():
         node = root
@@ -81,11 +89,11 @@ def tree_of(paths: Mapping[str, Path]) -> TreeNode:
     return root
 
 
-def nested(node: TreeNode, entries: Mapping[str, Any]) -> Any:
-    """What was taken apart into the entries, by key, at ``node`` and below."""
+def unflatten(node: TreeNode, entries: Mapping[str, Any]) -> Any:
+    """Returns the nested state that ``leaves`` has taken apart into ``entries`` (by key), at ``node`` and below."""
     if not node.children:
         return entries[str(node.key)]
-    values = {name: nested(child, entries) for name, child in node.children.items()}
+    values = {name: unflatten(child, entries) for name, child in node.children.items()}
     if all(isinstance(name, int) for name in values):
         return [value for _, value in sorted(values.items(), key=lambda item: int(item[0]))]
     if node.key is None:
@@ -93,10 +101,11 @@ def nested(node: TreeNode, entries: Mapping[str, Any]) -> Any:
     return {key: values[str(key)] for key in entries[node.key] if str(key) in values}
 
 
-def restored(value: Any, live: Any) -> Any:
-    """``value`` with the keys and the types of mappings that ``live`` has in the same places.
+def with_types_of(live: Any, value: Any) -> Any:
+    """Returns ``value`` with the keys and the types of the mappings that ``live`` has at the same paths.
 
-    DCP makes dicts of all mappings, and strings of all keys.
+    DCP makes dicts of all mappings, and strings of all keys. A mapping whose live keys are all ints gets ints for all
+    keys that are decimal numbers.
     """
     if isinstance(value, dict) and isinstance(live, Mapping):
         known = {str(key): key for key in live}
@@ -104,30 +113,33 @@ def restored(value: Any, live: Any) -> Any:
         items: dict[Any, Any] = {}
         for name, item in value.items():
             key = known.get(name, int(name) if are_numbers and name.isdecimal() else name)
-            items[key] = restored(item, live.get(key))
+            items[key] = with_types_of(live.get(key), item)
         kind: Any = type(live) if type(live) in (OrderedDict, Counter) else dict
         return kind(items)
     if isinstance(value, list) and isinstance(live, list):
-        return [restored(item, live[index] if index < len(live) else None) for index, item in enumerate(value)]
+        return [with_types_of(live[index] if index < len(live) else None, item) for index, item in enumerate(value)]
     return value
 
 
 def has_state(value: Any) -> bool:
-    """Whether it is a module, an optimizer, a scheduler or anything else with a state of its own."""
+    """Returns whether ``value`` has a state of its own: a module, or anything with ``state_dict``/``load_state_dict``.
+
+    Optimizers and LR schedulers have these methods, which is all that ``Stateful`` asks for.
+    """
     return isinstance(value, (nn.Module, Stateful))
 
 
-def _below(path: Path, value: Any, container: Any, place: Any) -> Iterator[Leaf]:
+def _walk(path: Path, value: Any, container: Any, index: Any) -> Iterator[Leaf]:
     if isinstance(value, Mapping) and not has_state(value) and _is_taken_apart(value, not path):
         if any(type(key) is not str for key in value):
-            yield Leaf(path, Keys(tuple(value)), container, place)
+            yield Leaf(path, MappingKeys(tuple(value)), container, index)
         for key, item in value.items():
-            yield from _below((*path, str(key)), item, value, key)
+            yield from _walk((*path, str(key)), item, value, key)
     elif isinstance(value, list) and _has_parts(value):
-        for index, item in enumerate(value):
-            yield from _below((*path, index), item, value, index)
+        for number, item in enumerate(value):
+            yield from _walk((*path, number), item, value, number)
     else:
-        yield Leaf(path, value, container, place)
+        yield Leaf(path, value, container, index)
 
 
 def _is_taken_apart(value: Mapping[Any, Any], is_root: bool) -> bool:
@@ -135,8 +147,8 @@ def _is_taken_apart(value: Mapping[Any, Any], is_root: bool) -> bool:
         return True
     if not value:
         return False
-    plain = type(value) not in (OrderedDict, Counter) and all(type(key) is str for key in value)
-    return plain or any(_has_tensors(item) for item in value.values())
+    is_plain = type(value) not in (OrderedDict, Counter) and all(type(key) is str for key in value)
+    return is_plain or any(_has_tensors(item) for item in value.values())
 
 
 def _has_parts(value: list[Any]) -> bool:

@@ -1,1 +1,1 @@
-"""Checkpoints that torch.distributed.checkpoint (DCP) wrote, read without running their pickles."""
+"""Readers of checkpoints that torch.distributed.checkpoint (DCP) wrote, which run none of the pickles in them."""

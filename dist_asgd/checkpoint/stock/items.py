@@ -1,6 +1,8 @@
-"""Items of stock ``.distcp`` files, verified and read without trusting them. See [Note: items] in dcp_metadata.py.
+"""Reads the items of ``.distcp`` files that torch wrote, verifies their CRC-32 and trusts nothing that they say.
 
-``torch.load`` neither looks at the CRC-32 of what it reads nor bounds the memory that a description asks for.
+An item is the zip archive that ``torch.save`` makes of one tensor or of one value ([Note: items] in
+`checkpoint/format/dcp_metadata.py`). ``torch.load`` is not used: it neither compares the CRC-32 of what it reads nor
+bounds the memory that the description of a tensor asks for.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.entries import SavedTensor
 from dist_asgd.checkpoint.format.torch_archive import STORAGE_CLASSES
 from dist_asgd.checkpoint.stock import pickle_reader
-from dist_asgd.checkpoint.stock.pickle_reader import DTYPE_GLOBALS, DTYPES, Global, Node, read_pickle, short
+from dist_asgd.checkpoint.stock.pickle_reader import DTYPE_GLOBALS, DTYPES, Call, Global, read_pickle, short
 from dist_asgd.checkpoint.stock.plain_values import plain_value
 from dist_asgd.checkpoint.storage.retry import StorageError
 
 _DTYPES_OF_CLASSES = {f"torch.{name}": dtype for dtype, name in STORAGE_CLASSES.items()}
-_LOCAL_HEADER = 30  # bytes, before the name and the extra field, whose lengths are its last two numbers
-_CHUNK = 2**20  # bytes that are read at once, and more than the description of a tensor has
-NO_CRCS = ": it is damaged (or was saved after torch.serialization.set_crc32_options(False))"
+_LOCAL_HEADER = 30  # bytes before the name and the extra field, whose lengths are the last two numbers of the header
+_LIMIT = 2**20  # bytes that are read at once; no record of a tensor except for its payload has more
+CRC_HINT = ": it is damaged (or was saved after torch.serialization.set_crc32_options(False))"
 _NO_ARCHIVE = (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, struct.error, EOFError, OSError)
 _UNTYPED = "torch.storage.UntypedStorage"
 _ALLOWED = DTYPE_GLOBALS | {
@@ -41,14 +43,18 @@ _ALLOWED = DTYPE_GLOBALS | {
 
 
 def item_tensor(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """The tensor in an item, in memory of its own, with the strides it was saved with.
+    """Returns the tensor that an item holds, on the CPU, in new memory, with the strides that it was saved with.
+
+    The new memory has at most as many bytes as ``data``.
 
     Args:
-        data: the whole item.
-        dtype, shape: what the metadata says of it.
+        data: all bytes of the item.
+        dtype: dtype of the tensor according to the metadata.
+        shape: shape of the tensor according to the metadata.
 
-    Raises CheckpointError when a CRC-32 is wrong, when it is another tensor than the metadata says, or none of
-    plain dense elements. Takes no more memory than ``data`` has.
+    Raises:
+        CheckpointError: a CRC-32 is wrong, dtype or shape differ from the metadata,
+            or the item holds no dense tensor that was saved in little endian.
     """
     records = _verified_records(data)
     for name in ("data.pkl", "data/0"):
@@ -60,22 +66,25 @@ def item_tensor(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor
 
 
 def _payload(records: Mapping[str, memoryview], name: str) -> Tensor:
-    """In memory of its own."""
+    """Returns a copy of the record ``name`` as a 1-D uint8 tensor."""
     _check_order(records.get("byteorder"))
     data = bytearray(records[name])
     return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def _tensor(found: _Description, payload: Tensor) -> Tensor:
-    """In the payload's memory."""
+    """Returns the described tensor as a view of its payload (1-D, uint8)."""
     if 0 in found.shape:
         return torch.empty(found.shape, dtype=found.dtype, device="cpu")
     return payload.view(found.dtype).as_strided(found.shape, found.strides, found.offset)
 
 
-def _tensor_in(node: Node, records: Mapping[str, memoryview], payloads: dict[str, Tensor]) -> Tensor | None:
-    """The tensor that a node in a value describes; None if it describes none. Several may lie in one payload."""
-    found = _described(node)
+def _tensor_of(call: Call, records: Mapping[str, memoryview], payloads: dict[str, Tensor]) -> Tensor | None:
+    """Returns the tensor that a call in a pickled value would make, or None for any other call.
+
+    Tensors that shared a storage share memory again: ``payloads`` holds the payload of each record that was used.
+    """
+    found = _tensor_description(call)
     if found is None or found.record not in records:
         return None
     _check_size(found, len(records[found.record]))
@@ -85,50 +94,58 @@ def _tensor_in(node: Node, records: Mapping[str, memoryview], payloads: dict[str
 
 
 def item_object(data: bytes, trust: bool = False) -> Any:
-    """The value in an item that is no tensor.
+    """Returns the value that an item holds: anything that was saved but is no tensor.
 
     Args:
-        data: the whole item.
-        trust: unpickle it, which can run any code; otherwise it must be plain data (plain_values.py), and nothing is run.
+        data: all bytes of the item.
+        trust: unpickles the value, which can run any code. Without it the value must be plain data, as
+            `checkpoint/stock/plain_values.py` reads it, and nothing is run.
 
-    Raises CheckpointError when a CRC-32 is wrong, or when the value cannot be read.
+    Raises:
+        CheckpointError: a CRC-32 is wrong, the value is not plain data, or unpickling failed.
     """
     records = _verified_records(data)
     if "data.pkl" not in records:
         raise CheckpointError("the item has no record data.pkl: it is no value that torch.save wrote")
     if not trust:
         payloads: dict[str, Tensor] = {}
-        return plain_value(bytes(records["data.pkl"]), lambda node: _tensor_in(node, records, payloads), _ALLOWED)
+        return plain_value(bytes(records["data.pkl"]), lambda call: _tensor_of(call, records, payloads), _ALLOWED)
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
-    except Exception as error:  # any: what is unpickled may raise anything
+    except Exception as error:  # code that is run by unpickling may raise anything
         raise CheckpointError(f"the value cannot be unpickled ({type(error).__name__}: {error})") from error
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the elements of a tensor lie in its item."""
+    """Place and order of a tensor's elements in its item. The payload is the part of the item that has the elements."""
 
-    start: int  # of the payload, in bytes from the beginning of the item
-    nbytes: int  # of the payload
-    crc32: int  # of the payload
-    strides: tuple[int, ...]
-    offset: int  # of the first element in the payload, in elements
+    start: int  # first byte of the payload, counted from the beginning of the item
+    nbytes: int  # length of the payload in bytes
+    crc32: int  # CRC-32 of the payload according to the item
+    strides: tuple[int, ...]  # in elements
+    offset: int  # index of the tensor's first element in the payload, in elements
 
 
 def item_layout(file: BinaryIO, length: int, expected: SavedTensor) -> Layout:
-    """Of an item that is too large to be read at once. Everything but the payload is verified.
+    """Returns where the elements of a tensor lie in an item that is too large to be read at once.
+
+    Reads and verifies everything in the item except for the payload, whose CRC-32 the caller has to compare.
 
     Args:
-        file: has the item's ``length`` bytes.
-        expected: what the metadata says of the tensor.
+        file: seekable file that has exactly the bytes of the item.
+        length: length of the item in bytes.
+        expected: shape and dtype of the tensor according to the metadata.
 
-    Raises CheckpointError as ``item_tensor`` does.
+    Raises:
+        CheckpointError: a CRC-32 is wrong, dtype or shape differ from ``expected``,
+            or the item holds no dense tensor that was saved in little endian.
+        StorageError: ``file`` could not be read.
     """
     with _archive(file) as archive:
         entries = {entry.filename.partition("/")[2]: entry for entry in _entries(archive, length)}
         payload = entries.pop("data/0", None)
-        if payload is None or "data.pkl" not in entries or any(entry.file_size > _CHUNK for entry in entries.values()):
+        if payload is None or "data.pkl" not in entries or any(entry.file_size > _LIMIT for entry in entries.values()):
             raise CheckpointError("the item is no tensor that torch.save wrote")
         records = {name: archive.read(entry) for name, entry in entries.items()}
         _check_order(records.get("byteorder"))
@@ -142,23 +159,27 @@ def item_layout(file: BinaryIO, length: int, expected: SavedTensor) -> Layout:
 
 
 def check_item(file: BinaryIO, length: int, expected: SavedTensor | None) -> None:
-    """Reads all of an item, of any size, in bounded memory.
+    """Validates the CRC-32 of everything in an item, and a tensor's description. Takes bounded memory for any item.
 
     Args:
-        file: has the item's ``length`` bytes.
-        expected: what the metadata says of a tensor; None where the item is a value.
+        file: seekable file that has exactly the bytes of the item.
+        length: length of the item in bytes.
+        expected: shape and dtype of the tensor according to the metadata; None where the item holds a value.
 
-    Raises CheckpointError as ``item_tensor`` does.
+    Raises:
+        CheckpointError: a CRC-32 is wrong, dtype or shape differ from ``expected``,
+            or the item holds no dense tensor that was saved in little endian.
+        StorageError: ``file`` could not be read.
     """
     with _archive(file) as archive:
         sizes = {}
         for entry in _entries(archive, length):
             with archive.open(entry) as record:
-                while record.read(_CHUNK):
+                while record.read(_LIMIT):
                     pass
             sizes[entry.filename.partition("/")[2]] = entry.file_size
         if expected is not None:
-            if sizes.get("data.pkl", _CHUNK) >= _CHUNK or "data/0" not in sizes:
+            if sizes.get("data.pkl", _LIMIT) >= _LIMIT or "data/0" not in sizes:
                 raise CheckpointError("the item is no tensor that torch.save wrote")
             pickled = next(entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl"))
             found = _description(archive.read(pickled))
@@ -167,15 +188,15 @@ def check_item(file: BinaryIO, length: int, expected: SavedTensor | None) -> Non
 
 @contextlib.contextmanager
 def _archive(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
-    """The archive in ``file``. Its errors are ``CheckpointError``; those of the storage stay as they are."""
+    """Opens the zip archive in ``file``. Turns errors of the archive into CheckpointError, but not StorageError."""
     try:
         with zipfile.ZipFile(file) as archive:
             yield archive
     except (StorageError, CheckpointError):
         raise
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{error}{NO_CRCS if 'CRC' in str(error) else ''}") from error
     except _NO_ARCHIVE as error:
+        if "CRC" in str(error):
+            raise CheckpointError(f"{error}{CRC_HINT}") from error
         raise CheckpointError(f"the item is no zip archive, as torch.save makes them ({error})") from error
 
 
@@ -203,17 +224,19 @@ def _check_size(found: _Description, nbytes: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Description:
+    """Description of a dense tensor in a pickle that ``torch.save`` wrote."""
+
     dtype: torch.dtype
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int  # of the first element in the payload, in elements
-    record: str  # of the archive, that has the payload
+    strides: tuple[int, ...]  # in elements
+    offset: int  # index of the tensor's first element in the payload, in elements
+    record: str  # name of the archive's record that has the payload
 
 
 def _description(data: bytes) -> _Description:
-    """What ``data.pkl`` says, where it is what ``torch.save`` makes of a dense tensor (``Tensor.__reduce_ex__``)."""
+    """Reads ``data.pkl`` of an item that holds one dense tensor."""
     found = read_pickle(data, _ALLOWED, persistent=True)
-    described = _described(found)
+    described = _tensor_description(found)
     if described is None:
         raise CheckpointError(f"the item is {short(found)}, expected a plain dense tensor without conj or neg bit")
     if described.record != "data/0":
@@ -221,18 +244,18 @@ def _description(data: bytes) -> _Description:
     return described
 
 
-def _described(found: Any) -> _Description | None:
-    """The tensor that a node describes; None if it describes none."""
+def _tensor_description(found: Any) -> _Description | None:
+    """Returns the description of a dense tensor, as ``Tensor.__reduce_ex__`` makes it, or None for any other data."""
     match found:
-        case Node(
+        case Call(
             name="torch._utils._rebuild_tensor_v2",
-            arguments=(Node() as storage, int(offset), tuple(shape), tuple(strides), bool(), dict()),
+            arguments=(Call() as storage, int(offset), tuple(shape), tuple(strides), bool(), dict()),
         ):
             kind, record = _storage(storage)
             dtype = _DTYPES_OF_CLASSES.get(kind)
-        case Node(
+        case Call(
             name="torch._utils._rebuild_tensor_v3",
-            arguments=(Node() as storage, int(offset), tuple(shape), tuple(strides), bool(), dict(), Global(name)),
+            arguments=(Call() as storage, int(offset), tuple(shape), tuple(strides), bool(), dict(), Global(name)),
         ):
             kind, record = _storage(storage)
             dtype = DTYPES.get(name) if kind == _UNTYPED else None
@@ -244,38 +267,38 @@ def _described(found: Any) -> _Description | None:
     return _Description(dtype, shape, strides, offset, record)
 
 
-def _storage(storage: Node) -> tuple[str, str]:
-    """The class of a storage, and the record that has its bytes."""
+def _storage(storage: Call) -> tuple[str, str]:
+    """Returns the name of a storage's class, and the name of the record that has the storage's bytes."""
     match storage:
-        case Node(name=pickle_reader.PERSISTENT, arguments=(("storage", Global(name), str(number), str(), int()),)):
+        case Call(name=pickle_reader.PERSISTENT, arguments=(("storage", Global(name), str(number), str(), int()),)):
             return name, f"data/{number}"
     raise CheckpointError("the elements of the item are not where torch.save stores them")
 
 
 def _verified_records(data: bytes) -> dict[str, memoryview]:
-    """The records of an item, by name without the archive's own; each has the CRC-32 that the zip directory says."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            entries = _entries(archive, len(data))
-    except _NO_ARCHIVE as error:
-        raise CheckpointError(f"the item is no zip archive, as torch.save makes them ({error})") from error
+    """Returns the bytes of each record of an item by its name, after a comparison with its CRC-32.
+
+    The names are without the first folder, which is the name that ``torch.save`` gave to the archive.
+    """
+    with _archive(io.BytesIO(data)) as archive:
+        entries = _entries(archive, len(data))
     records: dict[str, memoryview] = {}
     for entry in entries:
         record = _record(data, entry.header_offset, entry.file_size)
         if zlib.crc32(record) != entry.CRC:
             raise CheckpointError(
-                f"{short(entry.filename)} in the item does not have the CRC-32 that was saved with it{NO_CRCS}"
+                f"{short(entry.filename)} in the item does not have the CRC-32 that was saved with it{CRC_HINT}"
             )
         records[entry.filename.partition("/")[2]] = record
     return records
 
 
-def _entries(archive: zipfile.ZipFile, left: int) -> list[zipfile.ZipInfo]:
-    """What the directory of an item of ``left`` bytes lists."""
+def _entries(archive: zipfile.ZipFile, length: int) -> list[zipfile.ZipInfo]:
+    """Returns the entries of the directory of an item of ``length`` bytes, all of them uncompressed and disjoint."""
     names = set()
     for entry in archive.infolist():
-        left -= entry.file_size  # entries may point at the same bytes; torch.save's do not
-        if left < 0:
+        length -= entry.file_size  # entries may point at the same bytes; those of torch.save do not
+        if length < 0:
             raise CheckpointError("the records of the item overlap: it is damaged, or made to do harm")
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise CheckpointError(f"{short(entry.filename)} in the item is compressed, which torch.save never does")
@@ -287,7 +310,7 @@ def _entries(archive: zipfile.ZipFile, left: int) -> list[zipfile.ZipInfo]:
 
 
 def _record(data: bytes, offset: int, length: int) -> memoryview:
-    """The data behind the local header at ``offset``."""
+    """Returns the ``length`` bytes behind the local header at ``offset``."""
     start = offset + _header_size(data[offset : offset + _LOCAL_HEADER], offset)
     if start + length > len(data):
         raise CheckpointError(f"the item ends at {len(data)} bytes, before its record at byte {offset}: it is cut off")
@@ -295,7 +318,7 @@ def _record(data: bytes, offset: int, length: int) -> memoryview:
 
 
 def _header_size(header: bytes, offset: int) -> int:
-    """Of the local header at ``offset``, of which ``header`` is the beginning."""
+    """Returns the length of the local header at ``offset`` in bytes; ``header`` has its first 30 bytes."""
     if len(header) < _LOCAL_HEADER or not header.startswith(b"PK\x03\x04"):
         raise CheckpointError(f"the item has no record at byte {offset}, where its directory says so")
     return _LOCAL_HEADER + sum(struct.unpack("<2H", header[26:]))

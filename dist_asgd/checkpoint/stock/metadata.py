@@ -1,8 +1,8 @@
-"""Checkpoints that ``torch.distributed.checkpoint`` (DCP) wrote: what they hold and where, read without trusting them.
+"""Reads and validates ``.metadata``, in which torch.distributed.checkpoint (DCP) lists the tensors of a checkpoint.
 
-The stock reader unpickles ``.metadata``, which runs what is in it, and believes the numbers in it. Here it is read
-by `read_pickle`, which runs nothing, and whatever it says of shapes, boxes, files and lengths is checked, so that
-who reads the tensors can rely on it.
+DCP's own reader unpickles the file, which runs whatever code is in it, and believes the numbers in it. This module
+reads the file with `read_pickle` of `checkpoint/stock/pickle_reader.py`, which runs nothing. It validates all shapes,
+boxes, files and lengths, so that code that reads the tensors can rely on them.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from dist_asgd.boxes import Box
 from dist_asgd.checkpoint.errors import CheckpointError, NotCommitted
 from dist_asgd.checkpoint.format.dcp_metadata import COMMITTED_BY, StoredChunk, StoredObject
 from dist_asgd.checkpoint.format.entries import SavedTensor
-from dist_asgd.checkpoint.format.manifest import MAX_PATH_NAMES, NAME
-from dist_asgd.checkpoint.stock.pickle_reader import DTYPE_GLOBALS, DTYPES, Global, Node, read_pickle, short
+from dist_asgd.checkpoint.format.manifest import MAX_PATH, NAME
+from dist_asgd.checkpoint.stock.pickle_reader import DTYPE_GLOBALS, DTYPES, Call, Global, read_pickle, short
 
-MAX_METADATA = 2**28  # bytes. Reading takes up to a hundred times as much; a chunk takes about a hundred bytes
+MAX_METADATA = 2**28  # bytes. Reading takes up to a hundred times as much memory; a chunk takes about a hundred bytes
 MAX_DIMS = 64  # torch's own limit
-MAX_CUT_DIMS = 8  # dimensions in which one tensor is cut; a box has two to the power of it corners
+MAX_CUT_DIMS = 8  # dimensions in which one tensor may be cut: `_check_cover` visits 2**8 corners of each box
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _OLD_METADATA = "torch.distributed._shard.sharded_tensor.metadata"  # before torch 2.4
-_PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")  # of the directory that was saved to
+_PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")  # StorageMeta has the directory's path
 _CLASSES = (
     "Metadata",
     "TensorStorageMetadata",
@@ -52,30 +52,34 @@ _ALLOWED = DTYPE_GLOBALS | {
 
 @dataclass(frozen=True, slots=True)
 class StockTensor:
+    """Shape and dtype of a tensor in a DCP checkpoint, and where its parts are stored."""
+
     saved: SavedTensor
-    chunks: tuple[StoredChunk, ...]  # they cover the tensor without overlapping; none is empty
+    chunks: tuple[StoredChunk, ...]  # their boxes cover each element of the tensor exactly once; none is empty
 
 
 @dataclass(frozen=True, slots=True)
 class StockCheckpoint:
-    """By key."""
+    """Contents of a DCP checkpoint. The keys are DCP's names of entries, such as "model.weight"."""
 
     tensors: Mapping[str, StockTensor]
-    objects: Mapping[str, StoredObject]
-    paths: Mapping[str, tuple[str | int, ...]]  # of both, in the nested state that was saved
+    objects: Mapping[str, StoredObject]  # values that are no tensors
+    paths: Mapping[str, tuple[str | int, ...]]  # for each key of both: its path in the nested state that was saved
 
 
 def read_stock_metadata(data: bytes, trust: bool = False, *, committed: bool = False) -> StockCheckpoint:
-    """What a stock checkpoint holds, from the bytes of its ``.metadata``. Nothing in it is run, whatever ``trust`` is.
+    """Returns the contents of a DCP checkpoint that its ``.metadata`` lists. Runs nothing, whatever ``trust`` is.
 
     Args:
-        data: the file. It may be of any release of torch from 2.0 on.
-        trust: do not refuse what names classes that DCP itself does not write, as planners of others may.
-        committed: it is that of a checkpoint of ours, and the manifest is there.
+        data: the bytes of the file, which any release of torch from 2.0 on may have written.
+        trust: accepts a file that names classes which DCP itself does not write, as other planners than DCP's may.
+        committed: accepts a file that a save of this library wrote; the caller has found the manifest beside it.
 
-    Raises NotCommitted when it is of ours otherwise; CheckpointError when it is damaged, names such classes, or
-    contradicts itself: boxes that overlap, leave gaps or lie outside of their tensor, files outside of the checkpoint,
-    chunks with no place or one too small.
+    Raises:
+        NotCommitted: a save of this library wrote the file, and ``committed`` is false.
+        CheckpointError: the file is damaged, is larger than 256 MiB, names classes that are not trusted, or contradicts
+            itself: boxes overlap, leave gaps or lie outside of their tensor, a path leads out of the checkpoint's
+            directory, a chunk has no place or too few bytes there.
     """
     if len(data) > MAX_METADATA:
         raise CheckpointError(f"the metadata has {len(data)} bytes, more than {MAX_METADATA}")
@@ -89,10 +93,10 @@ def read_stock_metadata(data: bytes, trust: bool = False, *, committed: bool = F
     places = _places(_expect(fields.get("storage_data"), dict, "storage_data"))
     tensors: dict[str, StockTensor] = {}
     objects: dict[str, StoredObject] = {}
-    budget = len(data)  # for chunks: a list may be referred to any number of times
+    budget = len(data)  # number of chunks that are accepted: a pickle may refer to one list any number of times
     for key, entry in described.items():
         _expect(key, str, "a key of state_dict_metadata")
-        if isinstance(entry, Node) and entry.name == f"{_METADATA}.BytesStorageMetadata":
+        if isinstance(entry, Call) and entry.name == f"{_METADATA}.BytesStorageMetadata":
             objects[key] = _object_place(places, key)
             continue
         tensor = _fields(entry, "TensorStorageMetadata", f"the entry of {key!r}")
@@ -103,13 +107,13 @@ def read_stock_metadata(data: bytes, trust: bool = False, *, committed: bool = F
     return StockCheckpoint(tensors, objects, _paths(fields.get("planner_data"), described))
 
 
-def _paths(found: Any, keys: Iterable[str]) -> dict[str, tuple[str | int, ...]]:
-    """By the planner's data. Where there are none, as of other planners, a key is the path of its entry."""
-    known = found if isinstance(found, dict) else {}
+def _paths(planner_data: Any, keys: Iterable[str]) -> dict[str, tuple[str | int, ...]]:
+    """Returns the path of each key: the path that the planner's data give, or else the key as the only name."""
+    known = planner_data if isinstance(planner_data, dict) else {}
     paths: dict[str, tuple[str | int, ...]] = {}
     for key in keys:
         path: Any = known.get(key)
-        is_path = isinstance(path, tuple) and len(path) <= MAX_PATH_NAMES and all(type(part) in (str, int) for part in path)
+        is_path = isinstance(path, tuple) and len(path) <= MAX_PATH and all(type(part) in (str, int) for part in path)
         paths[key] = path if is_path and ".".join(map(str, path)) == key else (key,)
     return paths
 
@@ -121,7 +125,7 @@ def _tensor(key: str, fields: Mapping[str, Any], places: _Places) -> StockTensor
         chunk = _fields(entry, "ChunkStorageMetadata", f"a chunk of {key!r}")
         offsets, sizes = (_sizes(chunk.get(name), f"{name} of a chunk of {key!r}") for name in ("offsets", "sizes"))
         box = Box(offsets, sizes)
-        if box.numel == 0:  # ranks without a part have such, several of them at the same offsets
+        if box.numel == 0:  # DCP lists one for every rank without a part of the tensor, several at the same offsets
             continue
         place = places.get((key, offsets))
         if place is None:
@@ -141,7 +145,7 @@ def _tensor(key: str, fields: Mapping[str, Any], places: _Places) -> StockTensor
 
 def _dtype(key: str, properties: Any) -> Any:
     where = f"the properties of {key!r}"
-    if not isinstance(properties, Node) or properties.name not in (
+    if not isinstance(properties, Call) or properties.name not in (
         f"{_METADATA}.TensorProperties",
         f"{_OLD_METADATA}.TensorProperties",
     ):
@@ -152,7 +156,7 @@ def _dtype(key: str, properties: Any) -> Any:
     dtype, layout = state[:2]
     if not isinstance(dtype, Global) or dtype.name not in DTYPES:
         raise CheckpointError(f"{where} have the dtype {short(dtype)}, which this torch does not have")
-    if not isinstance(layout, Node) or layout.arguments != ("torch.strided",):
+    if not isinstance(layout, Call) or layout.arguments != ("torch.strided",):
         raise CheckpointError(f"{where} have another layout than torch.strided; only dense tensors can be read")
     return DTYPES[dtype.name]
 
@@ -161,7 +165,7 @@ _Places = dict[tuple[str, tuple[int, ...] | None], StoredObject]
 
 
 def _places(storage: Mapping[Any, Any]) -> _Places:
-    """(key, offsets) -> place; the offsets of values are None."""
+    """Returns where each chunk is stored, by key and offsets of the chunk. Values have None instead of offsets."""
     places: _Places = {}
     for index, info in storage.items():
         at = _fields(index, "MetadataIndex", "a key of storage_data")
@@ -194,7 +198,7 @@ def _path(value: Any, where: str) -> str:
 
 
 def _sizes(value: Any, where: str) -> tuple[int, ...]:
-    if isinstance(value, Node) and value.name == "torch.Size" and len(value.arguments) == 1:
+    if isinstance(value, Call) and value.name == "torch.Size" and len(value.arguments) == 1:
         value = value.arguments[0]
     if not isinstance(value, tuple | list) or len(value) > MAX_DIMS:
         raise CheckpointError(f"{where}: {short(value)}, expected at most {MAX_DIMS} sizes")
@@ -214,19 +218,20 @@ def _expect(value: Any, kind: type, where: str) -> Any:
 
 
 def _fields(value: Any, name: str, where: str) -> Mapping[str, Any]:
-    """The attributes of an object of the class ``name`` of DCP."""
-    if not isinstance(value, Node) or value.name.rpartition(".")[2] != name:
+    """Returns the attributes of a pickled object, whose class must be called ``name`` in whatever module."""
+    if not isinstance(value, Call) or value.name.rpartition(".")[2] != name:
         raise CheckpointError(f"{where} is {short(value)}, expected a {name}")
     state: dict[str, Any] = _expect(value.state, dict, f"the state of {where}")
     return state
 
 
 def _check_cover(key: str, shape: tuple[int, ...], boxes: Sequence[Box]) -> None:
-    """Raises CheckpointError unless every element of the tensor is in exactly one box.
+    """Raises CheckpointError unless every element of a tensor of ``shape`` is in exactly one box.
 
-    Boxes are added up by their corners with alternating signs. That is the difference of their sum along every
-    dimension, which determines the sum: so it is 1 everywhere exactly if what remains are the tensor's own corners.
-    It takes time in proportion to the number of boxes, not to its square.
+    Let f be the function that counts the boxes in which an element is. The differences of f along all dimensions are
+    non-zero only at corners of boxes, with alternating signs, and they determine f. So f is 1 in the whole tensor if
+    and only if the signed corners of all boxes add up to the signed corners of the tensor. This takes time in
+    proportion to the number of boxes, while a comparison of all pairs would take the square of it.
     """
     for box in boxes:
         if len(box.offsets) != len(shape) or len(box.sizes) != len(shape):
@@ -253,6 +258,6 @@ def _check_cover(key: str, shape: tuple[int, ...], boxes: Sequence[Box]) -> None
 
 
 def _corners(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[tuple[int, ...], int]]:
-    """Each corner of a box, with the sign of the difference there."""
+    """Yields each corner of a box, given as [start, stop) along each dimension, with the sign of the corner."""
     for ends in itertools.product((0, 1), repeat=len(ranges)):
         yield tuple([span[end] for span, end in zip(ranges, ends, strict=True)]), (-1) ** sum(ends)

@@ -1,16 +1,21 @@
-"""Reads pickles without running them: what a pickle would import or call becomes an inert record of it.
+"""Reads pickles without running them: turns whatever a pickle would import or call into an inert record.
 
 [Note: pickles]
-A pickle is a program for a stack machine, which may import and call anything. DCP's ``.metadata`` and the
-descriptions of tensors are pickles, and a checkpoint may come from anywhere. So this machine has only the
-instructions that describe data (pickletools documents them all); where pickle would import a class or function it
-makes a ``Global``, its name, and where pickle would call it or make an object of it a ``Node``. Its readers look for
-the nodes they know. Time and memory grow with the length of the pickle and nothing else: no length or index that
-the pickle states is allocated before as many bytes were seen.
+A pickle is a program for a stack machine, and the program may import and call anything. DCP's ``.metadata`` and the
+descriptions of tensors in ``.distcp`` files are pickles, and a checkpoint may come from anywhere. `read_pickle` runs
+the program on the pure-Python machine of the standard library, with only the instructions that describe data (the
+module pickletools documents all instructions). Where pickle would import a class or function, the result has a
+`Global`, which is its name. Where pickle would call a global or make an object of one, the result has a `Call`.
+The other modules of `checkpoint/stock/` look for the records that they know and refuse others.
+
+Memory grows with the length of the pickle and with nothing else: no length or index that the pickle states is
+allocated before as many bytes were read. Time grows likewise, except where a pickle has chosen the numbers that are
+the keys of a dict so that they collide.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
 import struct
 from collections import OrderedDict
@@ -25,280 +30,159 @@ from dist_asgd.checkpoint.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Global:
-    """Something that pickle would import."""
+    """Name of a class, function or constant that pickle would import."""
 
     name: str  # as in "torch.float32"
 
 
 @dataclass(slots=True, eq=False)
-class Node:
-    """An object that pickle would make by calling the global ``name`` with ``arguments``."""
+class Call:
+    """Record of an object that pickle would make by a call of the global ``name`` with ``arguments``."""
 
-    name: str
+    name: str  # as in "torch.Size"; or PERSISTENT
     arguments: tuple[Any, ...]
-    state: Any = None  # what pickle would pass to its __setstate__
+    state: Any = None  # the value that pickle would pass to the object's __setstate__
 
 
-PERSISTENT = "persistent id"  # name of the nodes that stand for objects stored outside the pickle
+PERSISTENT = "persistent id"  # name of a `Call` that stands for an object stored outside of the pickle
 
 DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 DTYPE_GLOBALS = frozenset(("torch", name.removeprefix("torch.")) for name in DTYPES)
+
+_DAMAGE = (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError, struct.error)
 
 
 def read_pickle(
     data: bytes, allowed: Collection[tuple[str, str]], *, trust: bool = False, persistent: bool = False
 ) -> Any:
-    """What a pickle describes: None, bools, numbers, strings, tuples, lists, dicts, Globals and Nodes of these.
+    """Returns the data that a pickle describes. Imports and calls nothing, whatever the arguments are.
+
+    The data consists of None, bools, numbers, strings, tuples, lists, dicts, OrderedDicts, `Global` and
+    `Call`. Keys of dicts are numbers, strings, None or `Call`. Containers may be nested to any depth,
+    may contain themselves, and may be referred to any number of times.
 
     Args:
-        data: the pickle, of protocol 2 to 5.
-        allowed: (module, name) of each global it may name.
-        trust: let it name others too. They are as inert.
-        persistent: let it name objects that are stored outside it.
+        data: the pickle, of protocol 2 to 5. Bytes behind its end are ignored.
+        allowed: (module, name) of each global that the pickle may name.
+        trust: lets the pickle name other globals too, which become equally inert records.
+        persistent: lets the pickle refer to objects that are stored outside of it.
 
-    Raises CheckpointError when it is damaged, names another global or does what describes no data.
+    Raises:
+        CheckpointError: the pickle is damaged, names a global that is not allowed, or has an instruction that does not
+            describe data.
     """
-    return _Machine(data, allowed, trust, persistent).run()
+    file = io.BytesIO(data)
+    try:
+        return _InertUnpickler(file, allowed, trust, persistent).load()
+    except _DAMAGE as error:
+        raise CheckpointError(
+            f"the pickle is damaged, or made to do harm, at byte {file.tell()} of {len(data)} "
+            f"({str(error) or 'it is cut off'})"
+        ) from error
 
 
 def short(value: object) -> str:
-    """For messages: a value out of a pickle may be of any size and depth."""
-    if isinstance(value, Node | Global):
-        return f"a {value.name}"
-    if value is None or isinstance(value, bool | int | float | str):
+    """Returns a text of at most 80 characters for error messages, whatever the size and depth of the value."""
+    if isinstance(value, Call | Global):
+        text = f"a {value.name}"
+    elif value is None or isinstance(value, bool | int | float | str):
         text = repr(value)
-        return text if len(text) <= 80 else text[:77] + "..."
-    return f"a {type(value).__name__}"
+    else:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
-class _Machine:
-    def __init__(self, data: bytes, allowed: Collection[tuple[str, str]], trust: bool, persistent: bool) -> None:
-        self.data = data
-        self.at = 0
-        self.allowed = allowed
-        self.trust = trust
-        self.persistent = persistent
-        self.stack: list[Any] = []
-        self.marked: list[list[Any]] = []  # the stacks below each mark
-        self.memo: dict[int, Any] = {}  # a dict: the pickle chooses the indices
+class _Instructions(dict[int, Callable[[Any], None]]):
+    """Methods of an unpickler by the code of their instruction; a code that is not there is refused."""
 
-    def run(self) -> Any:
-        data, steps = self.data, _STEPS
-        try:
-            while (code := data[self.at]) != _STOP:
-                step = steps.get(code)
-                if step is None:
-                    raise ValueError(f"{bytes([code])!r} is no instruction that describes data")
-                self.at += 1
-                step(self)
-            return self.stack[-1]
-        except (IndexError, KeyError, TypeError, ValueError, struct.error) as error:
-            raise CheckpointError(
-                f"the pickle is damaged, or made to do harm, at byte {self.at} of {len(data)} ({error})"
-            ) from error
+    def __missing__(self, code: int) -> Callable[[Any], None]:
+        raise ValueError(f"{bytes([code])!r} is no instruction that describes data")
 
-    def take(self, count: int) -> bytes:
-        start = self.at
-        self.at = stop = start + count
-        if stop > len(self.data):
-            raise ValueError(f"{count} bytes expected")
-        return self.data[start:stop]
 
-    def line(self) -> str:
-        stop = self.data.index(b"\n", self.at)
-        text = self.data[self.at : stop].decode()
-        self.at = stop + 1
-        return text
+# The C implementation, pickle.Unpickler, cannot be used: a subclass of it cannot replace what REDUCE, NEWOBJ and BUILD
+# do, nor leave out an instruction. The pure-Python one has been in the standard library since Python 3.0, with the
+# table `dispatch` that is replaced here, but has no public name.
+class _InertUnpickler(pickle._Unpickler):
+    """Unpickler that makes a `Global` of each import and a `Call` of each call, and refuses most instructions."""
 
-    def pop_marked(self) -> list[Any]:
-        items = self.stack
-        self.stack = self.marked.pop()
-        return items
+    stack: list[Any]  # this and the next two are of pickle._Unpickler, whose type stubs leave them out
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
 
-    def push_global(self, module: Any, name: Any) -> None:
-        if not (isinstance(module, str) and isinstance(name, str)):
-            raise TypeError("a global without a name")
-        if (module, name) not in self.allowed and not self.trust:
+    def __init__(self, file: io.BytesIO, allowed: Collection[tuple[str, str]], trust: bool, persistent: bool) -> None:
+        super().__init__(file)
+        self._allowed = allowed
+        self._trust = trust
+        self._persistent = persistent
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._allowed and not self._trust:
             raise CheckpointError(
                 f"the pickle names {short(f'{module}.{name}')}, which a plain checkpoint of tensors does not contain: "
                 "if you trust where it comes from, pass trust=True"
             )
-        self.stack.append(Global(f"{module}.{name}"))
+        return Global(f"{module}.{name}")
 
+    def persistent_load(self, pid: Any) -> Call:
+        if not self._persistent:
+            raise ValueError("names an object stored outside it")
+        return Call(PERSISTENT, (pid,))
 
-def _push(value_of: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
-    def step(machine: _Machine) -> None:
-        machine.stack.append(value_of(machine))
+    def _skip_frame(self) -> None:
+        self.read(8)  # the length of a frame: only of use to read ahead
 
-    return step
+    def _record_call(self) -> None:
+        arguments, called = self.stack.pop(), self.stack.pop()
+        if not (isinstance(called, Global) and isinstance(arguments, tuple)):
+            raise TypeError(f"calls {short(called)}")
+        ordered = called.name == "collections.OrderedDict" and not arguments
+        self.append(OrderedDict() if ordered else Call(called.name, arguments))
 
+    def _record_state(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if not isinstance(target, Call) or target.state is not None:
+            raise TypeError(f"sets the state of {short(target)}")
+        target.state = state
 
-def _unpack(code: str) -> Callable[[_Machine], Any]:
-    layout = struct.Struct(code)
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._update([key, value])
 
-    def value(machine: _Machine) -> Any:
-        (number,) = layout.unpack_from(machine.data, machine.at)
-        machine.at += layout.size
-        return number
+    def _set_items(self) -> None:
+        self._update(self.pop_mark())  # type: ignore[attr-defined]
 
-    return value
+    def _update(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, dict):
+            raise TypeError("sets items of no dict")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # Tuples are refused as keys: a deep one would overflow the stack of the hash function.
+            if not isinstance(key, str | int | float | Call | None):
+                raise TypeError(f"a dict's key is {short(key)}")
+            target[key] = value
 
-
-def _text(length_of: Callable[[_Machine], int]) -> Callable[[_Machine], str]:
-    return lambda machine: machine.take(length_of(machine)).decode("utf-8", "surrogatepass")  # as pickle writes them
-
-
-def _skip(count: int) -> Callable[[_Machine], None]:
-    def step(machine: _Machine) -> None:
-        machine.take(count)
-
-    return step
-
-
-def _put(index_of: Callable[[_Machine], int]) -> Callable[[_Machine], None]:
-    def step(machine: _Machine) -> None:
-        machine.memo[index_of(machine)] = machine.stack[-1]
-
-    return step
-
-
-def _get(index_of: Callable[[_Machine], int]) -> Callable[[_Machine], None]:
-    def step(machine: _Machine) -> None:
-        machine.stack.append(machine.memo[index_of(machine)])
-
-    return step
-
-
-def _memoize(machine: _Machine) -> None:
-    machine.memo[len(machine.memo)] = machine.stack[-1]
-
-
-def _mark(machine: _Machine) -> None:
-    machine.marked.append(machine.stack)
-    machine.stack = []
-
-
-def _tuple(machine: _Machine) -> None:
-    items = machine.pop_marked()
-    machine.stack.append(tuple(items))
-
-
-def _tuple_of(count: int) -> Callable[[_Machine], None]:
-    def step(machine: _Machine) -> None:
-        items = tuple(machine.stack[-count:])
-        if len(items) < count:
-            raise IndexError(f"{count} items expected")
-        machine.stack[-count:] = [items]
-
-    return step
-
-
-def _append(machine: _Machine) -> None:
-    _extend(machine, [machine.stack.pop()])
-
-
-def _appends(machine: _Machine) -> None:
-    _extend(machine, machine.pop_marked())
-
-
-def _extend(machine: _Machine, items: list[Any]) -> None:
-    target = machine.stack[-1]
-    if not isinstance(target, list):
-        raise TypeError("appends to no list")
-    target += items
-
-
-def _set_item(machine: _Machine) -> None:
-    value, key = machine.stack.pop(), machine.stack.pop()
-    _update(machine, [key, value])
-
-
-def _set_items(machine: _Machine) -> None:
-    _update(machine, machine.pop_marked())
-
-
-def _update(machine: _Machine, items: list[Any]) -> None:
-    target = machine.stack[-1]
-    if not isinstance(target, dict):
-        raise TypeError("sets items of no dict")
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        # Not tuples: a deep one would overflow the stack of the hash function.
-        if not isinstance(key, str | int | float | Node | None):
-            raise TypeError(f"a dict's key is {short(key)}")
-        target[key] = value
-
-
-def _global(machine: _Machine) -> None:
-    module = machine.line()
-    machine.push_global(module, machine.line())
-
-
-def _stack_global(machine: _Machine) -> None:
-    name, module = machine.stack.pop(), machine.stack.pop()
-    machine.push_global(module, name)
-
-
-def _call(machine: _Machine) -> None:
-    arguments, called = machine.stack.pop(), machine.stack.pop()
-    if not (isinstance(called, Global) and isinstance(arguments, tuple)):
-        raise TypeError(f"calls {short(called)}")
-    ordered = called.name == "collections.OrderedDict" and not arguments
-    machine.stack.append(OrderedDict() if ordered else Node(called.name, arguments))
-
-
-def _build(machine: _Machine) -> None:
-    state, target = machine.stack.pop(), machine.stack[-1]
-    if not isinstance(target, Node) or target.state is not None:
-        raise TypeError(f"sets the state of {short(target)}")
-    target.state = state
-
-
-def _persistent(machine: _Machine) -> None:
-    if not machine.persistent:
-        raise ValueError("names an object stored outside it")
-    machine.stack.append(Node(PERSISTENT, (machine.stack.pop(),)))
-
-
-_byte, _uint16, _uint32, _uint64 = (_unpack(code) for code in ("<B", "<H", "<I", "<Q"))
-_STOP = pickle.STOP[0]
-_STEPS: dict[int, Callable[[_Machine], None]] = {
-    code[0]: step
-    for code, step in (
-        (pickle.PROTO, _skip(1)),
-        (pickle.FRAME, _skip(8)),
-        (pickle.NONE, _push(lambda machine: None)),
-        (pickle.NEWTRUE, _push(lambda machine: True)),
-        (pickle.NEWFALSE, _push(lambda machine: False)),
-        (pickle.BININT, _push(_unpack("<i"))),
-        (pickle.BININT1, _push(_byte)),
-        (pickle.BININT2, _push(_uint16)),
-        (pickle.LONG1, _push(lambda machine: pickle.decode_long(machine.take(_byte(machine))))),
-        (pickle.BINFLOAT, _push(_unpack(">d"))),
-        (pickle.SHORT_BINUNICODE, _push(_text(_byte))),
-        (pickle.BINUNICODE, _push(_text(_uint32))),
-        (pickle.BINUNICODE8, _push(_text(_uint64))),
-        (pickle.EMPTY_TUPLE, _push(lambda machine: ())),
-        (pickle.EMPTY_LIST, _push(lambda machine: [])),
-        (pickle.EMPTY_DICT, _push(lambda machine: {})),
-        (pickle.MARK, _mark),
-        (pickle.TUPLE, _tuple),
-        (pickle.TUPLE1, _tuple_of(1)),
-        (pickle.TUPLE2, _tuple_of(2)),
-        (pickle.TUPLE3, _tuple_of(3)),
-        (pickle.APPEND, _append),
-        (pickle.APPENDS, _appends),
-        (pickle.SETITEM, _set_item),
-        (pickle.SETITEMS, _set_items),
-        (pickle.MEMOIZE, _memoize),
-        (pickle.BINPUT, _put(_byte)),
-        (pickle.LONG_BINPUT, _put(_uint32)),
-        (pickle.BINGET, _get(_byte)),
-        (pickle.LONG_BINGET, _get(_uint32)),
-        (pickle.GLOBAL, _global),
-        (pickle.STACK_GLOBAL, _stack_global),
-        (pickle.NEWOBJ, _call),
-        (pickle.REDUCE, _call),
-        (pickle.BUILD, _build),
-        (pickle.BINPERSID, _persistent),
+    # The methods that are taken over call nothing of the objects on the stack except for append and extend of lists.
+    # Left out are instructions that call (INST, OBJ, NEWOBJ_EX, EXT1, EXT2, EXT4), that allocate what the pickle states
+    # (BYTEARRAY8), and those that neither DCP nor torch.save writes.
+    dispatch = _Instructions(
+        {
+            **{
+                code[0]: pickle._Unpickler.dispatch[code[0]]
+                for code in (
+                    *(pickle.PROTO, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE),
+                    *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT),
+                    *(pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.BINUNICODE8),
+                    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+                    *(pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_DICT),
+                    *(pickle.MEMOIZE, pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
+                    *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID),
+                )
+            },
+            pickle.FRAME[0]: _skip_frame,
+            pickle.REDUCE[0]: _record_call,
+            pickle.NEWOBJ[0]: _record_call,
+            pickle.BUILD[0]: _record_state,
+            pickle.SETITEM[0]: _set_item,
+            pickle.SETITEMS[0]: _set_items,
+        }
     )
-}

@@ -1,7 +1,8 @@
-"""Plain data out of pickles: numbers, strings, bytes, containers, NumPy's arrays, tensors. Nothing is run.
+"""Makes plain values out of pickles without running them: numbers, strings, bytes, containers, NumPy arrays, tensors.
 
-A value in a stock checkpoint is whatever ``torch.save`` makes of it, mostly a number. `read_pickle` tells what a pickle
-describes; here that becomes the value, as long as it is of types whose making can do no harm.
+A value in a checkpoint of torch.distributed.checkpoint is what ``torch.save`` pickled, mostly a number. `read_pickle`
+of `checkpoint/stock/pickle_reader.py` reads the pickle as inert records. This module makes the value of these records,
+and only for types that can be made without harm.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.json_values import MAX_DEPTH, decode
-from dist_asgd.checkpoint.stock.pickle_reader import DTYPE_GLOBALS, DTYPES, Global, Node, read_pickle, short
+from dist_asgd.checkpoint.stock.pickle_reader import DTYPE_GLOBALS, DTYPES, Call, Global, read_pickle, short
 
-_BUILTINS = ("__builtin__", "builtins")  # protocol 2, which torch.save takes, has Python 2's names
-_NUMPY = ("numpy._core.multiarray", "numpy.core.multiarray")  # from NumPy 2 on, and before
+_BUILTINS = ("__builtin__", "builtins")  # torch.save pickles by protocol 2, in which builtins have Python 2's module
+_NUMPY = ("numpy._core.multiarray", "numpy.core.multiarray")  # the names since NumPy 2 and before NumPy 2
 _ARRAYS = {f"{module}._reconstruct" for module in _NUMPY}
 _SCALARS = {f"{module}.scalar" for module in _NUMPY}
 _ALLOWED = DTYPE_GLOBALS | {
@@ -26,31 +27,34 @@ _ALLOWED = DTYPE_GLOBALS | {
     *((module, name) for module in _NUMPY for name in ("_reconstruct", "scalar")),
     *(("numpy", name) for name in ("ndarray", "dtype")),
     *(("torch", name) for name in ("Size", "device")),
-    ("_codecs", "encode"),  # how bytes are described
+    ("_codecs", "encode"),  # protocol 2 pickles bytes as a call of it
     ("collections", "OrderedDict"),
 }
 
 
-def plain_value(data: bytes, tensor_of: Callable[[Node], Tensor | None], tensors: frozenset[tuple[str, str]]) -> Any:
-    """The value that a pickle describes.
+def plain_value(data: bytes, tensor_of: Callable[[Call], Tensor | None], tensors: frozenset[tuple[str, str]]) -> Any:
+    """Returns the value that a pickle describes, without running anything.
 
     Args:
         data: the pickle.
-        tensor_of: the tensor that a node describes; None where it describes none.
-        tensors: the globals that such nodes have.
+        tensor_of: returns the tensor that a call would make, or None for a call that would make no tensor.
+        tensors: (module, name) of each global that the pickle of a tensor may name.
 
-    Raises CheckpointError when it is damaged, or is of types that are not plain, which it names.
+    Raises:
+        CheckpointError: the pickle is damaged, or holds a type that is not plain, which the message names.
     """
     found = read_pickle(data, _ALLOWED | tensors, persistent=True)
     try:
-        return _Maker(10 * len(data) + 1000, tensor_of).value(found, 0)
+        return _PlainValueBuilder(10 * len(data) + 1000, tensor_of).value(found, 0)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the pickle is damaged, or made to do harm ({error})") from error
 
 
-class _Maker:
-    def __init__(self, budget: int, tensor_of: Callable[[Node], Tensor | None]) -> None:
-        self._left = budget  # values still to be made: a list may be referred to any number of times
+class _PlainValueBuilder:
+    """Makes values of inert records, at most ``budget`` of them: a pickle may refer to one list any number of times."""
+
+    def __init__(self, budget: int, tensor_of: Callable[[Call], Tensor | None]) -> None:
+        self._left = budget
         self._tensor_of = tensor_of
 
     def value(self, found: Any, depth: int) -> Any:
@@ -68,13 +72,13 @@ class _Maker:
                 )
             case Global(name) if name in DTYPES:
                 return DTYPES[name]
-            case Node():
-                return self._object(found)
+            case Call():
+                return self._object(found, depth + 1)
         raise _not_plain(found)
 
-    def _object(self, node: Node) -> Any:
-        name, arguments = node.name, node.arguments
-        match name.removeprefix("__builtin__.").removeprefix("builtins."), arguments, node.state:
+    def _object(self, call: Call, depth: int) -> Any:
+        name, arguments = call.name, call.arguments
+        match name.removeprefix("__builtin__.").removeprefix("builtins."), arguments, call.state:
             case "_codecs.encode", (str(text), "latin1"), None:
                 return text.encode("latin1")
             case "bytes", (), None:
@@ -82,27 +86,27 @@ class _Maker:
             case "complex", (float(real), float(imaginary)), None:
                 return complex(real, imaginary)
             case ("set" | "frozenset") as kind, (list(members),), None:
-                # Not tuples: a deep one would overflow the stack of the hash function.
+                # Tuples are refused as members: a deep one would overflow the stack of the hash function.
                 if all(isinstance(member, str | int | float | None) for member in members):
                     return {"set": set, "frozenset": frozenset}[kind](members)
             case "torch.Size", (tuple(sizes),), None:
                 return torch.Size(sizes)
             case "torch.device", (str(kind), *index), None:
                 return torch.device(kind, *index)
-            case _, (Global("numpy.ndarray"), _, _), (1, tuple(shape), Node() as dtype, False, data):
+            case _, (Global("numpy.ndarray"), _, _), (1, tuple(shape), Call() as dtype, False, data):
                 if name in _ARRAYS:
-                    return _numpy(dtype, list(shape), self.value(data, 0))
-            case _, (Node("numpy.dtype") as dtype, data), None:
+                    return _numpy(dtype, list(shape), self.value(data, depth))
+            case _, (Call("numpy.dtype") as dtype, data), None:
                 if name in _SCALARS:
-                    return _numpy(dtype, None, self.value(data, 0))
-        tensor = self._tensor_of(node)
+                    return _numpy(dtype, None, self.value(data, depth))
+        tensor = self._tensor_of(call)
         if tensor is None:
-            raise _not_plain(node)
+            raise _not_plain(call)
         return tensor
 
 
-def _numpy(dtype: Node, shape: list[int] | None, data: bytes) -> Any:
-    """An array, or a scalar where there is no shape."""
+def _numpy(dtype: Call, shape: list[int] | None, data: bytes) -> Any:
+    """Returns the NumPy array of the bytes ``data``, or the NumPy scalar if ``shape`` is None."""
     match dtype.arguments, dtype.state:
         case (str(code), False, True), (3, "<" | "|" as order, None, None, None, int(), int(), int()):
             return decode({"#numpy": [order + code, shape, base64.b64encode(data).decode()]}, "in the pickle")

@@ -1,4 +1,4 @@
-"""Uploads large files to object stores in equal parts, several at once, in bounded memory: the whole file or nothing."""
+"""Uploads large files to object stores in equal parts, several at once, in bounded memory, or not at all."""
 
 from __future__ import annotations
 

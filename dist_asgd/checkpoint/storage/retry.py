@@ -23,8 +23,8 @@ HTTP_TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 # s3fs raises EBUSY for the HTTP statuses 503 and 409, and EREMOTEIO, which not every system has, for 500.
 ERRNO_TRANSIENT = {errno.EAGAIN, errno.EBUSY, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ESTALE}
 ERRNO_TRANSIENT |= {getattr(errno, "EREMOTEIO", errno.EAGAIN)}
-# Exception classes of libraries that several drivers use, by name, because importing them takes a second. Classes of one
-# store stand in its own module. gcsfs raises requests' ConnectionError for the status 502.
+# Exception classes of libraries that several drivers use, by name, because importing them takes a second. Classes of
+# one store stand in its own module. gcsfs raises requests' ConnectionError for the status 502.
 CLASSES_TRANSIENT = classes_in("aiohttp.client_exceptions", "ClientConnectionError", "ClientPayloadError")
 CLASSES_TRANSIENT |= classes_in("requests.exceptions", "ConnectionError")
 CLASSES_PERMANENT = classes_in("aiohttp.client_exceptions", "ClientSSLError", "InvalidURL")

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.processes import ROOT
+from tests.support.processes import ROOT
 
 METHODS = (b"GET ", b"PUT ", b"POST ", b"HEAD ", b"DELETE ")
 
@@ -51,7 +51,7 @@ def proxied(address: tuple[str, int], options: Mapping[str, Any], delay: float) 
     Args:
         delay: seconds that each request waits.
     """
-    command = [sys.executable, "-m", "benchmarks.checkpointing.proxy", *map(str, address), str(delay)]
+    command = [sys.executable, "-m", "tests.support.counting_proxy", *map(str, address), str(delay)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import start_ranks
+from tests.support.processes import start_ranks
 
 INTERFACE = "link0"  # the veth's name in both namespaces
 _COUNTER = Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes")

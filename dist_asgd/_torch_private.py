@@ -1,0 +1,252 @@
+"""Names of torch that begin with an underscore: the package uses the ones listed here and no others.
+
+torch may change such a name in any release, and tests/test_torch_private.py then fails under that name. Unless an entry
+says otherwise, a torch that lacks the name fails on importing this module, and so on importing the package.
+
+Functions and classes of torch are bound directly, and attributes are read by ``operator.attrgetter``, so that a loop
+over parameters pays for no call in Python.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import _composable_state, _functional_collectives
+from torch.distributed._shard import sharded_tensor
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, _runtime_utils
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+# The autograd engine -------------------------------------------------------------------------------------------------
+
+current_graph_task_id: Callable[[], int] = torch._C._current_graph_task_id
+"""Returns the number of the backward pass that is running on this thread; -1 outside a backward pass.
+
+It tells the accumulation of a gradient from other arithmetic on the gradient, and one backward pass from the next.
+torch's public hooks do not say which backward pass called them.
+"""
+
+current_autograd_node: Callable[[], Any] = torch._C._current_autograd_node
+"""Returns the autograd node that is being evaluated on this thread; None between nodes and outside a backward pass.
+
+It tells the end of a backward pass inside a node (reentrant activation checkpointing) from the end of the outermost
+one. torch has no public way to ask.
+"""
+
+queue_callback: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
+"""Has the autograd engine call a function at the end of the backward pass that is running.
+
+torch's public hooks run at single tensors or nodes, which may lack a gradient. DistributedDataParallel and FSDP2 end
+their backward passes by this function.
+"""
+
+# Subclasses of Tensor ------------------------------------------------------------------------------------------------
+
+make_wrapper_subclass: Callable[..., Any] = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+"""Makes an instance of a Tensor subclass that has a shape and a dtype and no memory of its own.
+
+torch documents it for extensions, under this name only.
+"""
+
+disabled_torch_function: Any = torch._C._disabled_torch_function_impl
+"""The ``__torch_function__`` of a Tensor subclass whose operators return plain tensors.
+
+torch documents the value for this use, under this name only.
+"""
+
+# DTensors and their relatives ----------------------------------------------------------------------------------------
+
+local_tensor: Callable[[DTensor], Tensor] = operator.attrgetter("_local_tensor")
+"""Returns the tensor that holds this rank's block of a DTensor. Raises ``AttributeError`` for a plain tensor.
+
+The public ``to_local()`` makes a view of it where gradients are recorded, and costs several times as long. A torch that
+lacks the attribute fails where the first DTensor is used.
+"""
+
+
+def set_local_tensor(tensor: DTensor, local: Tensor) -> None:
+    """Replaces the local tensor of a DTensor, by one of the same shape and dtype that an asynchronous one has become.
+
+    A new DTensor (``DTensor.from_local``) would not be the ``grad`` that others may hold already.
+    """
+    tensor._local_tensor = local
+
+
+AsyncCollectiveTensor = _functional_collectives.AsyncCollectiveTensor
+"""Class of a tensor that an asynchronous collective is still filling; ``wait()`` returns the filled tensor.
+
+``redistribute(async_op=True)``, as tensor parallelism calls it, leaves such tensors in DTensors. Reading their memory
+directly needs ``wait()`` first, and torch has no public name for the class.
+"""
+
+ShardedTensor = sharded_tensor.ShardedTensor
+"""Class of tensors in the sharded state dicts of FSDP1, which torch has replaced by DTensor.
+
+Checkpoints read its local shards. torch exports the class from a private module only.
+"""
+
+# Operators -----------------------------------------------------------------------------------------------------------
+
+aten = torch.ops.aten
+"""Namespace of the operators that ``__torch_dispatch__`` gets to see."""
+
+FOREACH_ZERO_ = aten._foreach_zero_.default
+"""The operator by which ``optimizer.zero_grad(set_to_none=False)`` zeroes all gradients at once."""
+
+TO_COPY = aten._to_copy.default
+"""The operator that ``Tensor.to()`` becomes below autograd where it makes a copy."""
+
+foreach_mul_: Callable[..., None] = torch._foreach_mul_
+"""Multiplies each tensor of a list by one 0-dim tensor, in place and in one kernel.
+
+torch's own gradient clipping uses it. The public operators take one tensor each.
+"""
+
+foreach_norm: Callable[..., tuple[Tensor, ...]] = torch._foreach_norm
+"""Returns the norm of each tensor of a list, in one kernel. The public ``torch.linalg.vector_norm`` takes one."""
+
+chunk_cat: Callable[..., Any] = torch._chunk_cat
+"""Joins tensors of any number of dims, flattened, in one kernel.
+
+FSDP2 fills its buffers by it. The public ``torch.cat`` wants each tensor flattened by a call of its own.
+"""
+
+amp_unscale_: Callable[..., None] = torch._amp_foreach_non_finite_check_and_unscale_
+"""The operator that ``GradScaler.unscale_()`` calls with all gradients.
+
+The gradients of this package recognize it in ``__torch_function__``, and apply it to the local tensors.
+"""
+
+# Modules and FSDP ----------------------------------------------------------------------------------------------------
+
+submodules: Callable[[nn.Module], Mapping[str, nn.Module | None]] = operator.attrgetter("_modules")
+"""Returns the direct children of a module by name.
+
+The public ``named_children()`` leaves out the second name of a child that has two, and ``getattr`` is redirected by
+wrappers. A torch that lacks the attribute fails where a module is saved.
+"""
+
+WRAPPER_NAMES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Names under which torch.compile, FSDP1 and activation checkpointing hold the module that they wrap.
+
+State dicts of the unwrapped module lack these names. With another name, torch would make other keys for checkpoints.
+"""
+
+
+modules_with_state: Iterable[nn.Module] | None = getattr(_composable_state, "_module_state_mapping", None)
+"""Modules of this process that ``fully_shard`` or ``replicate`` has been applied to; None on a torch that lacks it.
+
+The mapping is torch's own and holds the modules weakly. FSDP2 has no public way to find the module of a parameter.
+"""
+
+
+def is_fsdp1_slice(param: Tensor) -> bool:
+    """Whether FSDP1 (``use_orig_params=True``) has made ``param`` this rank's slice of a parameter, which it marks.
+
+    The slice is a plain tensor without any public sign. On a torch that lacks the mark, slices count as plain
+    parameters.
+    """
+    return bool(getattr(param, "_fsdp_flattened", False))
+
+
+def free_fsdp1_copy(module: FullyShardedDataParallel) -> None:
+    """Frees the whole parameters that a forward under FSDP1 has left in ``module``; the next forward gathers them.
+
+    FSDP1 keeps the ones of the outermost module after a forward, and has no public way to free them.
+    """
+    handle = module._handle
+    if handle is not None and handle.uses_sharded_strategy:
+        _runtime_utils._reshard(module, handle, free_unsharded_flat_param=True)
+
+
+def fsdp2_parameters(module: FSDPModule) -> list[Any]:
+    """Returns FSDP2's records of the parameters of ``module``; ``sharded_param`` is the DTensor of each.
+
+    FSDP2 has no public way to them. ``_fsdp_param_groups`` is the name of newer versions, ``_fsdp_param_group`` the
+    name of older ones.
+    """
+    state: Any = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return [param for group in groups or [state._fsdp_param_group] if group for param in group.fsdp_params]
+
+
+def fsdp2_copies(module: FSDPModule) -> list[Tensor]:
+    """Returns the whole parameters that a forward under FSDP2 computes with; none before the first forward."""
+    return [param._unsharded_param for param in fsdp2_parameters(module) if hasattr(param, "_unsharded_param")]
+
+
+# Process groups ------------------------------------------------------------------------------------------------------
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
+    """Returns the timeout of the collectives of ``group``; None where the backend or the version of torch hides it.
+
+    torch has no public way to ask. ``torch.distributed.split_group`` reads it by these names, too.
+    """
+    try:
+        return group._get_backend(group._device_types[0]).options._timeout  # type: ignore[no-any-return]
+    except (AttributeError, RuntimeError):
+        return None
+
+
+default_store: Callable[[], dist.Store] = dist.distributed_c10d._get_default_store
+"""Returns the key-value store by which ``init_process_group`` has connected all ranks.
+
+``init_process_group(store=...)`` is the public way to set a store; torch has none to ask for it.
+"""
+
+# Optimizers ----------------------------------------------------------------------------------------------------------
+
+state_dict_pre_hooks: Callable[[Optimizer], Mapping[int, Callable[..., Any]]]
+state_dict_pre_hooks = operator.attrgetter("_optimizer_state_dict_pre_hooks")
+"""Returns the hooks that ``register_state_dict_pre_hook`` has added.
+
+An optimizer with its own ``state_dict()`` has to call them, and torch has no public way to them. A torch that lacks the
+attribute fails in ``state_dict()``. The next three entries are alike.
+"""
+
+state_dict_post_hooks: Callable[[Optimizer], Mapping[int, Callable[..., Any]]]
+state_dict_post_hooks = operator.attrgetter("_optimizer_state_dict_post_hooks")
+"""Returns the hooks that ``register_state_dict_post_hook`` has added."""
+
+load_state_dict_pre_hooks: Callable[[Optimizer], Mapping[int, Callable[..., Any]]]
+load_state_dict_pre_hooks = operator.attrgetter("_optimizer_load_state_dict_pre_hooks")
+"""Returns the hooks that ``register_load_state_dict_pre_hook`` has added."""
+
+load_state_dict_post_hooks: Callable[[Optimizer], Mapping[int, Callable[..., Any]]]
+load_state_dict_post_hooks = operator.attrgetter("_optimizer_load_state_dict_post_hooks")
+"""Returns the hooks that ``register_load_state_dict_post_hook`` has added."""
+
+
+def set_takes_scaled_gradients(optimizer: Optimizer, takes: bool) -> None:
+    """Tells ``torch.amp.GradScaler`` whether ``optimizer.step()`` unscales gradients and skips steps by itself.
+
+    torch's fused optimizers carry the mark; it has no public name. A torch that does not read it unscales before the
+    step, which is right as well, and waits for the device.
+    """
+    optimizer._step_supports_amp_scaling = takes  # type: ignore[attr-defined]
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+StorageInfo = filesystem._StorageInfo
+"""Class of the places of items (file, offset, length) in the ``.metadata`` of ``torch.distributed.checkpoint``.
+
+torch reads checkpoints by it, so checkpoints for torch have to contain it; it has no public name.
+"""
+
+rebuild_tensor_v2: Callable[..., Tensor] = torch._utils._rebuild_tensor_v2
+"""The function by which files of ``torch.save`` name a tensor with a typed storage.
+
+Files are written here without ``torch.save``, to save a copy, and have to name the function. It has no public name.
+"""
+
+rebuild_tensor_v3: Callable[..., Tensor] = torch._utils._rebuild_tensor_v3
+"""The function by which files of ``torch.save`` name a tensor of a dtype that has no typed storage, such as uint16."""

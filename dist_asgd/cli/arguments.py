@@ -1,0 +1,62 @@
+"""Command-line arguments that several commands declare, and the types of their values."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares ``URL`` (the directory of a run), ``--json`` and the storage options."""
+    parser.add_argument("url", metavar="URL", help="a path or fsspec URL: the directory of a run")
+    _add_output_and_storage_options(parser)
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares ``URL`` (a checkpoint, or the directory of a run), ``--step``, ``--json`` and the storage options."""
+    parser.add_argument("url", metavar="URL", help="a path or fsspec URL: of one checkpoint, or the directory of a run")
+    parser.add_argument("--step", type=non_negative, metavar="N", help="of the run (default: the newest)")
+    _add_output_and_storage_options(parser)
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Declares ``--json``, which switches a command's output from text to JSON."""
+    parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
+
+
+def positive(text: str) -> int:
+    """Parses a whole number of at least 1. Raises ``argparse.ArgumentTypeError``."""
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def non_negative(text: str) -> int:
+    """Parses a whole number of at least 0. Raises ``argparse.ArgumentTypeError``."""
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def _add_output_and_storage_options(parser: argparse.ArgumentParser) -> None:
+    add_json_argument(parser)
+    parser.add_argument(
+        "--storage-option",
+        type=_key_and_value,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="for fsspec, repeatable; the value as JSON, or a string where it is none",
+    )
+    parser.add_argument("--storage-options", metavar="FILE", help="JSON with such options: others see no command line")
+
+
+def _key_and_value(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not key or not separator:
+        raise argparse.ArgumentTypeError("expected KEY=VALUE")  # without the text, which may be a secret
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value

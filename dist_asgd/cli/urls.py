@@ -1,0 +1,126 @@
+"""Opens the runs, checkpoints and outputs that URLs on the command line name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dist_asgd.checkpoint.format.manifest import NAME, STOCK
+from dist_asgd.checkpoint.retention import Directory, attempts, directories, newest_of
+from dist_asgd.checkpoint.storage.storage import Storage
+from dist_asgd.checkpoint.storage.url import folder_and_name
+
+
+class NotFound(Exception):
+    """A URL at which there is no checkpoint; exit status 3."""
+
+
+class UsageError(Exception):
+    """Arguments that argparse accepts and that make no sense together, or here; exit status 2."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedCheckpoint:
+    """One checkpoint: a storage, and the checkpoint's directory in it."""
+
+    storage: Storage
+    directory: str  # relative to the storage's URL; "" where that is the checkpoint's own URL
+
+    @property
+    def url(self) -> str:
+        """The checkpoint's own URL."""
+        return f"{self.storage.url}/{self.directory}" if self.directory else self.storage.url
+
+    def sizes(self) -> dict[str, int]:
+        """Returns the bytes of each file of the checkpoint, by its path relative to the checkpoint."""
+        return self.storage.sizes(self.directory)
+
+
+def open_storage(url: str, options: Mapping[str, Any]) -> Storage:
+    """Returns the storage at ``url`` without a request to it. Raises ``UsageError`` for a bad URL or bad options."""
+    try:
+        return Storage.open(url, options)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def open_run(arguments: argparse.Namespace) -> tuple[Storage, dict[str, int], list[Directory]]:
+    """Opens the run that ``add_run_arguments`` of ``cli/arguments.py`` has declared.
+
+    Returns:
+        The storage, the bytes of each file by its path, and the directories of checkpoints, committed or not.
+
+    Raises:
+        UsageError: for a bad URL or bad storage options.
+        NotFound: where no directory of a checkpoint is.
+    """
+    storage = open_storage(arguments.url, storage_options(arguments))
+    sizes = storage.sizes()
+    found = attempts(sizes)
+    if not found:
+        raise NotFound(f"{storage.url} has no checkpoints of a run: no directories step-..., that Checkpointer makes")
+    return storage, sizes, found
+
+
+def find_checkpoint(url: str, options: Mapping[str, Any], step: int | None) -> OpenedCheckpoint:
+    """Returns the checkpoint at ``url``, or one of the run at ``url``.
+
+    Args:
+        url: of a checkpoint (of dist_asgd or of ``torch.distributed.checkpoint``), or of the directory of a run.
+        options: fsspec's, for the protocol of ``url``.
+        step: the step of the run to take; None for the newest that is committed.
+
+    Raises:
+        UsageError: for a bad URL or bad options, or where ``step`` is given for the URL of one checkpoint.
+        NotFound: where there is no checkpoint, or none of that step.
+    """
+    storage = open_storage(url, options)
+    if {NAME, STOCK} & storage.list().keys():
+        if step is not None:
+            raise UsageError(f"{storage.url} is one checkpoint: --step is for the directory of a run")
+        return OpenedCheckpoint(storage, "")
+    found = newest_of(directories(storage))
+    if step is None and found:
+        step = max(found)
+    if step is None:
+        raise NotFound(f"{storage.url} has no checkpoint: neither {NAME} nor {STOCK}, and no committed steps below it")
+    if step not in found:
+        raise NotFound(f"{storage.url} has no checkpoint of step {step}; it has {sorted(found)}")
+    return OpenedCheckpoint(storage, found[step].name)
+
+
+def open_parent(url: str, options: Mapping[str, Any]) -> tuple[Storage, str]:
+    """Returns the storage of the folder that the file at ``url`` is in, and the file's name. Raises ``UsageError``."""
+    try:
+        folder, name = folder_and_name(url)
+    except ValueError as error:
+        raise UsageError(f"OUT: {error}") from error
+    return open_storage(folder, options), name
+
+
+def storage_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns fsspec's options from ``--storage-options FILE``, overridden by each ``--storage-option KEY=VALUE``.
+
+    Raises:
+        UsageError: where the file cannot be read or is no JSON object. Options may be secrets: no message has any.
+    """
+    file, options = arguments.storage_options, {}
+    if file is not None:
+        try:
+            with open(file, encoding="utf-8") as stream:
+                options = json.load(stream)
+        except ValueError:
+            raise UsageError(f"{file} is not valid JSON") from None
+        except OSError as error:
+            raise UsageError(f"cannot read {file}: {error.strerror}") from error
+        if not isinstance(options, dict):
+            raise UsageError(f"{file} is no JSON object: expected storage options by their names")
+    return {**options, **dict(arguments.storage_option)}
+
+
+def bytes_in(directory: str, sizes: Mapping[str, int]) -> int:
+    """Returns the bytes of all files below ``directory``; ``sizes`` has the bytes of each file of the run by path."""
+    return sum(size for path, size in sizes.items() if path.startswith(f"{directory}/"))

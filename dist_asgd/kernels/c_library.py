@@ -1,0 +1,57 @@
+"""Compiles the C files of this folder by the machine's C compiler, once in each process, and loads them.
+
+A compiled file is not kept for other processes: compiling takes some tenths of a second, and a library that another
+user could have written must not be loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_asgd.kernels.selfcheck import logger, warn_once
+
+COMPILERS = ("cc", "gcc", "clang")
+
+
+def compile_library(
+    file: str, flags: Sequence[str], purpose: str, kind: type[ctypes.CDLL] = ctypes.CDLL
+) -> ctypes.CDLL | None:
+    """Compiles one C file of this folder and loads it. Logs that at INFO, or at WARNING why it is not possible.
+
+    Args:
+        file: the name of the file, such as ``"cpu.c"``.
+        flags: for the compiler, besides those that make a shared library. OpenMP is used where the compiler has it.
+        purpose: what the library does, for the log.
+        kind: ``ctypes.PyDLL`` for a library that calls Python, and so must hold its lock.
+
+    Returns:
+        The library, or None if there is no compiler or it fails.
+    """
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        warn_once(f"no C compiler found ({', '.join(COMPILERS)})")
+        return None
+    start = time.monotonic()
+    try:
+        with tempfile.TemporaryDirectory(prefix="dist_asgd-") as folder:
+            library = f"{folder}/library.so"
+            command = [compiler, *flags, "-shared", "-fPIC", str(Path(__file__).with_name(file)), "-o", library, "-lm"]
+            run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=60)
+            if run([*command, "-fopenmp"]).returncode != 0:  # Apple's compiler has no OpenMP: one thread does the work
+                run(command, check=True)
+            loaded = kind(library)
+    except (OSError, subprocess.SubprocessError) as error:
+        warn_once(f"{compiler} failed", getattr(error, "stderr", None) or str(error))
+        return None
+    seconds = time.monotonic() - start
+    logger.info(
+        "compiled %s by %s in %.1f s for %s; results have the same bits without it", file, compiler, seconds, purpose
+    )
+    return loaded
