@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import reprlib
 import struct
 import sys
 from collections import Counter, OrderedDict
@@ -81,7 +82,7 @@ def decode(encoded: Any, name: str) -> Any:
     try:
         return _decode(encoded, 0)
     except (ValueError, TypeError, KeyError, OverflowError, MemoryError, struct.error, ImportError) as error:
-        text = json.dumps(encoded, default=repr)[:200] if _depth_of(encoded) < MAX_DEPTH else "lists in lists"
+        text = reprlib.repr(encoded)  # shortened, and does not follow deep nesting
         raise CheckpointError(f"the value {name} is damaged, or of a newer version: {text} ({error})") from None
 
 
@@ -166,10 +167,6 @@ def _decode(encoded: Any, depth: int) -> Any:
     return _ATOMS[tag](content)
 
 
-def _counter(pairs: Any) -> Counter[Any]:
-    return Counter(dict(pairs))
-
-
 def _size(content: Any) -> torch.Size:
     if type(content) is not list or not all(type(size) is int for size in content):
         raise TypeError("not a list of int")
@@ -194,7 +191,7 @@ def _decode_numpy(content: Any) -> Any:
 _CONTAINERS: Mapping[str, Callable[[Any], Any]] = {
     "#dict": dict,
     "#OrderedDict": OrderedDict,
-    "#Counter": _counter,
+    "#Counter": lambda pairs: Counter(dict(pairs)),
     "#tuple": tuple,
     "#set": set,
     "#frozenset": frozenset,
@@ -209,16 +206,3 @@ _ATOMS: Mapping[str, Callable[[Any], Any]] = {
     "#dtype": _TORCH_DTYPES.__getitem__,
     "#numpy": _decode_numpy,
 }
-
-
-def _depth_of(encoded: Any) -> int:
-    """Returns how many containers are inside each other, counted without recursion up to ``MAX_DEPTH``."""
-    level, depth = [encoded], 0
-    while level and depth < MAX_DEPTH:
-        level = [item for value in level if type(value) in (list, dict) for item in _items(value)]
-        depth += 1
-    return depth
-
-
-def _items(value: Any) -> Any:
-    return value.values() if type(value) is dict else value

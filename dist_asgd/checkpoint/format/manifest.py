@@ -306,12 +306,11 @@ def _item(value: Any, files: Mapping[str, FileRecord]) -> Item:
     item = Item(name, offset, head, size, tail, block, *(_typed(field, str, "a checksum") for field in fields[6:]))
     if item.stop > files[name].size:
         raise FormatError(f"an item ends at byte {item.stop} of {name}, which has {files[name].size}")
+    where = f"the item at byte {offset} of {name}"
     if len(item.crc32) != 8 * -(-size // block) or not re.fullmatch("[0-9a-f]*", item.crc32):
-        raise FormatError(
-            f"the item at byte {offset} of {name} has not one checksum for each {block} of its {size} bytes"
-        )
+        raise FormatError(f"{where} has not one checksum for each {block} of its {size} bytes")
     if not re.fullmatch("[0-9a-f]{16}", item.frame):
-        raise FormatError(f"the item at byte {offset} of {name} has the frame's checksums {item.frame!r}")
+        raise FormatError(f"{where} has the frame's checksums {item.frame!r}")
     return item
 
 
