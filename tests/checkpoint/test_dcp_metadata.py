@@ -1,4 +1,4 @@
-"""Items and metadata in DCP's format: torch and its checkpoint readers take them for their own."""
+"""Checks that torch.load and torch.distributed.checkpoint read the items and metadata that this library makes."""
 
 import io
 import itertools
@@ -99,7 +99,7 @@ def originals():
 
 
 def cut(tensor, parts):
-    """(box, block) of `parts` flat ranges of a tensor, as a sharded optimizer has them."""
+    """Returns (box, block) of `parts` flat ranges of a tensor, as a sharded optimizer holds them."""
     if not tensor.numel():
         return [(Box((0,) * tensor.dim(), tuple(tensor.shape)), tensor)]
     bounds = [tensor.numel() * n // parts for n in range(parts + 1)]
@@ -112,7 +112,7 @@ def cut(tensor, parts):
 
 
 def write_checkpoint(folder):
-    """Tensors in boxes over two files, "same" where "w" is, and values; all under the key "state"."""
+    """Writes tensors in boxes over two files, "same" in the place of "w", and values; all under the key "state"."""
     files = {"__0_0.distcp": b"", "sub/__1_0.distcp": b""}
     (folder / "sub").mkdir()
     tensors, objects, places = {}, {}, {}
