@@ -1,4 +1,4 @@
-"""Errors of checkpoints, and the ways in which one rank's error becomes the error of every rank."""
+"""Defines the errors of saving and loading checkpoints, and raises an error of one rank on all ranks."""
 
 from __future__ import annotations
 
@@ -9,18 +9,27 @@ from dist_asgd.comm.consensus import Agreement, error_text
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be saved or loaded. Says which file and which key, and what to do."""
+    """A checkpoint could not be saved or loaded. The message names the file and the key, and says what to do."""
 
 
 class NotCommitted(CheckpointError):
-    """Something of a checkpoint is there, but it never was finished, or is being deleted: it does not exist."""
+    """Files of a checkpoint exist without its commit record: its save never finished, or it is being deleted."""
 
 
 @contextlib.contextmanager
 def together(agreement: Agreement, operation: str) -> Iterator[None]:
-    """Runs ``agreement.together`` and makes ``CheckpointError`` of its errors but ``ValueError`` and ``TypeError``.
+    """Runs the block on every rank; if it raises on any rank, every rank raises an error that names that rank.
 
-    Collective: every rank must run it. A rank that is interrupted raises its own ``KeyboardInterrupt`` or such.
+    Collective: every rank of ``agreement`` must call it. A rank that is interrupted (``KeyboardInterrupt``,
+    ``SystemExit``) raises that itself.
+
+    Args:
+        agreement: the ranks.
+        operation: the public call that runs the block, such as ``"save()"``.
+
+    Raises:
+        ValueError, TypeError: the lowest failing rank raised one.
+        CheckpointError: the lowest failing rank raised any other exception, or was interrupted.
     """
     with only_checkpoint_errors(), agreement.together(operation):
         yield
@@ -28,7 +37,7 @@ def together(agreement: Agreement, operation: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_checkpoint_errors() -> Iterator[None]:
-    """What goes wrong in the block is a ``CheckpointError``, but for a user's ``ValueError`` or ``TypeError``."""
+    """Turns every ``Exception`` of the block into ``CheckpointError``, but for ``ValueError`` and ``TypeError``."""
     try:
         yield
     except (CheckpointError, ValueError, TypeError):
@@ -39,7 +48,7 @@ def only_checkpoint_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(url: str) -> Iterator[None]:
-    """Tells which checkpoint an error is about."""
+    """Puts the checkpoint's ``url`` in front of the message of a ``CheckpointError`` that the block raises."""
     try:
         yield
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""What the log says while much is saved or loaded. It needs no thread: whoever moves bytes tells of them."""
+"""Logs the progress of long saves and loads, without a thread: whoever moves bytes reports them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import time
 
 logger = logging.getLogger(__name__)
 
-EVERY = 10.0  # seconds: before the first line, and between lines
+EVERY = 10.0  # seconds before the first line of the log, and between lines
 
 
 class Progress:
-    """Told of bytes that were written or read; of what takes long, it says so in the log from time to time.
+    """Counts the bytes that one rank has written or read, and logs a line every ``EVERY`` seconds.
 
     Args:
-        doing: what is being done, for a line of the log.
-        total: bytes.
-        rank: only rank 0 says anything. It tells of its own share, which is about as large as others'.
+        doing: the operation and its URL, which begin the line.
+        total: bytes that this rank writes or reads in all.
+        rank: this rank. Rank 0 alone logs; its own share of the bytes is about as large as those of other ranks.
     """
 
     def __init__(self, doing: str, total: int, rank: int) -> None:
@@ -25,7 +25,7 @@ class Progress:
         self._begun = self._said = time.monotonic()
 
     def add(self, count: int) -> None:
-        """``count`` more bytes are done."""
+        """Adds ``count`` bytes to those written or read."""
         self._done += count
         now = time.monotonic()
         if self._is_silent or now - self._said < EVERY:

@@ -21,16 +21,15 @@ from dist_asgd.checkpoint.export.huggingface import MAX_SHARD_BYTES, split_into_
 from dist_asgd.checkpoint.format.manifest import NAME, Manifest, read_manifest
 from dist_asgd.checkpoint.loading.sources import open_checkpoint
 from dist_asgd.checkpoint.storage.storage import Storage
+from dist_asgd.checkpoint.storage.url import LOCAL, protocol_of
 from dist_asgd.cli.arguments import add_checkpoint_arguments
 from dist_asgd.cli.output import ReportProgress, format_bytes, printable, progress_bar, write
 from dist_asgd.cli.urls import (
-    LOCAL,
     OpenedCheckpoint,
     UsageError,
     find_checkpoint,
     open_parent,
     open_storage,
-    protocol_of,
     storage_options,
 )
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.dcp_metadata import StoredChunk
-from dist_asgd.checkpoint.format.entries import SavedTensor
+from dist_asgd.checkpoint.format.entries import SavedTensor, dtype_name
 from dist_asgd.checkpoint.format.json_values import decode
-from dist_asgd.checkpoint.format.manifest import NAME, STOCK, Manifest, dtype_name, in_directory, read_manifest
+from dist_asgd.checkpoint.format.manifest import NAME, STOCK, Manifest, in_directory, read_manifest
 from dist_asgd.checkpoint.state.mismatches import truncate
 from dist_asgd.checkpoint.stock.metadata import read_stock_metadata
 from dist_asgd.cli.arguments import add_checkpoint_arguments

@@ -13,8 +13,6 @@ from dist_asgd.checkpoint.retention import Directory, attempts, directories, new
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.checkpoint.storage.url import folder_and_name
 
-LOCAL = "file"  # the protocol of paths
-
 
 class NotFound(Exception):
     """A URL at which there is no checkpoint; exit status 3."""
@@ -121,12 +119,6 @@ def storage_options(arguments: argparse.Namespace) -> dict[str, Any]:
         if not isinstance(options, dict):
             raise UsageError(f"{file} is no JSON object: expected storage options by their names")
     return {**options, **dict(arguments.storage_option)}
-
-
-def protocol_of(url: str) -> str:
-    """Returns the fsspec protocol of a URL, such as ``s3``; ``LOCAL`` for a path."""
-    protocol = url.partition("://")[0] if "://" in url else LOCAL
-    return LOCAL if protocol == "local" else protocol
 
 
 def bytes_in(directory: str, sizes: Mapping[str, int]) -> int:

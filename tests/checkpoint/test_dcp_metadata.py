@@ -1,4 +1,4 @@
-"""Items and metadata in DCP's format: torch and its checkpoint readers take them for their own."""
+"""Checks that torch.load and torch.distributed.checkpoint read the items and metadata that this library makes."""
 
 import io
 import itertools
@@ -24,7 +24,7 @@ from dist_asgd.checkpoint.format.dcp_metadata import (
     object_item,
     stock_metadata,
 )
-from dist_asgd.checkpoint.format.torch_archive import ALIGNMENT
+from dist_asgd.checkpoint.format.torch_archive import PAYLOAD_ALIGNMENT
 from tests.support.items import DTYPES, SHAPES, item, raw_bytes, sample
 from tests.support.ranks import run_alone, run_ranks
 
@@ -35,7 +35,7 @@ def test_torch_loads_an_item(dtype, tmp_path):
     for shape in SHAPES:
         tensor = sample(dtype, shape)
         data = item(tensor)
-        assert len(item_head(dtype, shape)) % ALIGNMENT == 0
+        assert len(item_head(dtype, shape)) % PAYLOAD_ALIGNMENT == 0
         (tmp_path / "item").write_bytes(data)
         for loaded in (
             torch.load(io.BytesIO(data), weights_only=True),
@@ -99,7 +99,7 @@ def originals():
 
 
 def cut(tensor, parts):
-    """(box, block) of `parts` flat ranges of a tensor, as a sharded optimizer has them."""
+    """Returns (box, block) of `parts` flat ranges of a tensor, as a sharded optimizer holds them."""
     if not tensor.numel():
         return [(Box((0,) * tensor.dim(), tuple(tensor.shape)), tensor)]
     bounds = [tensor.numel() * n // parts for n in range(parts + 1)]
@@ -112,7 +112,7 @@ def cut(tensor, parts):
 
 
 def write_checkpoint(folder):
-    """Tensors in boxes over two files, "same" where "w" is, and values; all under the key "state"."""
+    """Writes tensors in boxes over two files, "same" in the place of "w", and values; all under the key "state"."""
     files = {"__0_0.distcp": b"", "sub/__1_0.distcp": b""}
     (folder / "sub").mkdir()
     tensors, objects, places = {}, {}, {}

@@ -1,4 +1,4 @@
-"""Manifests and payloads that somebody else has made: nothing runs, nothing is written, little memory is taken."""
+"""Loads forged manifests and payloads: no code runs, nothing outside the state is written, little memory is taken."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ def forged(pristine, tmp_path):
 
 
 def forge(folder, text):
-    """Writes a manifest with the sha256 that it must have."""
+    """Writes a manifest with the sha256 that matches its contents."""
     data = text.encode() if isinstance(text, str) else text
     (folder / "manifest.json").write_bytes(data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode()))
 
@@ -104,7 +104,7 @@ def huge_shape_and_item(record):
 
 
 def huge_file(record, rows=2**27):
-    """Of whose contents a checkpoint of a few kilobytes knows all checksums."""
+    """Claims a file of 4 GiB, with checksums for all of its bytes, in a checkpoint of a few kilobytes."""
     tensor = record["tensors"]["data.rows"]
     tensor["shape"] = tensor["chunks"][0][1] = [rows, 8]
     item = record["items"][tensor["chunks"][0][2]]
@@ -207,7 +207,7 @@ def test_of_two_members_with_one_name_one_counts(forged):
     assert torch.equal(state["model"].weight, make_state(2)["model"].weight)
 
 
-# Any place of a manifest, with anything in it.
+# Values that mutated() puts in any place of a manifest.
 
 ANYTHING = [None, True, -1, 0, 1, 3, 2**31, 2**62, 2**63, 10**30, 1.5, float("nan"), float("inf")]
 ANYTHING += ["", "0" * 16, "../../x", "/etc/passwd", "a\0b", "\ud800", "bool", "x" * 100_000]
@@ -227,7 +227,7 @@ ANYTHING += [{"#numpy": ["<U9999", [0], ""]}, {"#float": "00"}, {"#int": "z"}, {
 
 
 def places(node, path=()):
-    """Paths to everything in a JSON value."""
+    """Yields the paths to everything in a JSON value."""
     yield path
     inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for name, value in inner:
@@ -235,7 +235,7 @@ def places(node, path=()):
 
 
 def mutated(record, choices, spots):
-    """A copy in which one or two things are others: replaced, removed, doubled, renamed, or moved from elsewhere."""
+    """Returns a copy with one or two changes: something replaced, removed, doubled, renamed or moved from elsewhere."""
     record = json.loads(json.dumps(record))
     for _ in range(choices.choice([1, 1, 2])):
         *above, name = choices.choice(spots)
@@ -270,7 +270,7 @@ def tensors_of(state):
 
 
 def load_mutations(folder):
-    """How many were refused, how many loaded; both as they should be."""
+    """Loads mutated manifests, checks each outcome, and returns the numbers refused and loaded, and memory grown."""
     record, choices = record_of(folder), random.Random(0)
     spots = [path for path in places(record) if path and path != ("sha256",)]
     state, everything = make_state(1), {}
@@ -330,7 +330,7 @@ def test_mutated_manifests_are_refused_or_loaded_as_they_say(forged, tmp_path):
 
 
 def load_huge(folder):
-    """A file of 4 GiB that takes no room on the disk."""
+    """Loads a checkpoint with a sparse file of 4 GiB, and returns the error and the bytes by which memory has grown."""
     record = record_of(folder)
     huge_file(record)
     forge(folder, dumped(record))
@@ -347,11 +347,11 @@ def test_a_huge_tensor_takes_no_memory_before_its_first_bytes_are_verified(forge
     assert grown < 2 * MOST
 
 
-# Pickles that would run.
+# Pickles that would run code when they are loaded.
 
 
 class Canary:
-    """Unpickled, it makes a file."""
+    """An object whose unpickling makes a file."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -361,7 +361,7 @@ class Canary:
 
 
 def test_no_pickle_runs(forged, tmp_path):
-    """In .metadata, in values, and before and behind each tensor, all with the right checksums."""
+    """Pickles that run code stand in .metadata, in values, and before and behind each tensor, with right checksums."""
     canary = pickle.dumps(Canary(tmp_path / "ran"))
     pickle.loads(canary)
     assert (tmp_path / "ran").exists()
@@ -388,7 +388,7 @@ def test_no_pickle_runs(forged, tmp_path):
 
 
 def test_names_that_are_no_checkpoints_are_left_alone(tmp_path):
-    """Beside those of a run: they are not loaded, and not deleted."""
+    """Directories in a run whose names are not those of checkpoints are neither loaded nor deleted."""
     names = ["step-00000009", "step-00000009-0001-zzzzzzzz", "step-99999999999999999999-0001-00000000", "..."]
     for name in names:
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""Python values as JSON and back: the same value of the same type, whatever it is, and nothing that JSON could run."""
+"""Encodes values as JSON and decodes them: values and types are kept, and no JSON runs code."""
 
 import json
 import math
@@ -68,7 +68,7 @@ def through_json(value: Any) -> Any:
 
 
 def form(value: Any) -> Any:
-    """Equal for equal values of equal types only; NaNs by their bits, containers in their order."""
+    """Returns a form that is equal for equal values of equal types only: NaNs by their bits, containers in order."""
     kind = type(value).__name__
     if isinstance(value, float) and type(value) is float:
         return kind, struct.pack(">d", value)

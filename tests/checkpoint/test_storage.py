@@ -1,4 +1,4 @@
-"""The storage layer of checkpoints: one contract for every store, and faults that really happen."""
+"""Tests storage/ on real servers: one contract for every store, and faults that really happen."""
 
 import errno
 import gc
@@ -17,11 +17,15 @@ import traceback
 import uuid
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from dist_asgd.checkpoint.storage import multipart, retry
+from dist_asgd.checkpoint.storage import multipart, registry, retry
 from dist_asgd.checkpoint.storage import storage as storage_module
+from dist_asgd.checkpoint.storage.backend import Backend, classes_in
 from dist_asgd.checkpoint.storage.registry import target_of
+from dist_asgd.checkpoint.storage.rename import RenamedUploads
 from dist_asgd.checkpoint.storage.storage import Storage, StorageError
 from tests.support.ranks import RankError, message_of, run_alone
 from tests.support.stores import (  # noqa: F401
@@ -41,7 +45,7 @@ UNSAFE = ["", "/etc/passwd", "../x", "a/../../x", "a//b", "a/", "./a", "a\\b", "
 
 @pytest.fixture(params=STORES)
 def place(request, tmp_path):
-    """(URL, storage options): on each store a place where nothing is."""
+    """Returns (URL, storage options) of a place on each store where nothing is."""
     if request.param == "file":
         return str(tmp_path / "not yet" / "there"), None
     if request.param == "memory":
@@ -108,7 +112,7 @@ def test_a_chunk_may_be_overwritten_afterwards(storage):
 
 def test_nothing_appears_when_the_chunks_fail(storage):
     class Failed(OSError):
-        """Our own, which must come out as it is."""
+        """An error of the caller, which must pass unchanged."""
 
     def chunks():
         yield b"x" * 1000
@@ -266,7 +270,7 @@ def killed_while_writing(place):
 
 @pytest.mark.parametrize("store", ["s3", "sftp", "file"])
 def test_what_killed_writers_leave_is_cleared_away(request, tmp_path, small_parts, store):
-    """Only below the prefix, and only when it is old."""
+    """Unfinished files go only where they lie below the prefix and are old."""
     place = opened(request, tmp_path, store)
     with pytest.raises(RankError, match="killed"):
         run_alone(killed_while_writing, place)
@@ -279,7 +283,7 @@ def test_what_killed_writers_leave_is_cleared_away(request, tmp_path, small_part
 
 
 def test_the_store_dies_in_the_middle_of_an_upload(monkeypatch, small_parts):
-    """SIGKILL for SeaweedFS; when it is there again, no file is, and the orphan can be cleared away."""
+    """SeaweedFS gets SIGKILL; when it runs again, it shows no file, and the unfinished upload can be cleared away."""
     monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
     with running(seaweedfs()) as server:
         storage = Storage.open(server.new_url(), server.options)
@@ -305,7 +309,7 @@ def test_the_store_dies_in_the_middle_of_an_upload(monkeypatch, small_parts):
 @pytest.mark.parametrize("fault", ["cut_requests", "cut_answers"])
 @pytest.mark.parametrize("store", ["s3", "azure", "gcs", "sftp"])
 def test_connections_that_break_are_made_again(request, tmp_path, monkeypatch, small_parts, store, fault):
-    """Also when a request was carried out and only its answer was lost: then a create finds its own file."""
+    """A create whose request was carried out while its answer was lost finds its own file and succeeds."""
     monkeypatch.setattr(retry, "FIRST_DELAY", 0.02)
     server = request.getfixturevalue(f"{store}_server")
     data = bytes(range(256)) * (PART // 100)
@@ -360,7 +364,7 @@ SECRETS = ["secret-of-tests", AZURE_KEY]
 
 
 def test_secrets_in_drivers_errors_are_taken_out():
-    """botocore's errors tell the whole endpoint."""
+    """botocore's errors contain the whole URL of the endpoint."""
     options = {"key": "some-access-key", "secret": "shh-secret", "endpoint_url": "http://127.0.0.1:9/shh-secret"}
     storage = Storage.open("s3://bucket/run", {**options, "config_kwargs": {"connect_timeout": 1}})
     with pytest.MonkeyPatch.context() as patch:
@@ -393,7 +397,7 @@ def test_wrong_credentials_and_buckets_are_not_tried_again(request, monkeypatch,
 
 
 def test_many_reads_are_under_way_at_once(request):
-    """With 40 ms a request, one after the other would be 24 s for 600 files."""
+    """At 40 ms a request, 600 files one after another would take 24 s."""
     server = request.getfixturevalue("s3_server")
     storage = Storage.open(server.new_url(), server.options)
     storage.write("a", [bytes(100)])
@@ -405,7 +409,7 @@ def test_many_reads_are_under_way_at_once(request):
 
 
 def test_what_is_read_ahead_is_bounded(tmp_path, monkeypatch):
-    """The caller takes nothing for a while: no more than the limit is read meanwhile; but a larger range is."""
+    """While the caller takes nothing, no more than the limit is read; a single larger range is read all the same."""
     monkeypatch.setattr(storage_module, "READ_BYTES", 1000)
     storage = Storage.open(tmp_path)
     storage.write("a", [bytes(5000)])
@@ -423,7 +427,7 @@ def test_what_is_read_ahead_is_bounded(tmp_path, monkeypatch):
 
 
 def test_no_space_left(tmp_path):
-    """On a full file system the file does not appear and what was written is given back."""
+    """On a full file system the file does not appear, and its space is free again."""
     if os.getuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
@@ -537,6 +541,68 @@ def test_a_missing_driver_says_what_to_install(monkeypatch):
         Storage.open("s3://bucket/run")
 
 
+def test_the_extras_of_stores_are_those_of_the_distribution():
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    for extra in {kind.backend.extra for kind in registry.STORES} - {None}:
+        assert re.search(rf"^{extra} = \[", text, re.MULTILINE), extra
+
+
+def test_a_driver_that_cannot_create_exclusively_is_refused(monkeypatch):
+    import botocore
+
+    monkeypatch.setattr(botocore, "__version__", "1.35.19")
+    with pytest.raises(StorageError, match=r"botocore 1\.35\.19 cannot create a file exclusively"):
+        Storage.open("s3://bucket/run").read("x")
+
+
+class Busy(Exception):
+    """An error after which the toy store wants to be asked again."""
+
+
+class ToyFileSystem(MemoryFileSystem):
+    """A driver that fails once, and tells its secret."""
+
+    protocol = "toy"
+    failures = 1
+
+    def __init__(self, pin=None, ticket=None, **options):
+        super().__init__(**options)
+        self.text = f"{pin} {ticket}"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("toy://", "memory://toy-"))
+
+    def cat_file(self, *args, **kwargs):
+        if type(self).failures:
+            type(self).failures -= 1
+            raise Busy(self.text)
+        return super().cat_file(*args, **kwargs)
+
+
+class ToyUploads(RenamedUploads):
+    backend = Backend(
+        protocols=("toy",),
+        query_option="ticket",
+        secret_options=("pin",),
+        transient_errors=classes_in(__name__, "Busy"),
+    )
+
+
+def test_a_new_store_is_one_class_and_one_entry_of_the_registry(monkeypatch):
+    monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(registry, "STORES", (*registry.STORES, ToyUploads))
+    fsspec.register_implementation("toy", ToyFileSystem, clobber=True)
+    url = f"toy://{uuid.uuid4().hex}/run"
+    storage = Storage.open(f"{url}?admit-one", {"pin": "12345"})
+    assert storage.url == url
+    storage.create("a", b"data")
+    assert storage.read("a") == b"data"  # by the second try
+    ToyFileSystem.failures = retry.TRIES
+    with pytest.raises(StorageError, match=r"in 5 tries: Busy: \*\*\* \*\*\*"):
+        storage.read("a")
+
+
 def test_no_driver_is_imported_with_the_package():
     drivers = {"s3fs", "adlfs", "gcsfs", "aiohttp", "botocore", "paramiko"}
     code = f"import sys, dist_asgd.checkpoint.storage.storage; print(sorted({drivers} & set(sys.modules)))"
@@ -545,7 +611,7 @@ def test_no_driver_is_imported_with_the_package():
 
 
 def test_a_storage_opened_before_a_fork_serves_both(place):
-    """fsspec's event loop runs in a thread, and a fork has only the one that forked."""
+    """fsspec's event loop runs in a thread that a forked child does not have."""
     storage = Storage.open(*place)
     storage.create("parent", b"x")
 

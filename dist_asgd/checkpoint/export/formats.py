@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from dist_asgd.checkpoint.errors import CheckpointError
-from dist_asgd.checkpoint.format.manifest import dtype_name
+from dist_asgd.checkpoint.format.entries import dtype_name
 from dist_asgd.checkpoint.format.torch_archive import (
     Stub,
     beginning,

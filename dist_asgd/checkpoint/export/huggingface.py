@@ -18,6 +18,7 @@ from torch import nn
 
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.export.formats import Exported, safetensors_dtype
+from dist_asgd.checkpoint.format.entries import dtype_name
 from dist_asgd.checkpoint.state.module_names import fqn_of, unwrapped
 from dist_asgd.checkpoint.storage.storage import Storage
 
@@ -129,7 +130,7 @@ def config_files(module: nn.Module, tensors: Sequence[Exported]) -> dict[str, by
         config["architectures"] = [type(model).__name__.removeprefix("FSDP")]  # fully_shard renames the class
         floating = next((tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point), None)
         if floating is not None:
-            config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(floating).removeprefix("torch.")
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype_name(floating)
         files["config.json"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return {name: text.encode() for name, text in files.items()}
 

@@ -1,12 +1,11 @@
-"""Items and metadata as ``torch.distributed.checkpoint`` (DCP) stores them, written without a copy of the payload.
+"""Makes items and ``.metadata`` in the format of ``torch.distributed.checkpoint`` (DCP), without copying payloads.
 
 [Note: items]
-A ``.distcp`` file is a sequence of items, and an item of a tensor is what ``torch.save`` makes of it: a zip archive
-with the pickled description of the tensor and, stored uncompressed, its elements . Here an item is three
-parts:
+A ``.distcp`` file is a sequence of items. The item of a tensor is what ``torch.save`` makes of the tensor: a zip
+archive with its pickled description and, uncompressed, its elements (format/torch_archive.py). An item has three parts:
 
-- *head*: all before the elements. It depends on dtype and shape only.
-- *payload*: the elements, row-major, little endian, as they lie in the memory of a contiguous tensor.
+- *head*: everything before the elements. It depends on dtype and shape only.
+- *payload*: the elements, row-major, little endian, like the memory of a contiguous tensor.
 - *tail*: the CRC-32 of the payload and the zip directory.
 """
 
@@ -43,41 +42,45 @@ from dist_asgd.checkpoint.format.torch_archive import (
     payload_record,
 )
 
-MAX_PAYLOAD = 2**30  # bytes of one item: far below the 4 GiB from which an archive needs the zip64 format
-COMMITTED_BY = "committed_by"  # an attribute that DCP's Metadata does not have, and DCP does not look at
+MAX_PAYLOAD = 2**30  # bytes of one item, far below the 4 GiB from which on an archive needs the zip64 format
+COMMITTED_BY = "committed_by"  # an attribute that this library adds to DCP's Metadata, and DCP ignores
 QUANTIZED = (torch.qint8, torch.qint32, torch.quint8, torch.quint4x2, torch.quint2x4)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredChunk:
-    """Where a box of a tensor is stored."""
+    """A box of a tensor, and where its item is stored."""
 
     box: Box
-    path: str  # of the file, relative to the checkpoint's directory, with "/"
-    offset: int  # of the item in the file, in bytes
-    length: int  # of the item with head and tail, in bytes
+    path: str  # the file, relative to the checkpoint's directory, with "/" between parts
+    offset: int  # bytes before the item in the file
+    length: int  # bytes of the item, head and tail included
 
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """Where a value is stored."""
+    """Where the item of a value that is no tensor is stored."""
 
-    path: str
-    offset: int
-    length: int
+    path: str  # the file, relative to the checkpoint's directory
+    offset: int  # bytes before the item in the file
+    length: int  # bytes of the item
 
 
 def item_head(dtype: torch.dtype, shape: Sequence[int]) -> bytes:
-    """All that stands before the payload of a contiguous tensor; its length is a multiple of 64.
+    """Returns the bytes of an item before the payload of a contiguous tensor; their number is a multiple of 64.
 
-    Raises CheckpointError for a payload of more than 1 GiB (cut such a tensor into several boxes) and for quantized
-    dtypes, whose tensors are more than their elements.
+    Raises:
+        CheckpointError: the payload has more than ``MAX_PAYLOAD`` bytes, so the tensor must be cut into several boxes;
+            or the dtype is quantized, and such a tensor consists of more than its elements.
     """
     return _head(dtype, tuple(shape))[0]
 
 
 def item_tail(dtype: torch.dtype, shape: Sequence[int], crc32: int) -> bytes:
-    """All that stands behind a payload whose CRC-32 (``zlib.crc32``) is ``crc32``."""
+    """Returns the bytes of an item behind a payload whose CRC-32 (``zlib.crc32``) is ``crc32``.
+
+    Raises CheckpointError as ``item_head`` does.
+    """
     head, records = _head(dtype, tuple(shape))
     payload = payload_record(0, records[-1].offset, payload_bytes(dtype, shape), crc32)
     descriptor = payload.descriptor()
@@ -85,7 +88,7 @@ def item_tail(dtype: torch.dtype, shape: Sequence[int], crc32: int) -> bytes:
 
 
 def object_item(value: Any) -> bytes:
-    """The item of a value that is not a tensor: numbers, strings, None, and lists and dicts of them."""
+    """Returns the item of a value that is no tensor: a number, a string, None, or lists and dicts of these."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
@@ -97,12 +100,16 @@ def stock_metadata(
     paths: Mapping[str, tuple[str | int, ...]],
     committed_by: str | None = None,
 ) -> bytes:
-    """The file ``.metadata``, from which stock ``dcp.load`` learns what is where.
+    """Returns the bytes of the file ``.metadata``, by which torch's ``dcp.load`` finds entries in files.
 
-    ``tensors`` gives each key's dtype, whole shape and chunks, which cover it without overlapping; ``paths`` gives the
-    way to each key through the nested state dict, as ``flatten_state_dict`` does; ``committed_by`` the file without
-    which there is no checkpoint, for our own readers. Chunks of several keys may lie at the same place. Equal arguments
-    in equal order give equal bytes.
+    Equal arguments in equal order give equal bytes.
+
+    Args:
+        tensors: by key, the dtype, the shape of the whole tensor, and chunks that cover it without overlapping. Chunks
+            of several keys may be stored in one place.
+        objects: by key, where values that are no tensors are stored.
+        paths: by key, the path through the nested state dict, as torch's ``flatten_state_dict`` gives it.
+        committed_by: name of the file without which this library takes the checkpoint for unfinished. DCP ignores it.
     """
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     places: dict[MetadataIndex, StorageInfo] = {}
@@ -112,31 +119,31 @@ def stock_metadata(
         for index, chunk in enumerate(chunks):
             offsets = torch.Size(chunk.box.offsets)
             described.append(ChunkStorageMetadata(offsets=offsets, sizes=torch.Size(chunk.box.sizes)))
-            places[MetadataIndex(key, offsets, index)] = _place(chunk)
+            places[MetadataIndex(key, offsets, index)] = _storage_info(chunk)
         entries[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), described)
     for name, stored in objects.items():
         key = sys.intern(name)
         entries[key] = BytesStorageMetadata()
-        places[MetadataIndex(key)] = _place(stored)
-    # Strings are interned since pickle writes a string again, or refers to it, by its identity.
+        places[MetadataIndex(key)] = _storage_info(stored)
+    # pickle refers to a string that it has written before by identity: interned strings make equal bytes.
     ways = {
         sys.intern(key): tuple([sys.intern(part) if isinstance(part, str) else part for part in path])
         for key, path in paths.items()
     }
     metadata = Metadata(state_dict_metadata=entries, planner_data=ways, storage_data=places)
-    metadata.version = sys.intern("1.0.0")  # by assignment, as torch does: not a field in all releases
+    metadata.version = sys.intern("1.0.0")  # by assignment, as torch does it: in some releases it is no field
     if committed_by is not None:
         setattr(metadata, COMMITTED_BY, committed_by)
     return pickle.dumps(metadata, protocol=4)
 
 
-def _place(stored: StoredChunk | StoredObject) -> StorageInfo:
+def _storage_info(stored: StoredChunk | StoredObject) -> StorageInfo:
     return StorageInfo(sys.intern(stored.path), stored.offset, stored.length)
 
 
 @lru_cache(maxsize=1024)
 def _head(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, tuple[ArchiveRecord, ...]]:
-    """The head, and the records of the archive; the last one is the payload's, without its CRC-32."""
+    """Returns the head, and the records of the archive, of which the last is the payload's, without its CRC-32."""
     if dtype in QUANTIZED:
         raise CheckpointError(
             f"tensors of {dtype} cannot be saved; save their int_repr(), scale and zero point instead"

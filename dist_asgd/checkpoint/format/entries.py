@@ -1,10 +1,10 @@
-"""Tensors of a checkpoint: their description in the files, and their blocks in the memory of a rank.
+"""Defines the entries of a checkpoint, in which the live state, the writer and the reader describe tensors.
 
 [Note: words]
-- *key*: the name of an entry, the path in the nested state joined by dots, as torch.distributed.checkpoint joins it:
+- *key*: the name of an entry, which is its path in the nested state joined by dots, as in torch.distributed.checkpoint:
   ``model.wte.weight``, ``optimizer.state.wte.weight.ax``, ``optimizer.param_groups.0.lr``.
-- *entry*: a tensor, or a value: anything else, which JSON can express.
-- *block*: a box of a tensor's own shape with its elements. A rank has none, one or several of each tensor.
+- *entry*: a tensor, or a value. A value is anything else that JSON can express (format/json_values.py).
+- *block*: a box of a tensor's own shape with its elements. A rank has none, one or several blocks of each tensor.
 """
 
 from __future__ import annotations
@@ -20,22 +20,29 @@ from dist_asgd.boxes import Box
 
 @dataclass(frozen=True, slots=True)
 class Block:
+    """A box of a tensor, and the live memory that is read when saving and written to when loading."""
+
     box: Box
-    data: Tensor  # of the box's sizes, any strides; live memory: read when saving, written to when loading
+    data: Tensor  # N-d with the box's sizes, any strides, the entry's dtype, any device
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """A tensor as one rank has it."""
+    """A tensor of the live state, with the blocks that this rank holds."""
 
     shape: tuple[int, ...]  # of the whole tensor
     dtype: torch.dtype
-    blocks: Sequence[Block]  # this rank's, disjoint; other ranks may have the same ones
+    blocks: Sequence[Block]  # of this rank, disjoint; replicas hold equal blocks on several ranks
 
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """A tensor as a checkpoint has it."""
+    """Shape and dtype of a tensor in a checkpoint."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the whole tensor
     dtype: torch.dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the name of a dtype in files and messages: "float32" for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")

@@ -1,8 +1,8 @@
-"""Python values as JSON, exactly, and back, running nothing that the JSON says.
+"""Encodes Python values as JSON, exactly, and decodes them without running code that the JSON could name.
 
-What JSON has by itself stands for itself. Everything else is an object with one member, whose name begins with ``#``
-and says the type: ``{"#tuple": [1, 2]}``, ``{"#float": "inf"}``. A dict becomes a JSON object only if its keys are
-strings of which none begins so; any other becomes ``{"#dict": [[key, value], ...]}``.
+Values of JSON's own types stand for themselves. Every other value becomes an object with one member, whose name is
+``#`` and the type: ``{"#tuple": [1, 2]}``. A dict becomes a JSON object only if all of its keys are strings that do not
+begin with ``#``; any other dict becomes ``{"#dict": [[key, value], ...]}``. docs/checkpoint-format.md lists the types.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import reprlib
 import struct
 import sys
 from collections import Counter, OrderedDict
@@ -19,17 +20,23 @@ from typing import Any
 import torch
 
 from dist_asgd.checkpoint.errors import CheckpointError
+from dist_asgd.checkpoint.format.entries import dtype_name
 
-MAX_DEPTH = 100  # of containers in each other, far less than json itself can read
-_SMALL = 2**53  # larger integers are written in hexadecimal: not every reader of JSON has them
+MAX_DEPTH = 100  # containers inside each other, far fewer than the json module can read
+_INEXACT = 2**53  # integers from here on are written in hexadecimal, because many JSON readers take numbers for doubles
 _NUMPY_DTYPE = re.compile(r"[<>|=][biufcSUmM]\d{1,4}(\[\w{1,9}\])?")
-_TORCH_DTYPES = {
-    str(value).removeprefix("torch."): value for value in vars(torch).values() if type(value) is torch.dtype
-}
+_TORCH_DTYPES = {dtype_name(value): value for value in vars(torch).values() if type(value) is torch.dtype}
 
 
 class Values(Mapping[str, Any]):
-    """Values by key, each made when it is asked for: what nobody takes may be damaged, or unreadable."""
+    """A mapping whose values are decoded when they are asked for.
+
+    So an entry that nobody takes may be damaged, or of a type that this process cannot decode.
+
+    Args:
+        found: the encoded values by key.
+        make: called with an encoded value and its key; returns the value.
+    """
 
     def __init__(self, found: Mapping[str, Any], make: Callable[[Any, str], Any]) -> None:
         self._found, self._make = found, make
@@ -48,28 +55,34 @@ class Values(Mapping[str, Any]):
 
 
 def encode(value: Any, name: str) -> Any:
-    """``value`` as what ``json.dumps(..., allow_nan=False)`` takes. ``name``: of the value, for errors.
+    """Returns ``value`` in a form for ``json.dumps(..., allow_nan=False)``, from which ``decode`` makes it again.
 
-    None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, OrderedDict, Counter, torch.Size,
-    torch.dtype, NumPy's scalars and arrays. The types themselves: what is derived from them is refused, since it would
-    come back as something else.
+    Values may have these types: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict,
+    OrderedDict, Counter, torch.Size, torch.dtype, NumPy's scalars and arrays. Instances of derived types are refused,
+    because they would be decoded as the base type.
+
+    Args:
+        name: what errors call the value.
 
     Raises:
-        TypeError: for any other type, with the place of the value and what to do.
+        TypeError: the value, or one in it, has another type, or containers are more than ``MAX_DEPTH`` deep.
     """
     return _encode(value, name, 0)
 
 
 def decode(encoded: Any, name: str) -> Any:
-    """The value that ``encode`` was given.
+    """Returns the value from which ``encode`` has made ``encoded``.
+
+    Args:
+        name: what errors call the value.
 
     Raises:
-        CheckpointError: where ``encoded`` is nothing that ``encode`` has made, or needs NumPy and there is none.
+        CheckpointError: ``encoded`` is nothing that ``encode`` makes, or needs NumPy, which is not installed.
     """
     try:
         return _decode(encoded, 0)
     except (ValueError, TypeError, KeyError, OverflowError, MemoryError, struct.error, ImportError) as error:
-        text = json.dumps(encoded, default=repr)[:200] if _depth_of(encoded) < MAX_DEPTH else "lists in lists"
+        text = reprlib.repr(encoded)  # shortened, and does not follow deep nesting
         raise CheckpointError(f"the value {name} is damaged, or of a newer version: {text} ({error})") from None
 
 
@@ -77,9 +90,9 @@ def _encode(value: Any, name: str, depth: int) -> Any:
     kind = type(value)
     if depth > MAX_DEPTH:
         raise TypeError(f"{name[:100]}... contains itself, or more than {MAX_DEPTH} containers in each other")
-    if kind in (type(None), bool) or (kind is int and abs(value) < _SMALL) or (kind is str and _is_unicode(value)):
+    if kind in (type(None), bool) or (kind is int and abs(value) < _INEXACT) or (kind is str and _is_unicode(value)):
         return value
-    if kind is float and value - value == 0:  # finite; JSON has those exactly
+    if kind is float and value - value == 0:  # a finite number, whose decimal form json writes exactly
         return value
     if kind is list:
         return [_encode(item, f"{name}[{index}]", depth + 1) for index, item in enumerate(value)]
@@ -110,8 +123,8 @@ def _encode_atom(value: Any, name: str) -> Any:
     if kind is torch.Size:
         return {"#Size": list(value)}
     if kind is torch.dtype:
-        return {"#dtype": str(value).removeprefix("torch.")}
-    numpy: Any = sys.modules.get("numpy")  # torch can do without
+        return {"#dtype": dtype_name(value)}
+    numpy: Any = sys.modules.get("numpy")  # an array exists only where NumPy was imported; torch works without it
     is_numpy = numpy is not None and (kind is numpy.ndarray or isinstance(value, numpy.generic))
     if is_numpy and _NUMPY_DTYPE.fullmatch(value.dtype.str):
         shape = list(value.shape) if kind is numpy.ndarray else None
@@ -129,7 +142,7 @@ def _described(value: Any) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether it has no surrogates, two of which JSON would make one character of."""
+    """Returns whether a text has no surrogates: JSON would join two of them into one character."""
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
@@ -154,10 +167,6 @@ def _decode(encoded: Any, depth: int) -> Any:
     return _ATOMS[tag](content)
 
 
-def _counter(pairs: Any) -> Counter[Any]:
-    return Counter(dict(pairs))
-
-
 def _size(content: Any) -> torch.Size:
     if type(content) is not list or not all(type(size) is int for size in content):
         raise TypeError("not a list of int")
@@ -167,7 +176,7 @@ def _size(content: Any) -> torch.Size:
 def _decode_numpy(content: Any) -> Any:
     import numpy
 
-    dtype, shape, data = content  # of a scalar the shape is None
+    dtype, shape, data = content  # shape None stands for a scalar
     if not _NUMPY_DTYPE.fullmatch(dtype) or not (shape is None or all(type(size) is int for size in shape)):
         raise ValueError("not what NumPy has")
     flat = numpy.frombuffer(base64.b64decode(data, validate=True), numpy.dtype(dtype))
@@ -182,7 +191,7 @@ def _decode_numpy(content: Any) -> Any:
 _CONTAINERS: Mapping[str, Callable[[Any], Any]] = {
     "#dict": dict,
     "#OrderedDict": OrderedDict,
-    "#Counter": _counter,
+    "#Counter": lambda pairs: Counter(dict(pairs)),
     "#tuple": tuple,
     "#set": set,
     "#frozenset": frozenset,
@@ -197,15 +206,3 @@ _ATOMS: Mapping[str, Callable[[Any], Any]] = {
     "#dtype": _TORCH_DTYPES.__getitem__,
     "#numpy": _decode_numpy,
 }
-
-
-def _depth_of(encoded: Any) -> int:
-    level, depth = [encoded], 0
-    while level and depth < MAX_DEPTH:
-        level = [item for value in level if type(value) in (list, dict) for item in _items(value)]
-        depth += 1
-    return depth
-
-
-def _items(value: Any) -> Any:
-    return value.values() if type(value) is dict else value

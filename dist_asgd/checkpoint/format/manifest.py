@@ -1,7 +1,7 @@
-"""``manifest.json``, the commit record of a checkpoint: what it holds, where each byte lies, and every byte's checksum.
+"""Writes and reads ``manifest.json``, the commit record of a checkpoint: its entries, their places and checksums.
 
-The file format is documented in docs/checkpoint-format.md. Reading trusts nothing: whatever a manifest says is checked
-before it is used, and what is wrong is a ``CheckpointError``.
+docs/checkpoint-format.md documents the file format. Reading trusts nothing: every statement of a manifest is checked
+before it is used, and errors are ``CheckpointError``.
 """
 
 from __future__ import annotations
@@ -18,19 +18,25 @@ import torch
 
 from dist_asgd.boxes import Box, tiles
 from dist_asgd.checkpoint.errors import CheckpointError
-from dist_asgd.checkpoint.format.entries import SavedTensor
-from dist_asgd.checkpoint.format.manifest_rules import EntryPlace, Wrong, check_lengths, check_overlaps, check_paths
+from dist_asgd.checkpoint.format.entries import SavedTensor, dtype_name
+from dist_asgd.checkpoint.format.manifest_rules import (
+    EntryPlace,
+    FormatError,
+    check_lengths,
+    check_overlaps,
+    check_paths,
+)
 
 NAME = "manifest.json"
-STOCK = ".metadata"  # what torch.distributed.checkpoint reads
+STOCK = ".metadata"  # the file that torch.distributed.checkpoint reads
 
 FORMAT = "dist_asgd checkpoint"
-VERSION = 1  # that we write
-READER = 1  # the oldest version of a reader that understands it
+VERSION = 1  # of the format that is written
+READER = 1  # the oldest version of a reader that understands the written format
 
-NO_FRAME = "0" * 16  # the checksums of a head and a tail of no bytes
-MAX_DEPTH = 200  # names in a path
-SHARED = 1024  # bytes; smaller payloads are stored once, however many tensors have them
+NO_FRAME = "0" * 16  # the checksums of an empty head and an empty tail
+MAX_PATH = 200  # names in the path of an entry
+SHARED = 1024  # bytes up to which a payload may be stored once for several tensors
 _FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata")
 _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"}\s*\Z')
 _ZEROS = b"0" * 64
@@ -50,42 +56,50 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One block of a tensor in a file: an archive of ``head``, payload and ``tail`` bytes.
+    """A part of a file: an archive of one box of a tensor, which consists of head, payload and tail.
 
-    An item that no tensor is in has what is there for ``torch.distributed.checkpoint`` only: values.
+    An item to which no tensor refers holds values for ``torch.distributed.checkpoint`` only.
     """
 
     file: str
-    offset: int  # in the file, of the head
+    offset: int  # bytes of the file before the head
     head: int  # bytes
-    size: int  # bytes of payload
+    size: int  # bytes of the payload
     tail: int  # bytes
-    block: int  # bytes of payload that have one checksum, the last one less
-    crc32: str  # 8 hex digits for each block: CRC-32 of the payload up to the end of the block
-    frame: str  # 16 hex digits: CRC-32 of the head, and of the tail
+    block: int  # bytes of the payload that have one checksum; the last block may be shorter
+    crc32: str  # 8 hex digits for each block: CRC-32 of the payload from its start to the end of the block
+    frame: str  # 16 hex digits: CRC-32 of the head, then that of the tail
 
     @property
     def start(self) -> int:
-        """Where the payload begins in the file."""
+        """Bytes of the file before the payload."""
         return self.offset + self.head
 
     @property
     def stop(self) -> int:
-        """Where the item ends in the file."""
-        return self.offset + self.head + self.size + self.tail
+        """Bytes of the file up to the end of the item."""
+        return self.start + self.size + self.tail
 
     def crc_before(self, block: int) -> int:
-        """Of the payload before block number ``block``."""
+        """Returns the CRC-32 of the payload before block number ``block``."""
         return int(self.crc32[8 * block - 8 : 8 * block], 16) if block else 0
 
     def reach(self, blocks: range) -> tuple[int, int]:
-        """``[start, stop)`` in the file: of ``blocks``, with the head before the first, and the tail after the last."""
+        """Returns the bytes ``[start, stop)`` of the file that hold ``blocks``, given by number.
+
+        They include the head, where ``blocks`` begins with the first block, and the tail, where it ends with the last.
+        """
         start = self.start + blocks.start * self.block if blocks.start else self.offset
         end = blocks.stop * self.block
         return start, self.start + end if end < self.size else self.stop
 
     def damages(self, blocks: range, data: memoryview) -> Iterator[tuple[int, int]]:
-        """``[start, stop)`` in the file of each part of ``data``, the bytes of ``reach``, without its checksum."""
+        """Yields the bytes ``[start, stop)`` of the file that do not have their checksum.
+
+        Args:
+            blocks: numbers of the blocks to verify.
+            data: the bytes of ``reach(blocks)``.
+        """
         first, last = self.reach(blocks)
         if first == self.offset and zlib.crc32(data[: self.head]) != int(self.frame[:8], 16):
             yield self.offset, self.start
@@ -101,55 +115,69 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
+    """A box of a tensor, and the item whose payload is its elements."""
+
     box: Box
-    item: int  # index of Manifest.items
+    item: int  # index in Manifest.items
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
+    """A tensor of a checkpoint."""
+
     saved: SavedTensor
-    chunks: tuple[Chunk, ...]  # each element of the tensor is in exactly one
-    path: tuple[str | int, ...]  # in the nested state
-    rank: int | None = None  # that had this value, where ranks had different ones
+    chunks: tuple[Chunk, ...]  # each element of the tensor is in exactly one chunk
+    path: tuple[str | int, ...]  # in the nested state: names of dicts, positions in lists
+    rank: int | None = None  # the rank that had this tensor; None for a tensor of every rank
 
 
 @dataclass(frozen=True, slots=True)
 class ValueRecord:
-    encoded: Any  # what values.encode has made of it
-    path: tuple[str | int, ...]
-    rank: int | None = None
+    """A value of a checkpoint: anything that is no tensor."""
+
+    encoded: Any  # as format/json_values.py encodes it
+    path: tuple[str | int, ...]  # in the nested state: names of dicts, positions in lists
+    rank: int | None = None  # the rank that had this value; None for a value of every rank
 
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
+    """A file of a checkpoint."""
+
     size: int  # bytes
-    sha256: str | None = None  # of files that have no items
+    sha256: str | None = None  # hex digits; None for a file of items, which have checksums of their own
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
+    """The contents of ``manifest.json``."""
+
     step: int
-    world_size: int
+    world_size: int  # ranks that saved
     created: float  # seconds since the epoch
-    versions: Mapping[str, str]
-    files: Mapping[str, FileRecord]
+    versions: Mapping[str, str]  # of torch and Python, by name
+    files: Mapping[str, FileRecord]  # by path relative to the checkpoint's directory
     items: tuple[Item, ...]
-    tensors: Mapping[str, TensorRecord]
-    values: Mapping[str, ValueRecord]
+    tensors: Mapping[str, TensorRecord]  # by key
+    values: Mapping[str, ValueRecord]  # by key
 
 
 def in_directory(directory: str, name: str) -> str:
-    """The path of a file of the checkpoint in ``directory``; "" where the storage is that of one checkpoint."""
+    """Returns the path of a checkpoint's file in a storage.
+
+    Args:
+        directory: the checkpoint's directory in the storage; "" where the storage's URL is the checkpoint.
+    """
     return "/".join(filter(None, (directory, name)))
 
 
 def key_of_rank(key: str, rank: int) -> str:
-    """Under which an entry stands that each rank has its own of."""
+    """Returns the key of ``rank``'s own version of the entry ``key``, where ranks have different ones."""
     return f"{key}@rank{rank}"
 
 
 def write_manifest(manifest: Manifest) -> bytes:
-    """The bytes of ``manifest.json``. Its last member is the SHA-256 of the file with zeros in that place."""
+    """Returns the bytes of ``manifest.json``, whose last member is the SHA-256 of the file with zeros in that place."""
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION, "reader": READER}
     record |= {"step": manifest.step, "world_size": manifest.world_size, "created": manifest.created}
     record |= {"versions": dict(manifest.versions)}
@@ -166,29 +194,25 @@ def write_manifest(manifest: Manifest) -> bytes:
             "dtype": dtype_name(tensor.saved.dtype),
             "shape": list(tensor.saved.shape),
             "chunks": [[list(chunk.box.offsets), list(chunk.box.sizes), chunk.item] for chunk in tensor.chunks],
-            **_place(tensor),
+            **_path_members(tensor),
         }
         for key, tensor in manifest.tensors.items()
     }
-    record["values"] = {key: {"value": value.encoded, **_place(value)} for key, value in manifest.values.items()}
+    record["values"] = {key: {"value": value.encoded, **_path_members(value)} for key, value in manifest.values.items()}
     record["sha256"] = _ZEROS.decode()
     data = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
     return data[: -len(_ZEROS) - 2] + hashlib.sha256(data).hexdigest().encode() + data[-2:]
 
 
-def _place(record: TensorRecord | ValueRecord) -> dict[str, Any]:
+def _path_members(record: TensorRecord | ValueRecord) -> dict[str, Any]:
     return {"path": list(record.path)} | ({} if record.rank is None else {"rank": record.rank})
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def read_manifest(data: bytes) -> Manifest:
-    """The manifest in the bytes of ``manifest.json``.
+    """Returns the manifest in the bytes of ``manifest.json``.
 
     Raises:
-        CheckpointError: it is damaged, contradicts itself, or is of a later version than this library reads.
+        CheckpointError: the manifest is damaged, contradicts itself, or needs a later version of this library.
     """
     found = _DIGEST.search(data)
     if found is None:
@@ -198,23 +222,23 @@ def read_manifest(data: bytes) -> Manifest:
         raise CheckpointError(f"{NAME} is damaged: its contents do not have the sha256 that stands in it")
     try:
         return _manifest(json.loads(data))
-    except Wrong as wrong:
-        raise CheckpointError(f"{NAME} is not valid: {wrong}") from None
+    except FormatError as error:
+        raise CheckpointError(f"{NAME} is not valid: {error}") from None
     except (ValueError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{NAME} is not valid: {error}") from error
 
 
 def _manifest(record: Any) -> Manifest:
-    record = _of(record, dict, "it")
+    record = _typed(record, dict, "it")
     if record.get("format") != FORMAT:
-        raise Wrong(f"its format is {record.get('format')!r}, not {FORMAT!r}")
+        raise FormatError(f"its format is {record.get('format')!r}, not {FORMAT!r}")
     reader = _count(record.get("reader"), "reader")
     if reader > VERSION:
-        raise Wrong(f"it asks for a reader of version {reader}, and this is version {VERSION}: upgrade dist_asgd")
+        raise FormatError(f"it asks for a reader of version {reader}, and this is version {VERSION}: upgrade dist_asgd")
     files = {_file_name(name): _file(value, name) for name, value in _members(record, "files")}
-    items = tuple(_item(value, files) for value in _of(record.get("items"), list, "items"))
+    items = tuple(_item(value, files) for value in _typed(record.get("items"), list, "items"))
     if STOCK not in files or files[STOCK].sha256 is None:
-        raise Wrong(f"it has no sha256 of {STOCK}")
+        raise FormatError(f"it has no sha256 of {STOCK}")
     check_overlaps((item.file, item.offset, item.stop) for item in items)
     tensors = {key: _tensor(key, value, items) for key, value in _members(record, "tensors")}
     _check_sharing(tensors, items)
@@ -224,8 +248,8 @@ def _manifest(record: Any) -> Manifest:
     return Manifest(
         step=_count(record.get("step"), "step"),
         world_size=_count(record.get("world_size"), "world_size"),
-        created=_of(record.get("created"), (int, float), "created"),
-        versions={name: _of(value, str, f"version of {name}") for name, value in _members(record, "versions")},
+        created=_typed(record.get("created"), (int, float), "created"),
+        versions={name: _typed(value, str, f"version of {name}") for name, value in _members(record, "versions")},
         files=files,
         items=items,
         tensors=tensors,
@@ -234,114 +258,116 @@ def _manifest(record: Any) -> Manifest:
 
 
 def _members(record: Mapping[str, Any], name: str) -> list[tuple[str, Any]]:
-    return list(_of(record.get(name), dict, name).items())
+    return list(_typed(record.get(name), dict, name).items())
 
 
-def _of(value: Any, kind: Any, what: str) -> Any:
+def _typed(value: Any, kind: Any, what: str) -> Any:
+    """Returns ``value`` if it is an instance of ``kind``; a bool is no int. ``what`` is its name in the error."""
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         expected = kind.__name__ if isinstance(kind, type) else "number"
-        raise Wrong(f"{what} is a {type(value).__name__}, expected a {expected}")
+        raise FormatError(f"{what} is a {type(value).__name__}, expected a {expected}")
     return value
 
 
 def _count(value: Any, what: str) -> int:
-    number: int = _of(value, int, what)
+    number: int = _typed(value, int, what)
     if not 0 <= number < 2**63:
-        raise Wrong(f"{what} is {number}")
+        raise FormatError(f"{what} is {number}")
     return number
 
 
 def _list_of(value: Any, convert: Callable[[Any, str], T], what: str) -> tuple[T, ...]:
-    return tuple(convert(entry, what) for entry in _of(value, list, what))
+    return tuple(convert(entry, what) for entry in _typed(value, list, what))
 
 
 def _file_name(name: str) -> str:
     if not _FILE.fullmatch(name):
-        raise Wrong(f"{name!r} is no name of a file of a checkpoint")
+        raise FormatError(f"{name!r} is no name of a file of a checkpoint")
     return name
 
 
 def _file(value: Any, name: str) -> FileRecord:
-    value = _of(value, dict, f"file {name}")
+    value = _typed(value, dict, f"file {name}")
     sha256 = value.get("sha256")
     if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
-        raise Wrong(f"the sha256 of file {name} is {sha256!r}")
+        raise FormatError(f"the sha256 of file {name} is {sha256!r}")
     return FileRecord(_count(value.get("size"), f"the size of file {name}"), sha256)
 
 
 def _item(value: Any, files: Mapping[str, FileRecord]) -> Item:
-    fields = _of(value, list, "an item")
+    fields = _typed(value, list, "an item")
     if len(fields) != 8:
-        raise Wrong(f"an item has {len(fields)} fields, expected 8")
+        raise FormatError(f"an item has {len(fields)} fields, expected 8")
     name = fields[0]
     if not isinstance(name, str) or name not in files:
-        raise Wrong(f"an item is in file {name!r}, which is not listed")
+        raise FormatError(f"an item is in file {name!r}, which is not listed")
     offset, head, size, tail, block = (_count(field, f"an item in {name}") for field in fields[1:6])
     check_lengths(head, tail, block)
-    item = Item(name, offset, head, size, tail, block, *(_of(field, str, "a checksum") for field in fields[6:]))
+    item = Item(name, offset, head, size, tail, block, *(_typed(field, str, "a checksum") for field in fields[6:]))
     if item.stop > files[name].size:
-        raise Wrong(f"an item ends at byte {item.stop} of {name}, which has {files[name].size}")
+        raise FormatError(f"an item ends at byte {item.stop} of {name}, which has {files[name].size}")
+    where = f"the item at byte {offset} of {name}"
     if len(item.crc32) != 8 * -(-size // block) or not re.fullmatch("[0-9a-f]*", item.crc32):
-        raise Wrong(f"the item at byte {offset} of {name} has not one checksum for each {block} of its {size} bytes")
+        raise FormatError(f"{where} has not one checksum for each {block} of its {size} bytes")
     if not re.fullmatch("[0-9a-f]{16}", item.frame):
-        raise Wrong(f"the item at byte {offset} of {name} has the frame's checksums {item.frame!r}")
+        raise FormatError(f"{where} has the frame's checksums {item.frame!r}")
     return item
 
 
 def _tensor(key: str, value: Any, items: tuple[Item, ...]) -> TensorRecord:
-    value = _of(value, dict, f"tensor {key!r}")
-    dtype = _DTYPES.get(_of(value.get("dtype"), str, f"the dtype of {key!r}"))
+    value = _typed(value, dict, f"tensor {key!r}")
+    dtype = _DTYPES.get(_typed(value.get("dtype"), str, f"the dtype of {key!r}"))
     if dtype is None:
-        raise Wrong(f"tensor {key!r} has the dtype {value['dtype']!r}, which this torch does not have")
+        raise FormatError(f"tensor {key!r} has the dtype {value['dtype']!r}, which this torch does not have")
     saved = SavedTensor(_list_of(value.get("shape"), _count, f"the shape of {key!r}"), dtype)
-    chunks = tuple(_chunk(chunk, key, dtype, items) for chunk in _of(value.get("chunks"), list, f"chunks of {key!r}"))
+    chunks = _list_of(value.get("chunks"), lambda chunk, _: _chunk(chunk, key, dtype, items), f"the chunks of {key!r}")
     if not chunks or not tiles([chunk.box for chunk in chunks], saved.shape):
-        raise Wrong(f"the chunks of tensor {key!r} do not make up its shape {saved.shape}")
+        raise FormatError(f"the chunks of tensor {key!r} do not make up its shape {saved.shape}")
     return TensorRecord(saved, chunks, *_path_and_rank(value, key))
 
 
 def _chunk(value: Any, key: str, dtype: torch.dtype, items: tuple[Item, ...]) -> Chunk:
-    fields = _of(value, list, f"a chunk of {key!r}")
+    fields = _typed(value, list, f"a chunk of {key!r}")
     if len(fields) != 3:
-        raise Wrong(f"a chunk of {key!r} has {len(fields)} fields, expected 3")
+        raise FormatError(f"a chunk of {key!r} has {len(fields)} fields, expected 3")
     offsets, sizes = (_list_of(field, _count, f"a chunk of {key!r}") for field in fields[:2])
     index = _count(fields[2], f"the item of {key!r}")
     if index >= len(items):
-        raise Wrong(f"tensor {key!r} is in item {index} of {len(items)}")
+        raise FormatError(f"tensor {key!r} is in item {index} of {len(items)}")
     box = Box(offsets, sizes)
     if box.numel * dtype.itemsize != items[index].size:
-        raise Wrong(f"a chunk of {key!r} of sizes {sizes} is in an item of {items[index].size} bytes")
+        raise FormatError(f"a chunk of {key!r} of sizes {sizes} is in an item of {items[index].size} bytes")
     return Chunk(box, index)
 
 
 def _check_sharing(tensors: Mapping[str, TensorRecord], items: tuple[Item, ...]) -> None:
-    """Few bytes must not stand for a large tensor."""
+    """Checks that only small payloads are shared by tensors, so that few bytes cannot claim a large tensor."""
     used = set()
     for key, tensor in tensors.items():
         for chunk in tensor.chunks:
             if chunk.item in used and (items[chunk.item].size > SHARED or len(tensor.chunks) > 1):
-                raise Wrong(f"tensor {key!r} has an item in common with another tensor or chunk")
+                raise FormatError(f"tensor {key!r} has an item in common with another tensor or chunk")
             used.add(chunk.item)
 
 
 def _paths_of_keys(values: Mapping[str, ValueRecord]) -> set[EntryPlace]:
-    """Of the tuples among the values: the keys of a mapping stand where it is, and its parts below."""
+    """Returns the places of values that are tuples: a mapping's keys are saved as one, in the mapping's own place."""
     tuples = (value for value in values.values() if isinstance(value.encoded, dict) and "#tuple" in value.encoded)
     return {(value.path, value.rank) for value in tuples}
 
 
 def _value(key: str, value: Any) -> ValueRecord:
-    if "value" not in _of(value, dict, f"value {key!r}"):
-        raise Wrong(f"entry {key!r} has no value")
+    if "value" not in _typed(value, dict, f"value {key!r}"):
+        raise FormatError(f"entry {key!r} has no value")
     return ValueRecord(value["value"], *_path_and_rank(value, key))
 
 
 def _path_and_rank(value: Mapping[str, Any], key: str) -> tuple[tuple[str | int, ...], int | None]:
-    path = _list_of(value.get("path"), lambda part, what: _of(part, (str, int), what), f"the path of {key!r}")
-    if not 1 <= len(path) <= MAX_DEPTH:
-        raise Wrong(f"entry {key[:100]!r} has a path of {len(path)} names")
+    path = _list_of(value.get("path"), lambda part, what: _typed(part, (str, int), what), f"the path of {key!r}")
+    if not 1 <= len(path) <= MAX_PATH:
+        raise FormatError(f"entry {key[:100]!r} has a path of {len(path)} names")
     rank = None if value.get("rank") is None else _count(value["rank"], f"the rank of {key!r}")
     expected = ".".join(map(str, path)) if rank is None else key_of_rank(".".join(map(str, path)), rank)
     if expected != key:
-        raise Wrong(f"entry {key!r} has the path {list(path)}")
+        raise FormatError(f"entry {key!r} has the path {list(path)}")
     return path, rank

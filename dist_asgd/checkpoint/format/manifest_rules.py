@@ -1,4 +1,7 @@
-"""What a manifest says must fit together, or a small file could stand for much, or one place have two entries."""
+"""Checks that the statements of a manifest are consistent.
+
+Without these checks, a small forged file could claim much memory, or two entries could claim one place in the state.
+"""
 
 from __future__ import annotations
 
@@ -6,45 +9,49 @@ import itertools
 from collections.abc import Collection, Iterable
 from typing import TypeAlias
 
-SMALLEST, LARGEST = 2**12, 2**18  # bytes of a block that has a checksum of its own
-FRAME = 2**20  # bytes at most of what is before and behind a payload
+MIN_CRC_BLOCK, MAX_CRC_BLOCK = 2**12, 2**18  # bytes of a payload that have a checksum of their own
+MAX_FRAME = 2**20  # bytes of the head, and of the tail, of an item
 
-EntryPlace: TypeAlias = tuple[
-    tuple[str | int, ...], int | None
-]  # path of an entry, and its rank if ranks have their own
+# The path of an entry in the nested state, and the rank that had it, or None for an entry of every rank.
+EntryPlace: TypeAlias = tuple[tuple[str | int, ...], int | None]
 
 
-class Wrong(Exception):
-    """What is wrong in a manifest."""
+class FormatError(Exception):
+    """Raised where a manifest contradicts itself or the format. The message says where."""
 
 
 def check_lengths(head: int, tail: int, block: int) -> None:
-    """What is read at once is small, whatever the size of the file."""
-    if not (SMALLEST <= block <= LARGEST and block.bit_count() == 1):
-        raise Wrong(f"an item has blocks of {block} bytes, expected a power of two from {SMALLEST} to {LARGEST}")
-    if max(head, tail) > FRAME:
-        raise Wrong(f"an item has {max(head, tail)} bytes beside its payload, expected at most {FRAME}")
+    """Checks that the parts of an item that are read at once are small, whatever the size of the file."""
+    if not (MIN_CRC_BLOCK <= block <= MAX_CRC_BLOCK and block.bit_count() == 1):
+        expected = f"a power of two from {MIN_CRC_BLOCK} to {MAX_CRC_BLOCK}"
+        raise FormatError(f"an item has blocks of {block} bytes, expected {expected}")
+    if max(head, tail) > MAX_FRAME:
+        raise FormatError(f"an item has {max(head, tail)} bytes beside its payload, expected at most {MAX_FRAME}")
 
 
 def check_overlaps(items: Iterable[tuple[str, int, int]]) -> None:
-    """A byte is in one item. ``items``: file, start, stop."""
+    """Checks that no byte is in two items, which are given as (file, start, stop)."""
     for (file, _, stop), (other, start, _) in itertools.pairwise(sorted(items)):
         if file == other and stop > start:
-            raise Wrong(f"items overlap at byte {start} of {file}")
+            raise FormatError(f"items overlap at byte {start} of {file}")
 
 
 def check_paths(places: Collection[EntryPlace], keys: Collection[EntryPlace]) -> None:
-    """For each rank, the entries make up one nested state: none is in the place of another, or in another one.
+    """Checks that for each rank the entries make up one nested state: no two in one place, none inside another.
 
     Args:
-        keys: the places of mappings' keys, in which other entries may be.
+        places: the places of all entries.
+        keys: the places of entries that hold the keys of a mapping, whose members are entries inside that place.
+
+    Raises:
+        FormatError: two entries have one path, or an entry is inside another one.
     """
     known = set(places)
     own = {path for path, rank in known if rank is not None}
     if len(known) < len(places) or any((path, None) in known for path in own):
-        raise Wrong("two entries have the same path")
+        raise FormatError("two entries have the same path")
     for path, rank in known:
         for depth in range(1, len(path)):
             above = {(path[:depth], None), (path[:depth], rank)} & known
             if not above <= set(keys):
-                raise Wrong(f"the entry at {list(path)} is in another one, at {list(path[:depth])}")
+                raise FormatError(f"the entry at {list(path)} is in another one, at {list(path[:depth])}")

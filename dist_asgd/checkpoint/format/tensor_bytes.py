@@ -1,4 +1,4 @@
-"""The bytes of tensors in row-major order, wherever the tensors lie, and the checksums of these bytes."""
+"""Gives the bytes of live tensors, and makes the checksums of payloads block by block."""
 
 from __future__ import annotations
 
@@ -9,24 +9,30 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from dist_asgd.boxes import Box, cut, whole
-from dist_asgd.checkpoint.format.manifest_rules import LARGEST, SMALLEST
+from dist_asgd.checkpoint.format.manifest_rules import MAX_CRC_BLOCK, MIN_CRC_BLOCK
 
-COPY_BYTES = 8 * 2**20  # bytes that are copied at once from a device, or from memory that is not in order
-
-
-BLOCKS = 512  # of an item that have a checksum of their own, if it is large enough
+COPY_BYTES = 8 * 2**20  # bytes that are copied at once from a device, or from a tensor that is not contiguous
+CRC_BLOCKS = 512  # checksums of an item, where the limits of a block's size allow it
 
 
 class Checksums:
-    """CRC-32 of a payload up to the end of each block: with the one before it, a block can be checked by itself."""
+    """Makes the checksums of one payload: for each block, the CRC-32 of the payload from its start to the block's end.
+
+    With the checksum of the block before it, a block can be verified by itself.
+
+    Attributes:
+        block: bytes of a block; the last one may be shorter.
+        last: CRC-32 of all bytes so far.
+    """
 
     def __init__(self, block: int) -> None:
         self.block = block
-        self.last = 0  # of all so far
-        self._done = 0  # bytes
+        self.last = 0
+        self._done = 0  # bytes so far
         self._crcs: list[int] = []
 
     def add(self, data: memoryview) -> None:
+        """Adds the next bytes of the payload."""
         start = 0
         while start < len(data):
             stop = min(len(data), start + self.block - self._done % self.block)
@@ -37,17 +43,21 @@ class Checksums:
             start = stop
 
     def text(self) -> str:
+        """Returns the checksums for a manifest, 8 hexadecimal digits for each block."""
         return "".join(f"{crc:08x}" for crc in self._crcs)
 
 
 def block_bytes(size: int) -> int:
-    """How many bytes of a payload of ``size`` have one checksum: a power of two."""
-    wanted = max(1, -(-size // BLOCKS))
-    return min(max(SMALLEST, 1 << (wanted - 1).bit_length()), LARGEST)
+    """Returns how many bytes of a payload of ``size`` bytes have one checksum: a power of two."""
+    wanted = max(1, -(-size // CRC_BLOCKS))
+    return min(max(MIN_CRC_BLOCK, 1 << (wanted - 1).bit_length()), MAX_CRC_BLOCK)
 
 
 def memory_of(data: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor's elements in row-major order, some megabytes at a time, copied only where they must be."""
+    """Yields the bytes of a tensor's elements in row-major order, at most ``COPY_BYTES`` at a time.
+
+    The tensor may be on any device and have any strides and dtype. The bytes of a contiguous CPU tensor are not copied.
+    """
     data = data.detach()
     if data.device.type == "cpu" and data.is_contiguous() and not (data.is_conj() or data.is_neg()):
         everything = memory(data)
@@ -66,7 +76,7 @@ def narrowed(data: Tensor, box: Box) -> Tensor:
 
 
 def memory(tensor: Tensor) -> memoryview:
-    """Of a contiguous tensor on the CPU, which lives as long as the view does."""
+    """Returns the memory of a contiguous CPU tensor as writable bytes. The view keeps the tensor alive."""
     if not tensor.nbytes:
         return memoryview(b"")
     array = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())

@@ -21,7 +21,7 @@ from dist_asgd.checkpoint.format.manifest import (
     in_directory,
     read_manifest,
 )
-from dist_asgd.checkpoint.format.manifest_rules import Wrong, check_paths
+from dist_asgd.checkpoint.format.manifest_rules import FormatError, check_paths
 from dist_asgd.checkpoint.loading.exchange import SharedParts, shared
 from dist_asgd.checkpoint.loading.reader import VerifiedBlocks, parts_of, plan_parts, plan_rest, verify_range
 from dist_asgd.checkpoint.loading.spool import Verified
@@ -187,8 +187,8 @@ def _check(found: StockCheckpoint, sizes: Mapping[str, int] | None) -> None:
     """Raises CheckpointError where entries are in each other, or parts of files are missing; ``sizes`` if known."""
     try:
         check_paths([(path, None) for path in found.paths.values()], ())
-    except Wrong as wrong:
-        raise CheckpointError(f"{STOCK} is not valid: {wrong}") from None
+    except FormatError as error:
+        raise CheckpointError(f"{STOCK} is not valid: {error}") from None
     if sizes is None:
         return
     places: list[StoredChunk | StoredObject] = list(found.objects.values())

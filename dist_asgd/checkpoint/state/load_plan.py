@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_asgd.checkpoint.format.entries import SavedTensor, TensorEntry
-from dist_asgd.checkpoint.format.manifest import dtype_name
+from dist_asgd.checkpoint.format.entries import SavedTensor, TensorEntry, dtype_name
 from dist_asgd.checkpoint.state.mismatches import Problems, truncate
 from dist_asgd.checkpoint.state.tensor_blocks import to_fill
 from dist_asgd.checkpoint.state.tree import TreeNode, unflatten

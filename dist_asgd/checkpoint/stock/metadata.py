@@ -18,7 +18,7 @@ from dist_asgd.boxes import Box
 from dist_asgd.checkpoint.errors import CheckpointError, NotCommitted
 from dist_asgd.checkpoint.format.dcp_metadata import COMMITTED_BY, StoredChunk, StoredObject
 from dist_asgd.checkpoint.format.entries import SavedTensor
-from dist_asgd.checkpoint.format.manifest import MAX_DEPTH, NAME
+from dist_asgd.checkpoint.format.manifest import MAX_PATH, NAME
 from dist_asgd.checkpoint.stock.pickle_reader import DTYPE_GLOBALS, DTYPES, Call, Global, read_pickle, short
 
 MAX_METADATA = 2**28  # bytes. Reading takes up to a hundred times as much memory; a chunk takes about a hundred bytes
@@ -113,7 +113,7 @@ def _paths(planner_data: Any, keys: Iterable[str]) -> dict[str, tuple[str | int,
     paths: dict[str, tuple[str | int, ...]] = {}
     for key in keys:
         path: Any = known.get(key)
-        is_path = isinstance(path, tuple) and len(path) <= MAX_DEPTH and all(type(part) in (str, int) for part in path)
+        is_path = isinstance(path, tuple) and len(path) <= MAX_PATH and all(type(part) in (str, int) for part in path)
         paths[key] = path if is_path and ".".join(map(str, path)) == key else (key,)
     return paths
 

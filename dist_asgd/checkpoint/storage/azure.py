@@ -1,7 +1,8 @@
-"""Stores files on Azure Blob Storage: conditional puts, and blocks that a last request commits."""
+"""Stores files on Azure Blob Storage: creates by conditional puts, large files by blocks and a commit."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import secrets
@@ -10,7 +11,7 @@ from typing import Any
 
 from fsspec.asyn import sync
 
-from dist_asgd.checkpoint.storage.backend import Backend, without_listings_cache
+from dist_asgd.checkpoint.storage.backend import Backend, classes_in, without_listings_cache
 from dist_asgd.checkpoint.storage.multipart import LONGEST_PUT, Multipart, length, rewound, upload
 from dist_asgd.checkpoint.storage.retry import CONNECT_TIMEOUT, READ_TIMEOUT
 from dist_asgd.checkpoint.storage.store import BytesLike
@@ -40,12 +41,8 @@ class AzureUploads(Uploads):
         has_container_before_at=True,
         secret_options=("sas", "connection_string"),
         secret_fields=("AccountKey", "SharedAccessSignature", "sig"),
-        transient_errors=frozenset(
-            {
-                "azure.core.exceptions.IncompleteReadError",
-                "azure.core.exceptions.ServiceRequestError",
-                "azure.core.exceptions.ServiceResponseError",
-            }
+        transient_errors=classes_in(
+            "azure.core.exceptions", "IncompleteReadError", "ServiceRequestError", "ServiceResponseError"
         ),
     )
 
@@ -82,10 +79,8 @@ class AzureUploads(Uploads):
         remove_each(paths, lambda path: self._retry("remove", path, lambda: self._remove(path)))
 
     def _remove(self, path: str) -> None:
-        try:
+        with contextlib.suppress(FileNotFoundError):
             self.call(path, lambda blob: blob.delete_blob())
-        except FileNotFoundError:
-            return
 
     def remove_folders(self, paths: list[str]) -> None:
         """Removes the empty blobs that stand for folders in accounts with a hierarchical namespace."""

@@ -48,6 +48,11 @@ class Backend:
     permanent_errors: frozenset[str] = frozenset()
 
 
+def classes_in(module: str, *names: str) -> frozenset[str]:
+    """Returns the qualified names of a module's classes."""
+    return frozenset(f"{module}.{name}" for name in names)
+
+
 def without_listings_cache(options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns storage options with which a driver does not answer listings from memory: other hosts write, too."""
     return {"use_listings_cache": False, **options}

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Iterable
 from typing import Any
 
-from dist_asgd.checkpoint.storage.backend import Backend, without_listings_cache
+from dist_asgd.checkpoint.storage.backend import Backend, classes_in, without_listings_cache
 from dist_asgd.checkpoint.storage.multipart import LONGEST_PUT, PART, length, split_into_parts
 from dist_asgd.checkpoint.storage.retry import CONNECT_TIMEOUT, READ_TIMEOUT, StorageError
 from dist_asgd.checkpoint.storage.store import BytesLike
@@ -35,7 +35,7 @@ class GcsUploads(Uploads):
         exclusive_since=("gcsfs", (2024, 12)),
         options=without_listings_cache,
         prepare=prepare_gcs,
-        transient_errors=frozenset({"google.auth.exceptions.TransportError"}),
+        transient_errors=classes_in("google.auth.exceptions", "TransportError"),
     )
 
     def create(self, path: str, data: bytes) -> None:
@@ -104,11 +104,7 @@ class GcsUploads(Uploads):
         return length(piece)
 
     def remove(self, paths: list[str]) -> None:
-        remove_each(paths, lambda path: self._retry("remove", path, lambda: self._remove(path)))
-
-    def _remove(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._connection.fs().rm_file(self._connection.full_path(path))
+        remove_each(paths, lambda path: self._remove_by("rm_file", path))
 
     def remove_folders(self, paths: list[str]) -> None:
         """Does nothing: the store has no folders."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Iterable
 
@@ -32,13 +31,13 @@ class MemoryUploads(Uploads):
 
     def remove(self, paths: list[str]) -> None:
         for path in paths:
-            with self._once("remove", path), self._lock, contextlib.suppress(FileNotFoundError):
-                self._connection.fs().rm_file(self._connection.full_path(path))
+            with self._lock:
+                self._remove_by("rm_file", path)
 
     def remove_folders(self, paths: list[str]) -> None:
         for path in paths:
-            with self._once("remove", path), self._lock, contextlib.suppress(FileNotFoundError):
-                self._connection.fs().rmdir(self._connection.full_path(path))
+            with self._lock:
+                self._remove_by("rmdir", path)
 
     def abort(self, prefix: str, older_than: float) -> int:
         """Returns 0: a killed process leaves nothing in memory."""

@@ -1,4 +1,4 @@
-"""Reads and writes local files by plain system calls, without a buffer of its own and with one fsync."""
+"""Reads and writes local files by plain system calls, without a buffer between a tensor's memory and the file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 from dist_asgd.checkpoint.storage.retry import Requests
 from dist_asgd.checkpoint.storage.store import BytesLike, Store, is_temporary, temporary_path
@@ -62,11 +63,7 @@ class LocalStore(Store):
         return count
 
     def read(self, path: str) -> bytes:
-        def request() -> bytes:
-            with open(self._at(path), "rb") as file:
-                return file.read()
-
-        return self._requests.retry("read", path, request)
+        return self._requests.retry("read", path, Path(self._at(path)).read_bytes)
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         return self._requests.retry("read", path, lambda: read_range(self._at(path), start, stop))

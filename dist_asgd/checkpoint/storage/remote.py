@@ -1,4 +1,4 @@
-"""Reads and lists files of any store through fsspec; ``Uploads`` (storage/uploads.py) changes them."""
+"""Reads and lists files of any remote store through fsspec; its ``Uploads`` (storage/uploads.py) change them."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import time
 from collections.abc import Iterable, Iterator
@@ -61,19 +60,11 @@ class RenamedUploads(Uploads):
 
     def remove(self, paths: list[str]) -> None:
         for path in paths:
-            self._retry("remove", path, functools.partial(self._remove, path))
-
-    def _remove(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._connection.fs().rm_file(self._connection.full_path(path))
+            self._remove_by("rm_file", path)
 
     def remove_folders(self, paths: list[str]) -> None:
         for path in paths:
-            self._retry("remove", path, functools.partial(self._remove_folder, path))
-
-    def _remove_folder(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._connection.fs().rmdir(self._connection.full_path(path))
+            self._remove_by("rmdir", path)
 
     def abort(self, prefix: str, older_than: float) -> int:
         """Removes old temporary files, and returns their number."""

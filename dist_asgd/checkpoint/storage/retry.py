@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from dist_asgd.checkpoint.storage.backend import Backend
+from dist_asgd.checkpoint.storage.backend import Backend, classes_in
 
 Result = TypeVar("Result")
 
@@ -20,22 +20,14 @@ TRIES = 5
 FIRST_DELAY = 0.25  # seconds before the second try; each further delay is three times as long, together at most 10 s
 CONNECT_TIMEOUT, READ_TIMEOUT = 5, 30  # seconds, for drivers that would wait for minutes
 HTTP_TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
-ERRNO_TRANSIENT = {
-    errno.EAGAIN,
-    errno.EBUSY,  # s3fs raises it for the statuses 503 and 409
-    errno.EHOSTUNREACH,
-    errno.ENETUNREACH,
-    errno.ESTALE,
-    getattr(errno, "EREMOTEIO", errno.EAGAIN),  # s3fs raises it for the status 500
-}
+# s3fs raises EBUSY for the HTTP statuses 503 and 409, and EREMOTEIO, which not every system has, for 500.
+ERRNO_TRANSIENT = {errno.EAGAIN, errno.EBUSY, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ESTALE}
+ERRNO_TRANSIENT |= {getattr(errno, "EREMOTEIO", errno.EAGAIN)}
 # Exception classes of libraries that several drivers use, by name, because importing them takes a second. Classes of
-# one store stand in its own module.
-CLASSES_TRANSIENT = {
-    "aiohttp.client_exceptions.ClientConnectionError",
-    "aiohttp.client_exceptions.ClientPayloadError",
-    "requests.exceptions.ConnectionError",  # gcsfs raises it for the status 502
-}
-CLASSES_PERMANENT = {"aiohttp.client_exceptions.ClientSSLError", "aiohttp.client_exceptions.InvalidURL"}
+# one store stand in its own module. gcsfs raises requests' ConnectionError for the status 502.
+CLASSES_TRANSIENT = classes_in("aiohttp.client_exceptions", "ClientConnectionError", "ClientPayloadError")
+CLASSES_TRANSIENT |= classes_in("requests.exceptions", "ConnectionError")
+CLASSES_PERMANENT = classes_in("aiohttp.client_exceptions", "ClientSSLError", "InvalidURL")
 
 
 class StorageError(OSError):

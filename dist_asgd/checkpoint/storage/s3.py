@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dist_asgd.checkpoint.storage.backend import Backend, without_listings_cache
+from dist_asgd.checkpoint.storage.backend import Backend, classes_in, without_listings_cache
 from dist_asgd.checkpoint.storage.multipart import PART, Multipart, rewound, upload
 from dist_asgd.checkpoint.storage.retry import StorageError, http_statuses
 from dist_asgd.checkpoint.storage.store import BytesLike
@@ -46,16 +46,11 @@ class S3Uploads(Uploads):
         options=s3_options,
         prepare=prepare_s3,
         transient_codes=frozenset({"ConditionalRequestConflict", "OperationAborted", "RequestTimeout", "SlowDown"}),
-        transient_errors=frozenset(
-            {
-                "botocore.exceptions.ConnectionError",
-                "botocore.exceptions.HTTPClientError",
-                "botocore.exceptions.ReadTimeoutError",
-                "botocore.exceptions.ResponseStreamingError",
-                "botocore.parsers.ResponseParserError",
-            }
+        transient_errors=classes_in("botocore.parsers", "ResponseParserError")
+        | classes_in(
+            "botocore.exceptions", "ConnectionError", "HTTPClientError", "ReadTimeoutError", "ResponseStreamingError"
         ),
-        permanent_errors=frozenset({"botocore.exceptions.SSLError"}),
+        permanent_errors=classes_in("botocore.exceptions", "SSLError"),
     )
 
     def create(self, path: str, data: bytes) -> None:
@@ -116,7 +111,7 @@ class S3Uploads(Uploads):
         return len(old)
 
     def _uploads(self, bucket: str, prefix: str) -> list[dict[str, Any]]:
-        """Returns all unfinished multipart uploads of keys that begin with ``prefix``. s3fs lists one page only."""
+        """Returns all unfinished multipart uploads of keys below ``prefix``; s3fs lists the first page only."""
         found: list[dict[str, Any]] = []
         marker: dict[str, str] = {}
         while True:
@@ -128,10 +123,8 @@ class S3Uploads(Uploads):
             marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
     def _abort(self, bucket: str, key: str, upload_id: str) -> None:
-        try:
+        with contextlib.suppress(FileNotFoundError):  # finished or aborted since it was listed
             self._connection.fs().call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload_id)
-        except FileNotFoundError:  # finished or aborted since it was listed
-            return
 
     def call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
         """Returns botocore's answer to one request about the object at ``path``, tried once."""

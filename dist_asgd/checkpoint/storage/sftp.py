@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dist_asgd.checkpoint.storage.backend import Backend
+from dist_asgd.checkpoint.storage.backend import Backend, classes_in
 from dist_asgd.checkpoint.storage.rename import RenamedUploads
 
 
@@ -14,12 +14,8 @@ class SftpUploads(RenamedUploads):
     backend = Backend(
         protocols=("sftp", "ssh"),
         extra="sftp",
-        transient_errors=frozenset(
-            {"paramiko.ssh_exception.NoValidConnectionsError", "paramiko.ssh_exception.SSHException"}
-        ),
-        permanent_errors=frozenset(
-            {"paramiko.ssh_exception.AuthenticationException", "paramiko.ssh_exception.BadHostKeyException"}
-        ),
+        transient_errors=classes_in("paramiko.ssh_exception", "NoValidConnectionsError", "SSHException"),
+        permanent_errors=classes_in("paramiko.ssh_exception", "AuthenticationException", "BadHostKeyException"),
     )
 
     def _rename_new(self, old: str, new: str) -> None:

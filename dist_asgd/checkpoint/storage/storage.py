@@ -1,8 +1,8 @@
 """Reads, writes and lists the files below one URL, local or of any fsspec protocol.
 
-All access of checkpoints to storage goes through ``Storage``, which knows nothing of tensors or checkpoints. Local
-files are accessed by plain system calls (storage/posix.py), remote ones through fsspec (storage/remote.py).
-Requests are retried after transient errors (storage/retry.py).
+Checkpoints access storage through ``Storage`` only, which knows nothing of tensors or checkpoints. Local files go by
+plain system calls (storage/posix.py), remote ones through fsspec (storage/remote.py, storage/uploads.py). Requests are
+retried after transient errors (storage/retry.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from dist_asgd.checkpoint.storage.url import checked_path
 __all__ = ["Storage", "StorageError"]
 
 READS = 24  # concurrent requests: at 40 ms each, 600 small files take under 2 s
-# Limit of the bytes that are being read or wait to be taken. The allocator was seen to hold up to twice as many.
-READ_BYTES = 32 * 2**20
+READ_BYTES = 32 * 2**20  # that are being read or wait to be taken; the allocator was seen to hold twice as many
 
 
 class Storage:
@@ -114,7 +113,7 @@ class Storage:
         return self._read_ranges(ranges)
 
     def _read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Iterator[tuple[int, bytes]]:
-        """Reads ranges ahead, up to ``READ_BYTES`` that are being read or wait to be taken; one may be longer."""
+        """Reads ahead while ranges that are being read or not yet taken have ``READ_BYTES``, or are a single one."""
         lengths = [stop - start for _, start, stop in ranges]
         pending: dict[Future[bytes], int] = {}
         held = following = 0

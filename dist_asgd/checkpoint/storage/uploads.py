@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +63,15 @@ class Uploads(ABC):
         Returns:
             The number of unfinished files; 0 where a store clears up by itself.
         """
+
+    def _remove_by(self, method: str, path: str) -> None:
+        """Removes a file or folder, which need not exist, by the file system's ``method``."""
+
+        def request() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                getattr(self._connection.fs(), method)(self._connection.full_path(path))
+
+        self._retry("remove", path, request)
 
 
 def remove_each(paths: Iterable[str], remove: Callable[[str], None]) -> None:
