@@ -82,8 +82,8 @@ def set_local_tensor(tensor: DTensor, local: Tensor) -> None:
 AsyncCollectiveTensor = _functional_collectives.AsyncCollectiveTensor
 """Class of a tensor that an asynchronous collective is still filling; ``wait()`` returns the filled tensor.
 
-``redistribute()`` leaves such tensors in DTensors. Reading their memory directly needs ``wait()`` first, and torch has
-no public name for the class.
+``redistribute(async_op=True)``, as tensor parallelism calls it, leaves such tensors in DTensors. Reading their memory
+directly needs ``wait()`` first, and torch has no public name for the class.
 """
 
 ShardedTensor = sharded_tensor.ShardedTensor
