@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Linters, types, tests. Arguments go to pytest:  launch/test.sh -k layout -x
+# Linters, types, the package in a bare environment (package.sh), tests. Arguments go to pytest, and then only linters,
+# types and those tests run:  launch/test.sh -k layout -x
 # Without arguments tests run in two processes: ranks mostly wait for one another, so one keeps two cores half busy. A file's
 # tests share what its fixtures made, so they stay together; the longest come first.
 set -euo pipefail
 
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+# shellcheck source=launch/package.sh
+source "$ROOT/launch/package.sh"
 cd "$ROOT"
 
 # Tests marked netns join two network namespaces by a link and count the bytes on it.
@@ -96,6 +99,7 @@ say "ruff format --check"
 "$PY" -m ruff format --check .
 say "mypy dist_asgd"
 "$PY" -m mypy dist_asgd
+(($#)) || check_package
 (($#)) || set -- -n 2 --dist loadfile tests/launch/test_train.py tests/optimizer/test_bits.py tests
 say "pytest $*"
 exec "$PY" -m pytest "$@"

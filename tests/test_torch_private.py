@@ -1,13 +1,13 @@
-"""Private names of torch that the package uses: each is there, does what it is used for, and is used in one file."""
+"""Every private name of torch that the package uses exists, does what it is used for, and is used in one file only."""
 
 import ast
 import importlib
 import io
 import pickle
-import typing
 from collections import OrderedDict
 from datetime import timedelta
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -254,7 +254,7 @@ def test_chunk_cat():
 
 def test_amp_unscale_():
     class Watching(Tensor):
-        seen: typing.ClassVar = []
+        seen: ClassVar[list[object]] = []
 
         @classmethod
         def __torch_function__(cls, func, types, args=(), kwargs=None):

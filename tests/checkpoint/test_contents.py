@@ -38,7 +38,7 @@ Saved = tuple[dict[str, Tensor], list[dict[str, Any]], dict[str, Any]]
 
 
 def save(state: Mapping[str, Any]) -> Saved:
-    """What all ranks bring, put together element by element; each element must be there."""
+    """Returns the contributions of all ranks, put together element by element. Fails if an element is missing."""
     everyone: list[Any] = [_copied(contents_of(state))]
     if dist.is_initialized():
         everyone = everyone * dist.get_world_size()
@@ -102,7 +102,7 @@ def check_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None
 
 
 def saved_and_finished(layout: str, stop: int, end: int) -> Any:
-    """A checkpoint at a step, and the weights and the average at the end without a stop."""
+    """Trains without a stop. Returns a checkpoint of step ``stop``, and the weights and the average of step ``end``."""
 
     def ranks(rank: int) -> Any:
         model, optimizer = build(layout, **OPTIONS)
@@ -134,7 +134,7 @@ def dense(cls: type[torch.optim.Optimizer] = torch.optim.ASGD, seed: int = 0, **
 
 
 def integer_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    """Steps with the same gradients under every layout."""
+    """Takes steps with gradients that are equal under every layout."""
     for step in steps:
         give_gradients(named_parameters(model), step)
         optimizer.step()
@@ -176,7 +176,7 @@ JOURNEYS = [
 
 @pytest.mark.parametrize("journey", JOURNEYS, ids=str)
 def test_state_moves_between_layouts_and_torch_asgd(journey: Any) -> None:
-    """Through averaging's beginning at step 5."""
+    """Averaging begins at step 5, in the second leg."""
     ((first, first_size), (second, second_size)) = journey
     saved, _ = dense_leg(None, range(3))
     saved, _ = leg(first, first_size, saved, range(3, 7))
@@ -258,7 +258,7 @@ def test_torch_optimizers_resume_in_fresh_ones(name: str) -> None:
 
 
 def same_state(ours: Any, theirs: Any) -> None:
-    """Equal, with the same types."""
+    """Fails unless two states are equal and of equal types."""
     assert type(ours) is type(theirs), (ours, theirs)
     if isinstance(ours, Tensor):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
@@ -275,7 +275,7 @@ def same_state(ours: Any, theirs: Any) -> None:
 
 
 def test_fresh_optimizers_of_fsdp2_resume_on_other_ranks() -> None:
-    """DCP itself would leave them as they are, without a word."""
+    """DCP itself leaves a fresh optimizer as it is, without a word."""
 
     def first(rank: int) -> Any:
         model = place("fsdp", Model())
@@ -467,7 +467,7 @@ def test_schedulers_resume(name: str) -> None:
 
 
 class Loader:
-    """As torchdata's: a state of numbers, strings, tensors and dicts in dicts, which differs between ranks."""
+    """A data loader like torchdata's, whose state is made of nested values and tensors and differs between ranks."""
 
     def __init__(self, rank: int) -> None:
         workers = {f"worker_{n}": {"position": rank + n, "file": f"a.b/{n}.txt"} for n in range(2)}

@@ -53,7 +53,7 @@ class Model(nn.Module):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """(directory of a run with steps 5 and 10, model's state at step 10, averages at step 10 by name)."""
+    """Returns (directory of a run with steps 5 and 10, model's state at step 10, averages at step 10 by name)."""
     folder = tmp_path_factory.mktemp("cli") / "run"
 
     def ranks(rank):
@@ -83,7 +83,7 @@ def run(saved, tmp_path):
 
 
 def called(capsys, *arguments):
-    """(exit status, what it printed)"""
+    """Runs a command. Returns (exit status, standard output, standard error)."""
     status = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err and (status == 0 or captured.err.count("\n") <= 1)
@@ -151,7 +151,7 @@ def test_show(saved, capsys):
 
 
 def test_verify_reads_every_byte(run, capsys):
-    """Wherever a byte is changed, it is found, and the file is named; the others still count as sound."""
+    """A changed byte is found wherever it is. Its file is named, and no other file."""
     folder = newest(run)
     status, out, _ = called(capsys, "verify", run)
     assert status == 0 and "as they were saved" in out
@@ -303,7 +303,7 @@ def test_export_of_other_entries_and_to_a_store(saved, tmp_path, capsys):
 
 
 def test_elements_are_aligned(tmp_path, capsys, monkeypatch):
-    """As safetensors asks (each dtype on multiples of its size) and torch does (64), in zip64 forms too."""
+    """Elements of safetensors begin on multiples of their size, those of torch.save on 64 bytes, in zip64 form too."""
     state = {
         "a": torch.ones(3, dtype=torch.bfloat16),
         "b": torch.ones(1, dtype=torch.bool),
@@ -424,7 +424,7 @@ def test_where_there_is_no_checkpoint(tmp_path, capsys, command):
 
 @pytest.mark.parametrize("command", ["show", "verify", "export"])
 def test_what_was_not_committed_is_no_checkpoint(run, tmp_path, capsys, command):
-    """Although stock readers would take it."""
+    """A directory without manifest.json is none, although stock readers would take it."""
     (newest(run) / "manifest.json").rename(newest(run) / "manifest.json.old")
     out = [tmp_path / "out.pt"] if command == "export" else []
     status, text, err = called(capsys, command, newest(run), *out)

@@ -30,7 +30,7 @@ OPTIONS_MAY_BE_MISSING = {"lr_on_time", "eta_decay"}
 def plan_optimizer(plan: LoadPlan, path: Path, target: NamedOptimizer) -> None:
     """Plans to load the optimizer at ``path``. Collective if it is one of FSDP1's parameters.
 
-    Parameters that the checkpoint has no state of will have none. Options, too, are as saved after the load; a
+    After the load a parameter that the checkpoint has no state of has none, and options of groups are as saved. Each
     mismatch becomes a problem of the plan.
     """
     if not list(plan.root.at(path).entry_keys()):

@@ -74,7 +74,8 @@ def to_fill(key: str, tensor: Tensor) -> TensorEntry:
     """Returns all blocks of ``tensor`` that this rank has, to be written to. Copies nothing.
 
     Raises:
-        TypeError: as ``to_save``, and for a lazily conjugated or negated view; the message has its ``key``.
+        TypeError: for a tensor that is not dense or has no memory, and for a lazily conjugated or
+            negated view; the message has its ``key``.
     """
     if isinstance(tensor, Sharded):
         chunks = [(chunk, MetadataIndex(key, chunk.offsets)) for chunk in tensor.__create_chunk_list__()]
@@ -111,7 +112,10 @@ def _entry(key: str, tensor: Tensor, blocks: Iterable[tuple[Box, Tensor]]) -> Te
 
 
 def _memory(key: str, data: Tensor) -> Tensor:
-    """Returns ``data`` as a plain tensor in the memory of its elements. Raises ``TypeError`` if it has none."""
+    """Returns ``data`` as a plain tensor, waited for and with its elements in memory.
+
+    Raises ``TypeError`` for a subclass of Tensor without memory, whose data pointer is 0: bytes are read from there.
+    """
     if isinstance(data, AsyncCollectiveTensor):
         data = data.wait()
     if data.numel() and not data.data_ptr():
