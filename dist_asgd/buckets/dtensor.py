@@ -75,9 +75,7 @@ class PlacedBucket(Bucket):
         self.compared_ranks = () if replica_group is None else replica_group.compared_ranks
         self.presharded = replica_group is None
         # Norms count each block once: where replicas keep whole states, the first one reports its gradients.
-        self._reports_gradients = (
-            replica_group is None or collectives is not None or replica_group.ranks[0] == options.rank
-        )
+        self._reports_norm = replica_group is None or collectives is not None or replica_group.ranks[0] == options.rank
         self._mesh_layout = mesh_layout_of(params[0]) if isinstance(params[0], DTensor) else None
         shapes, strides = [placement.shape for placement in placements], [placement.strides for placement in placements]
         self._scan = LayoutScan.of(shapes, strides, self._parameters.flats[0])
@@ -94,9 +92,8 @@ class PlacedBucket(Bucket):
         self._received: Tensor | None = None  # 1-D, the whole bucket in wire dtype, during the all-gather
         self._gather: Transfer | None = None
         self._in_flight = in_flight
-        hooks = (
-            [] if self.presharded else [register_hook(param, self.gradient_ready, i) for i, param in enumerate(params)]
-        )
+        hooked = () if self.presharded else params
+        hooks = [register_hook(param, self.gradient_ready, position) for position, param in enumerate(hooked)]
         weakref.finalize(self, remove_hooks, hooks)
 
     def check_parameters(self) -> None:
@@ -175,9 +172,8 @@ class PlacedBucket(Bucket):
 
     def has_misplaced(self) -> list[bool]:
         """Returns for each parameter whether its gradient has other placements, as a partial gradient has."""
-        return [
-            not (self._scanned is not None or self.presharded or gradient_is_placed(param)) for param in self.params
-        ]
+        placed = self._scanned is not None or self.presharded
+        return [not (placed or gradient_is_placed(param)) for param in self.params]
 
     def place_gradients(self) -> None:
         """Redistributes gradients to the placements of their parameters. Collective where ``has_misplaced()``."""
@@ -199,7 +195,7 @@ class PlacedBucket(Bucket):
         return [local_gradient(param) for param in self.params if param.grad is not None]
 
     def owned_gradients(self) -> list[Tensor]:
-        if not self._reports_gradients:
+        if not self._reports_norm:
             return []
         grads = [(piece, self.params[piece.position]) for piece in self._parameters.pieces]
         return [
@@ -220,9 +216,7 @@ class PlacedBucket(Bucket):
             if batch.parts is not None and self._scanned is not None:
                 yield PartsSlice(batch.start, batch.stop, batch.parts, self._packer.select(batch, self._scanned))
                 continue
-            grads: list[Any] = [
-                self.params[position].grad for position in batch.positions
-            ]  # not None: check_gradients() has passed
+            grads: list[Any] = [self.params[position].grad for position in batch.positions]  # checked before the step
             if not self.presharded:
                 grads = list(map(local_tensor, grads))
             if batch.parts is not None:

@@ -199,7 +199,7 @@ class ReplicatedBucket(Bucket):
             )
 
     def attach_placeholders(self) -> None:
-        """Replaces gradients that are not reduced by pieces that hold them, so that GradScaler asks all ranks for infs."""
+        """Replaces gradients that are not reduced by pieces that hold them, so that GradScaler asks all ranks."""
         for position, (param, piece) in enumerate(zip(self.params, self.gradient_pieces, strict=True)):
             grad = param.grad
             if grad is not None and not isinstance(grad, GradientPiece) and self.fits(position, grad):

@@ -249,7 +249,7 @@ class Packer:
         return piece.stop - piece.start < self._spans[piece.position].numel
 
     def _movable(self, position: int, grad: Tensor) -> Tensor:
-        """Returns the gradient in the bucket's dtype, such that ``_flattened`` moves it in the parameter's memory order."""
+        """Returns the gradient in the bucket's dtype, such that ``_flattened`` moves it in memory order."""
         as_it_is = self._row_major[position] and grad.ndim and grad.is_contiguous() and not grad.is_conj()
         movable = grad if as_it_is else self.flat(position, grad)
         return movable if movable.dtype == self._like.dtype else movable.to(self._like.dtype)

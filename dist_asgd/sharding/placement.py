@@ -90,7 +90,7 @@ class Placement:
             offset += box.numel
 
     def boxes(self, start: int, stop: int) -> list[Box]:
-        """Returns the boxes of the whole parameter that elements ``[start, stop)`` of the block fill, in their order."""
+        """Returns the boxes of the whole parameter that the block's elements ``[start, stop)`` fill, in order."""
         return [
             Box(tuple(map(operator.add, self.offsets, self._unpermute(box.offsets))), self._unpermute(box.sizes))
             for box in boxes([self.shape[dim] for dim in self.order], start, stop)

@@ -35,14 +35,12 @@ def argument_facts(arguments: Mapping[str, object], groups: Groups, first: int) 
     facts = [(name, repr(value)) for name, value in arguments.items()]
     for number, group in enumerate(groups[first:], start=first):
         facts += [*option_facts(Hyperparameters.of(group), number), (f"average of group {number}", average_of(group))]
-        families = list(dict.fromkeys(mesh_layout_of(param) for param in group["params"] if isinstance(param, DTensor)))
+        layouts = list(dict.fromkeys(mesh_layout_of(param) for param in group["params"] if isinstance(param, DTensor)))
         for name, param in zip(parameter_names(group, number), group["params"], strict=True):
             kind = f"{param.dtype} on {param.device.type}"
             if isinstance(param, DTensor):
                 mesh, placements = mesh_layout_of(param)
-                where = (
-                    f"a mesh {tuple(mesh.shape)} {mesh.mesh_dim_names} (number {families.index((mesh, placements))})"
-                )
+                where = f"a mesh {tuple(mesh.shape)} {mesh.mesh_dim_names} (number {layouts.index((mesh, placements))})"
                 kind += f" as a DTensor of shape {tuple(param.shape)} with {placements} on {where}"
             elif is_placed(param, str(arguments["gradients"])):
                 kind += " as a slice"
