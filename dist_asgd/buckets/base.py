@@ -201,7 +201,7 @@ def describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} on {tensor.device} of shape {tuple(tensor.shape)}"
 
 
-def require_unchanged(name: str, found: Tensor, dtype: torch.dtype, device: torch.device, shape: Sequence[int]) -> None:
+def require_same(name: str, found: Tensor, dtype: torch.dtype, device: torch.device, shape: Sequence[int]) -> None:
     """Raises ``RuntimeError`` where parameter ``name`` has another dtype, device or shape than at construction."""
     expected = f"{dtype} on {device} of shape {tuple(shape)}"
     if describe(found) != expected:

@@ -44,12 +44,10 @@ def _build_replicated(named: Mapping[Tensor, str], options: BucketOptions, reduc
     for (device, dtype), params in kinds.items():
         collectives = options.collectives(device)
         numels = [param.numel() for param in params]
-        for layout in plan_buckets(
-            numels, world_size=options.world_size, max_numel=options.bucket_bytes // dtype.itemsize
-        ):
-            of_bucket = [params[span.index] for span in layout.spans]
-            names = {param: named[param] for param in of_bucket}
-            buckets.append(ReplicatedBucket(names, layout, options, collectives, reduces))
+        max_numel = options.bucket_bytes // dtype.itemsize
+        for layout in plan_buckets(numels, world_size=options.world_size, max_numel=max_numel):
+            of_bucket = {params[span.index]: named[params[span.index]] for span in layout.spans}
+            buckets.append(ReplicatedBucket(of_bucket, layout, options, collectives, reduces))
     return buckets
 
 

@@ -22,15 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_asgd._torch_private import local_tensor
 from dist_asgd.asgd.schedule import Hyperparameters, Scaling
-from dist_asgd.buckets.base import (
-    MAX_IN_FLIGHT,
-    PATIENCE,
-    Bucket,
-    BucketOptions,
-    describe,
-    require_dense,
-    require_unchanged,
-)
+from dist_asgd.buckets.base import MAX_IN_FLIGHT, PATIENCE, Bucket, BucketOptions, describe, require_dense, require_same
 from dist_asgd.buckets.gradient_tensors import PlacedGradient
 from dist_asgd.buckets.hooks import register_hook, remove_hooks
 from dist_asgd.buckets.local_tensors import gradient_is_placed, local_gradient, place_gradient
@@ -110,7 +102,7 @@ class PlacedBucket(Bucket):
                     "when the optimizer was built. FSDP has put it together, as for a forward or by "
                     "summon_full_params(): leave that first"
                 )
-            require_unchanged(name, local, self.dtype, self.device, placement.shape)
+            require_same(name, local, self.dtype, self.device, placement.shape)
             self._parameters.local[position] = local
             self._parameters.flats[position] = placement.flatten(local)
             self._addresses[position] = local.data_ptr()

@@ -35,8 +35,7 @@ def mesh_layout_of(param: DTensor) -> MeshLayout:
 
 def mesh_ranks(mesh: DeviceMesh) -> list[int]:
     """Returns the global ranks of ``mesh``."""
-    ranks: list[int] = mesh.mesh.flatten().tolist()
-    return ranks
+    return list(mesh.mesh.flatten().tolist())
 
 
 def shard_coordinates(mesh_layout: MeshLayout) -> Coordinates:
@@ -75,8 +74,8 @@ class Replicas:
         for index, mesh_layout in enumerate(mesh_layouts):
             own = everyone[self._agreement.rank][index]
             ranks = tuple(rank for rank, coordinates in enumerate(everyone) if coordinates[index] == own)
-            implied = not set(map(self._global_rank, ranks)) <= set(mesh_ranks(mesh_layout[0]))
-            replica_groups[mesh_layout] = ReplicaGroup(ranks, ranks if implied else (), self)
+            spread = not set(map(self._global_rank, ranks)) <= set(mesh_ranks(mesh_layout[0]))
+            replica_groups[mesh_layout] = ReplicaGroup(ranks, ranks if spread else (), self)
         values = self._digests(named, replica_groups)
         # Ranks exchange one number for each mesh layout. The digests are longer, and needed only to name a difference.
         codes = self._agreement.gather([fingerprint(values[mesh_layout]) for mesh_layout in mesh_layouts])

@@ -283,12 +283,10 @@ class Shard:
             for suffix, average in averages.items():
                 # An average that the state lacks has not started: its value is the one of the first average.
                 if (saved := state.get(f"ax{suffix}", state.get("ax"))) is not None:
-                    average[where].copy_(self._values_of(saved, position))
+                    average[where].copy_(self._cut(saved, position))
             if self.master is not None:
                 master = state.get("master")
-                self.master[where].copy_(
-                    self.parameters.read(where) if master is None else self._values_of(master, position)
-                )
+                self.master[where].copy_(self.parameters.read(where) if master is None else self._cut(master, position))
         for suffix, average in averages.items():
             kept = self.averages[suffix]
             if self._capturable and kept is not None:
@@ -313,7 +311,7 @@ class Shard:
             device = self.parameters.device
             self.runs = [replace(run, scalars=DeviceScalars.of(run.scalars.read(), device)) for run in runs]
 
-    def _values_of(self, value: Tensor, position: int) -> Tensor:
+    def _cut(self, value: Tensor, position: int) -> Tensor:
         piece = self.pieces[position]
         if isinstance(value, StatePiece):
             return value.local
