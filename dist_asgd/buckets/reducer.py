@@ -52,7 +52,7 @@ class Reducer:
         weakref.finalize(self, remove_hooks, self._hooks)
 
     def add(self, buckets: Sequence[Bucket]) -> None:
-        """Adds the buckets that average gradients, and skips the rest. Every rank must add equal buckets in one order."""
+        """Adds buckets that average gradients and skips the rest. Every rank must add equal buckets in one order."""
         self.close_pass()
         for bucket in buckets:
             if not (isinstance(bucket, ReplicatedBucket) and bucket.reduces):
