@@ -72,7 +72,7 @@ lacks the attribute fails where the first DTensor is used.
 
 
 def set_local_tensor(tensor: DTensor, local: Tensor) -> None:
-    """Replaces the local tensor of a DTensor, by one of the same shape and dtype that an asynchronous one has become.
+    """Replaces the local tensor of a DTensor by ``local``, the plain tensor that an asynchronous one has become.
 
     A new DTensor (``DTensor.from_local``) would not be the ``grad`` that others may hold already.
     """

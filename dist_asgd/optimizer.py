@@ -22,7 +22,7 @@ from dist_asgd._torch_private import (
 from dist_asgd.asgd.schedule import own_options
 from dist_asgd.averages.kinds import Average
 from dist_asgd.averages.options import group_options, named_averages, suffix_of
-from dist_asgd.buckets.base import Bucket, Setting
+from dist_asgd.buckets.base import Bucket, BucketOptions
 from dist_asgd.buckets.build import build_buckets
 from dist_asgd.buckets.reducer import Reducer
 from dist_asgd.buckets.replicas import Replicas
@@ -389,7 +389,7 @@ class ShardedASGD(torch.optim.Optimizer):
         """
         self._complete_parameters()
         self._step_agreement.agree_on("full_state_dict()", self.param_groups, self._all_buckets())
-        if any(bucket.uneven for bucket in self._all_buckets()):
+        if any(bucket.presharded for bucket in self._all_buckets()):
             return self._modules.full_state_dict(self, self._agreement.rank)
         return full_state_dict(self.param_groups, self._buckets, self._agreement)
 
@@ -443,11 +443,11 @@ class ShardedASGD(torch.optim.Optimizer):
         set_takes_scaled_gradients(self, capturable)
         self._group = separate_group(group)
 
-    def _make_setting(self, precision: Precision, averages: Mapping[str, Average]) -> Setting:
+    def _make_setting(self, precision: Precision, averages: Mapping[str, Average]) -> BucketOptions:
         rank, world_size = self._agreement.rank, self._agreement.world_size
         bucket_bytes = self._arguments["bucket_bytes"]
         reducing = weakref.proxy(self._step_agreement)  # buckets must not keep the optimizer's parts alive
-        return Setting(rank, world_size, self._group, precision, averages, bucket_bytes, reducing)
+        return BucketOptions(rank, world_size, self._group, precision, averages, bucket_bytes, reducing)
 
     def _all_buckets(self) -> list[Bucket]:
         return [bucket for buckets in self._buckets for bucket in buckets]

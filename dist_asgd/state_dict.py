@@ -124,7 +124,7 @@ class StateDictLoad:
         for number, (group, options) in enumerate(zip(self.groups, self.options, strict=True)):
             facts += option_facts(Hyperparameters.of({**group, **options}), number)
         for bucket, states in self.states:
-            if bucket.uneven:  # a rank has state only of slices that have elements
+            if bucket.presharded:  # a rank has state only of slices that have elements
                 continue
             for position, name in enumerate(bucket.names):
                 state = states.get(position)

@@ -146,7 +146,7 @@ def swapped(buckets: Sequence[Bucket], suffix: str, modules: ParallelModules) ->
     seconds: float | None = PATIENCE
     try:
         for bucket in buckets:
-            bucket.shard.keep()
+            bucket.shard.save_parameters()
         _change_shards(to_swap, lambda bucket: bucket.shard.swap_in(suffix), in_turn=True)
         modules.refuse_old_graphs()
         torch.clear_autocast_cache()  # autocast would go on with casts of the former values

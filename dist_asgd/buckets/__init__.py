@@ -1,1 +1,1 @@
-"""Buckets: parameters of one group that are updated together, plain (flat) or placed by somebody else (DTensors)."""
+"""Buckets: parameters of one param group that are updated together, and the averaging of their gradients."""

@@ -1,4 +1,4 @@
-"""What all buckets have in common, wherever their parameters and gradients lie."""
+"""``Bucket``, the interface of all buckets, and the options that they are built with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_asgd.asgd.schedule import Hyperparameters, Scaling
 from dist_asgd.averages.kinds import Average
 from dist_asgd.averages.options import by_suffix
-from dist_asgd.buckets.gradient_tensors import Reducing
+from dist_asgd.buckets.gradient_tensors import GradientSync
 from dist_asgd.comm.collectives import Collectives
 from dist_asgd.sharding.layout import BucketLayout
 from dist_asgd.sharding.placement import Placement
@@ -22,24 +22,28 @@ from dist_asgd.sharding.precision import Precision
 from dist_asgd.sharding.shard import Shard
 from dist_asgd.sharding.shard_views import ShardParameters
 
-# Collectives (reductions of gradients, all-gathers of parameters) that a rank has under way at once. Two keep the link
-# busy. Each holds buffers of its bucket's size.
+# Collectives (reductions of gradients, all-gathers of DTensors) that a rank has under way at once. Two keep the link
+# busy, and each holds buffers of its bucket's size.
 MAX_IN_FLIGHT = 2
 
-# Seconds that a rank waits for the oldest of them before it starts one more. Another rank may join late, at its step()
-# or never, and the rank that waits for it without end might be the one that it waits for.
+# Seconds that a rank with MAX_IN_FLIGHT collectives under way waits for the oldest one before it starts one more. A
+# rank without a backward joins reductions only in its step(), which waits for the other ranks, so a wait without a
+# limit could last forever.
 PATIENCE = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """What all buckets of an optimizer are built with.
+class BucketOptions:
+    """The options that all buckets of one optimizer share.
 
     Attributes:
-        rank, world_size: this rank among those of the optimizer.
-        group: those ranks; None for one.
-        averages: by name; the first is ``ax``.
-        reducing: what gradients ask of the optimizer.
+        rank: this rank among the ranks of the optimizer.
+        world_size: the number of ranks of the optimizer.
+        group: the ranks of the optimizer; None for one rank.
+        precision: dtypes of averages, masters and messages.
+        averages: the kinds of average by name; the first is saved as ``ax``.
+        bucket_bytes: bytes of parameters after which a bucket is closed.
+        gradient_sync: by which gradients reach the optimizer.
     """
 
     rank: int
@@ -48,39 +52,60 @@ class Setting:
     precision: Precision
     averages: Mapping[str, Average]
     bucket_bytes: int
-    reducing: Reducing
-    made: dict[str, Collectives] = field(default_factory=dict, init=False)  # by device type
+    gradient_sync: GradientSync
+    collectives_by_type: dict[str, Collectives] = field(default_factory=dict, init=False)  # by device type
 
     def collectives(self, device: torch.device) -> Collectives | None:
-        """Between the ranks of ``group``. Collective when first called for a type of device."""
+        """Returns the collectives of ``group`` for ``device``; None for one rank.
+
+        Collective when first called for a type of device.
+        """
         if self.group is None:
             return None
-        if device.type not in self.made:
-            self.made[device.type] = Collectives.on(self.group, device)
-        return self.made[device.type]
+        if device.type not in self.collectives_by_type:
+            self.collectives_by_type[device.type] = Collectives.on(self.group, device)
+        return self.collectives_by_type[device.type]
 
 
 class Bucket(ABC):
-    """Parameters of one group, dtype and device that are updated together, and this rank's shard of them.
+    """Parameters of one param group, dtype and device that are updated together, and this rank's shard of them.
 
     Args:
-        named: the parameters with their names, for messages.
-        layout: ``layout.spans[i]`` is where the i-th of them lies, or would if all were moved into one buffer.
-        placements: of what this rank has of each.
-        parameters: of the shard.
-        rank: whose shard of ``layout`` this rank has.
-        collectives: between the ranks that have the same of each parameter, each of which owns a shard; None where no
-            other rank has it, or each rank is to have the whole state.
+        named: the parameters with their names, which are for messages.
+        layout: the layout of one buffer of all parameters, in which span ``i`` belongs to parameter ``i``.
+        placements: this rank's block of each parameter.
+        parameters: access to the parameters of the shard.
+        rank: the number of this rank's shard in ``layout``.
+        collectives: among the ranks that have equal blocks of the parameters and share the optimizer state; None where
+            this rank keeps the whole state of its blocks.
+        options: the options that all buckets share.
+
+    Attributes:
+        reduces: whether the bucket averages gradients over ranks. Otherwise gradients arrive averaged.
+        agrees_before_step: whether ranks must agree before each step, so that none waits for a rank with an error.
+        always_gathers: whether a step has an all-gather also where no parameter of the bucket takes the step.
+        may_gather_late: whether ``step()`` may return before the all-gather of the parameters is complete.
+        always_registered: whether the parameters are registered in modules at all times. FSDP registers others during
+            forward and backward.
+        whole_gradients: whether ``p.grad`` is the whole averaged gradient of a parameter, on every rank.
+        presharded: whether parameters are slices that FSDP1 or the user has made, so that a rank may have no element
+            of a parameter, and no gradient.
+        compared_ranks: ranks whose gradients must be equal without any collective that makes them so; empty if there
+            are none. ``step/gradient_check.py`` compares them.
+        params, names: the parameters and their names, in the order of ``layout.spans``.
+        positions: the position of each parameter in ``params``, by ``id``.
+        wire: the dtype in which parameters are sent.
+        shard: the shard that this rank owns, with its optimizer state.
     """
 
-    reduces = False  # whether gradients are the ranks' own, to be averaged here
-    meets = False  # whether ranks must agree before each step, so that none is left waiting
-    always_gathers = False  # whether a step has the all-gather also where no parameter of the bucket takes the step
-    may_lag = False  # whether the parameters need not be complete when a step returns
-    always_registered = False  # whether modules hold the parameters all the time, never something in their place
-    whole_gradients = False  # whether ``p.grad`` is the whole gradient of a parameter, on every rank
-    uneven = False  # whether a parameter may have a gradient on some ranks only, since others have none of its elements
-    mirrors: Sequence[int] = ()  # the ranks that must have the same gradients, if nothing else makes sure of it
+    reduces = False
+    agrees_before_step = False
+    always_gathers = False
+    may_gather_late = False
+    always_registered = False
+    whole_gradients = False
+    presharded = False
+    compared_ranks: Sequence[int] = ()
 
     def __init__(
         self,
@@ -90,18 +115,19 @@ class Bucket(ABC):
         parameters: ShardParameters,
         rank: int,
         collectives: Collectives | None,
-        setting: Setting,
+        options: BucketOptions,
     ) -> None:
         self.params, self.names, self.layout = tuple(named), tuple(named.values()), layout
         self.positions = {id(param): position for position, param in enumerate(self.params)}
         self.placements = tuple(placements)
         self.dtype, self.device = self.params[0].dtype, self.params[0].device
-        self.collectives, precision = collectives if layout.numel else None, setting.precision
+        self.collectives, precision = collectives if layout.numel else None, options.precision
         self.wire = precision.wire(self.dtype)
-        # The same wherever shards are cut; another for another bucket, or another block of the parameters.
+        # The seed depends on the parameters and the block and not on the rank, so results do not depend on where shards
+        # are cut.
         seed = zlib.crc32(repr((self.names[0], self.placements[0].offsets)).encode())
         rounding = precision.rounding(self.dtype, self.collectives is not None, seed)
-        kinds = by_suffix(setting.averages)
+        kinds = by_suffix(options.averages)
         self.shard = Shard(parameters, layout, self.placements, rank, precision, rounding, kinds)
 
     def requires_grad(self) -> list[bool]:
@@ -109,67 +135,74 @@ class Bucket(ABC):
 
     @abstractmethod
     def check_parameters(self) -> None:
-        """Takes up parameters whose memory was replaced; raises ``RuntimeError`` where they do not fit any more."""
+        """Finds parameters whose memory was replaced since the last call, and uses their new memory from now on.
+
+        Raises ``RuntimeError``, which names the parameter, where dtype, device or shape have changed.
+        """
 
     @abstractmethod
     def check_gradients(self) -> list[bool]:
-        """For each parameter, whether this rank has a gradient of it.
+        """Returns for each parameter whether this rank has a gradient of it.
 
-        Raises ``RuntimeError`` for a gradient that the rule has no meaning for, naming its parameter.
+        Raises ``RuntimeError``, which names the parameter, for a gradient that is sparse or has another shape, device
+        or placement.
         """
 
     def find_gradients(self) -> bool:
-        """Whether one look shows that all parameters and gradients are as expected, and nothing need be checked.
+        """Whether one fast scan finds all parameters and gradients as expected, so that no other check is needed.
 
-        Then they are held for the step.
+        If so, the bucket holds the gradients for the next ``update()`` or until ``release_gradients()``.
         """
         return False
 
-    def let_go(self) -> None:  # noqa: B027  # most hold nothing
-        """There is no step after ``find_gradients``: drops what was held for it."""
+    def release_gradients(self) -> None:  # noqa: B027  # most buckets hold nothing
+        """Drops the gradients that ``find_gradients()`` holds, where no step follows."""
 
     def has_misplaced(self) -> list[bool]:
-        """For each parameter, whether ``place_gradients`` has to do something about its gradient."""
+        """Returns for each parameter whether ``place_gradients()`` has to redistribute its gradient."""
         return [False] * len(self.params)
 
-    def place_gradients(self) -> None:  # noqa: B027  # most have nothing to do
-        """After ranks have agreed: brings gradients to where their parameters are. Collective."""
+    def place_gradients(self) -> None:  # noqa: B027  # only DTensors need it
+        """Redistributes gradients to the placements of their parameters. Collective where ``has_misplaced()``."""
 
     @abstractmethod
     def gradient_tensors(self) -> list[Tensor]:
-        """Every tensor that holds values of the gradients on this rank, each value once."""
+        """Returns tensors that hold all values of the gradients on this rank, each value once."""
 
     @abstractmethod
     def owned_gradients(self) -> list[Tensor]:
-        """The same or parts of them, so that over all ranks each element of each parameter is there once."""
+        """Returns parts of the gradients such that all ranks together have each element of each parameter once."""
 
     @abstractmethod
     def update(self, h: Hyperparameters, active: Sequence[bool] | None, scaling: Scaling | None = None) -> None:
-        """One step of this rank's shard for the parameters that are ``active`` (None: all).
+        """Takes one step with this rank's shard. No communication.
 
         Args:
-            scaling: of the gradients; only where scalars are on the device.
+            h: the hyperparameters of the step.
+            active: one flag for each parameter, whether it takes the step; None if all do.
+            scaling: the scale of the gradients, from GradScaler; only where scalars are on the device.
         """
 
     @abstractmethod
     def start_gather(self, exact: bool = False) -> None:
-        """Starts completing the parameters on every rank from the shards, which have changed. Collective.
+        """Starts an all-gather of the changed shards, which completes the parameters on every rank. Collective.
 
         Args:
-            exact: in the parameters' own dtype, whatever they are rounded to in a step.
+            exact: whether to send the dtype of the parameters also where a step rounds and sends a narrower one.
         """
 
     @abstractmethod
     def wait(self, seconds: float | None = None) -> None:
-        """Waits until the parameters are complete, at most ``seconds``; a later call goes on where this one gave up."""
+        """Waits until the parameters are complete, at most ``seconds``. A later call continues an interrupted wait."""
 
 
 def describe(tensor: Tensor) -> str:
+    """Returns dtype, device and shape of ``tensor`` in words, for messages."""
     return f"{tensor.dtype} on {tensor.device} of shape {tuple(tensor.shape)}"
 
 
-def require_fitting(name: str, found: Tensor, dtype: torch.dtype, device: torch.device, shape: Sequence[int]) -> None:
-    """Raises ``RuntimeError`` where parameter ``name`` is not what the optimizer was built for any more."""
+def require_same(name: str, found: Tensor, dtype: torch.dtype, device: torch.device, shape: Sequence[int]) -> None:
+    """Raises ``RuntimeError`` where parameter ``name`` has another dtype, device or shape than at construction."""
     expected = f"{dtype} on {device} of shape {tuple(shape)}"
     if describe(found) != expected:
         raise RuntimeError(
@@ -180,5 +213,6 @@ def require_fitting(name: str, found: Tensor, dtype: torch.dtype, device: torch.
 
 
 def require_dense(name: str, grad: Tensor) -> None:
+    """Raises ``RuntimeError`` where the gradient of parameter ``name`` is sparse."""
     if grad.layout is not torch.strided:
         raise RuntimeError(f"parameter {name!r} has a sparse gradient; ASGD needs a dense one (sparse=False)")

@@ -1,11 +1,11 @@
-"""Parameters that somebody else has placed: DTensors (FSDP2, HSDP, TP) and slices (FSDP1). They stay where they lie.
+"""Buckets of DTensors (FSDP2, HSDP, tensor parallelism) and of slices (FSDP1), which stay in their own memory.
 
-The update reads and writes the local tensors, all in one pass; without one, small ones are gathered for it and put
-back. So what is spent on each is a microsecond or two, where torch.optim.ASGD, by operators on DTensors, spends eighty.
-Gradients have been reduced by whoever placed the parameters.
+FSDP and tensor parallelism have reduced the gradients. The update reads and writes local tensors. One kernel updates
+all of them if it can (kernels/dispatch.py); otherwise small ones are gathered into a buffer and copied back. Either way
+no operator runs on DTensors, whose dispatch in Python costs tens of microseconds a parameter in torch.optim.ASGD.
 
-Where several ranks have the same block of a parameter (see replicas.py), each owns a shard of the bucket, updates the
-pieces of parameters in it, and one all-gather among them distributes the result.
+Where several ranks hold equal blocks of the parameters (see buckets/replicas.py), each owns a shard of the bucket and
+updates the pieces of parameters in it. One all-gather among these ranks distributes the results.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch.distributed.tensor import DTensor
 
 from dist_asgd._torch_private import local_tensor
 from dist_asgd.asgd.schedule import Hyperparameters, Scaling
-from dist_asgd.buckets.base import MAX_IN_FLIGHT, PATIENCE, Bucket, Setting, describe, require_dense, require_fitting
+from dist_asgd.buckets.base import MAX_IN_FLIGHT, PATIENCE, Bucket, BucketOptions, describe, require_dense, require_same
 from dist_asgd.buckets.gradient_tensors import PlacedGradient
 from dist_asgd.buckets.hooks import register_hook, remove_hooks
 from dist_asgd.buckets.local_tensors import gradient_is_placed, local_gradient, place_gradient
 from dist_asgd.buckets.packing import Batch, Batches, Packer
-from dist_asgd.buckets.replicas import Sharing, family_of
+from dist_asgd.buckets.replicas import ReplicaGroup, mesh_layout_of
 from dist_asgd.comm.collectives import Transfer
 from dist_asgd.kernels.dispatch import FlatSlice, PartsSlice, UpdateSlice
 from dist_asgd.kernels.scan import LayoutScan
@@ -39,89 +39,92 @@ from dist_asgd.sharding.shard_views import PlacedParameters, local_of
 
 
 class PlacedBucket(Bucket):
-    """Parameters that stay where they lie.
+    """A bucket of parameters that are sharded already and keep their memory.
 
     Args:
-        named: DTensors of one family (see buckets/replicas.py), or slices, of one dtype and device.
-        sharing: the ranks that have the same of each of them; None for slices.
-        in_flight: buckets whose all-gather is under way; the same list for all that are built together.
+        named: DTensors of one mesh layout (see buckets/replicas.py), or slices, of one dtype and device, with names.
+        layout: the layout of one buffer of all blocks.
+        options: the options that all buckets share.
+        replica_group: the ranks that hold equal blocks of the parameters; None for slices.
+        in_flight: buckets whose all-gather is under way, oldest first; shared by all buckets of a param group.
     """
 
     def __init__(
         self,
         named: Mapping[Tensor, str],
         layout: BucketLayout,
-        setting: Setting,
-        sharing: Sharing | None,
+        options: BucketOptions,
+        replica_group: ReplicaGroup | None,
         in_flight: deque[PlacedBucket],
     ) -> None:
         params = tuple(named)
         placements = [Placement.of(param) for param in params]
-        collectives = None if sharing is None else sharing.collectives(params[0].device)
-        rank = 0 if collectives is None or sharing is None else sharing.ranks.index(setting.rank)
+        collectives = None if replica_group is None else replica_group.collectives(params[0].device)
+        rank = 0 if collectives is None or replica_group is None else replica_group.ranks.index(options.rank)
         self._parameters = PlacedParameters(params, layout, placements, rank)
-        super().__init__(named, layout, placements, self._parameters, rank, collectives, setting)
-        self.group, self.reducing = setting.group, setting.reducing
-        self.mirrors = () if sharing is None else sharing.mirrors
-        self.uneven = sharing is None
-        # Where replicas do not share, the first of them speaks for all.
-        self._counts = sharing is None or collectives is not None or sharing.ranks[0] == setting.rank
-        self._family = family_of(params[0]) if isinstance(params[0], DTensor) else None
+        super().__init__(named, layout, placements, self._parameters, rank, collectives, options)
+        self.group, self.gradient_sync = options.group, options.gradient_sync
+        self.compared_ranks = () if replica_group is None else replica_group.compared_ranks
+        self.presharded = replica_group is None
+        # Norms count each block once: where replicas keep whole states, the first one reports its gradients.
+        self._reports_norm = replica_group is None or collectives is not None or replica_group.ranks[0] == options.rank
+        self._mesh_layout = mesh_layout_of(params[0]) if isinstance(params[0], DTensor) else None
         shapes, strides = [placement.shape for placement in placements], [placement.strides for placement in placements]
-        self._look = LayoutScan.of(shapes, strides, self._parameters.flats[0])
-        self._plain: Gradients | None = None  # from when all were found until the step
+        self._scan = LayoutScan.of(shapes, strides, self._parameters.flats[0])
+        self._scanned: Gradients | None = None  # between check_gradients() and update()
         self._addresses = [flat.data_ptr() for flat in self._parameters.flats]
         self._packer = Packer(layout, placements, self._parameters.flats[0])
         fuses = self.shard.fuses and all(type(flat) is Tensor for flat in self._parameters.flats)
-        own = self._parameters.own if fuses else None
+        own = self._parameters.view_of if fuses else None
         self._batches = Batches(self._parameters.pieces, layout, self.device, own)
         spans = [(position, span) for position, span in enumerate(layout.spans) if span.numel]
         if self.collectives is not None:
             self._whole = Batch.of([Piece(position, 0, span.numel, span.start) for position, span in spans])
         self.always_gathers = self.collectives is not None
-        self._received: Tensor | None = None  # the whole bucket, while the all-gather is under way
+        self._received: Tensor | None = None  # 1-D, the whole bucket in wire dtype, during the all-gather
         self._gather: Transfer | None = None
         self._in_flight = in_flight
-        hooks = [] if self.uneven else [register_hook(param, self.arrive, i) for i, param in enumerate(params)]
+        hooked = () if self.presharded else params
+        hooks = [register_hook(param, self.gradient_ready, position) for position, param in enumerate(hooked)]
         weakref.finalize(self, remove_hooks, hooks)
 
     def check_parameters(self) -> None:
-        found: list[Tensor] = list(map(local_of if self.uneven else local_tensor, self.params))  # type: ignore[arg-type]
+        found: list[Tensor] = list(map(local_of if self.presharded else local_tensor, self.params))  # type: ignore[arg-type]
         if all(map(operator.is_, found, self._parameters.local)):
             return
         if list(map(Tensor.data_ptr, found)) == self._addresses:
             return
         for position, (name, local) in enumerate(zip(self.names, found, strict=True)):
             placement = self.placements[position]
-            if self.uneven and local.shape != placement.shape and local.numel() >= placement.numel:
+            if self.presharded and local.shape != placement.shape and local.numel() >= placement.numel:
                 raise RuntimeError(
                     f"parameter {name!r} has shape {tuple(local.shape)} now and was a slice of shape {placement.shape} "
                     "when the optimizer was built. FSDP has put it together, as for a forward or by "
                     "summon_full_params(): leave that first"
                 )
-            require_fitting(name, local, self.dtype, self.device, placement.shape)
+            require_same(name, local, self.dtype, self.device, placement.shape)
             self._parameters.local[position] = local
             self._parameters.flats[position] = placement.flatten(local)
             self._addresses[position] = local.data_ptr()
-            self._batches.forget()
+            self._batches.clear()
 
     # Gradients -------------------------------------------------------------------------------------------------------
 
     def check_gradients(self) -> list[bool]:
-        self._plain = self._found([param.grad for param in self.params])
-        if self._plain is not None:
+        self._scanned = self._found([param.grad for param in self.params])
+        if self._scanned is not None:
             return [True] * len(self.params)
         self._check_each_gradient()
-        # Slices without elements, of which FSDP makes no gradient, take every step.
-        return [param.grad is not None or (self.uneven and not param.numel()) for param in self.params]
+        # FSDP makes no gradient of a slice without elements, which takes every step.
+        return [param.grad is not None or (self.presharded and not param.numel()) for param in self.params]
 
-    def let_go(self) -> None:
-        self._plain = None
+    def release_gradients(self) -> None:
+        self._scanned = None
 
     def _found(self, grads: list[Any]) -> Gradients | None:
-        """All gradients, if they are there and lie as the parameters; DTensors are placed as they are, too."""
-        if self._family is None:
-            return None if any(grad is None for grad in grads) else self._look.scan(grads)
+        """Returns all gradients if each exists with the layout and the placements of its parameter; otherwise None."""
+        if self._mesh_layout is None:
+            return None if any(grad is None for grad in grads) else self._scan.scan(grads)
         try:
             local = list(map(local_tensor, grads))
             places = [grad.placements for grad in grads]
@@ -129,8 +132,8 @@ class PlacedBucket(Bucket):
         except AttributeError:  # None, or a plain tensor
             return None
         count = len(grads)
-        placed = places.count(self._family[1]) == count and meshes.count(self._family[0]) == count
-        return self._look.scan(local) if placed else None
+        placed = places.count(self._mesh_layout[1]) == count and meshes.count(self._mesh_layout[0]) == count
+        return self._scan.scan(local) if placed else None
 
     def _check_each_gradient(self) -> None:
         for name, param, placement in zip(self.names, self.params, self.placements, strict=True):
@@ -160,18 +163,22 @@ class PlacedBucket(Bucket):
                 )
 
     def has_misplaced(self) -> list[bool]:
-        """For each parameter, whether its gradient has another placement: a partial one that was not reduced yet."""
-        return [not (self._plain is not None or self.uneven or gradient_is_placed(param)) for param in self.params]
+        """Returns for each parameter whether its gradient has other placements, as a partial gradient has."""
+        placed = self._scanned is not None or self.presharded
+        return [not (placed or gradient_is_placed(param)) for param in self.params]
 
     def place_gradients(self) -> None:
-        """Brings those to the placements of their parameters. Collective where there are any."""
-        for param in [] if self._plain is not None or self.uneven else self.params:
+        """Redistributes gradients to the placements of their parameters. Collective where ``has_misplaced()``."""
+        for param in [] if self._scanned is not None or self.presharded else self.params:
             place_gradient(param)
 
-    def arrive(self, position: int) -> None:
-        """A hook: the parameter has its gradient. A partial one, of a norm in tensor parallelism, say, is reduced."""
+    def gradient_ready(self, position: int) -> None:
+        """Hook: backward has accumulated the gradient of the parameter at ``position``.
+
+        Reduces a partial gradient, such as the one of a norm under tensor parallelism. Collective then.
+        """
         param = self.params[position]
-        if self.reducing.enabled:
+        if self.gradient_sync.enabled:
             place_gradient(param)
         if isinstance(param.grad, DTensor):
             PlacedGradient.mark(param.grad, self)
@@ -180,7 +187,7 @@ class PlacedBucket(Bucket):
         return [local_gradient(param) for param in self.params if param.grad is not None]
 
     def owned_gradients(self) -> list[Tensor]:
-        if not self._counts:
+        if not self._reports_norm:
             return []
         grads = [(piece, self.params[piece.position]) for piece in self._parameters.pieces]
         return [
@@ -194,15 +201,15 @@ class PlacedBucket(Bucket):
     def update(self, h: Hyperparameters, active: Sequence[bool] | None, scaling: Scaling | None = None) -> None:
         self.wait()
         self.shard.update(h, active, self._slices, scaling)
-        self.let_go()
+        self.release_gradients()
 
     def _slices(self, run: Run) -> Iterator[UpdateSlice]:
         for batch in self._batches.of(run.first, run.stop):
-            if batch.parts is not None and self._plain is not None:
-                yield PartsSlice(batch.start, batch.stop, batch.parts, self._packer.chosen(batch, self._plain))
+            if batch.parts is not None and self._scanned is not None:
+                yield PartsSlice(batch.start, batch.stop, batch.parts, self._packer.select(batch, self._scanned))
                 continue
             grads: list[Any] = [self.params[position].grad for position in batch.positions]  # checked before the step
-            if not self.uneven:
+            if not self.presharded:
                 grads = list(map(local_tensor, grads))
             if batch.parts is not None:
                 yield PartsSlice(batch.start, batch.stop, batch.parts, self._packer.readable(batch, grads))
@@ -210,17 +217,17 @@ class PlacedBucket(Bucket):
             flats = [self._parameters.flats[position] for position in batch.positions]
             param = self._packer.join(batch, flats, ready=True)
             yield FlatSlice(batch.start, param, self._packer.join(batch, grads))
-            if batch.gathered:  # and updated, since the next one is asked for
-                self._packer.part(batch, param, flats)
+            if batch.gathered:  # the caller has updated ``param`` before it asks for the next part
+                self._packer.split(batch, param, flats)
 
     @torch.no_grad()
     def start_gather(self, exact: bool = False) -> None:
-        # What is written to a local tensor does not show in the DTensor's version, by which autograd refuses a backward
-        # through old values.
+        # Writes to a local tensor leave the version of the DTensor, by which autograd refuses a backward through old
+        # values.
         torch.autograd.graph.increment_version(self.params)
         if self.collectives is None:
             return
-        if len(self._in_flight) == MAX_IN_FLIGHT:  # more, once another rank has let this one wait in vain
+        if len(self._in_flight) == MAX_IN_FLIGHT:  # one more where another rank does not come
             self._in_flight[0].wait(PATIENCE)
         received = torch.empty(self.layout.numel, dtype=self.dtype if exact else self.wire, device=self.device)
         own = received[self.shard.start : self.shard.stop]
@@ -237,6 +244,6 @@ class PlacedBucket(Bucket):
         if self._received is not None:
             flats = [self._parameters.flats[position] for position in self._whole.positions]
             values = self._received[self._whole.start : self._whole.stop].to(self.dtype)
-            self._packer.part(self._whole, values, flats)
+            self._packer.split(self._whole, values, flats)
         self._in_flight.remove(self)
         self._gather = self._received = None

@@ -1,9 +1,11 @@
-"""Replicated parameters: flat buckets, of which each rank owns and updates one shard (ZeRO-1 and ZeRO-2).
+"""Buckets of replicated parameters, in flat buffers of which each rank owns and updates one shard (ZeRO-1, ZeRO-2).
 
-[Note: gradients] A bucket with ``reducing`` averages the ranks' own gradients. Its whole gradients live from backward
-until its reduction starts; from then on ``p.grad`` is a ``GradientPiece`` that stands for this rank's piece of the
-reduced gradient in ``Bucket.grad`` (1-D, indexed as the shard, in the dtype the rule is computed in). Without it (one
-rank, or somebody else has reduced them) ``p.grad`` stays what it is in torch and is read where it lies.
+[Note: gradients] A bucket with ``reduces`` averages the gradients of the ranks. A whole gradient lives from backward
+until the bucket's reduction starts. From then on ``p.grad`` is a ``GradientPiece``, which stands for this rank's piece
+of the averaged gradient in ``ReplicatedBucket.grad``. In a bucket without ``reduces`` (one rank, or gradients averaged
+by DistributedDataParallel) ``p.grad`` is a plain tensor, and the update reads it in its place.
+
+ZeRO: Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from dist_asgd.asgd.rounding import compute_dtype
 from dist_asgd.asgd.schedule import Hyperparameters, Scaling
-from dist_asgd.buckets.base import Bucket, Setting, describe, require_dense, require_fitting
+from dist_asgd.buckets.base import Bucket, BucketOptions, describe, require_dense, require_same
 from dist_asgd.buckets.gradient_tensors import GradientPiece
 from dist_asgd.buckets.packing import Batches, Packer
 from dist_asgd.comm.collectives import Collectives, Reduction, Transfer
@@ -28,18 +30,26 @@ from dist_asgd.sharding.placement import Placement
 from dist_asgd.sharding.scalar_runs import Run
 from dist_asgd.sharding.shard_views import FlatParameters
 
-# ``GradientPiece.begun`` of a gradient that was dropped, and of one that only this rank knows yet: after every pass.
+# Values of ``GradientPiece.first_pass`` above every number of a pass: for a gradient that was dropped, and for one that
+# no pass has reduced yet.
 DROPPED, UNREDUCED = 2**62, 2**61
 
 
 class ReplicatedBucket(Bucket):
-    """Parameters that every rank has whole. They become views of one buffer, so no collective copies anything.
+    """A bucket of parameters that every rank holds whole. They become views of one buffer, the input of collectives.
 
     Args:
-        named: leaf tensors of one dtype and device.
-        collectives: None with one rank.
-        reduces: whether gradients are the rank's own, and the bucket averages them; then parameters start as rank 0's,
-            as in DistributedDataParallel.
+        named: leaf tensors of one dtype and device, with their names.
+        layout: the layout of the bucket.
+        options: the options that all buckets share.
+        collectives: among the ranks of the optimizer; None with one rank.
+        reduces: whether the bucket averages gradients over ranks. If so, construction is collective and copies rank 0's
+            parameters to all ranks, as DistributedDataParallel does.
+
+    Attributes:
+        buffer: the parameters.
+        grad: this rank's shard of the averaged gradients; None if there are none.
+        gradient_pieces: the ``p.grad`` of each parameter after its reduction; empty without ``reduces``.
     """
 
     always_registered = True
@@ -48,44 +58,44 @@ class ReplicatedBucket(Bucket):
         self,
         named: Mapping[Tensor, str],
         layout: BucketLayout,
-        setting: Setting,
+        options: BucketOptions,
         collectives: Collectives | None,
         reduces: bool,
     ) -> None:
         first = next(iter(named))
         placements = [Placement.of(param) for param in named]
-        self.buffer = torch.zeros(layout.numel, dtype=first.dtype, device=first.device)  # 1-D, the parameters
+        self.buffer = torch.zeros(layout.numel, dtype=first.dtype, device=first.device)  # 1-D
         for param, placement, span in zip(named, placements, layout.spans, strict=True):
             self._attach(param, placement, span)
         if reduces and collectives is not None and layout.numel:
             collectives.broadcast(as_real(self.buffer))
-        start, stop = layout.shard(setting.rank)
+        start, stop = layout.shard(options.rank)
         parameters = FlatParameters(self.buffer[start:stop])
-        super().__init__(named, layout, placements, parameters, setting.rank, collectives, setting)
-        self.group, self.reduces = setting.group, reduces
-        self.reducing = setting.reducing if reduces else None
+        super().__init__(named, layout, placements, parameters, options.rank, collectives, options)
+        self.group, self.reduces = options.group, reduces
+        self.gradient_sync = options.gradient_sync if reduces else None
         self.whole_gradients = not self.reduces
-        self.meets = self.may_lag = collectives is not None
+        self.agrees_before_step = self.may_gather_late = collectives is not None
         if collectives is not None and not self.reduces:
-            self.mirrors = range(collectives.world_size)
+            self.compared_ranks = range(collectives.world_size)
         self._places = ParameterPlaces.of(self.params)
-        self._gradient_wire = setting.precision.gradient_wire(self.dtype)
+        self._gradient_wire = options.precision.gradient_wire(self.dtype)
         shapes, strides = [placement.shape for placement in placements], [placement.strides for placement in placements]
-        self._look = LayoutScan.of(shapes, strides, self.buffer)
-        self._plain: Gradients | None = None  # from when all were found until the step
+        self._scan = LayoutScan.of(shapes, strides, self.buffer)
+        self._scanned: Gradients | None = None  # between find_gradients() and update()
         self._owned = list(self.shard.pieces.values())
-        self.grad: Tensor | None = None
+        self.grad: Tensor | None = None  # 1-D, indexed as the shard, compute dtype
         self.gradient_pieces = [GradientPiece(self, i, param) for i, param in enumerate(self.params)] if reduces else []
-        self._reductions: deque[tuple[int, Reduction]] = deque()  # under way, in order, each with its pass
+        self._reductions: deque[tuple[int, Reduction]] = deque()  # under way, oldest first, each with its pass
         self._gather: Transfer | None = None
-        self._received: Tensor | None = None  # by it, where parameters travel in another dtype
+        self._received: Tensor | None = None  # 1-D, wire dtype: the result of _gather, if it is not the buffer
         self._packer = Packer(layout, self.placements, self.buffer)
-        self._batches = Batches(self._owned, layout, self.device, parameters.own if self.shard.fuses else None)
+        self._batches = Batches(self._owned, layout, self.device, parameters.view_of if self.shard.fuses else None)
 
     # Parameters ------------------------------------------------------------------------------------------------------
 
     def holds(self, position: int) -> bool:
-        """Whether the parameter still is a view of the bucket."""
+        """Whether the parameter at ``position`` is still a view of the buffer."""
         return self.params[position].data_ptr() == self._places.addresses[position]
 
     def check_parameters(self) -> None:
@@ -93,11 +103,11 @@ class ReplicatedBucket(Bucket):
             return
         for position, (name, param) in enumerate(zip(self.names, self.params, strict=True)):
             if not self.holds(position):
-                require_fitting(name, param, self.dtype, self.device, self.placements[position].shape)
+                require_same(name, param, self.dtype, self.device, self.placements[position].shape)
                 self._attach(param, self.placements[position], self.layout.spans[position])
 
     def start_gather(self, exact: bool = False) -> None:
-        # The views do not share the buffer's version counter; with it, autograd refuses a backward through old values.
+        # Autograd refuses a backward through old values by the version of a parameter, which writes to the buffer skip.
         torch.autograd.graph.increment_version(self.params)
         if self.collectives is None:
             return
@@ -125,24 +135,27 @@ class ReplicatedBucket(Bucket):
 
     def check_gradients(self) -> list[bool]:
         self._check_each_gradient()
-        # A stand-in is none if this rank made no gradient since the last one was dropped.
+        # A GradientPiece may hold gradients of other ranks only.
         return [
             grad.contributed or grad.pending is not None if isinstance(grad, GradientPiece) else grad is not None
             for grad in [param.grad for param in self.params]
         ]
 
     def find_gradients(self) -> bool:
-        self._plain = self._look.scan_gradients(self._places) if self.whole_gradients else None
-        return self._plain is not None
+        self._scanned = self._scan.scan_gradients(self._places) if self.whole_gradients else None
+        return self._scanned is not None
 
-    def let_go(self) -> None:
-        self._plain = None
+    def release_gradients(self) -> None:
+        self._scanned = None
 
-    def begun(self, passes: int) -> list[int]:
-        """For each parameter, the pass that its gradient was begun in, or will be after ``passes``; -1 if frozen."""
+    def first_passes(self, passes: int) -> list[int]:
+        """Returns for each parameter the first pass that its gradient holds, or will hold if ``passes`` have begun.
+
+        -1 for a frozen parameter without a gradient.
+        """
         return [
-            piece.begun
-            if param.grad is piece and piece.begun != UNREDUCED
+            piece.first_pass
+            if param.grad is piece and piece.first_pass != UNREDUCED
             else passes + 1
             if param.requires_grad
             else -1
@@ -150,7 +163,7 @@ class ReplicatedBucket(Bucket):
         ]
 
     def has_unreduced(self) -> bool:
-        """Whether a parameter has a gradient that only this rank knows."""
+        """Whether a parameter has a gradient on this rank that is not reduced."""
         grads = [param.grad for param in self.params]
         return any(grad.pending is not None if isinstance(grad, GradientPiece) else grad is not None for grad in grads)
 
@@ -179,45 +192,45 @@ class ReplicatedBucket(Bucket):
                 f"the gradient of parameter {name!r} was reduced by another ShardedASGD that has the parameter "
                 "as well: use one of them, and drop gradients (zero_grad()) when you change over"
             )
-        if piece.begun == DROPPED:
+        if piece.first_pass == DROPPED:
             raise RuntimeError(
                 f"the gradient of parameter {name!r} was dropped by zero_grad() and then put back: it only "
                 "stood for the reduced gradient, which is gone. Run another backward after zero_grad()"
             )
 
-    def stand_in(self) -> None:
-        """Puts stand-ins for gradients that only this rank knows: who looks at them (GradScaler) asks all ranks."""
+    def attach_placeholders(self) -> None:
+        """Replaces gradients that are not reduced by pieces that hold them, so that GradScaler asks all ranks."""
         for position, (param, piece) in enumerate(zip(self.params, self.gradient_pieces, strict=True)):
             grad = param.grad
             if grad is not None and not isinstance(grad, GradientPiece) and self.fits(position, grad):
-                piece.contributed, piece.begun, piece.pending = False, UNREDUCED, grad
+                piece.contributed, piece.first_pass, piece.pending = False, UNREDUCED, grad
                 param.grad = piece
 
-    def stand_down(self) -> None:
-        """Takes those stand-ins away again."""
+    def detach_placeholders(self) -> None:
+        """Undoes ``attach_placeholders()``: gradients that are not reduced are plain tensors again."""
         for param, piece in zip(self.params, self.gradient_pieces, strict=True):
-            if param.grad is piece and piece.begun == UNREDUCED:
+            if param.grad is piece and piece.first_pass == UNREDUCED:
                 param.grad, piece.pending = piece.pending, None
 
     def start_reduce(self, number: int, with_gradients: bool = True) -> None:
-        """Moves the rank's gradients into one buffer, frees them and starts their reduction. Collective.
+        """Moves this rank's gradients into one buffer, frees them and starts their reduction. Collective.
 
         Args:
-            number: of the pass.
-            with_gradients: else this rank contributes zeros and keeps its gradients.
+            number: the number of the pass.
+            with_gradients: False to contribute zeros and keep this rank's gradients.
         """
         grads: list[Tensor | None] = []
         for position, (param, piece) in enumerate(zip(self.params, self.gradient_pieces, strict=True)):
             goes_on = param.grad is piece
             grad = piece.pending if goes_on else param.grad
             usable = param.dtype == self.dtype and self.fits(position, param if grad is None else grad)
-            if not (with_gradients and usable):  # the checks before a step will name what is not usable
+            if not (with_gradients and usable):  # the checks before the step name an unusable gradient
                 grads.append(None)
                 continue
             grads.append(grad)
             piece.pending = None
-            if not goes_on or piece.begun == UNREDUCED:
-                piece.contributed, piece.begun = False, number
+            if not goes_on or piece.first_pass == UNREDUCED:
+                piece.contributed, piece.first_pass = False, number
             piece.contributed |= grad is not None
             if grad is not None or param.requires_grad:
                 param.grad = piece
@@ -228,25 +241,25 @@ class ReplicatedBucket(Bucket):
             self._reductions.append((number, self.collectives.start_reduce(as_real(source), dtype)))
 
     def reduces_within(self, seconds: float) -> bool:
-        """Whether the oldest reduction under way is complete, at the latest after ``seconds``."""
+        """Waits for the oldest reduction under way, at most ``seconds``, and returns whether it is complete."""
         return not self._reductions or self._reductions[0][1].work.completes_within(seconds)
 
     def finish_oldest_reduce(self) -> None:
-        """Waits for the oldest reduction under way, if any, and adds its result to the gradients that want it."""
+        """Waits for the oldest reduction under way, if any, and adds its result to the gradients that hold its pass."""
         if not self._reductions:
             return
         number, reduction = self._reductions.popleft()
         total = reduction.finish()
         if self.dtype.is_complex:
             total = torch.view_as_complex(total.view(-1, 2))
-        begun = [piece.begun for piece in self.gradient_pieces]
+        begun = [piece.first_pass for piece in self.gradient_pieces]
         if min(begun) == DROPPED:
             return
         if self.grad is None or min(begun) >= number:
             self.grad, old = total, None
         else:
             old = self.grad
-        # A gradient that was begun later does not want this one; one that begins with it does not want what was there.
+        # A gradient with a later first pass excludes this result. One with this first pass excludes the older values.
         for position, piece in self.shard.pieces.items():
             if begun[position] > number:
                 total[piece.shard_start : piece.shard_stop].zero_()
@@ -256,32 +269,36 @@ class ReplicatedBucket(Bucket):
             old.add_(total)
 
     def finish_reduce(self) -> None:
+        """Waits for all reductions under way and adds their results."""
         while self._reductions:
             self.finish_oldest_reduce()
 
     def drop_gradient(self) -> None:
-        """Frees the reduced gradient. Waits for nobody: what is under way is thrown away when it has come."""
+        """Frees the averaged gradients without waiting; results of reductions under way are discarded."""
         self.grad = None
         for piece in self.gradient_pieces:
-            piece.contributed, piece.begun, piece.pending = False, DROPPED, None
+            piece.contributed, piece.first_pass, piece.pending = False, DROPPED, None
 
     def zero_gradient(self, gradient: GradientPiece) -> None:
-        """The same for one parameter, whose gradient then is zero. Waits for nobody either."""
-        if gradient.begun != UNREDUCED:
-            gradient.begun = (self.reducing.passes if self.reducing else 0) + 1
+        """Sets one gradient to zero without waiting; results of reductions under way are discarded for it."""
+        if gradient.first_pass != UNREDUCED:
+            gradient.first_pass = (self.gradient_sync.passes if self.gradient_sync else 0) + 1
         gradient.pending = None if gradient.pending is None else torch.zeros_like(gradient.pending)
         piece = self.shard.pieces.get(gradient.position)
         if piece is not None and self.grad is not None:
             self.grad[piece.shard_start : piece.shard_stop].zero_()
 
     def gradient_tensors(self) -> list[Tensor]:
-        """Of the gradients that are attached to their parameters: the whole ones, or the rank's own parts of them."""
+        """Returns the gradients that are attached to parameters: whole, or with ``reduces`` this rank's shard of them.
+
+        Waits for reductions under way.
+        """
         if not self.reduces:
             return [param.grad for param in self.params if param.grad is not None]
         self.finish_reduce()
         pairs = list(zip(self.params, self.gradient_pieces, strict=True))
         pending = [piece.pending for param, piece in pairs if param.grad is piece]
-        attached = [param.grad is piece and piece.begun < UNREDUCED for param, piece in pairs]
+        attached = [param.grad is piece and piece.first_pass < UNREDUCED for param, piece in pairs]
         if self.grad is None:
             reduced = []
         elif all(attached):
@@ -308,7 +325,7 @@ class ReplicatedBucket(Bucket):
         if self.reduces:
             self.finish_reduce()
         self.shard.update(h, active, self._reduced_slices if self.reduces else self._plain_slices, scaling)
-        self.let_go()
+        self.release_gradients()
 
     def _reduced_slices(self, run: Run) -> Iterator[UpdateSlice]:
         where = self.shard.slice_of(run)
@@ -316,10 +333,10 @@ class ReplicatedBucket(Bucket):
             yield FlatSlice(where.start, self.shard.parameters.read(where), self.grad[where])
 
     def _plain_slices(self, run: Run) -> Iterator[UpdateSlice]:
-        """All where they lie, or large ones so and runs of small ones gathered, in pieces that stay in cache."""
+        """Yields the parts of the shard that ``run`` covers, with gradients: in place, or small ones gathered."""
         for batch in self._batches.of(run.first, run.stop):
-            if batch.parts is not None and self._plain is not None:
-                yield PartsSlice(batch.start, batch.stop, batch.parts, self._packer.chosen(batch, self._plain))
+            if batch.parts is not None and self._scanned is not None:
+                yield PartsSlice(batch.start, batch.stop, batch.parts, self._packer.select(batch, self._scanned))
                 continue
             grads = [grad for position in batch.positions if (grad := self.params[position].grad) is not None]
             if batch.parts is not None:

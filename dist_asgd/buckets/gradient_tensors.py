@@ -1,4 +1,4 @@
-"""What stands as ``p.grad`` where gradients are in parts on several ranks, and GradScaler's look at all of them."""
+"""Tensors that stand as ``p.grad`` where gradients are in parts on several ranks, and their unscaling."""
 
 from __future__ import annotations
 
@@ -21,59 +21,70 @@ from dist_asgd._torch_private import (
 )
 
 
-class Reducing(Protocol):
-    """What gradients ask of the optimizer that they are for."""
+class GradientSync(Protocol):
+    """The optimizer as its gradients see it; ``step/sync.py`` implements it.
+
+    Attributes:
+        passes: number of reduction passes that this rank has begun (see buckets/reducer.py).
+        enabled: whether backward reduces gradients; False inside ``no_sync()``.
+    """
 
     @property
     def passes(self) -> int: ...
     @property
     def enabled(self) -> bool: ...
-    def agree_on(self, operation: str) -> None: ...
-    def warn_reduced_twice(self) -> None: ...
+    def agree_on(self, operation: str) -> None:
+        """Finishes the reductions of all ranks before ``operation``, a call of the user. Collective."""
+
+    def warn_reduced_twice(self) -> None:
+        """Warns that DistributedDataParallel reduces gradients as well."""
 
 
 class GradientOwner(Protocol):
-    """What gradients ask of the bucket of their parameters."""
+    """The bucket of a parameter as the parameter's gradient sees it."""
 
-    group: dist.ProcessGroup | None  # the ranks of the optimizer
+    group: dist.ProcessGroup | None  # the ranks of the optimizer; None for one rank
 
     @property
-    def reducing(self) -> Reducing | None: ...
+    def gradient_sync(self) -> GradientSync | None: ...
     def gradient_tensors(self) -> list[Tensor]: ...
 
 
 class PieceOwner(GradientOwner, Protocol):
-    """What a ``GradientPiece`` asks besides."""
+    """The bucket of a parameter as a ``GradientPiece`` sees it."""
 
-    def zero_gradient(self, gradient: GradientPiece) -> None: ...
+    def zero_gradient(self, gradient: GradientPiece) -> None:
+        """Sets one gradient to zero. No communication."""
 
 
 class GradientPiece(Tensor):
-    """The ``p.grad`` of a parameter whose gradient was reduced: this rank's piece of it, which ``owner`` holds.
+    """The ``p.grad`` of a parameter whose gradient was reduced over ranks: stands for the piece that this rank owns.
 
-    It has the parameter's shape and dtype and supports what happens to gradients between backward and step:
-    accumulation by another backward, zeroing, ``GradScaler.unscale_`` (all ranks call it; an inf on one rank's piece
-    is seen by all). Setting ``p.grad`` to None drops it. Everything else needs the whole gradient and raises.
+    The values are in the ``grad`` of ``owner``, the bucket. The tensor has the parameter's shape and dtype, and no
+    memory. It supports accumulation by another backward, zeroing, and ``GradScaler.unscale_``, which every rank must
+    call and in which every rank sees an inf of any rank. Setting ``p.grad`` to None drops it. Other operators need the
+    whole gradient and raise ``RuntimeError``.
 
     Attributes:
-        position: of the parameter in its bucket.
-        contributed: whether this rank had a gradient, in any of the reductions that the piece has accumulated.
-        begun: the number of the first pass (see reducer.py) that it holds; later than all of them once it was dropped.
-        pending: a gradient of this rank, of the parameter's shape, that has not been reduced yet; or None.
+        position: position of the parameter in its bucket.
+        contributed: whether this rank had a gradient in any of the reductions that the piece has accumulated.
+        first_pass: number of the first reduction pass (see buckets/reducer.py) that the piece holds; above all passes
+            for a piece that was dropped, or that holds no reduced gradient yet.
+        pending: a gradient of this rank that is not reduced yet; None if there is none.
     """
 
     _owner: weakref.ref[PieceOwner]
     position: int
     contributed: bool
-    begun: int
-    pending: Tensor | None
+    first_pass: int
+    pending: Tensor | None  # shape of the parameter
 
     @staticmethod
     def __new__(cls, owner: PieceOwner, position: int, param: Tensor) -> GradientPiece:
         piece = make_wrapper_subclass(cls, param.shape, strides=param.stride(), dtype=param.dtype, device=param.device)
         piece.position = position
-        # Weakly: a gradient that outlives its optimizer should not keep the optimizer's memory.
-        piece._owner, piece.contributed, piece.begun, piece.pending = weakref.ref(owner), False, 0, None
+        # The reference is weak, so that a gradient that outlives its optimizer does not keep the optimizer's memory.
+        piece._owner, piece.contributed, piece.first_pass, piece.pending = weakref.ref(owner), False, 0, None
         return piece
 
     @property
@@ -88,7 +99,7 @@ class GradientPiece(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Comes before any dispatch, and so before that of the DTensors among which the piece may be.
+        # __torch_dispatch__ would be too late: a DTensor in one list with the piece might get there first.
         if func is amp_unscale_:
             return unscale_(*args)
         return super().__torch_function__(func, types, args, kwargs)
@@ -99,8 +110,8 @@ class GradientPiece(Tensor):
         if in_backward and func in (aten.add_.Tensor, aten.add.Tensor) and isinstance(args[0], GradientPiece):
             piece, grad = args
             if piece.pending is None:
-                piece.pending = grad.detach().clone()  # the engine may use it for other parameters as well
-            elif piece.pending.layout is torch.strided:  # else it is sparse: it stays, to be refused before the step
+                piece.pending = grad.detach().clone()  # the engine may pass one tensor to several parameters
+            elif piece.pending.layout is torch.strided:  # a sparse one stays, for the check before the step
                 piece.pending = piece.pending + grad.detach()
             return piece
         if func in (aten.zero_.default, FOREACH_ZERO_):
@@ -114,9 +125,9 @@ class GradientPiece(Tensor):
         if func is aten.detach.default:
             return args[0]
         if in_backward and func is aten.copy_.default and isinstance(args[0], GradientPiece):
-            # DistributedDataParallel writes the mean that it has computed as well: the same that the piece holds.
-            if args[0].owner.reducing is not None:
-                args[0].owner.reducing.warn_reduced_twice()
+            # DistributedDataParallel writes the mean that it has computed, which equals the values of the piece.
+            if args[0].owner.gradient_sync is not None:
+                args[0].owner.gradient_sync.warn_reduced_twice()
             return args[0]
         raise RuntimeError(
             f"{func} needs a whole gradient, and gradients='local' leaves each rank a piece of the reduced one. To "
@@ -127,17 +138,17 @@ class GradientPiece(Tensor):
 
 
 class PlacedGradient(DTensor):
-    """The ``p.grad`` of a DTensor after backward: a DTensor in everything, but for GradScaler.
+    """The ``p.grad`` of a DTensor after backward: a DTensor whose unscaling by GradScaler sees infs of all ranks.
 
-    torch's unscaling looks for infs on the mesh of the first gradient that it is given, and takes no plain gradients
-    along; so ranks of another mesh would go on without those that take the step.
+    torch's unscaling reduces infs over the mesh of the first gradient only, and takes no plain tensors beside DTensors.
+    Ranks of another mesh would take a step that the first mesh skips.
     """
 
     _owner: weakref.ref[GradientOwner]
 
     @classmethod
     def mark(cls, grad: DTensor, owner: GradientOwner) -> None:
-        """Makes ``grad`` one. It has been handed out already: only its class changes."""
+        """Changes the class of ``grad``, which autograd has stored already, and sets its owner."""
         if type(grad) is DTensor:
             grad.__class__ = cls
             grad._owner = weakref.ref(owner)  # type: ignore[attr-defined]
@@ -163,15 +174,21 @@ class PlacedGradient(DTensor):
 
 
 def unscale_(grads: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
-    """GradScaler's unscaling: multiplies by ``inv_scale``, sets ``found_inf`` to 1 if any rank has a non-finite value.
+    """Multiplies gradients by ``inv_scale``, and sets ``found_inf`` to 1 if any rank has a non-finite value.
 
-    Collective where one of the gradients is in parts.
+    Called in place of the operator behind ``GradScaler.unscale_``. Collective where a gradient is a ``GradientPiece``
+    or a ``PlacedGradient``.
+
+    Args:
+        grads: the gradients of one device and dtype.
+        found_inf: 1 element, fp32.
+        inv_scale: 1 element, fp32.
     """
     found = [grad.owner for grad in grads if isinstance(grad, (GradientPiece, PlacedGradient))]
     owners = list(dict.fromkeys(owner for owner in found if owner is not None))
-    for reducing in {id(owner.reducing): owner.reducing for owner in owners}.values():
-        if reducing is not None:
-            reducing.agree_on("GradScaler.unscale_()")
+    for gradient_sync in {id(owner.gradient_sync): owner.gradient_sync for owner in owners}.values():
+        if gradient_sync is not None:
+            gradient_sync.agree_on("GradScaler.unscale_()")
     pieces = list(dict.fromkeys(grad.owner for grad in grads if isinstance(grad, GradientPiece)))
     local = [tensor for owner in pieces for tensor in owner.gradient_tensors()]
     for grad in grads:

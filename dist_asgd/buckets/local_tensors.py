@@ -1,4 +1,4 @@
-"""What a rank has of parameters that somebody else has placed, and of their gradients."""
+"""This rank's blocks of DTensors and slices, and of their gradients."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dist_asgd._torch_private import AsyncCollectiveTensor, is_fsdp1_slice, loca
 
 
 def is_placed(param: Tensor, gradients: str) -> bool:
-    """Whether somebody else has placed it: a DTensor, a slice of FSDP1, which PyTorch marks, or what the user says."""
+    """Whether ``param`` is sharded already: a DTensor, a slice of FSDP1, or any one with ``gradients="sharded"``."""
     return isinstance(param, DTensor) or is_fsdp1_slice(param) or gradients == "sharded"
 
 
 def local_gradient(param: Tensor) -> Tensor:
-    """This rank's part of the gradient, which the parameter must have."""
+    """Returns this rank's block of the gradient of ``param``, which must have one; waits for an asynchronous one."""
     grad = param.grad
     if isinstance(grad, DTensor):
         local = local_tensor(grad)
@@ -27,7 +27,7 @@ def local_gradient(param: Tensor) -> Tensor:
 
 
 def gradient_is_placed(param: Tensor) -> bool:
-    """Whether the gradient, if there is one, has the mesh and the placements of the DTensor."""
+    """Whether the gradient of a DTensor has the mesh and the placements of the DTensor; True without a gradient."""
     grad = param.grad
     if not (isinstance(grad, DTensor) and isinstance(param, DTensor)):
         return True
@@ -35,7 +35,7 @@ def gradient_is_placed(param: Tensor) -> bool:
 
 
 def place_gradient(param: Tensor) -> None:
-    """Gives the gradient the placements of the parameter where it has others. Collective, then."""
+    """Redistributes the gradient to the placements of ``param``. Collective where it has others."""
     grad = param.grad
     if not gradient_is_placed(param) and isinstance(grad, DTensor) and isinstance(param, DTensor):
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Moves the gradients of parameters, wherever they lie, into flat buffers that are laid out as their bucket."""
+"""Moves parameters and gradients, wherever they lie, to and from flat buffers with the layout of their bucket."""
 
 from __future__ import annotations
 
@@ -18,61 +18,67 @@ from dist_asgd.kernels.tensor_list import Gradients, TensorList, as_real
 from dist_asgd.sharding.layout import PARAMETER_ALIGNMENT, BucketLayout, Piece
 from dist_asgd.sharding.placement import Placement
 
-# What has fewer elements is gathered before the update: one operator moves all of it, where reading each where it lies
-# would cost several operators a parameter.
+# Parameters with fewer elements are gathered into a buffer before the update. One operator moves many of them, where
+# updating each in its place would take several operators.
 GATHER_BELOW = 32 * 1024
 
-# So many elements are gathered together, for each thread: the buffers stay in a core's cache, and in the heap (malloc
-# maps larger ones anew, page by page, each time).
+# Elements that are gathered into one buffer, for each thread. Buffers of this size stay in a core's cache and in the
+# heap; malloc maps larger ones anew, page by page, each time.
 GATHER_TOGETHER = 64 * 1024
 
-# Zeros of fewer elements are kept: the gaps between parameters come in few sizes.
+# Tensors of fewer zeros are kept for reuse, because gaps between parameters come in few sizes.
 KEPT_ZEROS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Neighbours in a shard that are updated together.
+    """Neighbouring pieces of a shard that are updated together.
 
-    Where there are no ``parts``: small whole parameters, or one, which may be large or cut.
+    With ``parts`` one kernel updates any number of pieces in their places. Without, the batch is several small whole
+    parameters, or one parameter, which may be large or cut.
     """
 
     pieces: tuple[Piece, ...]
-    positions: tuple[int, ...]  # of the pieces, as their ``gaps`` and ``sizes``
-    gaps: tuple[int, ...]  # elements between each and its predecessor
-    sizes: tuple[int, ...]
-    parts: TensorList | None = None  # the pieces of the parameters, if they are updated in one pass wherever they lie
+    positions: tuple[int, ...]  # position of each piece's parameter in the bucket
+    gaps: tuple[int, ...]  # elements between each piece and its predecessor
+    sizes: tuple[int, ...]  # elements of each piece
+    parts: TensorList | None = None  # the parameters' elements in the pieces, for one kernel
 
     @classmethod
-    def of(cls, pieces: Sequence[Piece], own: Callable[[Piece], Tensor] | None = None) -> Batch:
+    def of(cls, pieces: Sequence[Piece], view_of: Callable[[Piece], Tensor] | None = None) -> Batch:
+        """Returns the batch of ``pieces``, with ``parts`` if ``view_of`` is given."""
         ends = [pieces[0].shard_start, *(piece.shard_stop for piece in pieces)]
         gaps = tuple(piece.shard_start - end for piece, end in zip(pieces, ends, strict=False))
         sizes = tuple(piece.stop - piece.start for piece in pieces)
         starts = [piece.shard_start - ends[0] for piece in pieces]
-        parts = None if own is None else TensorList.of(list(map(own, pieces)), starts)
+        parts = None if view_of is None else TensorList.of(list(map(view_of, pieces)), starts)
         return cls(tuple(pieces), tuple(piece.position for piece in pieces), gaps, sizes, parts)
 
     @property
     def gathered(self) -> bool:
-        """Whether it is moved together for the update; what is alone is read where it lies."""
+        """Whether the pieces are moved into one buffer for the update; a single piece is updated in its place."""
         return len(self.pieces) > 1
 
     @property
     def start(self) -> int:
-        """In the shard."""
+        """First element of the batch in the shard."""
         return self.pieces[0].shard_start
 
     @property
     def stop(self) -> int:
+        """End of the batch in the shard."""
         return self.pieces[-1].shard_stop
 
 
 class Batches:
-    """The batches of the pieces of a shard, ``owned``, of a bucket on ``device``.
+    """Divides the pieces of a shard into batches, and remembers the division from step to step.
 
     Args:
-        own: gives a piece's part of the parameters, 1-D and contiguous, where they are updated in one pass wherever
-            they lie; None: by PyTorch's operators.
+        owned: the pieces of the shard, in order.
+        layout: the layout of the bucket.
+        device: the device of the bucket.
+        view_of: returns the parameter's elements in a piece, 1-D and contiguous, if one kernel updates all pieces;
+            None if torch's operators do.
     """
 
     def __init__(
@@ -80,29 +86,29 @@ class Batches:
         owned: Sequence[Piece],
         layout: BucketLayout,
         device: torch.device,
-        own: Callable[[Piece], Tensor] | None,
+        view_of: Callable[[Piece], Tensor] | None,
     ) -> None:
-        self._owned, self._layout, self._device, self._own = owned, layout, device, own
+        self._owned, self._layout, self._device, self._view_of = owned, layout, device, view_of
         self._planned: dict[tuple[int, int], list[Batch]] = {}
 
-    def forget(self) -> None:
-        """Parameters lie elsewhere now."""
+    def clear(self) -> None:
+        """Forgets the batches, because parameters have moved to other memory."""
         self._planned.clear()
 
     def of(self, first: int, stop: int) -> list[Batch]:
-        """For the parameters ``[first, stop)``; from one step to the next, these mostly are the same."""
+        """Returns the batches of the parameters at positions ``[first, stop)``."""
         if (first, stop) not in self._planned:
-            if len(self._planned) > 2 * len(self._owned):  # more than there are ways to cut runs ever finer
+            if len(self._planned) > 2 * len(self._owned):  # more than cutting runs finer step by step makes
                 self._planned.clear()
             self._planned[first, stop] = self._plan(first, stop)
         return self._planned[first, stop]
 
     def _plan(self, first: int, stop: int) -> list[Batch]:
-        if self._own is not None:
+        if self._view_of is not None:
             pieces = [piece for piece in self._owned if first <= piece.position < stop]
-            return [Batch.of(pieces, self._own)] if pieces else []
+            return [Batch.of(pieces, self._view_of)] if pieces else []
         most, below = GATHER_TOGETHER * torch.get_num_threads(), GATHER_BELOW
-        if self._device.type != "cpu":  # a GPU minds operators more than copies
+        if self._device.type != "cpu":  # on a GPU an operator costs more than a copy
             most = below = self._layout.shard_numel
         batches: list[Batch] = []
         small: list[Piece] = []
@@ -129,9 +135,11 @@ class Batches:
 
 
 class Packer:
-    """Flattens gradients into the memory order of their parameters.
+    """Flattens gradients into the memory order of their parameters, and joins them in flat buffers.
 
     Args:
+        layout: the layout of the bucket.
+        placements: this rank's blocks of the parameters.
         like: a tensor of the bucket's dtype and device.
     """
 
@@ -143,10 +151,10 @@ class Packer:
         self._zeros: dict[int, Tensor] = {}
 
     def pack(self, positions: Sequence[int], grads: Sequence[Tensor | None], start: int, out: Tensor) -> None:
-        """Writes the gradients of whole parameters to ``out`` (1-D), which is the bucket from ``start`` on.
+        """Writes the gradients of whole parameters to ``out`` (1-D), which has the bucket's elements from ``start`` on.
 
-        None stands for zeros, and zeros fill the gaps. One operator moves them all: a copy for each would take four
-        times as long for small ones.
+        Writes zeros for None and into gaps. One operator moves all gradients; a copy for each would take four times as
+        long for small ones.
         """
         parts: list[Tensor] = []
         end = start
@@ -163,10 +171,15 @@ class Packer:
         _flattened(parts, out)
 
     def readable(self, batch: Batch, grads: Sequence[Tensor]) -> Gradients:
-        """What belongs to a batch: contiguous, in memory order, real, and of one dtype, the bucket's or wider."""
+        """Returns the gradients of a batch for one kernel: 1-D, in memory order, real, of the bucket's dtype or wider.
+
+        Args:
+            batch: the batch, with ``parts``.
+            grads: the gradient of each parameter of the batch.
+        """
         result, dtype = list(grads), self._like.dtype.to_real()
         if self.are_ready(result):
-            for index in {0, len(result) - 1}:  # no other can be cut
+            for index in {0, len(result) - 1}:  # only the first and the last can be cut
                 result[index] = self._readable(batch.pieces[index], result[index])
             return Gradients.of(result)
         result = list(map(self._readable, batch.pieces, grads))
@@ -174,9 +187,9 @@ class Packer:
             result = [grad.to(compute_dtype(dtype)) for grad in result]
         return Gradients.of(result)
 
-    def chosen(self, batch: Batch, plain: Gradients) -> Gradients:
-        """The same from the gradients of all parameters, which lie as these do."""
-        cut = {index for index in (0, len(batch.pieces) - 1) if self._is_cut(batch.pieces[index])}  # no other can be
+    def select(self, batch: Batch, plain: Gradients) -> Gradients:
+        """Returns the gradients of a batch, as ``readable`` does, from ``plain``: the gradients of all parameters."""
+        cut = {index for index in (0, len(batch.pieces) - 1) if self._is_cut(batch.pieces[index])}  # only these
         if not cut and len(batch.pieces) == len(plain.tensors):
             return plain
         tensors = [plain.tensors[position] for position in batch.positions]
@@ -187,10 +200,12 @@ class Packer:
         return Gradients(tensors, addresses)
 
     def join(self, batch: Batch, tensors: list[Tensor], ready: bool = False) -> Tensor:
-        """What belongs to a batch, one of ``tensors`` for each of its parameters, as 1-D; a copy if it is gathered.
+        """Returns the elements of a batch as one 1-D tensor: a copy for several pieces, a view where possible for one.
 
         Args:
-            ready: they are 1-D, contiguous and of the bucket's dtype.
+            batch: the batch.
+            tensors: one tensor for each parameter of the batch, of the shape of this rank's block.
+            ready: whether the tensors are 1-D, contiguous and of the bucket's dtype.
         """
         if not batch.gathered:
             piece = batch.pieces[0]
@@ -205,8 +220,8 @@ class Packer:
             parts = [part for gap, own in pairs for part in ((self._padding(gap), own) if gap else (own,))]
         return _flattened(parts, self._like.new_empty(batch.stop - batch.start))
 
-    def part(self, batch: Batch, flat: Tensor, targets: Sequence[Tensor]) -> None:
-        """The way back: fills the 1-D ``targets`` from what ``join`` made."""
+    def split(self, batch: Batch, flat: Tensor, targets: Sequence[Tensor]) -> None:
+        """Copies the elements of a batch from ``flat``, as ``join`` returns them, to the 1-D ``targets``."""
         sizes, out = batch.sizes, list(targets)
         if any(batch.gaps):
             pairs = zip(batch.gaps, targets, strict=True)
@@ -215,30 +230,33 @@ class Packer:
         torch.split_with_sizes_copy(flat, sizes, out=out)
 
     def flat(self, position: int, grad: Tensor) -> Tensor:
-        """One gradient in its parameter's memory order, 1-D; a view where it already has that order."""
+        """Returns one gradient 1-D in its parameter's memory order: a view where it has that order."""
         return self._placements[position].flatten(grad.resolve_conj().resolve_neg())
 
     def _readable(self, piece: Piece, grad: Tensor) -> Tensor:
-        if type(grad) is not Tensor:  # it may have no memory of its own, as one of an asynchronous collective
+        if type(grad) is not Tensor:  # a subclass, as of asynchronous collectives, may have no memory of its own
             grad = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device).copy_(grad)
         return as_real(self.flat(piece.position, grad)[piece.start : piece.stop])
 
     def are_ready(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether their memory is what they show, in the memory order of their parameters; of all or some of those."""
+        """Whether all tensors have the bucket's dtype, and memory in the order of their parameters.
+
+        The tensors belong to some parameters of the bucket, or to all.
+        """
         return self._all_row_major and are_plain(tensors, self._like)
 
     def _is_cut(self, piece: Piece) -> bool:
         return piece.stop - piece.start < self._spans[piece.position].numel
 
     def _movable(self, position: int, grad: Tensor) -> Tensor:
-        """The gradient in a form that the operators of ``pack`` flatten into the parameter's memory order."""
+        """Returns the gradient in the bucket's dtype, such that ``_flattened`` moves it in memory order."""
         as_it_is = self._row_major[position] and grad.ndim and grad.is_contiguous() and not grad.is_conj()
         movable = grad if as_it_is else self.flat(position, grad)
         return movable if movable.dtype == self._like.dtype else movable.to(self._like.dtype)
 
     @functools.cached_property
     def _ignored(self) -> list[Tensor]:
-        """By size, where ``part`` puts what lies between parameters."""
+        """Scratch tensors by number of elements, for the gaps between parameters in ``split``."""
         return [self._like.new_empty(gap) for gap in range(PARAMETER_ALIGNMENT)]
 
     def _padding(self, numel: int) -> Tensor:
@@ -251,8 +269,8 @@ class Packer:
 
 
 def _flattened(parts: list[Tensor], out: Tensor) -> Tensor:
-    """``out``, 1-D, filled with the elements of the ``parts`` one after the other."""
+    """Fills ``out`` (1-D) with the elements of ``parts`` one after the other, and returns it."""
     if all(part.ndim == 1 for part in parts):
         return torch.cat(parts, out=out)
-    chunk_cat(parts, 0, 1, out=out.view(1, -1))  # flattens each, as FSDP2 does
+    chunk_cat(parts, 0, 1, out=out.view(1, -1))
     return out

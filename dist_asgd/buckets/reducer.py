@@ -1,11 +1,12 @@
-"""When gradients are reduced: hooks that start each bucket's reduction during backward, in one order on every rank.
+"""Starts the reduction of each bucket's gradients during backward, by hooks, in one order on every rank.
 
 [Note: passes] A *pass* starts the reduction of every bucket once, in bucket order. It opens with the first gradient of
-a backward; a bucket goes out as soon as all its gradients are there and its predecessors went; what is left goes out,
-with zeros for missing gradients, at the end of backward. So ranks that run the same number of backwards start the same
-collectives in the same order, whatever gradients they lack. Passes are counted from the beginning, and the settlement
-before a step brings a rank that ran fewer up to the others. A gradient knows the pass that it was begun in: ranks for
-which that differs would add up gradients of different backwards.
+a backward. A bucket's reduction starts as soon as all its gradients exist and the reductions of the buckets before it
+have started. At the end of backward the remaining reductions start, with zeros for missing gradients. So ranks that run
+equally many backwards start the same collectives in the same order, whatever gradients they lack. Passes are counted
+from the construction of the optimizer. The agreement before a step (step/sync.py) brings a rank that has run fewer
+passes up to the other ranks. A gradient records its first pass; if ranks disagree on this number, they would add up
+gradients of different backwards.
 """
 
 from __future__ import annotations
@@ -27,45 +28,54 @@ from dist_asgd.buckets.hooks import register_hook, remove_hooks
 class Reducer:
     """Starts the reductions of ``buckets`` as backward makes their gradients.
 
-    The hooks hold it weakly: when the optimizer goes, gradients are the parameters' own again.
+    Hooks hold the reducer weakly. When the optimizer is deleted they are removed, and gradients are plain again.
+
+    Attributes:
+        buckets: the buckets that average gradients, in the order of their reductions.
+        enabled: whether backward reduces gradients; False inside ``no_sync()``.
+        passes: number of passes that this rank has begun.
     """
 
     def __init__(self) -> None:
         self.buckets: list[ReplicatedBucket] = []
-        self.enabled = True  # False inside no_sync()
-        self.passes = 0  # begun so far
-        self._dormant: list[bool] = []  # buckets that every rank has agreed to be frozen as a whole
-        self._missing: list[int] = []  # by bucket: gradients that the open pass waits for
-        self._arrived: list[bytearray] = []
-        self._next: int | None = None  # the bucket to go out next; None when no pass is open
-        self._task = -1  # the backward that last brought a gradient
-        self._at_end: list[weakref.ref[_AtEnd]] = []  # of the backwards that are running
-        self._in_flight: deque[ReplicatedBucket] = deque()  # a bucket as often as it has reductions under way
+        self.enabled = True
+        self.passes = 0
+        self._skipped: list[bool] = []  # by bucket: whether all ranks skip it, as it is frozen
+        self._missing: list[int] = []  # by bucket: number of gradients that the open pass waits for
+        self._arrived: list[bytearray] = []  # by bucket and position: whether the open pass has the gradient
+        self._next: int | None = None  # the bucket to reduce next; None when no pass is open
+        self._graph_task = -1  # number of the backward that last made a gradient
+        self._ends: list[weakref.ref[_EndOfBackward]] = []  # one for each running backward
+        self._in_flight: deque[ReplicatedBucket] = deque()  # one entry for each reduction under way, oldest first
         self._patience = PATIENCE
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, remove_hooks, self._hooks)
 
     def add(self, buckets: Sequence[Bucket]) -> None:
-        """Takes on more buckets, of which it keeps those that reduce. Every rank adds the same."""
+        """Adds buckets that average gradients and skips the rest. Every rank must add equal buckets in one order."""
         self.close_pass()
         for bucket in buckets:
             if not (isinstance(bucket, ReplicatedBucket) and bucket.reduces):
                 continue
             index = len(self.buckets)
             self.buckets.append(bucket)
-            self._dormant.append(_is_frozen(bucket))
+            self._skipped.append(_is_frozen(bucket))
             for position, param in enumerate(bucket.params):
-                self._hooks.append(register_hook(param, self.arrive, index, position))
+                self._hooks.append(register_hook(param, self.gradient_ready, index, position))
 
     def close_pass(self, with_gradients: bool = True) -> None:
-        """Starts what the open pass has not started yet, if one is open; with zeros unless ``with_gradients``."""
+        """Starts the remaining reductions of the open pass, if one is open. Collective.
+
+        Args:
+            with_gradients: False to contribute zeros and keep this rank's gradients.
+        """
         while self._next is not None and self._next < len(self.buckets):
             self._start_next(with_gradients)
         self._next = None
-        self._at_end.clear()
+        self._ends.clear()
 
     def catch_up(self, passes: int) -> None:
-        """Brings this rank to ``passes``, with zeros. Then waits for everything under way."""
+        """Runs passes with zeros until ``passes`` have begun, then waits for all reductions. Collective."""
         while self.passes < passes:
             self._open_pass()
             self.close_pass()
@@ -74,7 +84,7 @@ class Reducer:
         self._patience = PATIENCE
 
     def reduce_now(self) -> None:
-        """One more pass, over all buckets, for gradients that no hook saw: assigned by hand, or made in no_sync()."""
+        """Runs one pass over all buckets, for gradients without a hook: assigned, or from ``no_sync()``. Collective."""
         self.passes += 1
         for bucket in self.buckets:
             self._start(bucket)
@@ -82,34 +92,34 @@ class Reducer:
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Inside, gradients stay on this rank, and ``p.grad`` is what this rank made."""
+        """Inside the block backward does not reduce, and ``p.grad`` is this rank's gradient."""
         self.close_pass()
         before, self.enabled = self.enabled, False
         for bucket in self.buckets if before else []:
-            bucket.stand_down()
+            bucket.detach_placeholders()
         try:
             yield
         finally:
             self.enabled = before
             for bucket in self.buckets if before else []:
-                bucket.stand_in()
+                bucket.attach_placeholders()
 
-    def rest(self) -> None:
-        """After the ranks have agreed on what is frozen: buckets that are frozen as a whole sit out the next passes."""
-        self._dormant = [_is_frozen(bucket) for bucket in self.buckets]
+    def skip_frozen_buckets(self) -> None:
+        """Leaves frozen buckets out of the next passes. Every rank must have frozen the same parameters."""
+        self._skipped = [_is_frozen(bucket) for bucket in self.buckets]
 
-    def arrive(self, index: int, position: int) -> None:
-        """A hook: the parameter has its gradient."""
-        if not (self.enabled and self.buckets[index].holds(position)):  # another optimizer may have taken it over
+    def gradient_ready(self, index: int, position: int) -> None:
+        """Hook: backward has accumulated the gradient of parameter ``position`` of bucket ``index``."""
+        if not (self.enabled and self.buckets[index].holds(position)):  # another optimizer has the parameter now
             return
-        if any(at_end() is None for at_end in self._at_end):
-            # The engine has let go of a backward without running what was to run at its end: it failed, and this
-            # gradient is another one's already.
+        if any(at_end() is None for at_end in self._ends):
+            # The engine has dropped the callback of an earlier backward without calling it: that backward failed, and
+            # this gradient belongs to a new one.
             self.close_pass(with_gradients=False)
         if self._next is None:
             self._open_pass()
         self._expect_end_of_backward()
-        # Before this gradient is counted in, so that whoever else has a hook on the parameter (DDP) still finds it.
+        # Buckets start before this gradient counts, so that later hooks of the parameter (DDP) still find the gradient.
         self._start_ready()
         if not self._arrived[index][position]:
             self._arrived[index][position] = True
@@ -128,12 +138,12 @@ class Reducer:
     def _start_next(self, with_gradients: bool = True) -> None:
         index = self._next or 0
         self._next = index + 1
-        if self._dormant[index]:
-            self.buckets[index].stand_in()  # of what was unfrozen since: the step will reduce it
+        if self._skipped[index]:
+            self.buckets[index].attach_placeholders()  # parameters unfrozen since; the step reduces them
         else:
             self._start(self.buckets[index], with_gradients)
 
-    @torch.no_grad()  # hooks run with gradients on in a backward that makes a graph of its own (create_graph=True)
+    @torch.no_grad()  # hooks record gradients in a backward with create_graph=True
     def _start(self, bucket: ReplicatedBucket, with_gradients: bool = True) -> None:
         while self._in_flight:
             full = len(self._in_flight) >= MAX_IN_FLIGHT
@@ -147,22 +157,22 @@ class Reducer:
 
     def _expect_end_of_backward(self) -> None:
         task = current_graph_task_id()
-        if task == self._task and self._at_end:
+        if task == self._graph_task and self._ends:
             return
-        self._task = task
-        at_end = _AtEnd(self)
-        self._at_end.append(weakref.ref(at_end))
+        self._graph_task = task
+        at_end = _EndOfBackward(self)
+        self._ends.append(weakref.ref(at_end))
         queue_callback(at_end)
 
-    def end_of_backward(self, at_end: _AtEnd) -> None:
-        self._at_end = [other for other in self._at_end if other() is not at_end]
-        # Inside a node, this is the end of a backward within a backward (reentrant checkpointing): the outer goes on.
+    def end_of_backward(self, at_end: _EndOfBackward) -> None:
+        self._ends = [other for other in self._ends if other() is not at_end]
+        # Inside a node, an inner backward (reentrant checkpointing) has ended, and the outer one goes on.
         if current_autograd_node() is None:
             self.close_pass()
 
 
-class _AtEnd:
-    """What the autograd engine calls at the end of a backward. It alone holds it, as long as that backward runs."""
+class _EndOfBackward:
+    """Callback at the end of a backward. Only the autograd engine holds it, so it dies with the backward."""
 
     def __init__(self, reducer: Reducer) -> None:
         self._reducer = weakref.ref(reducer)

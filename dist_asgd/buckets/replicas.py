@@ -1,10 +1,10 @@
-"""Which ranks have the same of a DTensor, and the process groups in which they share its state.
+"""Finds the ranks that hold equal blocks of DTensors, and the process groups in which they share optimizer state.
 
-[Note: replicas] A rank's block of a DTensor follows from its coordinates in those dims of the mesh that shard. Ranks
-with equal ones are *replicas*: along replicated dims (HSDP, the norms of tensor parallelism), and where the mesh leaves
-ranks out. FSDP2 puts a parameter on the ``dp`` slice of a ``(dp, tp)`` mesh, say, if no layer of tensor parallelism has
-it: then every tp rank has the same. It may also be another parameter of the same name on another mesh (experts), which
-nothing but its values can tell.
+[Note: replicas] A rank's block of a DTensor follows from the rank's coordinates in the mesh dims that shard. Ranks with
+equal coordinates there are *replicas*: along replicated dims (HSDP, the norms of tensor parallelism), and where the
+mesh leaves ranks out. An example of the second: FSDP2 puts a parameter that no layer of tensor parallelism shards on
+the ``dp`` slice of a ``(dp, tp)`` mesh, so every tp rank has an equal copy. Two meshes may also hold different
+parameters under one name (experts). Only the values tell the two cases apart, so ranks compare digests of the values.
 """
 
 from __future__ import annotations
@@ -25,69 +25,75 @@ from dist_asgd.comm.process_groups import separate_subgroup
 from dist_asgd.kernels.tensor_list import as_real
 
 Coordinates = tuple[int, ...]
-Family = tuple[DeviceMesh, tuple[Any, ...]]  # what DTensors of one mesh and one tuple of placements have in common
+MeshLayout = tuple[DeviceMesh, tuple[Any, ...]]  # the mesh of a DTensor and its placements on the mesh
 
 
-def family_of(param: DTensor) -> Family:
+def mesh_layout_of(param: DTensor) -> MeshLayout:
+    """Returns the mesh and the placements of ``param``."""
     return param.device_mesh, tuple(param.placements)
 
 
 def mesh_ranks(mesh: DeviceMesh) -> list[int]:
-    """The ranks of the mesh, in the numbers of all ranks."""
-    ranks: list[int] = mesh.mesh.flatten().tolist()
-    return ranks
+    """Returns the global ranks of ``mesh``."""
+    return list(mesh.mesh.flatten().tolist())
 
 
-def shard_coordinates(family: Family) -> Coordinates:
-    """This rank's coordinates in the dims of the mesh that shard."""
-    mesh, placements = family
+def shard_coordinates(mesh_layout: MeshLayout) -> Coordinates:
+    """Returns this rank's coordinates in the mesh dims that shard."""
+    mesh, placements = mesh_layout
     coordinate: list[int] = list(mesh.get_coordinate() or [])
     return tuple(index for index, placement in zip(coordinate, placements, strict=True) if not placement.is_replicate())
 
 
 class Replicas:
-    """The ranks that share the state of a DTensor.
+    """Finder of the ranks that hold equal blocks of DTensors, and maker of their process groups.
 
     Args:
-        group: the ranks of the optimizer.
-        share: False: every replica keeps the whole state of its block.
+        agreement: exchanges among the ranks of the optimizer.
+        group: the ranks of the optimizer; None for one rank.
+        share: whether replicas share the optimizer state of their block. Otherwise each keeps the whole state.
     """
 
     def __init__(self, agreement: Agreement, group: dist.ProcessGroup | None, share: bool) -> None:
         self._agreement, self._group, self._share = agreement, group, share
         self._collectives: dict[tuple[tuple[int, ...], str], Collectives | None] = {}
 
-    def find(self, named: Mapping[DTensor, str]) -> dict[Family, Sharing]:
-        """For each family of the parameters, who shares it. Collective: every rank has the same families in order.
+    def find_groups(self, named: Mapping[DTensor, str]) -> dict[MeshLayout, ReplicaGroup]:
+        """Returns the replicas of this rank for each mesh layout of the parameters. Collective.
+
+        Every rank must have parameters of the same mesh layouts in one order.
 
         Raises:
-            ValueError: on every rank, where what ought to be replicas has different values.
+            ValueError: on every rank, where parameters that should be replicas have different values.
         """
-        families = list(dict.fromkeys(map(family_of, named)))
-        if not families:
+        mesh_layouts = list(dict.fromkeys(map(mesh_layout_of, named)))
+        if not mesh_layouts:
             return {}
-        everyone = self._agreement.gather([shard_coordinates(family) for family in families])
-        sharing = {}
-        for index, family in enumerate(families):
+        everyone = self._agreement.gather([shard_coordinates(mesh_layout) for mesh_layout in mesh_layouts])
+        replica_groups = {}
+        for index, mesh_layout in enumerate(mesh_layouts):
             own = everyone[self._agreement.rank][index]
             ranks = tuple(rank for rank, coordinates in enumerate(everyone) if coordinates[index] == own)
-            implied = not set(map(self._global_rank, ranks)) <= set(mesh_ranks(family[0]))
-            sharing[family] = Sharing(ranks, ranks if implied else (), self)
-        values = self._mirrored_values(named, sharing)
-        # One number of each rank and family. What it is made of grows with the parameters: only to name a difference.
-        codes = self._agreement.gather([fingerprint(values[family]) for family in families])
+            spread = not set(map(self._global_rank, ranks)) <= set(mesh_ranks(mesh_layout[0]))
+            replica_groups[mesh_layout] = ReplicaGroup(ranks, ranks if spread else (), self)
+        values = self._digests(named, replica_groups)
+        # Ranks exchange one number for each mesh layout. The digests are longer, and needed only to name a difference.
+        codes = self._agreement.gather([fingerprint(values[mesh_layout]) for mesh_layout in mesh_layouts])
         if _differ(everyone, codes):
-            self._require_same_values(values, sharing)
-        return sharing
+            self._require_same_values(values, replica_groups)
+        return replica_groups
 
     def collectives(self, ranks: tuple[int, ...], device: torch.device) -> Collectives | None:
-        """Between ``ranks``; None where they share nothing. Collective."""
+        """Returns collectives among ``ranks`` (numbers in the optimizer) for ``device``; None where no state is shared.
+
+        Collective among ``ranks`` when first called for a type of device.
+        """
         if len(ranks) == 1 or not self._share or self._group is None:
             return None
         key = (ranks, device.type)
         if key not in self._collectives:
             members = [self._global_rank(rank) for rank in ranks]
-            # Parameters that are offloaded to the CPU may have a mesh of GPUs, whose backend does not take them.
+            # Parameters offloaded to the CPU may have a mesh of GPUs, whose backend takes no CPU tensors.
             backend = "gloo" if device.type == "cpu" else None
             group = separate_subgroup(self._group, members, backend)
             self._collectives[key] = None if group is None else Collectives.on(group, device)
@@ -96,27 +102,27 @@ class Replicas:
     def _global_rank(self, rank: int) -> int:
         return self._agreement.ranks[rank] if self._agreement.ranks else rank
 
-    def _mirrored_values(
-        self, named: Mapping[DTensor, str], sharing: Mapping[Family, Sharing]
-    ) -> dict[Family, list[tuple[str, str]]]:
-        """By family, the names and digests of the parameters that other ranks must have and no mesh makes sure of."""
-        values: dict[Family, list[tuple[str, str]]] = {family: [] for family in sharing}
+    def _digests(
+        self, named: Mapping[DTensor, str], replica_groups: Mapping[MeshLayout, ReplicaGroup]
+    ) -> dict[MeshLayout, list[tuple[str, str]]]:
+        """Returns names and digests of the parameters whose replicas are on other meshes, by mesh layout."""
+        values: dict[MeshLayout, list[tuple[str, str]]] = {mesh_layout: [] for mesh_layout in replica_groups}
         for param, name in named.items():
-            family = family_of(param)
-            if sharing[family].mirrors and local_tensor(param).numel():
-                values[family].append((name, str(sum_and_norm(local_tensor(param)).tolist())))
+            mesh_layout = mesh_layout_of(param)
+            if replica_groups[mesh_layout].compared_ranks and local_tensor(param).numel():
+                values[mesh_layout].append((name, str(sum_and_norm(local_tensor(param)).tolist())))
         return values
 
     def _require_same_values(
-        self, values: Mapping[Family, list[tuple[str, str]]], sharing: Mapping[Family, Sharing]
+        self, values: Mapping[MeshLayout, list[tuple[str, str]]], replica_groups: Mapping[MeshLayout, ReplicaGroup]
     ) -> None:
         found = [
-            (sharing[family].mirrors[:1], mesh_ranks(family[0]), dict(of_family))
-            for family, of_family in values.items()
+            (replica_groups[mesh_layout].compared_ranks[:1], mesh_ranks(mesh_layout[0]), dict(of_layout))
+            for mesh_layout, of_layout in values.items()
         ]
         everyone = self._agreement.gather(found)
-        for rank, families in enumerate(everyone):
-            for index, (first, ranks, digests) in enumerate(families):
+        for rank, mesh_layouts in enumerate(everyone):
+            for index, (first, ranks, digests) in enumerate(mesh_layouts):
                 for name, digest in digests.items():
                     _, first_ranks, others = everyone[first[0]][index]
                     if digest != others.get(name):
@@ -129,23 +135,25 @@ class Replicas:
                         )
 
 
-class Sharing:
-    """Who has the same of the parameters of one family.
+class ReplicaGroup:
+    """The ranks that hold equal blocks of the parameters of one mesh layout.
 
     Attributes:
-        mirrors: ``ranks`` where that is not the mesh's doing, so that nothing makes sure of it; else empty.
+        ranks: the replicas, this rank included, as numbers in the optimizer, ascending.
+        compared_ranks: ``ranks`` where some of them are on another mesh, so that no collective of the mesh keeps
+            their values equal; otherwise empty.
     """
 
-    def __init__(self, ranks: tuple[int, ...], mirrors: tuple[int, ...], replicas: Replicas) -> None:
-        self.ranks, self.mirrors, self._replicas = ranks, mirrors, replicas
+    def __init__(self, ranks: tuple[int, ...], compared_ranks: tuple[int, ...], replicas: Replicas) -> None:
+        self.ranks, self.compared_ranks, self._replicas = ranks, compared_ranks, replicas
 
     def collectives(self, device: torch.device) -> Collectives | None:
-        """Between the ranks that share; None where this one has nobody to share with. Collective."""
+        """Returns collectives among ``ranks`` for ``device``; None where no state is shared. Collective."""
         return self._replicas.collectives(self.ranks, device)
 
 
 def _differ(coordinates: Sequence[Sequence[Coordinates]], codes: Sequence[Sequence[int]]) -> bool:
-    """Whether ranks of the same coordinates have another code of a family. Both by rank, then by family."""
+    """Whether ranks with equal coordinates have different codes. Both arguments are by rank, then by mesh layout."""
     first: dict[tuple[int, Coordinates], int] = {}
     return any(
         first.setdefault((index, own), code) != code

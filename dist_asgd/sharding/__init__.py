@@ -1,1 +1,1 @@
-"""What one rank owns of a bucket: layout, placement, and the shard with its state."""
+"""One rank's part of a bucket: the layout, the placement of parameters, and the shard with its optimizer state."""

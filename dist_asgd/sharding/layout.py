@@ -1,4 +1,4 @@
-"""Where everything lies, as pure integers: no tensors, no process groups.
+"""Layouts of buckets as pure integers: which parameter lies where, and which rank owns which part.
 
 [Note: words]
 - *bucket*: a contiguous 1-D buffer of parameters of one group, device and dtype, of a multiple of
@@ -16,18 +16,21 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Shards start on multiples of this. torch's CPU kernels for bf16 and fp16 round the elements of full 32-element
-# blocks and those of the tail differently, so a cut elsewhere would make results depend on the number of ranks.
+# Shards start on multiples of UNIT elements. torch's CPU kernels for bf16 and fp16 round full blocks of 32 elements and
+# the tail differently, so a cut elsewhere would make results depend on the number of ranks.
 UNIT = 32
 
 
-# Parameters start on multiples of this: 16 bytes in bf16, which vector loads, TMA and the fast cuBLAS kernels need.
+# Parameters start on multiples of as many elements: 16 bytes in bf16, which vector loads, TMA and the fast cuBLAS
+# kernels need.
 PARAMETER_ALIGNMENT = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    index: int  # of the parameter, in the order that was given to plan_buckets
+    """The range ``[start, stop)`` of one parameter in its bucket, in elements."""
+
+    index: int  # position of the parameter in the ``numels`` given to plan_buckets
     start: int
     stop: int
 
@@ -38,12 +41,12 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The part of one parameter that lies in one shard."""
+    """The part of one parameter that lies in one shard, in elements."""
 
-    position: int  # of the span in BucketLayout.spans
-    start: int  # in the flattened parameter
-    stop: int
-    shard_start: int  # in the shard
+    position: int  # index of the parameter's span in BucketLayout.spans
+    start: int  # first element in the parameter, flattened in memory order
+    stop: int  # end in the flattened parameter
+    shard_start: int  # first element in the shard
 
     @property
     def shard_stop(self) -> int:
@@ -52,8 +55,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class BucketLayout:
-    spans: tuple[Span, ...]  # by increasing start, never overlapping
-    numel: int  # with padding; a multiple of world_size * UNIT
+    """Spans of the parameters of one bucket, and its division into equal shards, one for each rank."""
+
+    spans: tuple[Span, ...]  # by increasing start, without overlaps
+    numel: int  # elements with padding; a multiple of world_size * UNIT
     world_size: int
 
     @property
@@ -61,11 +66,11 @@ class BucketLayout:
         return self.numel // self.world_size
 
     def shard(self, rank: int) -> tuple[int, int]:
-        """``[start, stop)`` of the rank's shard in the bucket."""
+        """Returns start and stop of the shard of ``rank`` in the bucket."""
         return rank * self.shard_numel, (rank + 1) * self.shard_numel
 
     def pieces(self, rank: int) -> tuple[Piece, ...]:
-        """What the rank owns, one entry for each parameter that has at least one element in its shard."""
+        """Returns the pieces that ``rank`` owns: one for each parameter with elements in its shard, in order."""
         start, stop = self.shard(rank)
         first = bisect.bisect_right(self.spans, start, key=lambda span: span.stop)
         pieces = []
@@ -80,11 +85,11 @@ class BucketLayout:
 
 
 def plan_buckets(numels: Sequence[int], *, world_size: int, max_numel: int) -> tuple[BucketLayout, ...]:
-    """Packs parameters of ``numels`` elements into buckets of about ``max_numel`` elements, in reverse order.
+    """Returns layouts that pack parameters of ``numels`` elements into buckets of about ``max_numel`` elements.
 
-    Reverse registration order is about the order in which backward makes the gradients, so the first bucket is the
-    first that can be reduced. A bucket is closed before the parameter that would take it over ``max_numel``; a
-    parameter larger than that has a bucket of its own.
+    Parameters are taken in reverse order of registration. Backward makes the gradients in about this order, so the
+    gradients of the first bucket are complete first. A bucket is closed before a parameter that would take it over
+    ``max_numel``; a parameter of more elements gets a bucket of its own.
     """
     buckets: list[BucketLayout] = []
     spans: list[Span] = []

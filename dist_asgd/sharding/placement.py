@@ -1,4 +1,4 @@
-"""``Placement``: the shape, strides and position that this rank's block of a parameter has, in pure integers."""
+"""``Placement``: shape, memory order and position of this rank's block of a parameter, in pure integers."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ from dist_asgd.boxes import Box, boxes
 
 @dataclass(frozen=True)
 class Placement:
-    """How what a rank has of a parameter lies in its bucket: its shape, and the strides it keeps there.
+    """Shape, memory order and position of the block that this rank has of a parameter.
 
-    A dense tensor keeps its memory order (channels_last, transposed), so that its gradient has the same order and is
-    moved without a permutation. ``order`` lists the dims from the slowest to the fastest varying one. Of a DTensor it
-    is the local tensor, which is the block of the ``whole`` parameter at ``offsets``.
+    The block of a DTensor is its local tensor; the block of any other parameter is the whole parameter. The block keeps
+    its memory order (channels_last, transposed) in the bucket. Its gradient has that order as well, so gradients move
+    without a permutation.
+
+    Pickles of ``StatePiece`` contain placements, so fields keep their names.
     """
 
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    order: tuple[int, ...]
-    offsets: tuple[int, ...]
+    shape: tuple[int, ...]  # sizes of the block
+    strides: tuple[int, ...]  # strides of a dense tensor in the memory order of the block
+    order: tuple[int, ...]  # dims from the slowest to the fastest varying one
+    offsets: tuple[int, ...]  # position of the block in the whole parameter
     whole: tuple[int, ...]  # shape of the whole parameter
 
     @classmethod
     def of(cls, tensor: Tensor) -> Placement:
-        """Of a parameter, or of a value that is placed as one."""
+        """Returns the placement of a parameter, or of a value that is sharded as a parameter is."""
         local, offsets = tensor, (0,) * tensor.ndim
         if isinstance(tensor, DTensor):
             local, offsets = local_tensor(tensor), tuple(tensor.__create_chunk_list__()[0].offsets)
-        strides = torch.empty_like(local, device="meta").stride()  # those of a dense copy
+        strides = torch.empty_like(local, device="meta").stride()  # empty_like makes them dense
         order = sorted(range(local.ndim), key=lambda dim: -strides[dim] if local.shape[dim] != 1 else -math.inf)
         return cls(tuple(local.shape), tuple(strides), tuple(order), offsets, tuple(tensor.shape))
 
@@ -49,36 +51,36 @@ class Placement:
         return self.order == tuple(range(len(self.shape)))
 
     def view(self, flat: Tensor) -> Tensor:
-        """The parameter's own view of its ``numel`` elements in memory order."""
+        """Returns a view of ``flat`` (1-D, ``numel`` elements in memory order) with the block's shape and strides."""
         return flat.as_strided(self.shape, self.strides, flat.storage_offset())
 
     def flatten(self, tensor: Tensor) -> Tensor:
-        """The elements of a tensor of this shape in the parameter's memory order, 1-D; a copy only where it must be."""
+        """Returns ``tensor``, which has the shape of the block, 1-D in memory order: a view where possible."""
         if tensor.ndim == 1 and tensor.is_contiguous():
             return tensor
         return tensor.permute(self.order).reshape(-1)
 
     def same_block(self, other: Placement) -> bool:
-        """Whether both are the same block of a parameter, or empty."""
+        """Whether both placements describe one block of a parameter, or are both empty."""
         same = self.shape == other.shape and self.offsets == other.offsets
         return same or not (self.numel or other.numel)
 
     def block_of(self, value: Tensor) -> Tensor:
-        """This rank's block, of ``shape``, of a ``value`` of the whole parameter, or of a DTensor that has it."""
+        """Returns this rank's block of ``value``, which has the shape of the whole parameter or is a DTensor."""
         if isinstance(value, DTensor):
             return local_tensor(value)
         for dim, (offset, size) in enumerate(zip(self.offsets, self.shape, strict=True)):
-            value = value.narrow(dim, min(offset, value.shape[dim]), size)  # empty ones may begin behind the end
+            value = value.narrow(dim, min(offset, value.shape[dim]), size)  # an empty block may begin behind the end
         return value
 
     def new_whole(self, dtype: torch.dtype) -> Tensor:
-        """A whole tensor on the CPU, not filled; in the parameter's memory order where the rank has all of it."""
+        """Returns an uninitialized CPU tensor of shape ``whole``, in the memory order of a block that is the whole."""
         if self.shape == self.whole:
             return torch.empty_strided(self.whole, self.strides, dtype=dtype, device="cpu")
         return torch.empty(self.whole, dtype=dtype, device="cpu")
 
     def fill(self, whole: Tensor, start: int, flat: Tensor) -> None:
-        """Writes ``flat``, the elements from ``start`` on of what the rank has, to where they belong in ``whole``."""
+        """Copies ``flat``, the elements of the block from ``start`` on, to their positions in ``whole``."""
         offset = 0
         for box in self.boxes(start, start + len(flat)):
             part = whole
@@ -88,14 +90,14 @@ class Placement:
             offset += box.numel
 
     def boxes(self, start: int, stop: int) -> list[Box]:
-        """The blocks of the whole parameter that the flat range covers, in the order of their elements."""
+        """Returns the boxes of the whole parameter that the block's elements ``[start, stop)`` fill, in order."""
         return [
             Box(tuple(map(operator.add, self.offsets, self._unpermute(box.offsets))), self._unpermute(box.sizes))
             for box in boxes([self.shape[dim] for dim in self.order], start, stop)
         ]
 
     def box_view(self, flat: Tensor, box: Box) -> Tensor:
-        """``flat``, the elements of ``box`` in memory order, as a tensor of the box's sizes."""
+        """Returns a view of ``flat``, the elements of ``box`` in memory order, that has the sizes of the box."""
         permuted = flat.view([box.sizes[dim] for dim in self.order])
         return permuted.permute(self._unpermute(range(len(self.order))))
 

@@ -1,4 +1,4 @@
-"""Whether the saved state of a parameter fits it: by what is wrong with it, in words."""
+"""Checks that a parameter's saved state fits the parameter; errors name the mismatch."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from dist_asgd.sharding.sharded_state import StatePiece
 
 
 def has_begun(state: Mapping[str, Any]) -> bool:
-    """Whether a saved state has averages that are not the parameter itself."""
+    """Whether an average in a parameter's saved state has started: until then, mu is 1 and ax is the parameter."""
     return any(state[key] != 1 for key in state if key == "mu" or str(key).startswith("mu_"))
 
 
 def check_state(
     state: Mapping[str, Any], dtypes: Mapping[str, torch.dtype], placement: Placement, piece: Piece | None
 ) -> None:
-    """Raises ``ValueError`` where ``state`` is not that of a parameter, saying what is wrong.
+    """Raises ``ValueError`` where the saved ``state`` of one parameter does not fit the parameter.
 
     Args:
-        dtypes: of its tensors, by torch's names: of averages, and of the master, which it need not have.
-        placement: of the parameter.
-        piece: that this rank has of it.
+        state: step, eta, mu, ax and further averages of the parameter, by torch's names.
+        dtypes: the dtypes that the optimizer keeps tensors of the state in, by name: averages, and ``master``, which
+            the state need not have.
+        placement: this rank's block of the parameter.
+        piece: the part of the block that this rank owns; None if it owns none.
     """
     averages = [name for name in dtypes if name != "master"]
     scalars = ["step", "eta", *(f"mu{name.removeprefix('ax')}" for name in averages)]
@@ -47,7 +49,7 @@ def check_state(
 def _check_scalars(state: Mapping[str, Any], names: Iterable[str]) -> None:
     for name in names:
         value = state[name]
-        real = isinstance(value, numbers.Real)  # NumPy's too
+        real = isinstance(value, numbers.Real)  # NumPy's scalars are registered as Real
         if not (real or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())):
             raise ValueError(f"has {name} = {value!r}, which is not a number")
         number = float(value)

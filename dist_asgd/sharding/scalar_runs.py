@@ -1,7 +1,7 @@
-"""``step``, ``eta`` and ``mu`` of the parameters of a bucket, kept for runs of neighbours in which they are equal.
+"""``step``, ``eta`` and ``mu`` of the parameters of a bucket, kept once for each run of neighbours with equal values.
 
-That is one run as long as all parameters get gradients. Those that lie on a device (``DeviceScalars``) are not
-compared; runs that were cut there stay apart.
+A bucket has one run as long as all its parameters get gradients in every step. Scalars on a device (``DeviceScalars``)
+compare as different, since reading them would wait for the device; so runs that were cut stay apart.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ class Run:
 
 
 def select_runs(runs: Sequence[Run], active: Sequence[bool] | None) -> list[tuple[Run, bool]]:
-    """Cuts ``runs`` where ``active`` changes; None means that every parameter is active."""
+    """Cuts ``runs`` where ``active`` changes, and returns each part with whether its parameters are active.
+
+    Args:
+        runs: the runs of a bucket, in order.
+        active: one flag for each parameter of the bucket; None if all are active.
+    """
     if active is None:
         return [(run, True) for run in runs]
     result = []
@@ -37,7 +42,7 @@ def select_runs(runs: Sequence[Run], active: Sequence[bool] | None) -> list[tupl
 
 
 def merge_runs(runs: Iterable[Run]) -> list[Run]:
-    """Joins neighbours with equal scalars."""
+    """Joins neighbouring runs with equal scalars."""
     result: list[Run] = []
     for run in runs:
         if result and result[-1].scalars == run.scalars:

@@ -1,11 +1,13 @@
-"""What a rank owns of a bucket: tensors and scalars, their update, and their way in and out of state dicts.
+"""The shard of a bucket that one rank owns: its tensors and scalars, their update, and their state dicts.
 
 [Note: the tensors of a shard] All are 1-D, of ``layout.shard_numel`` elements and indexed alike:
-- the shard of the parameters themselves, which ``ShardParameters`` reads and writes.
-- ``master``: for bf16 and fp16 parameters, the fp32 values of which they are the rounding; else None.
-- ``averages``: ``ax``, and ``ax_ema`` and the like of others beside it, by suffix. None until a parameter of the bucket
-  starts that average: before that, it *is* the parameter. With ``capturable`` it is there from the beginning, since a
-  CUDA graph can make nothing.
+
+- parameters: read and written through ``ShardParameters``, in the dtype of the parameters.
+- ``master``: for parameters that a step rounds (bf16, fp16), the unrounded values in the compute dtype (fp32). None for
+  other parameters, and without ``master_weights``.
+- ``averages``: ``ax`` and further averages such as ``ax_ema``, by suffix (``""``, ``"_ema"``), in the average dtype. An
+  average is None until a parameter of the bucket starts it; until then its value is the parameter. With ``capturable``
+  every average exists from the beginning, since a CUDA graph cannot allocate it later.
 """
 
 from __future__ import annotations
@@ -45,12 +47,14 @@ class Shard:
     """One rank's shard of one bucket.
 
     Args:
-        parameters: of the rank's shard.
-        layout: of the bucket.
-        placements: of the parameters, by position in ``layout.spans``.
-        rank: whose shard it is.
-        rounding: of the parameters, the first in ``layout`` being number 0.
-        kinds: of averages, by suffix; the first, whose suffix is empty, is updated in one pass with the parameters.
+        parameters: access to the parameters of the shard.
+        layout: the layout of the bucket.
+        placements: this rank's blocks of the parameters, by position in ``layout.spans``.
+        rank: the rank that owns the shard, in the numbering of ``layout``.
+        precision: the dtypes of averages and masters.
+        rounding: how a step rounds parameters; element 0 of the bucket is its element 0.
+        kinds: the kinds of average by suffix. The first has the empty suffix and is updated in one pass with the
+            parameters.
     """
 
     def __init__(
@@ -67,23 +71,23 @@ class Shard:
         self.layout, self.placements = layout, tuple(placements)
         self.start, self.stop = layout.shard(rank)
         self.pieces: dict[int, Piece] = {piece.position: piece for piece in layout.pieces(rank)}
-        self.master: Tensor | None = None
+        self.master: Tensor | None = None  # 1-D, compute dtype (fp32 for bf16 and fp16)
         if precision.needs_master(self.dtype, rounding.dtype):
             self.master = parameters.read().to(compute_dtype(self.dtype), copy=True)
-        self._raw: Tensor | None = None  # the parameters themselves while others are swapped in
+        self._raw: Tensor | None = None  # 1-D, copy of the parameters while averages are swapped in
         self.average_dtype = precision.average(self.dtype)
-        self.averages: dict[str, Tensor | None] = dict.fromkeys(kinds)
+        self.averages: dict[str, Tensor | None] = dict.fromkeys(kinds)  # 1-D, average_dtype
         self._capturable, self._kinds = precision.capturable, tuple(kinds.values())
         if self._capturable:
             self.averages = {suffix: self.average_copy(suffix) for suffix in kinds}
-        # Whether its parameters are updated in one pass, wherever they lie.
+        # Whether one kernel updates all parameters of the shard, wherever they lie.
         self.fuses = can_fuse(parameters.device, self.dtype, self.average_dtype, self.master is not None, rounding)
         self.runs: list[Run] = []
-        self._fresh = Scalars(0, 0.0, 1.0, (1.0,) * (len(kinds) - 1))  # of a parameter that has taken no step
+        self._fresh = Scalars(0, 0.0, 1.0, (1.0,) * (len(kinds) - 1))  # the scalars before the first step
         self._set_runs([Run(0, len(self.placements), self._fresh)])
 
     def slice_of(self, run: Run) -> slice:
-        """Where the parameters of ``run`` lie in the shard; empty where they lie elsewhere."""
+        """Returns where the parameters of ``run`` lie in the shard; an empty slice if they lie in other shards."""
         spans = self.layout.spans
         start = min(max(spans[run.first].start, self.start), self.stop) - self.start
         stop = min(max(spans[run.stop - 1].stop, self.start), self.stop) - self.start
@@ -96,17 +100,20 @@ class Shard:
         slices: Callable[[Run], Iterable[UpdateSlice]],
         scaling: Scaling | None = None,
     ) -> None:
-        """One step of the parameters that are ``active`` (None: all), by the ``slices`` of each run.
+        """Takes one step with parameters, masters, averages and scalars.
 
         Args:
-            scaling: of the gradients; only with ``capturable``.
+            h: the hyperparameters of the step.
+            active: one flag for each parameter of the bucket, whether it takes the step; None if all do.
+            slices: returns the parts of the shard that a run covers, with their gradients.
+            scaling: the scale of the gradients, from GradScaler; only with ``capturable``.
         """
         runs = []
         for run, is_active in select_runs(self.runs, active):
             runs.append(self._step(run, h, slices, scaling) if is_active else run)
         for number, suffix in enumerate(() if self._capturable or active is not None else self.averages):
-            if not _begun([*self.runs, *runs], number):
-                self.averages[suffix] = None  # every parameter has just become its own average
+            if not _has_begun([*self.runs, *runs], number):
+                self.averages[suffix] = None  # every parameter is its own average again
         self.runs = merge_runs(runs)
 
     def _step(
@@ -127,12 +134,12 @@ class Shard:
         following = next_scalars(h, known.step + 1, self._kinds)
         for suffix, mu in zip(self.averages, following.mus, strict=True):
             if mu != 1 and self.averages[suffix] is None:
-                # Now, not in the next step: what is written to the parameters in between is no part of the average.
+                # Copied now, not in the next step, so that values written to parameters in between are no part of it.
                 self.averages[suffix] = self.average_copy(suffix)
         return replace(run, scalars=following)
 
     def _update(self, scalars: AnyScalars, h: Hyperparameters, slices: Iterable[UpdateSlice]) -> None:
-        idle = isinstance(scalars, Scalars) and scalars.mu == 0  # the average does not take this iterate
+        idle = isinstance(scalars, Scalars) and scalars.mu == 0  # the average keeps its value in this step
         ax = None if idle else self.averages[""]
         for part in slices:
             where = slice(part.start, part.stop)
@@ -141,7 +148,7 @@ class Shard:
             part.update_(average, None if self.master is None else self.master[where], h, scalars, rounding)
 
     def _update_further(self, run: Run, scalars: Scalars) -> None:
-        """After the step of ``run``: the averages beside the first take what it has made of the parameters."""
+        """Updates the averages beside the first from the parameters of ``run``, which have just taken their step."""
         pairs = zip(list(self.averages.values())[1:], scalars.further, strict=True)
         moving = [(as_real(average), mu) for average, mu in pairs if average is not None and mu != 0]
         if not moving:
@@ -156,59 +163,66 @@ class Shard:
                 average_step_(average[factor * start : factor * start + len(real)], real, mu)
 
     def has_average(self, suffix: str) -> bool:
-        """Whether a parameter of the bucket has an average of its own; the same on every rank."""
-        return _begun(self.runs, list(self.averages).index(suffix))
+        """Whether a parameter of the bucket has started this average. Every rank gets the same answer."""
+        return _has_begun(self.runs, list(self.averages).index(suffix))
 
     def average_copy(self, suffix: str) -> Tensor:
-        """The average of every element, in ``average_dtype``; where there is none yet, that is the parameter."""
+        """Returns a copy of an average (1-D, ``average_dtype``); an average that has not started is the parameters."""
         average = self.averages[suffix]
         return self._iterate().to(self.average_dtype, copy=True) if average is None else average.clone()
 
     def forget_averages(self) -> None:
-        """As before they began, also of parameters that take no step any more."""
+        """Resets all averages to their state before they started, also for parameters that are frozen now."""
         read = [run.scalars.read() for run in self.runs]
         fresh = [replace(self._fresh, step=scalars.step, eta=scalars.eta) for scalars in read]
         self._set_runs([replace(run, scalars=scalars) for run, scalars in zip(self.runs, fresh, strict=True)])
         for suffix, average in self.averages.items():
             if self._capturable and average is not None:
-                average.copy_(self._iterate())  # where graphs have it
+                average.copy_(self._iterate())  # CUDA graphs hold the address
             else:
                 self.averages[suffix] = None
 
-    def keep(self) -> None:
-        """Copies the parameters, for ``swap_out``."""
+    def save_parameters(self) -> None:
+        """Copies the parameters, which ``swap_out`` then restores."""
         self._raw = self.parameters.copy()
 
     def swap_in(self, suffix: str) -> None:
-        """Overwrites the parameters that have an average of their own by it, rounded once."""
+        """Overwrites the parameters that have started an average with the average, rounded once."""
         average, number = self.averages[suffix], list(self.averages).index(suffix)
         for run in self.runs:
             if run.scalars.read().mus[number] != 1 and average is not None:
                 self.parameters.write(self.slice_of(run), average[self.slice_of(run)])
 
     def swap_out(self) -> None:
-        """Makes the parameters exactly what they were when they were kept, if they were."""
+        """Restores the values that ``save_parameters`` has copied, bit for bit; does nothing without a copy."""
         if self._raw is not None:
             self.parameters.write(slice(None), self._raw)
             self._raw = None
 
     def _iterate(self, where: slice = slice(None)) -> Tensor:
-        """What training has made of the parameters; of masters, if any, a copy: looking changes nothing."""
+        """Returns the parameters as trained, unrounded where there are masters, also while averages are swapped in.
+
+        1-D. Without masters these may be the parameters themselves; with masters, a copy.
+        """
         param = self.parameters.read(where) if self._raw is None else self._raw[where]
         return param if self.master is None else current_master(self.master[where], param, self.rounding.dtype)
 
     # State dicts -----------------------------------------------------------------------------------------------------
 
     def scalars(self, h: Hyperparameters) -> list[Scalars]:
-        """The scalars of every parameter of the bucket, by position."""
+        """Returns the scalars of every parameter of the bucket, by position."""
         expanded = [(run, _scalars(run, h)) for run in self.runs]
         return [scalars for run, scalars in expanded for _ in range(run.first, run.stop)]
 
     def scalars_of(self, position: int, h: Hyperparameters) -> Scalars:
+        """Returns the scalars of the parameter at ``position``."""
         return _scalars(next(run for run in self.runs if run.first <= position < run.stop), h)
 
     def state_of(self, position: int) -> dict[str, Tensor]:
-        """The tensors of one parameter by torch's names."""
+        """Returns the state tensors of one parameter by torch's names: pieces, or whole with one rank.
+
+        Tensors of averages that have started share memory with the shard.
+        """
         where = self._where(position)
         state = {}
         for suffix, average in self.averages.items():
@@ -219,7 +233,10 @@ class Shard:
         return state
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state of the whole shard by torch's names. Copies, but for averages that have started."""
+        """Returns the state tensors of the shard (1-D) by torch's names.
+
+        All are copies, except averages that have started.
+        """
         state = {
             f"ax{suffix}": self.average_copy(suffix) if average is None else average
             for suffix, average in self.averages.items()
@@ -229,17 +246,17 @@ class Shard:
         return state
 
     def writes_scalars(self, position: int) -> bool:
-        """Whether this rank writes a parameter's scalars to checkpoints: who has its first element does."""
+        """Whether this rank writes the scalars of a parameter to checkpoints: the owner of its first element does."""
         placement, piece = self.placements[position], self.pieces.get(position)
         has_first = piece is not None and piece.start == 0 and not any(placement.offsets)
         return has_first or not math.prod(placement.whole)
 
     def piece_of(self, flat: Tensor, position: int) -> Tensor:
-        """The part of ``flat`` (1-D, a tensor of the shard) that belongs to one parameter; whole with one rank."""
+        """Returns the part of ``flat`` (1-D, a tensor of the shard) that is one parameter's; whole with one rank."""
         return self._as_piece(flat[self._where(position)], position)
 
     def _where(self, position: int) -> slice:
-        """Where one parameter lies in the shard; empty where it lies elsewhere."""
+        """Returns where one parameter lies in the shard; an empty slice if it lies in other shards."""
         piece = self.pieces.get(position)
         return slice(0, 0) if piece is None else slice(piece.shard_start, piece.shard_stop)
 
@@ -250,13 +267,13 @@ class Shard:
         return StatePiece(local, 0 if piece is None else piece.start, self.placements[position])
 
     def check_state(self, position: int, state: Mapping[str, Any]) -> None:
-        """Raises ``ValueError`` where ``state`` is not that of the parameter, saying what is wrong."""
+        """Raises ``ValueError``, which names the mismatch, where ``state`` does not fit parameter ``position``."""
         dtypes = {f"ax{suffix}": self.average_dtype for suffix in self.averages}
         dtypes |= {"master": compute_dtype(self.dtype)}
         check_state(state, dtypes, self.placements[position], self.pieces.get(position))
 
     def load_state(self, states: Mapping[int, Mapping[str, Any]]) -> None:
-        """Takes up checked states by position; the parameters that have none start afresh."""
+        """Loads states that ``check_state`` has passed, by position; parameters without one start without state."""
         scalars = [self._scalars_in(states[p]) if p in states else self._fresh for p in range(len(self.placements))]
         self._set_runs(merge_runs([Run(p, p + 1, value) for p, value in enumerate(scalars)]))
         averages = {suffix: self.average_copy(suffix) for suffix in self.averages}
@@ -264,18 +281,18 @@ class Shard:
             state = states.get(position, {})
             where = slice(piece.shard_start, piece.shard_stop)
             for suffix, average in averages.items():
-                # One that the state has not, has not begun: it is the parameter, as the first.
+                # An average that the state lacks has not started: its value is the one of the first average.
                 if (saved := state.get(f"ax{suffix}", state.get("ax"))) is not None:
-                    average[where].copy_(self._own(saved, position))
+                    average[where].copy_(self._cut(saved, position))
             if self.master is not None:
                 master = state.get("master")
-                self.master[where].copy_(self.parameters.read(where) if master is None else self._own(master, position))
+                self.master[where].copy_(self.parameters.read(where) if master is None else self._cut(master, position))
         for suffix, average in averages.items():
             kept = self.averages[suffix]
             if self._capturable and kept is not None:
-                kept.copy_(average if states else self._iterate())  # where graphs have it
+                kept.copy_(average if states else self._iterate())  # CUDA graphs hold the address
                 continue
-            # One from before averaging costs no memory, unless it says something that the parameters do not.
+            # An average that has not started is dropped to save its memory, unless it differs from the parameters.
             says_more = self.has_average(suffix) or not torch.equal(average, self._iterate().to(average.dtype))
             self.averages[suffix] = average if states and says_more else None
 
@@ -289,12 +306,12 @@ class Shard:
         elif [(run.first, run.stop) for run in runs] == [(run.first, run.stop) for run in self.runs]:
             for old, new in zip(self.runs, runs, strict=True):
                 if isinstance(old.scalars, DeviceScalars):
-                    old.scalars.set_(new.scalars.read())  # where graphs have them
+                    old.scalars.set_(new.scalars.read())  # CUDA graphs hold the addresses
         else:
             device = self.parameters.device
             self.runs = [replace(run, scalars=DeviceScalars.of(run.scalars.read(), device)) for run in runs]
 
-    def _own(self, value: Tensor, position: int) -> Tensor:
+    def _cut(self, value: Tensor, position: int) -> Tensor:
         piece = self.pieces[position]
         if isinstance(value, StatePiece):
             return value.local
@@ -306,6 +323,6 @@ def _scalars(run: Run, h: Hyperparameters) -> Scalars:
     return current_scalars(h, run.scalars.read())
 
 
-def _begun(runs: Sequence[Run], number: int) -> bool:
-    """Whether a parameter of ``runs`` has an average of its own, of those with that number."""
+def _has_begun(runs: Sequence[Run], number: int) -> bool:
+    """Whether a parameter of ``runs`` has started the average with that number."""
     return any(run.scalars.read().mus[number] != 1 for run in runs)

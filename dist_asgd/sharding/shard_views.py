@@ -1,4 +1,7 @@
-"""The parameters of a shard, wherever they lie."""
+"""Access to the parameters of a shard, in one buffer (``FlatParameters``) or in separate tensors.
+
+``ShardParameters`` is the interface: positions in the shard count elements of one 1-D tensor, wherever they lie.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,12 @@ from dist_asgd.sharding.placement import Placement
 
 
 class PlacedParameters:
-    """``ShardParameters`` that lie in the local tensors of ``params``, each on its own."""
+    """``ShardParameters`` that lie in the local tensors of ``params``, each in its own memory.
+
+    Attributes:
+        local: local tensors of ``params``, without autograd history.
+        flats: ``local`` in memory order: 1-D views, or copies where a parameter is not dense.
+    """
 
     def __init__(
         self, params: Sequence[Tensor], layout: BucketLayout, placements: Sequence[Placement], rank: int
@@ -24,7 +32,7 @@ class PlacedParameters:
         self.layout, self.pieces = layout, layout.pieces(rank)
         self.dtype, self.device = params[0].dtype, params[0].device
         self.local = [local_of(param) for param in params]
-        self.flats = [placement.flatten(own) for own, placement in zip(self.local, placements, strict=True)]  # 1-D
+        self.flats = [placement.flatten(own) for own, placement in zip(self.local, placements, strict=True)]
 
     def read(self, where: slice = slice(None)) -> Tensor:
         start, stop, _ = where.indices(self.layout.shard_numel)
@@ -36,7 +44,7 @@ class PlacedParameters:
 
     def blocks(self, where: slice, size: int) -> Iterator[tuple[int, Tensor]]:
         start, stop, _ = where.indices(self.layout.shard_numel)
-        small: list[Piece] = []  # neighbours, to be read together
+        small: list[Piece] = []  # neighbours that are read together
         for piece in self._within(start, stop):
             if small and piece.shard_stop - small[0].shard_start > size:
                 yield self._block(small)
@@ -44,26 +52,26 @@ class PlacedParameters:
             if piece.stop - piece.start <= size:
                 small.append(piece)
             else:
-                yield from blocks_of(self.own(piece), piece.shard_start, size)
+                yield from numbered_blocks(self.view_of(piece), piece.shard_start, size)
         if small:
             yield self._block(small)
 
-    def own(self, piece: Piece) -> Tensor:
+    def view_of(self, piece: Piece) -> Tensor:
         flat = self.flats[piece.position]
         return flat if len(flat) == piece.stop - piece.start else flat[piece.start : piece.stop]
 
     def write(self, where: slice, values: Tensor) -> None:
         start, stop, _ = where.indices(self.layout.shard_numel)
         for piece in self._within(start, stop):
-            self.own(piece).copy_(values[piece.shard_start - start : piece.shard_stop - start])
+            self.view_of(piece).copy_(values[piece.shard_start - start : piece.shard_stop - start])
 
     def wrap(self, position: int, local: Tensor) -> Tensor:
         param = self.params[position]
         if not isinstance(param, DTensor):
             return local
-        # torch copies a DTensor whose local tensor begins in the middle of a storage as if the storage were its own.
+        # torch copies a DTensor as if its local tensor began at the start of a storage. from_dlpack makes such a one.
         own = torch.from_dlpack(local) if local.numel() else torch.empty_like(local)
-        # Without shape and stride it would assume that all ranks have as much, and ask them.
+        # Without shape and stride, from_local assumes that all ranks have blocks of one size.
         return DTensor.from_local(
             own, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
         )
@@ -78,7 +86,7 @@ class PlacedParameters:
         for piece in pieces:
             if piece.shard_start > end:
                 parts.append(self._gap(piece.shard_start - end))
-            parts.append(self.own(piece))
+            parts.append(self.view_of(piece))
             end = piece.shard_stop
         if stop > end or not parts:
             parts.append(self._gap(stop - end))
@@ -92,37 +100,40 @@ class PlacedParameters:
 
 
 def local_of(param: Tensor) -> Tensor:
-    """What this rank has of the parameter, without a history."""
+    """Returns this rank's block of ``param`` without autograd history: the local tensor, or all of a plain tensor."""
     return local_tensor(param) if isinstance(param, DTensor) else param.detach()
 
 
 class ShardParameters(Protocol):
-    """The parameters of a shard, wherever they lie, indexed as the shard."""
+    """The parameters of a shard, addressed as one 1-D tensor of ``layout.shard_numel`` elements with padding."""
 
-    dtype: torch.dtype
+    dtype: torch.dtype  # dtype of the parameters
     device: torch.device
 
     def read(self, where: slice = slice(None)) -> Tensor:
-        """1-D. It may be the parameters themselves: not to be written to."""
+        """Returns elements ``where``, 1-D: possibly the parameters themselves, so callers must not write to them."""
 
     def copy(self) -> Tensor:
-        """All of it, in memory of its own."""
+        """Returns a copy of all elements, 1-D."""
 
-    def own(self, piece: Piece) -> Tensor:
-        """A part of it, 1-D and contiguous: the parameters themselves."""
+    def view_of(self, piece: Piece) -> Tensor:
+        """Returns a 1-D contiguous view of the elements of ``piece``; writing to it changes the parameter."""
 
     def write(self, where: slice, values: Tensor) -> None:
-        """``where`` begins and ends between parameters."""
+        """Writes ``values`` (1-D) to elements ``where``, which begins and ends between parameters."""
 
     def blocks(self, where: slice, size: int) -> Iterator[tuple[int, Tensor]]:
-        """All of ``where``, as ``read``, in blocks of up to ``size`` elements, each with where it begins."""
+        """Yields elements ``where`` in 1-D blocks of at most ``size``, each with its position in the shard.
+
+        Blocks may be the parameters themselves, so callers must not write to them.
+        """
 
     def wrap(self, position: int, local: Tensor) -> Tensor:
-        """``local``, all that the parameter has on this rank, as a tensor that is placed as the parameter is."""
+        """Returns ``local`` as the local tensor of a DTensor like the parameter; ``local`` itself for a plain one."""
 
 
 class FlatParameters:
-    """``ShardParameters`` in one 1-D tensor, ``shard``."""
+    """``ShardParameters`` in one 1-D tensor, ``shard``, of the dtype of the parameters."""
 
     def __init__(self, shard: Tensor) -> None:
         self.shard, self.dtype, self.device = shard, shard.dtype, shard.device
@@ -133,19 +144,19 @@ class FlatParameters:
     def copy(self) -> Tensor:
         return self.shard.clone()
 
-    def own(self, piece: Piece) -> Tensor:
+    def view_of(self, piece: Piece) -> Tensor:
         return self.shard[piece.shard_start : piece.shard_stop]
 
     def write(self, where: slice, values: Tensor) -> None:
         self.shard[where].copy_(values)
 
     def blocks(self, where: slice, size: int) -> Iterator[tuple[int, Tensor]]:
-        return blocks_of(self.shard[where], where.start, size)
+        return numbered_blocks(self.shard[where], where.start, size)
 
     def wrap(self, position: int, local: Tensor) -> Tensor:
         return local
 
 
-def blocks_of(flat: Tensor, start: int, size: int) -> Iterator[tuple[int, Tensor]]:
-    """``flat`` (1-D), whose first element is number ``start``, in blocks of up to ``size`` elements, with theirs."""
+def numbered_blocks(flat: Tensor, start: int, size: int) -> Iterator[tuple[int, Tensor]]:
+    """Yields ``flat`` (1-D) in blocks of at most ``size`` elements, each with its position, the first ``start``."""
     return ((start + number * size, block) for number, block in enumerate(flat.split(size)))

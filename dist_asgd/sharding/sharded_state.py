@@ -1,4 +1,8 @@
-"""How parameters lie in buckets, and the tensors that stand for a piece of one in state dicts."""
+"""Tensors of sharded state dicts, which ``torch.distributed.checkpoint`` (DCP) saves and loads on any number of ranks.
+
+``StatePiece`` stands for a tensor of which each rank holds a piece, ``ScalarCopy`` for a scalar that every rank holds.
+Both implement DCP's ``_Checkpointable`` protocol (``torch/distributed/checkpoint/_extension.py``).
+"""
 
 from __future__ import annotations
 
@@ -18,17 +22,16 @@ from dist_asgd.sharding.placement import Placement
 class StatePiece(Tensor):
     """A tensor of a parameter's shape of which this rank holds one flat piece.
 
-    It stands for ``ax`` or ``master`` in a sharded ``state_dict()``. ``torch.distributed.checkpoint`` saves and loads
-    it, with any number of ranks, as blocks of the whole tensor (it implements DCP's ``_Checkpointable`` protocol).
+    It stands for ``ax`` or ``master`` in a sharded ``state_dict()``. DCP saves and loads it as boxes of the whole
+    tensor. Operators that need the whole tensor raise ``NotImplementedError``.
 
     Attributes:
-        local: 1-D, the elements ``[start, start + len(local))``, in memory order, of what the rank has of the
-            parameter; may be empty.
-        start: int, see ``local``.
-        placement: where in the whole tensor that is, and its memory order.
+        local: the elements ``[start, start + len(local))`` of this rank's block of the parameter, in memory order.
+        start: position of the piece in the block.
+        placement: the block: its position in the whole tensor, and its memory order.
     """
 
-    local: Tensor
+    local: Tensor  # 1-D, dtype of the average or master, may be empty
     start: int
     placement: Placement
 
@@ -51,8 +54,8 @@ class StatePiece(Tensor):
         return copy
 
     def _blocks(self) -> Iterator[tuple[Box, Tensor]]:
-        """Each box of the piece with a view of its elements, of the box's sizes."""
-        if not self.numel():  # DCP expects a block of every tensor; ranks that offer the same write it once
+        """Yields the boxes that the piece fills in the whole tensor, each with a view of its elements."""
+        if not self.numel():  # DCP expects a box of every tensor, and writes it once where several ranks offer it
             yield Box((0,) * self.ndim, self.placement.whole), self.local.view(self.placement.whole)
             return
         offset = 0
@@ -105,14 +108,14 @@ class StatePiece(Tensor):
 
 
 class ScalarCopy(Tensor):
-    """A 0-dim tensor of a sharded ``state_dict()`` that another rank writes to checkpoints, and this one only reads.
+    """A 0-dim tensor of a sharded ``state_dict()`` that this rank loads from checkpoints and another rank saves.
 
-    ``step``, ``eta`` and ``mu`` are the same on every rank. As plain tensors each of N ranks would offer all of them to
-    the planner of ``torch.distributed.checkpoint``, which gathers N times 3 for each parameter on one rank, to drop all
-    but one. In every other respect it is a plain tensor, and so are copies of it.
+    ``step``, ``eta`` and ``mu`` are equal on every rank. If N ranks offered them as plain tensors, DCP's planner would
+    gather 3 N entries for each parameter on one rank, and drop all but 3. In every other respect a ``ScalarCopy`` is a
+    plain tensor; operators on it and pickles of it make plain tensors.
     """
 
-    __torch_function__ = disabled_torch_function  # what is computed with it is plain
+    __torch_function__ = disabled_torch_function  # results of operators are plain tensors
 
     @staticmethod
     def __new__(cls, value: Tensor) -> ScalarCopy:

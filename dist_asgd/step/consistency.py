@@ -14,7 +14,7 @@ from dist_asgd.asgd.schedule import Hyperparameters
 from dist_asgd.averages.options import average_of
 from dist_asgd.buckets.base import Bucket
 from dist_asgd.buckets.local_tensors import is_placed
-from dist_asgd.buckets.replicas import family_of
+from dist_asgd.buckets.replicas import mesh_layout_of
 from dist_asgd.comm.consensus import Facts, fingerprint
 from dist_asgd.step.validation import Groups, parameter_names
 
@@ -35,14 +35,12 @@ def argument_facts(arguments: Mapping[str, object], groups: Groups, first: int) 
     facts = [(name, repr(value)) for name, value in arguments.items()]
     for number, group in enumerate(groups[first:], start=first):
         facts += [*option_facts(Hyperparameters.of(group), number), (f"average of group {number}", average_of(group))]
-        families = list(dict.fromkeys(family_of(param) for param in group["params"] if isinstance(param, DTensor)))
+        layouts = list(dict.fromkeys(mesh_layout_of(param) for param in group["params"] if isinstance(param, DTensor)))
         for name, param in zip(parameter_names(group, number), group["params"], strict=True):
             kind = f"{param.dtype} on {param.device.type}"
             if isinstance(param, DTensor):
-                mesh, placements = family_of(param)
-                where = (
-                    f"a mesh {tuple(mesh.shape)} {mesh.mesh_dim_names} (number {families.index((mesh, placements))})"
-                )
+                mesh, placements = mesh_layout_of(param)
+                where = f"a mesh {tuple(mesh.shape)} {mesh.mesh_dim_names} (number {layouts.index((mesh, placements))})"
                 kind += f" as a DTensor of shape {tuple(param.shape)} with {placements} on {where}"
             elif is_placed(param, str(arguments["gradients"])):
                 kind += " as a slice"

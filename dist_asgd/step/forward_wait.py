@@ -39,7 +39,7 @@ class ForwardWaits:
         if self.module is None:
             return
         owner = {id(param): bucket for bucket in buckets for param in bucket.params}
-        gathered = {bucket for bucket in buckets if bucket.may_lag}
+        gathered = {bucket for bucket in buckets if bucket.may_gather_late}
         called = set(_called_members(self.module))
         for submodule in self.module.modules():
             needed = {owner[id(param)] for param in _parameters_read_by(submodule, called) if id(param) in owner}
@@ -52,7 +52,7 @@ class ForwardWaits:
         for prefix, submodule in self.module.named_modules():
             for name, param in submodule.named_parameters(recurse=False):
                 bucket = owner.get(id(param))
-                if bucket is not None and bucket.may_lag:
+                if bucket is not None and bucket.may_gather_late:
                     self._covered.add(id(param))
                 if bucket is not None and bucket.always_registered:
                     self._owned.append((submodule, name, f"{prefix}.{name}".lstrip("."), param))

@@ -40,10 +40,10 @@ def gradient_sample(buckets: Sequence[Bucket]) -> list[Sample]:
             for name, param in zip(bucket.names, bucket.params, strict=True)
             if param.grad is not None and local_of(param).numel()
         ]
-        if bucket.mirrors:
+        if bucket.compared_ranks:
             few = own if isinstance(bucket.params[0], DTensor) else own[:SAMPLED]
-            found += [(name, local_gradient(param), bucket.mirrors[0]) for name, param in few]
-        for name, param in own[:SAMPLED] if bucket.uneven else []:
+            found += [(name, local_gradient(param), bucket.compared_ranks[0]) for name, param in few]
+        for name, param in own[:SAMPLED] if bucket.presharded else []:
             if is_fsdp1_slice(param):
                 found += [(name, local_gradient(param), None), (name, param.detach(), None)]
     if not found:

@@ -8,14 +8,16 @@ from typing import Any
 from torch.optim import Optimizer
 
 from dist_asgd.averages.options import check_average
-from dist_asgd.buckets.base import Setting
+from dist_asgd.buckets.base import BucketOptions
 from dist_asgd.comm.consensus import Agreement
 from dist_asgd.step.consistency import argument_facts
 from dist_asgd.step.cuda_graphs import check_capturable
 from dist_asgd.step.validation import check_last_group, drop_duplicates
 
 
-def add_checked(optimizer: Optimizer, param_group: dict[str, Any], setting: Setting, agreement: Agreement) -> None:
+def add_checked(
+    optimizer: Optimizer, param_group: dict[str, Any], setting: BucketOptions, agreement: Agreement
+) -> None:
     """Adds a param group on this rank after torch's checks and the package's own.
 
     Raises:
@@ -37,7 +39,7 @@ def add_checked(optimizer: Optimizer, param_group: dict[str, Any], setting: Sett
 def add_agreed(
     optimizer: Optimizer,
     param_group: dict[str, Any],
-    setting: Setting,
+    setting: BucketOptions,
     agreement: Agreement,
     arguments: Mapping[str, object],
 ) -> None:

@@ -194,7 +194,7 @@ class StepAgreement:
         try:
             for bucket in buckets:
                 bucket.wait()
-            if operation == STEP and self._started and not any(bucket.meets for bucket in buckets):
+            if operation == STEP and self._started and not any(bucket.agrees_before_step for bucket in buckets):
                 plan = self._agree_later(groups, buckets)
             else:
                 plan = self._agree_now(operation, groups, buckets)
@@ -202,7 +202,7 @@ class StepAgreement:
         finally:
             if not takes_step:  # nothing else would free the gradients that the buckets hold
                 for bucket in buckets:
-                    bucket.let_go()
+                    bucket.release_gradients()
         return plan
 
     def _agree_later(self, groups: Groups, buckets: Sequence[Bucket]) -> StepPlan:
@@ -229,7 +229,7 @@ class StepAgreement:
             )
         if any_unreduced:
             self._reducer.reduce_now()
-        self._reducer.rest()
+        self._reducer.skip_frozen_buckets()
         for bucket in buckets:
             bucket.place_gradients()
         if not self._started:
@@ -286,7 +286,7 @@ class StepAgreement:
     def _facts(self, bucket: Bucket, present: Sequence[bool]) -> list[int]:
         """Returns an index of ``PARAMETER_FACTS`` (``step/consistency.py``) for each parameter of ``bucket``."""
         trained = bucket.requires_grad()
-        if bucket.uneven or (bucket.reduces and self._find_unused):
+        if bucket.presharded or (bucket.reduces and self._find_unused):
             return [int(train) for train in trained]
         facts = zip(trained, present, bucket.has_misplaced(), strict=True)
         return [train + 2 * has + 4 * misplaced for train, has, misplaced in facts]
@@ -295,7 +295,7 @@ class StepAgreement:
         """Returns a fingerprint of the step, equal on ranks that are to take the same step; 0 on a single rank."""
         if self.agreement.world_size == 1:
             return 0
-        return step_code(plan.options, facts, [bucket.begun(self.passes) for bucket in self._reducer.buckets])
+        return step_code(plan.options, facts, [bucket.first_passes(self.passes) for bucket in self._reducer.buckets])
 
     def warn_of_unused(self, plan: StepPlan) -> None:
         """Warns, once, of parameters that have had no gradient for many steps; their module may have replaced them.
