@@ -176,7 +176,7 @@ JOURNEYS = [
 
 @pytest.mark.parametrize("journey", JOURNEYS, ids=str)
 def test_state_moves_between_layouts_and_torch_asgd(journey: Any) -> None:
-    """Averaging begins at step 5, in the second leg."""
+    """Averaging begins at step 5, in the first of the two legs."""
     ((first, first_size), (second, second_size)) = journey
     saved, _ = dense_leg(None, range(3))
     saved, _ = leg(first, first_size, saved, range(3, 7))
@@ -467,7 +467,7 @@ def test_schedulers_resume(name: str) -> None:
 
 
 class Loader:
-    """A data loader like torchdata's: its state is made of numbers, strings, tensors and dicts in dicts, and differs between ranks."""
+    """A data loader like torchdata's. Its state holds numbers, strings, tensors and nested dicts, varying by rank."""
 
     def __init__(self, rank: int) -> None:
         workers = {f"worker_{n}": {"position": rank + n, "file": f"a.b/{n}.txt"} for n in range(2)}
