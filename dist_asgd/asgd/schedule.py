@@ -64,13 +64,9 @@ class Hyperparameters:
         _check_number("weight_decay", self.weight_decay, low=0.0)
         if self.eta_decay is not None:
             _check_number("eta_decay", self.eta_decay, low=0.0)
-        for name, value in (
-            ("maximize", self.maximize),
-            ("lr_on_time", self.lr_on_time),
-            ("restarted", self.restarted),
-        ):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be True or False, got {value!r}")
+        for name in ("maximize", "lr_on_time", "restarted"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.lr_on_time and self.capturable:
             raise ValueError(
                 "lr_on_time=True with capturable=True: a CUDA graph computes eta at the end of a step, on the device. "
@@ -154,7 +150,7 @@ def _eta(h: Hyperparameters, step: int) -> float:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scaling:
-    """What GradScaler knows of the gradients of one step."""
+    """The state of a GradScaler for the gradients of one step."""
 
     inverse_scale: Tensor | None  # 1 element, fp32: the step multiplies gradients by it; None if they are unscaled
     found_inf: Tensor  # 1 element, fp32: the step is skipped unless it is 0

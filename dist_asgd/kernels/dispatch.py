@@ -72,17 +72,6 @@ def fused_update(
     return FORMS[device.type](device, param, grad, has_master, rounding.dtype, rounding.seed is not None)
 
 
-def _on_cpu(
-    device: torch.device,
-    param: torch.dtype,
-    grad: torch.dtype,
-    has_master: bool,
-    rounded: torch.dtype,
-    stochastic: bool,
-) -> FusedUpdate | None:
-    return native_update(param, grad, has_master, rounded, stochastic)
-
-
 @functools.cache
 def _on_gpu(
     device: torch.device,
@@ -110,7 +99,10 @@ def _on_gpu(
 
 
 # For each device type, the function that makes its one-pass update.
-FORMS: dict[str, Callable[..., FusedUpdate | None]] = {"cpu": _on_cpu, "cuda": _on_gpu}
+FORMS: dict[str, Callable[..., FusedUpdate | None]] = {
+    "cpu": lambda device, *dtypes: native_update(*dtypes),
+    "cuda": _on_gpu,
+}
 
 
 def can_fuse(

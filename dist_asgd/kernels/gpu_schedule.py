@@ -44,13 +44,6 @@ def advance_(scalars: DeviceScalars, h: Hyperparameters) -> None:
     """Advances ``scalars`` in place, unless their ``scaling`` says that the step was skipped. Does not wait."""
     lr = 0.0 if h.device_lr is not None else float(h.lr)
     found_inf = None if scalars.scaling is None else scalars.scaling.found_inf
+    numbers = double_bits(lr, h.decay, h.alpha, h.t0)
     with torch.cuda.device_of(scalars.step):
-        advance_kernel[(1,)](
-            scalars.step,
-            scalars.eta,
-            scalars.mu,
-            *double_bits(lr, h.decay, h.alpha, h.t0),
-            h.device_lr,
-            found_inf,
-            **OPTIONS,
-        )
+        advance_kernel[(1,)](scalars.step, scalars.eta, scalars.mu, *numbers, h.device_lr, found_inf, **OPTIONS)

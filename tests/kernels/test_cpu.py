@@ -1,6 +1,7 @@
 """The update in one pass over memory: its bits, and what happens where it cannot be had."""
 
 import itertools
+import re
 import shutil
 import stat
 import subprocess
@@ -158,6 +159,33 @@ def test_without_a_compiler_that_does_it_operators_do_and_it_is_said_once(
     assert done.stdout.strip() == "True"
     assert said in done.stderr and "PyTorch's operators are used instead" in done.stderr
     assert done.stderr.count(said) == (2 if "differs" in said else 1), "once; what differs, for each dtype"
+
+
+CONSTRUCTION = textwrap.dedent("""
+    import logging, torch
+    logging.basicConfig(format="%(levelname)s %(name)s %(message)s", level=logging.INFO)
+    from dist_asgd import ShardedASGD
+    logging.info("imported")
+    for _ in range(2):
+        ShardedASGD([torch.nn.Parameter(torch.ones(5))], lr=0.1)
+""")
+
+
+def test_a_compiler_that_runs_is_told_in_the_log(tmp_path: Path) -> None:
+    """The optimizer's constructor starts it: once for each file, by name, with what it is for and how long it took."""
+    if shutil.which("gcc") is None:
+        pytest.skip("NO C COMPILER HERE")
+    (tmp_path / "cc").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nexec gcc "$@"\n')
+    (tmp_path / "cc").chmod(stat.S_IRWXU)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", CONSTRUCTION]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=True)
+    before, after = done.stderr.split("imported")
+    said = re.findall(rf"INFO dist_asgd compiled (\S+) by {tmp_path}/cc in \d+\.\d s for (.*)", after)
+    files = [file for file, _ in said]
+    assert "compiled" not in before and files in (["cpu.c", "scan.c"], ["cpu.c"]), done.stderr
+    assert all(purpose.endswith("; results have the same bits without it") for _, purpose in said)
+    assert len((tmp_path / "calls").read_text().splitlines()) == len(said)
 
 
 @pytest.mark.parametrize("gradients", ["local", "reduced"])
