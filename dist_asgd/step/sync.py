@@ -24,7 +24,8 @@ from dist_asgd.step.gradient_check import gradient_sample, require_same_gradient
 from dist_asgd.step.validation import Groups, require_built_groups, require_gradients, some_of
 
 # Consecutive steps without a gradient after which a warning is due: for all parameters together, for a parameter that
-# has never had one, and for a parameter that has, because a model may use parameters in turns.
+# has never had one, unless find_unused_parameters allows for it, and for any other parameter, which a model may use in
+# turns.
 NONE_USED, NEVER_USED, ONE_UNUSED = 3, 10, 100
 
 # Steps in which gradients are compared between ranks at most, while some of them are zero and so prove nothing.
@@ -317,7 +318,8 @@ class StepAgreement:
         self._without = Counter({name: self._without[name] + 1 for name in without})
         none_used = not any(map(any, plan.active.values()))
         limit = NONE_USED if none_used else ONE_UNUSED
-        unused = [name for name, n in self._without.items() if n >= limit or (n == self._steps and n >= NEVER_USED)]
+        never_limit = limit if self._find_unused else min(limit, NEVER_USED)
+        unused = [name for name, n in self._without.items() if n >= (never_limit if n == self._steps else limit)]
         if unused and not (none_used and len(unused) < len(without)):
             self._warned_unused = True
             warnings.warn(
