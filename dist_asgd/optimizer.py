@@ -64,7 +64,8 @@ class ShardedASGD(torch.optim.Optimizer):
 
     Collective calls, which every rank must make in the same order and with the same arguments: the constructor,
     ``step``, ``add_param_group``, ``clip_grad_norm_``, ``restart_averaging``, ``load_state_dict``, ``full_state_dict``
-    and ``averaged_parameters``. ``start_averaging`` sends nothing, but every rank must call it.
+    and ``averaged_parameters``, and ``unscale_`` of a ``torch.amp.GradScaler``. ``start_averaging`` sends nothing, but
+    every rank must call it.
 
     Source: B. T. Polyak and A. B. Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control
     Optim. 30(4), 1992, as implemented in ``torch.optim.ASGD``; S. Rajbhandari et al., "ZeRO: Memory optimizations
@@ -438,8 +439,8 @@ class ShardedASGD(torch.optim.Optimizer):
         self._step_agreement = StepAgreement(
             agreement, self._reducer, self._forward_waits, find_unused=find_unused, alone=group is None
         )
-        capturable = arguments["capturable"]
-        self._replicas = Replicas(agreement, group, arguments["shard_replicas"] and not capturable)  # none in a graph
+        capturable = arguments["capturable"]  # a step in a CUDA graph can have no all-gather among replicas
+        self._replicas = Replicas(agreement, group, arguments["shard_replicas"] and not capturable)
         set_takes_scaled_gradients(self, capturable)
         self._group = separate_group(group)
 
