@@ -177,6 +177,15 @@ def fsdp2_parameters(module: FSDPModule) -> list[Any]:
     return [param for group in groups or [state._fsdp_param_group] if group for param in group.fsdp_params]
 
 
+def fsdp2_named_parameters(module: FSDPModule) -> list[tuple[str, nn.Parameter]]:
+    """Returns the parameters of ``module`` with their names from FSDP2's root module; none before the first forward.
+
+    FSDP2 sets the names at the first forward. ``named_parameters()`` gives the names from ``module`` only, and FSDP2
+    has no public way to its root.
+    """
+    return [(param._param_fqn, param.sharded_param) for param in fsdp2_parameters(module) if param._param_fqn]
+
+
 def fsdp2_copies(module: FSDPModule) -> list[Tensor]:
     """Returns the whole parameters that a forward under FSDP2 computes with; none before the first forward."""
     return [param._unsharded_param for param in fsdp2_parameters(module) if hasattr(param, "_unsharded_param")]

@@ -318,7 +318,10 @@ def use_fsdp2(rank):
     assert module in private().modules_with_state
     assert {id(each.sharded_param) for each in private().fsdp2_parameters(module)} == set(map(id, module.parameters()))
     assert private().fsdp2_copies(module) == []
+    assert private().fsdp2_named_parameters(module) == []
     module(torch.ones(1, 4))
+    found = {name: id(param) for name, param in private().fsdp2_named_parameters(module)}
+    assert found == {name: id(param) for name, param in module.named_parameters()}
     assert sorted(copy.shape for copy in private().fsdp2_copies(module)) == [(4,), (4, 4)]
 
 
@@ -326,7 +329,7 @@ def test_fsdp2_copies():
     run_ranks(2, use_fsdp2)
 
 
-test_fsdp2_parameters = test_modules_with_state = test_fsdp2_copies
+test_fsdp2_parameters = test_fsdp2_named_parameters = test_modules_with_state = test_fsdp2_copies
 
 
 def ask_for_timeout(rank):

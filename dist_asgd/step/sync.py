@@ -21,7 +21,13 @@ from dist_asgd.step.consistency import step_code, step_facts
 from dist_asgd.step.cuda_graphs import refuse_capture
 from dist_asgd.step.forward_wait import ForwardWaits
 from dist_asgd.step.gradient_check import gradient_sample, require_same_gradients
-from dist_asgd.step.validation import Groups, require_built_groups, require_gradients, some_of
+from dist_asgd.step.validation import (
+    Groups,
+    require_built_groups,
+    require_gradients,
+    require_not_sharded_since,
+    some_of,
+)
 
 # Consecutive steps without a gradient after which a warning is due: for all parameters together, for a parameter that
 # has never had one, unless find_unused_parameters allows for it, and for any other parameter, which a model may use in
@@ -268,6 +274,8 @@ class StepAgreement:
         options = [Hyperparameters.of(group) for group in groups]
         refuse_capture(options, self._started, buckets)
         present = self._check_gradients(buckets)
+        if not self._started:
+            require_not_sharded_since(buckets)
         alone = self.agreement.world_size == 1
         facts = {} if alone else {bucket: self._facts(bucket, present[bucket]) for bucket in buckets}
         return StepPlan(options, present), facts

@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FlatParameter
+from torch.distributed.fsdp import FlatParameter, FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
+from dist_asgd._torch_private import fsdp2_named_parameters, modules_with_state
 from dist_asgd.asgd.schedule import Hyperparameters
 from dist_asgd.buckets.base import Bucket
 from dist_asgd.buckets.replicas import mesh_ranks
@@ -214,6 +215,41 @@ def require_gradients(bucket: Bucket, present: Sequence[bool]) -> None:
             "parameters were replaced after the optimizer was built (fully_shard, parallelize_module, "
             "load_state_dict(assign=True)), build it again"
         )
+
+
+def require_not_sharded_since(buckets: Sequence[Bucket]) -> None:
+    """Raises ``RuntimeError`` if ``fully_shard`` has replaced parameters since the optimizer was built.
+
+    The optimizer then holds parameters that are in no module and get no gradient, which torch's optimizers skip
+    silently. A module counts as sharded since if each of its trained parameters has the name and shape of a parameter
+    here that has no gradient: one of a teacher with the same names would have to lack all of its student's gradients.
+    ``parallelize_module`` leaves no record; ``StepAgreement.warn_of_unused`` tells after some steps.
+    """
+    without = [
+        (name, param)
+        for bucket in buckets
+        if bucket.always_registered
+        for name, param in zip(bucket.names, bucket.params, strict=True)
+        if param.grad is None and param.requires_grad
+    ]
+    for module in (modules_with_state or ()) if without else ():
+        records = fsdp2_named_parameters(module) if isinstance(module, FSDPModule) else []
+        replaced = [
+            [name for name, param in without if param.shape == other.shape and _same_parameter(name, other_name)]
+            for other_name, other in records
+            if other.requires_grad
+        ]
+        if replaced and all(replaced):
+            raise RuntimeError(
+                f"parameter {some_of([names[0] for names in replaced])} has no gradient, and its module has a DTensor "
+                "in its place: fully_shard was called after the optimizer was built, which replaces parameters. Build "
+                "the optimizer after that"
+            )
+
+
+def _same_parameter(name: str, other: str) -> bool:
+    """Returns whether two names can mean one parameter, named from different modules that contain it."""
+    return f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}")
 
 
 def some_of(names: Sequence[object]) -> str:

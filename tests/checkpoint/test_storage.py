@@ -88,6 +88,27 @@ def test_one_of_eight_creates_wins(storage):
     assert storage.read("latest") == won[0]
 
 
+def test_eight_writers_make_the_same_folders(storage):
+    """A driver that looks for a folder before it makes it fails where another has made it in between."""
+    start = threading.Barrier(8)
+
+    def write(number):
+        start.wait()
+        try:
+            storage.create(f"a/b/c/d/e/f/{number}", b"%d" % number)
+        except Exception as error:
+            failures.append(error)
+
+    failures = []
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert storage.sizes() == {f"a/b/c/d/e/f/{number}": 1 for number in range(8)}
+
+
 def test_write_and_read_back(storage):
     chunks = [b"abc", bytearray(b"defg"), memoryview(b"hi"), memoryview(bytearray(16)).cast("d"), b""]
     data = b"abcdefghi" + bytes(16)

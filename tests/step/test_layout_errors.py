@@ -41,8 +41,16 @@ def parallelize(model: Model) -> None:
         parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
 
-@pytest.mark.parametrize(("gradients", "given"), [("local", "module"), ("local", "no module"), ("reduced", "module")])
-@pytest.mark.parametrize("shard", [shard_fully, parallelize])
+@pytest.mark.parametrize(
+    ("shard", "gradients", "given"),
+    [
+        (shard, gradients, given)
+        for shard in (shard_fully, parallelize)
+        for gradients in ("local", "reduced")
+        for given in ("module", "no module")
+        if (shard, gradients, given) != (parallelize, "reduced", "no module")  # the next tests
+    ],
+)
 def test_a_model_that_is_sharded_after_the_optimizer_was_built(
     shard: Callable[[Model], None], gradients: str, given: str
 ) -> None:
@@ -60,19 +68,49 @@ def test_a_model_that_is_sharded_after_the_optimizer_was_built(
     )
 
 
-@pytest.mark.parametrize("shard", [shard_fully, parallelize])
-def test_a_model_that_is_sharded_after_the_optimizer_was_built_is_warned_of_without_module(
-    shard: Callable[[Model], None],
-) -> None:
-    """Parameters without a gradient are skipped, as in torch; nothing tells the optimizer that a module had them."""
+def test_parts_that_are_sharded_later_are_found_by_their_names() -> None:
+    """Each block is a root of FSDP2, so that its names there are shorter than the optimizer's."""
 
     def ranks(rank: int) -> str:
         model = Model()
         optimizer = ShardedASGD(model.named_parameters(), lr=0.1, gradients="reduced")
-        shard(model)
+        fully_shard(model.blocks[0])
+        x, y = batch(0)
+        (model(x) - y).square().mean().backward()
+        return quick_message(optimizer.step)
+
+    one_message(run_ranks(2, ranks), "blocks.0.", "after the optimizer was built", "fully_shard", "Build the optimizer")
+
+
+def test_a_sharded_teacher_is_none_of_the_optimizers_business() -> None:
+    """It has the names and shapes of its student, of which a parameter has no gradient yet."""
+
+    def ranks(rank: int) -> None:
+        model, teacher = Model(), Model()
+        fully_shard(teacher)
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.1, gradients="reduced")
+        x, _ = batch(0)
+        (model(x) - teacher(x).detach()).square().mean().backward()
+        model.inside.weight.grad = None
+        optimizer.step()
+
+    run_ranks(2, ranks)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_model_that_is_sharded_after_the_optimizer_was_built_is_warned_of_without_names_or_records(
+    named: bool,
+) -> None:
+    """torch's optimizers skip such parameters silently. Without names FSDP2's records do not tell; TP keeps none."""
+
+    def ranks(rank: int) -> str:
+        model = Model()
+        params = model.named_parameters() if named else model.parameters()
+        optimizer = ShardedASGD(params, lr=0.1, gradients="reduced")
+        (parallelize if named else shard_fully)(model)
         x, y = batch(0)
         with pytest.warns(UserWarning) as caught:
-            for _ in range(3 if shard is shard_fully else 10):  # parallelize leaves some parameters as they are
+            for _ in range(10 if named else 3):  # parallelize leaves some parameters as they are
                 (model(x) - y).square().mean().backward()
                 optimizer.step()
         return str(caught[0].message)

@@ -87,12 +87,19 @@ class RenamedUploads(Uploads):
                 self._connection.fs().rm_file(temporary)
 
     def _make_folder(self, folder: str) -> None:
+        """Makes a folder and its parents, also where others make some of them at the same time.
+
+        A driver's ``makedirs`` fails where another made a parent after it looked: each failure leaves one level less.
+        """
         fs = self._connection.fs()
-        try:
-            fs.makedirs(folder, exist_ok=True)
-        except OSError:
-            if not fs.isdir(folder):  # otherwise another rank has made it at the same time
-                raise
+        for left in reversed(range(folder.count("/") + 1)):
+            try:
+                return fs.makedirs(folder, exist_ok=True)
+            except OSError:
+                if fs.isdir(folder):
+                    return
+                if not left:
+                    raise
 
     def _open_new(self, name: str) -> Any:
         return self._connection.fs().open(name, "wb")
