@@ -57,6 +57,7 @@ DYNAMIC = {
     "_handle",
     "_modules",
     "_optimizer_load_state_dict_post_hooks",
+    "_param_fqn",
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_state_dict_post_hooks",
     "_optimizer_state_dict_pre_hooks",
@@ -319,9 +320,9 @@ def use_fsdp2(rank):
     assert {id(each.sharded_param) for each in private().fsdp2_parameters(module)} == set(map(id, module.parameters()))
     assert private().fsdp2_copies(module) == []
     assert private().fsdp2_named_parameters(module) == []
+    sharded = {name: id(param) for name, param in module.named_parameters()}
     module(torch.ones(1, 4))
-    found = {name: id(param) for name, param in private().fsdp2_named_parameters(module)}
-    assert found == {name: id(param) for name, param in module.named_parameters()}
+    assert {name: id(param) for name, param in private().fsdp2_named_parameters(module)} == sharded
     assert sorted(copy.shape for copy in private().fsdp2_copies(module)) == [(4,), (4, 4)]
 
 
