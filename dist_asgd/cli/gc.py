@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
-from dist_asgd.checkpoint.retention import Kept, directories, outdated, sweep
+from dist_asgd.checkpoint.retention import RetentionPolicy, delete_outdated, directories, outdated
 from dist_asgd.cli.output import readable, table, write
 from dist_asgd.cli.places import NotFound, UsageError, opened, options_of
 
@@ -17,11 +17,11 @@ def run(arguments: argparse.Namespace) -> int:
     sizes = storage.sizes()
     if not directories(storage):
         raise NotFound(f"{storage.url} has no checkpoints of a run: no directories step-..., that Checkpointer makes")
-    kept = Kept(arguments.keep_last, arguments.keep_every, frozenset(arguments.pin))
+    policy = RetentionPolicy(arguments.keep_last, arguments.keep_every, frozenset(arguments.pin))
     if arguments.dry_run:
-        names = [directory.name for directory in outdated(storage, kept, arguments.older_than)]
+        names = [directory.name for directory in outdated(storage, policy, arguments.older_than)]
     else:
-        names = sweep(storage, kept, arguments.older_than)
+        names = delete_outdated(storage, policy, arguments.older_than)
     freed = {name: _bytes_below(name, sizes) for name in names}
     if arguments.json:
         write({"url": storage.url, "dry_run": arguments.dry_run, "deleted": freed, "bytes": sum(freed.values())})

@@ -9,7 +9,7 @@ from typing import Any
 
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.manifest import NAME, Manifest, read_manifest
-from dist_asgd.checkpoint.retention import Directory, attempts, newest_of
+from dist_asgd.checkpoint.retention import Directory, directories_of, newest_by_step
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.cli.output import ago, printable, readable, table, write
 from dist_asgd.cli.places import NotFound, opened, options_of
@@ -20,10 +20,10 @@ COLUMNS = ("step", "size", "tensors", "ranks", "age", "state", "directory")
 def run(arguments: argparse.Namespace) -> int:
     storage = opened(arguments.url, options_of(arguments.storage_option, arguments.storage_options))
     sizes = storage.sizes()
-    found = attempts(sizes)
+    found = directories_of(sizes)
     if not found:
         raise NotFound(f"{storage.url} has no checkpoints of a run: no directories step-..., that Checkpointer makes")
-    counted = {directory.name for directory in newest_of(found).values()}
+    counted = {directory.name for directory in newest_by_step(found).values()}
     manifests = _manifests(storage, found, sizes)
     rows = [_describe(storage, directory, sizes, manifests, directory.name in counted) for directory in found]
     if arguments.json:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_asgd.checkpoint.format.manifest import NAME, STOCK
-from dist_asgd.checkpoint.retention import directories, newest_of
+from dist_asgd.checkpoint.retention import directories, newest_by_step
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.checkpoint.storage.url import folder_and_name
 
@@ -52,7 +52,7 @@ def checkpoint_at(url: str, options: Mapping[str, Any], step: int | None) -> Ope
         if step is not None:
             raise UsageError(f"{storage.url} is one checkpoint: --step is for the directory of a run")
         return OpenedCheckpoint(storage, "")
-    found = newest_of(directories(storage))
+    found = newest_by_step(directories(storage))
     if step is None and found:
         step = max(found)
     if step is None:

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from dist_asgd.boxes import Box
 from dist_asgd.checkpoint.errors import CheckpointError
+from dist_asgd.checkpoint.format.manifest import Item
 from dist_asgd.checkpoint.format.torch_archive import (
     ArchiveRecord,
     Stub,
@@ -65,6 +66,11 @@ class StoredObject:
     path: str
     offset: int
     length: int
+
+
+def stored_chunk(box: Box, item: Item) -> StoredChunk:
+    """Returns where ``box`` of a tensor is stored, given the ``item`` of the manifest that holds it."""
+    return StoredChunk(box, item.file, item.offset, item.stop - item.offset)
 
 
 def item_head(dtype: torch.dtype, shape: Sequence[int]) -> bytes:
