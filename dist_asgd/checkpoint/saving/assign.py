@@ -12,11 +12,11 @@ import torch
 from dist_asgd.boxes import Box, cut, share, tiles
 from dist_asgd.checkpoint.errors import CheckpointError
 
-MAX_ITEM_BYTES = 2**29  # archives then need no zip64 records, and a large tensor is balanced over ranks in several items
+MAX_ITEM_BYTES = 2**29  # an archive then needs no zip64 records, and large tensors are balanced over ranks
 # Parts of at most this many bytes are written by the lowest rank that has them: buffers of modules, such as running
 # statistics of batch norm, may differ between ranks, and all of them should come from one rank.
 FIRST_RANK_BYTES = 2**16
-ONE_WRITER_BYTES = 2**20  # blocks of at most this many bytes have one writer; larger ones are divided among their holders
+ONE_WRITER_BYTES = 2**20  # blocks of at most this many bytes have one writer; larger ones are divided
 
 
 @dataclass(frozen=True, slots=True)

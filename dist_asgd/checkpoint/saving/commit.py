@@ -1,4 +1,4 @@
-"""The commit of a checkpoint: rank 0 creates ``.metadata`` and then ``manifest.json``, which makes the checkpoint exist.
+"""The commit of a checkpoint: rank 0 creates ``.metadata`` and then ``manifest.json``, which makes it exist.
 
 A directory is a checkpoint if and only if it has a ``manifest.json``. That file is created last, exclusively and
 atomically, and the directory is never written to again. ``Checkpointer.save`` and ``save`` in
