@@ -107,7 +107,7 @@ def places(store: str) -> Iterator[Callable[[], Place]]:
 def in_parallel(jobs: int, count: int, seed: int, make_place: Callable[[], Place], rows_file: Path) -> None:
     """The same by several processes, which write rows as they come: mostly ranks wait for one that is dead."""
     rows_file.write_text("")
-    beats = rendezvous.BEAT, rendezvous.SILENCE
+    beats = rendezvous.HEARTBEAT_SECONDS, rendezvous.DEAD_SECONDS
 
     def work_on(job: int) -> None:
         with rows_file.open("a") as file:

@@ -26,7 +26,7 @@ from dist_asgd.boxes import Box
 from dist_asgd.checkpoint.format.entries import SavedTensor
 from dist_asgd.checkpoint.format.tensor_bytes import memory_of
 from dist_asgd.checkpoint.saving.commit import CommitRecord, commit
-from dist_asgd.checkpoint.saving.writer import BlockToWrite, write_parts
+from dist_asgd.checkpoint.saving.writer import BlockToWrite, write_blocks
 from dist_asgd.checkpoint.state.tensor_blocks import to_save
 from dist_asgd.checkpoint.storage.storage import Storage
 from tests.support.counting_proxy import proxied
@@ -184,7 +184,7 @@ def load_many(job: Mapping[str, Any]) -> dict[str, list[float]]:
     written = []
     for rank, row in enumerate(rows.split(1)):
         part = BlockToWrite("tensors.rows", Box((rank, 0), (1, 1024)), row, is_whole=False)
-        written.append(write_parts(storage, "", rank, [part], {}, lambda: None))
+        written.append(write_blocks(storage, "", rank, [part], {}, lambda: None))
     tensors = {"tensors.rows": (SavedTensor((FILES, 1024), torch.float32), ("tensors", "rows"), None)}
     commit(storage, "", CommitRecord(0, tensors, {}), written)
     seconds: dict[str, list[float]] = {"ours": [], "DCP": []}

@@ -1,4 +1,10 @@
-"""``Checkpointer``, ``save`` and ``load``: what users call."""
+"""The functions that users call: ``Checkpointer``, ``save`` and ``load``.
+
+A save goes through ``plan_save`` and ``write`` in ``checkpoint/saving/save.py`` to ``commit`` in
+``checkpoint/saving/commit.py``, where [Note: commit] describes what is written in which order and what a crash leaves.
+A load goes through ``open_source`` in ``checkpoint/loading/sources.py`` and ``load_checkpoint`` in
+``checkpoint/loading/load.py``.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +20,17 @@ from torch import Tensor
 
 from dist_asgd.checkpoint.errors import CheckpointError, only_checkpoint_errors, together
 from dist_asgd.checkpoint.loading.load import load_checkpoint
-from dist_asgd.checkpoint.loading.sources import source_of
-from dist_asgd.checkpoint.retention import Directory, Kept, directories, new_directory, newest_of, sweep
-from dist_asgd.checkpoint.saving.async_save import Background
-from dist_asgd.checkpoint.saving.rendezvous import Rendezvous, store_of_its_own
+from dist_asgd.checkpoint.loading.sources import open_source
+from dist_asgd.checkpoint.retention import (
+    Directory,
+    RetentionPolicy,
+    delete_outdated,
+    directories,
+    new_directory,
+    newest_by_step,
+)
+from dist_asgd.checkpoint.saving.async_save import BackgroundSave
+from dist_asgd.checkpoint.saving.rendezvous import Rendezvous, clone_default_store
 from dist_asgd.checkpoint.saving.save import SavePlan, plan_save, stage, write
 from dist_asgd.checkpoint.state.contents import contents_of
 from dist_asgd.checkpoint.state.tree import has_state
@@ -29,25 +42,29 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """The checkpoints of a run, below one URL. Any number of ranks writes them, any other number reads them.
+    """Saves and loads the checkpoints of a run, below one URL, with any number of ranks.
 
-    A checkpoint is a directory, ``step-00000300-0001-5f3a9c1e``, that is never written to again: a file for each rank,
-    the ``.metadata`` by which ``torch.distributed.checkpoint`` reads them too, and ``manifest.json``, which is written
-    last and only if everything else is there. A directory without it does not exist for any method here. Every byte has
-    a checksum; what is read is verified before anything live is changed, and nothing is unpickled.
+    Each checkpoint is a directory of its own, such as ``step-00000300-0001-5f3a9c1e``. It has one file for each rank
+    that has something to write, ``.metadata``, by which ``torch.distributed.checkpoint`` (DCP) can load it, and
+    ``manifest.json``, which is created last, when everything else is written. Every method ignores a directory without
+    ``manifest.json``. A directory that has one is never written to again.
 
-    The constructor, ``save``, ``load``, ``wait`` and ``close`` are collective: every rank must call them.
+    A checkpoint may be loaded by another number of ranks, and into another sharding, than it was saved by. All bytes
+    that are read are verified by checksums before anything live is changed, and nothing is unpickled.
+
+    The constructor, ``save``, ``load``, ``wait`` and ``close`` are collective: every rank must call them, in the same
+    order. As a context manager it calls ``close`` at the end of a block that did not raise.
 
     Args:
         url: a local path, or the URL of any fsspec protocol: ``s3://bucket/run``, ``gs://``, ``abfs://``, ``sftp://``.
-        storage_options: fsspec's, for that protocol: credentials, an endpoint. Never logged.
-        keep_last: after each save keep this many of the newest checkpoints, and delete others; None keeps all.
-        keep_every: keep those too whose step is a multiple of this.
-        pinned: steps to keep in any case.
-        process_group: the ranks that have the state; None for all.
+        storage_options: fsspec's options for that protocol, such as credentials or an endpoint. Never logged.
+        keep_last: after each save, keep this many of the newest steps and delete the others; None keeps all steps.
+        keep_every: with ``keep_last``, also keep the steps that are multiples of this number.
+        pinned: with ``keep_last``, also keep these steps.
+        process_group: the ranks that hold the state; None for all ranks.
 
     Raises:
-        ValueError, TypeError: bad arguments; the same on every rank.
+        ValueError, TypeError: an argument is invalid. Raised on every rank if it is invalid on any.
     """
 
     def __init__(
@@ -63,15 +80,15 @@ class Checkpointer:
         self._agreement = Agreement(default_group(process_group))
         with together(self._agreement, "Checkpointer()"):
             self._storage = Storage.open(url, storage_options)
-            self._kept = Kept(keep_last, keep_every, frozenset(pinned))
-            self._store = store_of_its_own()
-        self._background: Background | None = None
-        self._buffer: Tensor | None = None  # staged copies of the last asynchronous save
-        self._last: Rendezvous | None = None
+            self._retention = RetentionPolicy(keep_last, keep_every, frozenset(pinned))
+            self._store = clone_default_store()
+        self._background: BackgroundSave | None = None
+        self._buffer: Tensor | None = None  # 1-D, uint8, on the CPU: staged blocks of the last asynchronous save
+        self._last_rendezvous: Rendezvous | None = None
 
     @property
     def url(self) -> str:
-        """Without credentials."""
+        """The URL of the run, without credentials and query."""
         return self._storage.url
 
     def __enter__(self) -> Checkpointer:
@@ -82,26 +99,27 @@ class Checkpointer:
     ) -> None:
         if error is None:
             self.close()
-        elif self._background is not None:  # others may never come: finish what needs none of them
-            self._background.end()
+        elif self._background is not None:  # close() is collective, and after an error other ranks may not call it
+            self._background.wait_and_log()
 
     @only_checkpoint_errors()
     def save(self, step: int, state: Mapping[str, Any], *, wait: bool = True) -> str:
         """Saves a checkpoint of ``state``, and returns its URL. Collective.
 
         Args:
-            step: >= 0. A step that was saved before gets another directory; then the newer one counts.
-            state: what to save, by name: modules, optimizers, LR schedulers, anything with ``state_dict`` and
-                ``load_state_dict``, tensors, and what JSON can express, in dicts and lists too.
-            wait: False: return as soon as this rank's share is copied, and write it in the background. One save is
-                under way at most. What goes wrong is raised, on every rank, by the next call of a method.
+            step: an int, 0 <= step < 10**18. Saving a step again writes another directory, and replaces the older one.
+            state: what to save, by name: modules, optimizers, LR schedulers, objects with ``state_dict`` and
+                ``load_state_dict``, tensors, values that JSON can express, and dicts and lists of all of these.
+            wait: True: return when the checkpoint exists. False: return as soon as this rank's share is copied to the
+                CPU, and write it in a background thread. At most one save is under way: the next method call waits for
+                it, and raises its error on every rank.
 
         Raises:
-            CheckpointError: it could not be written, on any rank; raised on all of them. Older checkpoints are as they
-                were.
-            ValueError, TypeError: bad arguments, or others on another rank; a state that a checkpoint cannot hold.
+            CheckpointError: on every rank, if a rank fails to write. Older checkpoints stay as they were.
+            ValueError, TypeError: an argument is invalid, ``step`` or ``wait`` differ between ranks, or ``state`` has
+                something that a checkpoint cannot hold.
         """
-        self._settle("save()")
+        self._finish_background("save()")
         _require_equal(self._agreement, "save()", step=step, wait=wait)
         with together(self._agreement, "save()"):
             _check_step(step)
@@ -109,16 +127,17 @@ class Checkpointer:
             contents = contents_of(state)
             name = new_directory(self._storage, step) if self._agreement.rank == 0 else None
         plan = plan_save(self._agreement, step, name, contents)
-        if self._last is not None and self._agreement.rank == 0:
-            self._last.forget()
-        meeting = self._last = Rendezvous(self._store, f"dist_asgd/{plan.directory}", *self._place)
+        if self._last_rendezvous is not None and self._agreement.rank == 0:
+            self._last_rendezvous.delete_keys()  # all ranks have left it: they have taken part in plan_save
+        place = self._agreement.rank, self._agreement.world_size
+        rendezvous = self._last_rendezvous = Rendezvous(self._store, f"dist_asgd/{plan.directory}", *place)
         if wait:
-            self._write(plan, meeting)  # it fails on every rank if it does on one
+            self._write(plan, rendezvous)  # raises on every rank if it raises on one
         else:
             with together(self._agreement, "save()"):
-                staged, self._buffer = stage(plan.parts, self._buffer)
+                staged, self._buffer = stage(plan.blocks, self._buffer)
             plan = SavePlan(plan.directory, staged, plan.record)
-            self._background = Background(lambda: self._write(plan, meeting))
+            self._background = BackgroundSave(lambda: self._write(plan, rendezvous))
         return f"{self._storage.url}/{plan.directory}"
 
     @only_checkpoint_errors()
@@ -130,94 +149,96 @@ class Checkpointer:
         strict: bool = True,
         average: bool | str = False,
     ) -> int | None:
-        """Loads the newest checkpoint into ``state``, and returns its step; None if there is none. Collective.
+        """Loads the newest checkpoint into ``state``, and returns its step, or None if there is none. Collective.
 
-        Nothing is unpickled, and there is no ``trust``: a ``Checkpointer`` sees only what ``Checkpointer`` has saved.
+        Waits for a save in the background first.
 
         Args:
-            state: as in ``save``, or a part of it: just the model, just the optimizer. Modules, optimizers, tensors and
-                whatever has ``load_state_dict`` are filled; values are replaced in the dicts that hold them. The layout
-                and the number of ranks may be others than they were.
-            step: load this one instead.
-            strict: False: leave what the checkpoint has not as it is, and ignore what ``state`` has no place for.
-            average: load an optimizer's averages (``ax``) into the parameters of modules; of several, those that have
-                this name.
+            state: like that of ``save``, or a part of it, such as only the model. Modules, optimizers, tensors and
+                objects with ``load_state_dict`` are filled in place; other values are replaced in the dicts and lists
+                that hold them. Sharding and number of ranks may differ from those at the save.
+            step: load the checkpoint of this step; None for the newest.
+            strict: True: raise if an entry is missing from the checkpoint, or unexpected in it. False: leave what is
+                missing as it is, and ignore what is unexpected.
+            average: True: load an optimizer's averages (``ax``) into the parameters of modules. A name: load the
+                average of this name, of an optimizer that has several.
 
         Raises:
-            CheckpointError: on every rank, with nothing changed: there is no such step; something is missing,
-                unexpected, or of another shape or dtype (one error lists all); bytes are damaged. What
-                ``load_state_dict`` of something in ``state`` raises is a CheckpointError too; it says that a part is
-                loaded then.
+            CheckpointError: on every rank. With nothing changed: the step does not exist; entries are missing,
+                unexpected, or of another shape or dtype (one error lists them all); bytes that were read are damaged.
+                With a part of ``state`` loaded, which the message says: a ``load_state_dict`` in ``state`` raised.
+            ValueError, TypeError: an argument is invalid, or differs between ranks.
         """
-        self._settle("load()")
+        self._finish_background("load()")
         _require_equal(self._agreement, "load()", step=step, strict=strict, average=average)
         while True:
             with together(self._agreement, "load()"):
                 _check_state(state)
-                found = self._find(step) if self._agreement.rank == 0 else None
+                found = self._find_directory(step) if self._agreement.rank == 0 else None
             directory = self._agreement.gather(found)[0]
             if directory is None:
                 return None
             try:
-                source = source_of(self._agreement, self._storage, directory.name, state, stock=False, trust=False)
+                source = open_source(self._agreement, self._storage, directory.name, state, stock=False, trust=False)
                 load_checkpoint(self._agreement, source, state, strict=strict, average=average)
                 return directory.step
             except CheckpointError:
-                if step is not None or not self._is_outdated(directory):
+                if step is not None or not self._was_deleted(directory):
                     raise
 
     def steps(self) -> list[int]:
-        """The steps of all checkpoints, ascending. Asks the storage; not collective."""
+        """Returns the steps of all checkpoints, ascending. Lists the storage; not collective."""
         return sorted({directory.step for directory in directories(self._storage) if directory.is_committed})
 
     def latest(self) -> int | None:
-        """The newest step; None if there is none. Not collective."""
+        """Returns the newest step, or None if there is no checkpoint. Lists the storage; not collective."""
         steps = self.steps()
         return steps[-1] if steps else None
 
     def wait(self) -> None:
-        """Waits for a save in the background. Collective; raises what went wrong."""
-        self._settle("wait()")
+        """Waits for a save in the background. Collective. Raises ``CheckpointError`` on every rank if it failed."""
+        self._finish_background("wait()")
 
     def close(self) -> None:
-        """Waits, and frees what the Checkpointer holds: a process group, a buffer. Collective."""
-        self._settle("close()")
+        """Waits like ``wait``, then frees the buffer and the process group of this object. Collective."""
+        self._finish_background("close()")
         self._buffer = None
         if self._agreement.group is not None:
             dist.destroy_process_group(self._agreement.group)
 
-    @property
-    def _place(self) -> tuple[int, int]:
-        return self._agreement.rank, self._agreement.world_size
-
-    def _settle(self, operation: str) -> None:
+    def _finish_background(self, operation: str) -> None:
+        """Waits for a save in the background, and raises its error on every rank. Collective."""
         with together(self._agreement, operation):
             if self._background is not None:
-                self._background.join()  # while it writes, its buffer is not free: also if this is interrupted
+                self._background.wait()  # if this is interrupted, the save stays ours: it still uses the buffer
                 background, self._background = self._background, None
-                background.finish()
+                background.wait_and_raise()
 
-    def _find(self, step: int | None) -> Directory | None:
-        found = newest_of(directories(self._storage))
+    def _find_directory(self, step: int | None) -> Directory | None:
+        found = newest_by_step(directories(self._storage))
         if step is None:
             return found[max(found)] if found else None
         if step not in found:
             raise CheckpointError(f"{self._storage.url} has no checkpoint of step {step}; it has {sorted(found)}")
         return found[step]
 
-    def _is_outdated(self, directory: Directory) -> bool:
-        """Whether it was deleted while we read, by the retention of a run that still saves newer ones. Collective."""
-        with together(self._agreement, "load()"):
-            found = newest_of(directories(self._storage)).values() if self._agreement.rank == 0 else ()
-        outdated = bool(found) and all(other.name != directory.name for other in found)
-        return bool(self._agreement.gather(outdated)[0])
+    def _was_deleted(self, directory: Directory) -> bool:
+        """Returns whether there are only other checkpoints now, because a run that still saves deleted this one.
 
-    def _write(self, plan: SavePlan, meeting: Rendezvous) -> None:
-        write(self._storage, plan, meeting, self._agreement.rank)
+        Collective.
+        """
+        with together(self._agreement, "load()"):
+            found = newest_by_step(directories(self._storage)).values() if self._agreement.rank == 0 else ()
+        was_deleted = bool(found) and all(other.name != directory.name for other in found)
+        return bool(self._agreement.gather(was_deleted)[0])
+
+    def _write(self, plan: SavePlan, rendezvous: Rendezvous) -> None:
+        """Writes and commits a checkpoint; then rank 0 deletes outdated ones. Runs no collectives."""
+        write(self._storage, plan, rendezvous, self._agreement.rank)
         if plan.record is not None:
             try:
-                sweep(self._storage, self._kept)
-            except Exception as error:  # the checkpoint is there
+                delete_outdated(self._storage, self._retention)
+            except Exception as error:  # the new checkpoint exists, so the save has not failed
                 logger.warning("old checkpoints below %s could not be deleted: %s", self._storage.url, error)
 
 
@@ -225,24 +246,32 @@ class Checkpointer:
 def save(
     url: str | os.PathLike[str], state: Mapping[str, Any], storage_options: Mapping[str, Any] | None = None
 ) -> None:
-    """Saves one checkpoint at ``url``, a directory that is not there yet. Collective.
+    """Saves a single checkpoint in the directory ``url``, which must be empty or missing. Collective.
 
-    ``state``, errors and what is written are as in ``Checkpointer.save``.
+    The files are those of ``Checkpointer.save``; the recorded step is 0. The checkpoint exists when this returns.
+
+    Args:
+        url, storage_options: as for ``Checkpointer``.
+        state: as for ``Checkpointer.save``.
+
+    Raises:
+        CheckpointError: on every rank: the directory is not empty, or a rank failed to write.
+        ValueError, TypeError: an argument is invalid, or ``state`` has something that a checkpoint cannot hold.
     """
     with agreement_of_all() as agreement:
         with together(agreement, "save()"):
             storage = Storage.open(url, storage_options)
             _check_state(state)
             contents = contents_of(state)
-            store = store_of_its_own()
+            store = clone_default_store()
             if agreement.rank == 0 and storage.list():
                 raise CheckpointError(
                     f"{storage.url} is not empty: checkpoints are never overwritten. Take another URL"
                 )
         plan = plan_save(agreement, 0, "", contents)
         name = f"dist_asgd/{secrets.token_hex(8)}" if agreement.rank == 0 else ""
-        meeting = Rendezvous(store, agreement.gather(name)[0], agreement.rank, agreement.world_size)
-        write(storage, plan, meeting, agreement.rank)
+        rendezvous = Rendezvous(store, agreement.gather(name)[0], agreement.rank, agreement.world_size)
+        write(storage, plan, rendezvous, agreement.rank)
 
 
 @only_checkpoint_errors()
@@ -255,29 +284,32 @@ def load(
     average: bool | str = False,
     trust: bool = False,
 ) -> None:
-    """Loads the checkpoint at ``url``, a directory, into ``state``. Collective.
+    """Loads the checkpoint in the directory ``url`` into ``state``. Collective.
 
-    It may be one that ``save`` or a ``Checkpointer`` wrote, or what stock ``torch.distributed.checkpoint.save`` made of
-    ``model.state_dict()`` and ``get_optimizer_state_dict()``, under the names that ``state`` has for them. That has no
-    checksums but the CRC-32s in its archives, which are verified; a rank reads all of each stored part that it needs
-    some of.
+    It may have been written by ``save`` or ``Checkpointer``, or by stock ``torch.distributed.checkpoint.save`` (DCP)
+    from ``model.state_dict()`` and ``get_optimizer_state_dict()``, under the names that ``state`` has for them. A
+    checkpoint of DCP has no checksums but the CRC-32s in its archives. They are verified, so a rank reads the whole of
+    each stored chunk of which it needs a part.
 
     Args:
-        url, state, storage_options, strict, average: as in ``Checkpointer``.
-        trust: of a stock checkpoint, unpickle the values: THIS CAN RUN ANY CODE that whoever wrote it has put there. By
-            default values are read where they are plain data: numbers, strings, bytes, containers of them, NumPy's
-            arrays, tensors. Of our own nothing is ever unpickled. The same on every rank.
+        url, storage_options: as for ``Checkpointer``; the directory of one checkpoint, not that of a run.
+        state, strict, average: as for ``Checkpointer.load``.
+        trust: True: unpickle the values of a DCP checkpoint, which CAN RUN ANY CODE that its writer has put there.
+            False: read only values that are plain data: numbers, strings, bytes, containers, NumPy arrays, tensors.
+            Nothing of a checkpoint of this library is ever unpickled.
 
     Raises:
-        CheckpointError: as ``Checkpointer.load``; also for a value that is not plain, with its key and class.
-        ValueError: ranks disagree on ``strict``, ``average`` or ``trust``.
+        CheckpointError: as for ``Checkpointer.load``; also if ``url`` has no checkpoint, or a value of a DCP checkpoint
+            is not plain data and ``trust`` is False. The message has its key and class.
+        ValueError: ``strict``, ``average`` or ``trust`` differ between ranks.
+        TypeError: ``state`` is not a dict.
     """
     with agreement_of_all() as agreement:
         with together(agreement, "load()"):
             storage = Storage.open(url, storage_options)
             _check_state(state)
         _require_equal(agreement, "load()", strict=strict, average=average, trust=trust)
-        source = source_of(agreement, storage, "", state, stock=True, trust=trust)
+        source = open_source(agreement, storage, "", state, stock=True, trust=trust)
         load_checkpoint(agreement, source, state, strict=strict, average=average)
 
 

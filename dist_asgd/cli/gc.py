@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dist_asgd.checkpoint.retention import GRACE, Kept, outdated, sweep
+from dist_asgd.checkpoint.retention import GRACE, RetentionPolicy, delete_outdated, outdated
 from dist_asgd.cli.arguments import add_run_arguments, non_negative, positive
 from dist_asgd.cli.output import format_bytes, table, write
 from dist_asgd.cli.urls import UsageError, bytes_in, open_run
@@ -35,11 +35,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.keep_last is None and (arguments.keep_every is not None or arguments.pin):
         raise UsageError("--keep-every and --pin keep checkpoints besides those of --keep-last: give that, too")
     storage, sizes, _ = open_run(arguments)
-    kept = Kept(arguments.keep_last, arguments.keep_every, frozenset(arguments.pin))
+    policy = RetentionPolicy(arguments.keep_last, arguments.keep_every, frozenset(arguments.pin))
     if arguments.dry_run:
-        names = [directory.name for directory in outdated(storage, kept, arguments.older_than)]
+        names = [directory.name for directory in outdated(storage, policy, arguments.older_than)]
     else:
-        names = sweep(storage, kept, arguments.older_than)
+        names = delete_outdated(storage, policy, arguments.older_than)
     freed = {name: bytes_in(name, sizes) for name in names}
     if arguments.json:
         write({"url": storage.url, "dry_run": arguments.dry_run, "deleted": freed, "bytes": sum(freed.values())})

@@ -9,7 +9,7 @@ from typing import Any
 
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.manifest import NAME, Manifest, read_manifest
-from dist_asgd.checkpoint.retention import Directory, newest_of
+from dist_asgd.checkpoint.retention import Directory, newest_by_step
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.cli.arguments import add_run_arguments
 from dist_asgd.cli.output import format_bytes, format_duration, printable, table, write
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints a row for each directory of a checkpoint. Returns 1 where one is damaged, else 0."""
     storage, sizes, directories = open_run(arguments)
-    newest = newest_of(directories).values()
+    newest = newest_by_step(directories).values()
     manifests = _read_manifests(storage, directories, sizes)
     rows = [_directory_report(storage, directory, sizes, manifests, directory in newest) for directory in directories]
     if arguments.json:

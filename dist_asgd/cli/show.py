@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from dist_asgd.checkpoint.errors import CheckpointError
-from dist_asgd.checkpoint.format.dcp_metadata import StoredChunk
+from dist_asgd.checkpoint.format.dcp_metadata import StoredChunk, stored_chunk
 from dist_asgd.checkpoint.format.entries import SavedTensor, dtype_name
 from dist_asgd.checkpoint.format.json_values import decode
 from dist_asgd.checkpoint.format.manifest import NAME, STOCK, Manifest, in_directory, read_manifest
@@ -64,8 +64,7 @@ def _manifest_report(checkpoint: OpenedCheckpoint) -> dict[str, Any]:
 
 
 def _stored_chunks(manifest: Manifest, key: str) -> list[StoredChunk]:
-    chunks = [(chunk.box, manifest.items[chunk.item]) for chunk in manifest.tensors[key].chunks]
-    return [StoredChunk(box, item.file, item.offset, item.stop - item.offset) for box, item in chunks]
+    return [stored_chunk(chunk.box, manifest.items[chunk.item]) for chunk in manifest.tensors[key].chunks]
 
 
 def _stock_report(checkpoint: OpenedCheckpoint) -> dict[str, Any]:

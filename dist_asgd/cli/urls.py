@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_asgd.checkpoint.format.manifest import NAME, STOCK
-from dist_asgd.checkpoint.retention import Directory, attempts, directories, newest_of
+from dist_asgd.checkpoint.retention import Directory, directories, directories_of, newest_by_step
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.checkpoint.storage.url import folder_and_name
 
@@ -59,7 +59,7 @@ def open_run(arguments: argparse.Namespace) -> tuple[Storage, dict[str, int], li
     """
     storage = open_storage(arguments.url, storage_options(arguments))
     sizes = storage.sizes()
-    found = attempts(sizes)
+    found = directories_of(sizes)
     if not found:
         raise NotFound(f"{storage.url} has no checkpoints of a run: no directories step-..., that Checkpointer makes")
     return storage, sizes, found
@@ -82,7 +82,7 @@ def find_checkpoint(url: str, options: Mapping[str, Any], step: int | None) -> O
         if step is not None:
             raise UsageError(f"{storage.url} is one checkpoint: --step is for the directory of a run")
         return OpenedCheckpoint(storage, "")
-    found = newest_of(directories(storage))
+    found = newest_by_step(directories(storage))
     if step is None and found:
         step = max(found)
     if step is None:

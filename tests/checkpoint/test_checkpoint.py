@@ -217,19 +217,19 @@ def test_retention_counts_committed_checkpoints_only(tmp_path):
 def test_a_checkpoint_that_is_deleted_while_it_is_loaded_gives_way_to_a_newer_one(tmp_path, monkeypatch, moment):
     writer = Checkpointer(tmp_path, keep_last=1)
     writer.save(1, {"x": torch.full((5,), 1.0)})
-    source_of = checkpointer.source_of
+    open_source = checkpointer.open_source
 
     def overtaken(agreement, storage, name, *args, **kwargs):
-        monkeypatch.setattr(checkpointer, "source_of", source_of)
-        opened = source_of(agreement, storage, name, *args, **kwargs) if moment == "opened" else None
+        monkeypatch.setattr(checkpointer, "open_source", open_source)
+        opened = open_source(agreement, storage, name, *args, **kwargs) if moment == "opened" else None
         writer.save(2, {"x": torch.full((5,), 2.0)})
-        return opened or source_of(agreement, storage, name, *args, **kwargs)
+        return opened or open_source(agreement, storage, name, *args, **kwargs)
 
     state = {"x": torch.zeros(5)}
-    monkeypatch.setattr(checkpointer, "source_of", overtaken)
+    monkeypatch.setattr(checkpointer, "open_source", overtaken)
     assert Checkpointer(tmp_path).load(state) == 2
     assert (state["x"] == 2).all()
-    monkeypatch.setattr(checkpointer, "source_of", overtaken)
+    monkeypatch.setattr(checkpointer, "open_source", overtaken)
     message = message_of(lambda: Checkpointer(tmp_path).load(state, step=2), CheckpointError)
     assert "step-00000002" in message
 

@@ -17,14 +17,14 @@ from torch import nn
 from dist_asgd import Checkpointer
 from dist_asgd.checkpoint import CheckpointError
 from dist_asgd.checkpoint.saving import rendezvous
-from dist_asgd.checkpoint.saving.rendezvous import Rendezvous, store_of_its_own
+from dist_asgd.checkpoint.saving.rendezvous import Rendezvous, clone_default_store
 from dist_asgd.checkpoint.storage.posix import LocalStore
 from tests.support.kill import FAULTS, kill_all, local_place, s3_place
 from tests.support.ranks import RankError, message_of, run_ranks
 from tests.support.stores import *  # noqa: F403 fixtures
 
 BEATS = 0.1, 2.0  # seconds; shorter than a user's, since every death is waited for
-MEETINGS = 200
+ROUNDS = 200
 
 
 def check(rows, count):
@@ -48,7 +48,7 @@ def test_the_same_on_s3(s3_server):
 
 def dying(rank, folder, wait):
     """Rank 1 is killed by the kernel when it has written 100 bytes; the others write down what they hear."""
-    rendezvous.BEAT, rendezvous.SILENCE = BEATS
+    rendezvous.HEARTBEAT_SECONDS, rendezvous.DEAD_SECONDS = BEATS
     checkpointer = Checkpointer(folder / "run")
     checkpointer.save(1, {"x": torch.ones(1000, 1000)})
     if rank == 1:
@@ -138,15 +138,15 @@ def over_tcp(rank):
 def leaving(rank):
     """A rank looks for signs of life of another one all the time, also in the moment when that leaves."""
     over_tcp(rank)
-    rendezvous.BEAT = rendezvous.POLL = 0.0001
-    store = store_of_its_own()
-    for number in range(MEETINGS):
+    rendezvous.HEARTBEAT_SECONDS = rendezvous.POLL_SECONDS = 0.0001
+    store = clone_default_store()
+    for number in range(ROUNDS):
         with Rendezvous(store, f"{number}", rank, 2) as meeting:
-            meeting.bring(b"")
+            meeting.submit(b"")
             if rank == 0:
                 meeting.collect()
-                meeting.conclude("done")
-            assert rank == 0 or meeting.verdict() == "done"
+                meeting.announce("done")
+            assert rank == 0 or meeting.wait_for_outcome() == "done"
 
 
 def test_nobody_waits_for_a_rank_that_has_left(tmp_path):
@@ -163,7 +163,7 @@ def waiting_in_the_store(rank, folder):
         checkpointer.save(1, {"x": torch.ones(3)})
         assert thread.is_alive()
         dist.barrier()
-        store_of_its_own().set("later", "now")
+        clone_default_store().set("later", "now")
         thread.join()
 
 

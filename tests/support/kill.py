@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_asgd import Checkpointer, ShardedASGD
-from dist_asgd.checkpoint.retention import Kept, sweep
+from dist_asgd.checkpoint.retention import RetentionPolicy, delete_outdated
 from dist_asgd.checkpoint.saving import rendezvous
 from dist_asgd.checkpoint.storage.storage import Storage
 
@@ -130,7 +130,7 @@ def work(job: Job, tell: Tell) -> None:
 def run_rank(job: Job, rank: int, tell: Tell, ports: tuple[int, int]) -> None:
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # torch writes stack traces there when ranks die
-        rendezvous.BEAT, rendezvous.SILENCE = job.beats
+        rendezvous.HEARTBEAT_SECONDS, rendezvous.DEAD_SECONDS = job.beats
         if job.world_size > 1:
             if rank == 0 and job.store_on_rank:
                 store = make_store(ports, job.world_size)
@@ -327,7 +327,7 @@ class Run:
             yield row | self._check()
         with self._start(trains=False) as start:  # nothing is left of what was killed
             start.until(lambda: not start.pipes, LIMIT)
-        pid = forked(sweep, Storage.open(self.place.url, self.place.options), Kept(KEEP), 0.0)
+        pid = forked(delete_outdated, Storage.open(self.place.url, self.place.options), RetentionPolicy(KEEP), 0.0)
         os.waitpid(pid, 0)
         left = self.place.attempts()
         if len(left) > KEEP or any("manifest.json" not in names for names in left.values()):

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from dist_asgd._torch_private import StorageInfo
 from dist_asgd.boxes import Box
 from dist_asgd.checkpoint.errors import CheckpointError
+from dist_asgd.checkpoint.format.manifest import Item
 from dist_asgd.checkpoint.format.torch_archive import (
     ArchiveRecord,
     Stub,
@@ -64,6 +65,11 @@ class StoredObject:
     path: str  # the file, relative to the checkpoint's directory
     offset: int  # bytes before the item in the file
     length: int  # bytes of the item
+
+
+def stored_chunk(box: Box, item: Item) -> StoredChunk:
+    """Returns where ``box`` of a tensor is stored, given the ``item`` of the manifest that holds it."""
+    return StoredChunk(box, item.file, item.offset, item.stop - item.offset)
 
 
 def item_head(dtype: torch.dtype, shape: Sequence[int]) -> bytes:

@@ -1,1 +1,1 @@
-"""Loading: what is read, verified, and only then put into live state."""
+"""Loading a checkpoint: everything needed is read and verified on all ranks before live state is changed."""

@@ -1,9 +1,9 @@
-"""What several ranks need a little of is read by one of them, and handed to the others.
+"""Shared reads: bytes that several ranks need a little of are read by one rank, which sends each its part.
 
-A tensor that was saved by rows and is loaded by columns: every rank needs a part of every row, and what has a checksum
-are whole blocks of rows. If each rank read all of it, the store would send the tensor as many times as there are ranks.
-So the ranks read a piece each, verify it, and exchange what the others need of it. Nothing is gathered: a rank
-receives its own part of the tensor, a few megabytes at a time.
+Example: a tensor was saved by rows and is loaded by columns. Every rank needs a part of every row, but a checksum
+covers a block of whole rows. If every rank read all blocks, the store would send the tensor once for each rank.
+Instead the ranks read different pieces, verify them, and exchange the parts by all-to-all, a few megabytes at a time.
+No rank ever holds a whole tensor.
 """
 
 from __future__ import annotations
@@ -19,97 +19,112 @@ from dist_asgd.boxes import Box, cut_to_extents, extent, intersection, strides, 
 from dist_asgd.checkpoint.errors import only_checkpoint_errors, together
 from dist_asgd.checkpoint.format.manifest import Manifest, in_directory
 from dist_asgd.checkpoint.format.tensor_bytes import memory, narrowed
-from dist_asgd.checkpoint.loading.reader import EXTENT, ChunkPart, ChunkRead, RangeRequest, blocks_of, verify_range
+from dist_asgd.checkpoint.loading.ranges import READ_BYTES
+from dist_asgd.checkpoint.loading.reader import ChunkPart, ChunkRead, RangeRequest, blocks_of, verify_request
 from dist_asgd.checkpoint.loading.spool import Spool
 from dist_asgd.checkpoint.progress import Progress
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.comm.consensus import Agreement
 
-EXCHANGE_BYTES = 4 * 2**20  # bytes that a rank reads at once of what it shares
-EXCHANGES_AHEAD = 4  # pieces of a rank in one exchange
-MORE = 1.05  # times what is needed: who would read more than that shares
+EXCHANGE_BYTES = 4 * 2**20  # bytes of one shared read
+EXCHANGES_AHEAD = 4  # shared reads of each rank in one all-to-all
+READ_OVERHEAD = 1.05  # bytes that a rank would read by itself, over bytes that it needs: parts above this are shared
 
 
 @dataclass(frozen=True, slots=True)
 class RemotePart:
-    """A part of one rank, as the others know it."""
+    """A ``ChunkPart`` of any rank, as it is described to the other ranks."""
 
     key: str
-    item: int  # index of Manifest.items
+    item: int  # index into Manifest.items
     sizes: tuple[int, ...]  # of the chunk
-    itemsize: int
-    box: Box  # in the chunk
+    itemsize: int  # bytes of an element
+    box: Box  # the part, in the coordinates of the chunk
 
 
 @dataclass(frozen=True, slots=True)
 class SharedRead:
-    """What one rank reads for all."""
+    """A piece of a chunk that one rank reads for all."""
 
-    reader: int
-    key: str  # for messages: one of those that have it
-    item: int
-    sizes: tuple[int, ...]
-    itemsize: int
-    box: Box
+    reader: int  # rank
+    key: str  # of one of the tensors that use the item, for error messages
+    item: int  # index into Manifest.items
+    sizes: tuple[int, ...]  # of the chunk
+    itemsize: int  # bytes of an element
+    box: Box  # the piece, in the coordinates of the chunk
 
 
-def shared(
+def split_shared(
     agreement: Agreement, parts: Sequence[ChunkPart]
 ) -> tuple[list[ChunkPart], list[list[RemotePart]], list[ChunkPart]]:
-    """Which of its ``parts`` this rank reads by itself, what each rank shares, and the parts of this rank among that.
+    """Divides ``parts``, the needs of this rank, into those that it reads by itself and those that ranks share.
 
-    Collective.
+    A part is shared if reading it alone has an overhead above ``READ_OVERHEAD`` and another rank needs a part of the
+    item, with such an overhead, too. Collective.
+
+    Returns:
+        The parts that this rank reads by itself; for each rank its shared parts; the shared parts of this rank, in
+        that order.
     """
     sparse = [part for part in parts if agreement.world_size > 1 and _reads_more(part)]
     everyone = agreement.gather([RemotePart(p.key, p.item, p.sizes, p.data.element_size(), p.box) for p in sparse])
     ranks_of: dict[int, set[int]] = {}
     for rank, wanted in enumerate(everyone):
-        for one in wanted:
-            ranks_of.setdefault(one.item, set()).add(rank)
+        for part in wanted:
+            ranks_of.setdefault(part.item, set()).add(rank)
     alone = {item for item, ranks in ranks_of.items() if len(ranks) == 1}
-    mine = [part for part in sparse if part.item not in alone]
-    chosen = {id(part) for part in mine}
+    shared = [part for part in sparse if part.item not in alone]
+    chosen = {id(part) for part in shared}
     own = [part for part in parts if id(part) not in chosen]
-    return own, [[one for one in wanted if one.item not in alone] for wanted in everyone], mine
+    return own, [[part for part in wanted if part.item not in alone] for wanted in everyone], shared
 
 
 def _reads_more(part: ChunkPart) -> bool:
-    """Whether much of what this rank would read for the part lies between the rows of its box."""
-    most = EXTENT // part.data.element_size()
+    """Returns whether this rank would read much more than the part, because bytes between its rows are not needed."""
+    most = READ_BYTES // part.data.element_size()
     extents = (extent(box, part.sizes) for box in cut_to_extents(part.box, part.sizes, most))
-    return sum(stop - start for start, stop in extents) > MORE * part.box.numel
+    return sum(stop - start for start, stop in extents) > READ_OVERHEAD * part.box.numel
 
 
 def plan_shared_reads(everyone: Sequence[Sequence[RemotePart]]) -> list[SharedRead]:
-    """All that is wanted, cut into pieces; ranks take turns. The same on every rank."""
-    by_item = _by_item([one for wanted in everyone for one in wanted])
-    pieces: list[SharedRead] = []
-    for item, of_item in sorted(by_item.items()):
-        first, around = of_item[0][1], _around([one.box for _, one in of_item])
-        for box in cut_to_extents(around, first.sizes, max(1, EXCHANGE_BYTES // first.itemsize)):
-            pieces.append(SharedRead(len(pieces) % len(everyone), first.key, item, first.sizes, first.itemsize, box))
-    return pieces
+    """Cuts all that is shared into reads of at most ``EXCHANGE_BYTES``, and assigns them to ranks in turn.
+
+    Not collective: every rank computes equal reads from equal arguments.
+
+    Args:
+        everyone: by rank, its shared parts.
+    """
+    by_item = _by_item([part for wanted in everyone for part in wanted])
+    reads: list[SharedRead] = []
+    for item, numbered in sorted(by_item.items()):
+        first, bounds = numbered[0][1], _bounding_box([part.box for _, part in numbered])
+        for box in cut_to_extents(bounds, first.sizes, max(1, EXCHANGE_BYTES // first.itemsize)):
+            reads.append(SharedRead(len(reads) % len(everyone), first.key, item, first.sizes, first.itemsize, box))
+    return reads
 
 
 def _by_item(wanted: Sequence[RemotePart]) -> dict[int, list[tuple[int, RemotePart]]]:
-    """With their numbers."""
+    """Groups parts by their item; each part is paired with its index in ``wanted``."""
     found: dict[int, list[tuple[int, RemotePart]]] = {}
-    for number, one in enumerate(wanted):
-        found.setdefault(one.item, []).append((number, one))
+    for number, part in enumerate(wanted):
+        found.setdefault(part.item, []).append((number, part))
     return found
 
 
-def _around(boxes: Sequence[Box]) -> Box:
+def _bounding_box(boxes: Sequence[Box]) -> Box:
     starts = [min(offsets) for offsets in zip(*(box.offsets for box in boxes), strict=True)]
     ends = zip(*(map(sum, zip(box.offsets, box.sizes, strict=True)) for box in boxes), strict=True)
     return Box(tuple(starts), tuple(max(stops) - start for stops, start in zip(ends, starts, strict=True)))
 
 
 class SharedParts(Spool):
-    """The ``parts`` of this rank that are among what all ranks share. Used as a context manager.
+    """The shared parts of this rank: ``read`` exchanges and verifies them, ``apply`` copies them to live tensors.
+
+    Used as a context manager. The received bytes wait in a spool file in between.
 
     Args:
-        everyone: what each rank shares, in the order of its parts.
+        everyone: by rank, its shared parts, as ``split_shared`` returns them.
+        parts: the shared parts of this rank, in the order of ``everyone[rank]``.
     """
 
     def __init__(
@@ -123,88 +138,90 @@ class SharedParts(Spool):
         super().__init__(sum(part.data.nbytes for part in parts))
         self._storage, self._directory, self._manifest = storage, directory, manifest
         self._everyone = [_by_item(wanted) for wanted in everyone]
-        self._parts, self._pieces = parts, plan_shared_reads(everyone)
-        self._places: list[
-            tuple[ChunkPart, Box, int]
-        ] = []  # a part, a box of it in the chunk, where its bytes are kept
+        self._parts, self._reads = parts, plan_shared_reads(everyone)
+        self._received: list[tuple[ChunkPart, Box, int]] = []  # a part, a box of it in the chunk, position in the spool
 
     def read(self, agreement: Agreement, progress: Progress) -> None:
-        """Reads and verifies everything, and exchanges it. Changes nothing. Collective.
+        """Reads, verifies and exchanges all shared parts. Changes no tensor. Collective.
 
         Raises:
-            CheckpointError: on every rank, where anything is damaged or a rank fails.
+            CheckpointError: on every rank: bytes are damaged, or a rank failed.
         """
         at_once = EXCHANGES_AHEAD * agreement.world_size
-        for first in range(0, len(self._pieces), at_once):
-            pieces = self._pieces[first : first + at_once]
+        for first in range(0, len(self._reads), at_once):
+            reads = self._reads[first : first + at_once]
             with together(agreement, "load()"):
-                given = self._given(pieces, agreement.rank)
-                takes = [self._bytes(pieces, rank, agreement.rank) for rank in range(agreement.world_size)]
-                taken = torch.empty(sum(takes), dtype=torch.uint8, device="cpu")
+                by_rank = self._read_and_pack(reads, agreement.rank)
+                counts = [self._exchanged_bytes(reads, rank, agreement.rank) for rank in range(agreement.world_size)]
+                received = torch.empty(sum(counts), dtype=torch.uint8, device="cpu")
             with only_checkpoint_errors():
-                sizes = [part.numel() for part in given]
-                dist.all_to_all_single(taken, torch.cat(given), takes, sizes, group=agreement.group)
+                sizes = [part.numel() for part in by_rank]
+                dist.all_to_all_single(received, torch.cat(by_rank), counts, sizes, group=agreement.group)
             with together(agreement, "load()"):
-                self._take(pieces, taken, agreement)
-            progress.add(taken.numel())
+                self._keep(reads, received, agreement)
+            progress.add(received.numel())
 
     def apply(self, progress: Progress) -> None:
-        """Writes everything to where it belongs."""
-        for part, box, place in self._places:
+        """Copies all shared parts of this rank to its live tensors. Called after ``read``."""
+        for part, box, position in self._received:
             buffer = torch.empty(box.sizes, dtype=part.data.dtype, device="cpu")
-            memory(buffer)[:] = self._kept(place, buffer.nbytes)
+            memory(buffer)[:] = self._read_back(position, buffer.nbytes)
             torch.autograd.graph.increment_version(part.data)
             narrowed(part.data, within(box, part.box)).copy_(buffer)
             progress.add(buffer.nbytes)
 
-    def _common(self, piece: SharedRead, rank: int) -> Iterator[tuple[int, Box]]:
-        """(number of a part of ``rank``, what it needs of the piece)."""
-        for number, wanted in self._everyone[rank].get(piece.item, ()):
-            box = intersection(piece.box, wanted.box)
+    def _overlaps(self, read: SharedRead, rank: int) -> Iterator[tuple[int, Box]]:
+        """Yields (number of a shared part of ``rank``, the box of the chunk that the part and the read have)."""
+        for number, wanted in self._everyone[rank].get(read.item, ()):
+            box = intersection(read.box, wanted.box)
             if box is not None:
                 yield number, box
 
-    def _bytes(self, pieces: Sequence[SharedRead], reader: int, rank: int) -> int:
-        """How much ``rank`` gets from ``reader``."""
-        of_reader = (piece for piece in pieces if piece.reader == reader)
-        return sum(box.numel * piece.itemsize for piece in of_reader for _, box in self._common(piece, rank))
+    def _exchanged_bytes(self, reads: Sequence[SharedRead], reader: int, rank: int) -> int:
+        """Returns how many bytes ``rank`` receives from ``reader``."""
+        of_reader = (read for read in reads if read.reader == reader)
+        return sum(box.numel * read.itemsize for read in of_reader for _, box in self._overlaps(read, rank))
 
-    def _given(self, pieces: Sequence[SharedRead], reader: int) -> list[Tensor]:
-        """By rank, what it needs of the ``pieces`` that this rank reads, as bytes."""
-        own = [piece for piece in pieces if piece.reader == reader]
-        requests = [self._request(piece) for piece in own]
+    def _read_and_pack(self, reads: Sequence[SharedRead], reader: int) -> list[Tensor]:
+        """Reads and verifies the reads of this rank; returns for each rank the bytes that it needs (1-D, uint8)."""
+        own = [read for read in reads if read.reader == reader]
+        requests = [self._request(read) for read in own]
         ranges = [(in_directory(self._directory, request.file), request.start, request.stop) for request in requests]
-        given: list[dict[int, list[Tensor]]] = [{} for _ in self._everyone]  # by rank, by piece
+        parts: list[dict[int, list[Tensor]]] = [{} for _ in self._everyone]  # by rank, then by index into own
         for index, data in self._storage.read_ranges(ranges):
-            verify_range(requests[index], data)
+            verify_request(requests[index], data)
             elements = _elements(own[index], requests[index], data)
-            for rank, of_rank in enumerate(given):
-                boxes = (within(box, own[index].box) for _, box in self._common(own[index], rank))
+            for rank, of_rank in enumerate(parts):
+                boxes = (within(box, own[index].box) for _, box in self._overlaps(own[index], rank))
                 of_rank[index] = [narrowed(elements, box).reshape(-1) for box in boxes]
         nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
-        return [torch.cat([nothing, *(part for index in sorted(one) for part in one[index])]) for one in given]
+        return [torch.cat([nothing, *(x for index in sorted(of_rank) for x in of_rank[index])]) for of_rank in parts]
 
-    def _request(self, piece: SharedRead) -> RangeRequest:
-        item = self._manifest.items[piece.item]
-        blocks = blocks_of(piece.box, piece.sizes, piece.itemsize, item)
-        need = ChunkRead(piece.key, item, piece.sizes, piece.box, torch.empty(0, device="cpu"), blocks)
-        return RangeRequest(item.file, need.start, need.stop, (need,))
+    def _request(self, read: SharedRead) -> RangeRequest:
+        item = self._manifest.items[read.item]
+        blocks = blocks_of(read.box, read.sizes, read.itemsize, item)
+        chunk_read = ChunkRead(read.key, item, read.sizes, read.box, torch.empty(0, device="cpu"), blocks)
+        return RangeRequest(*chunk_read.place, (chunk_read,))
 
-    def _take(self, pieces: Sequence[SharedRead], taken: Tensor, agreement: Agreement) -> None:
-        """Keeps what came, in the order in which ``_given`` has put it."""
-        place, at = self._keep(memory(taken)), 0
+    def _keep(self, reads: Sequence[SharedRead], received: Tensor, agreement: Agreement) -> None:
+        """Spools the received bytes, and records where each box lies, in the order in which readers packed them."""
+        position = self._append(memory(received))
         for reader in range(agreement.world_size):
-            for piece in (piece for piece in pieces if piece.reader == reader):
-                for number, box in self._common(piece, agreement.rank):
-                    self._places.append((self._parts[number], box, place + at))
-                    at += box.numel * piece.itemsize
+            for read in (read for read in reads if read.reader == reader):
+                for number, box in self._overlaps(read, agreement.rank):
+                    self._received.append((self._parts[number], box, position))
+                    position += box.numel * read.itemsize
 
 
-def _elements(piece: SharedRead, request: RangeRequest, data: bytes) -> Tensor:
-    """The elements of the piece in the ``data`` of its request: uint8, of the sizes of its box, and of an element's."""
-    (need,) = request.needs
-    first, last = extent(piece.box, piece.sizes)
-    at = need.item.start - request.start + first * piece.itemsize
-    flat = torch.frombuffer(bytearray(data[at : at + (last - first) * piece.itemsize]), dtype=torch.uint8)
-    steps = tuple(step * piece.itemsize for step in strides(piece.sizes))
-    return flat.as_strided((*piece.box.sizes, piece.itemsize), (*steps, 1))
+def _elements(read: SharedRead, request: RangeRequest, data: bytes) -> Tensor:
+    """Returns the elements of the read as bytes: uint8, shape (*sizes of its box, bytes of an element).
+
+    Args:
+        data: the bytes of ``request``, which contains the read.
+    """
+    (chunk_read,) = request.reads
+    first, last = extent(read.box, read.sizes)
+    at = chunk_read.item.start - request.start + first * read.itemsize
+    flat = torch.frombuffer(bytearray(data[at : at + (last - first) * read.itemsize]), dtype=torch.uint8)
+    steps = tuple(step * read.itemsize for step in strides(read.sizes))
+    return flat.as_strided((*read.box.sizes, read.itemsize), (*steps, 1))

@@ -1,4 +1,4 @@
-"""One checkpoint on its way in: what fits, what is read, and the one moment when live state changes."""
+"""The steps of one load: matching with live state, reading and verifying, and the change of live state."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from dist_asgd.comm.consensus import Agreement
 def load_checkpoint(
     agreement: Agreement, source: CheckpointSource, state: Mapping[str, Any], *, strict: bool, average: bool | str
 ) -> None:
-    """Fills ``state`` from a checkpoint. Collective; every rank gets the same one.
+    """Fills ``state`` from a checkpoint. Collective; on every rank, ``source`` must be the same checkpoint.
+
+    Args:
+        state, strict, average: as for ``Checkpointer.load``.
 
     Raises:
-        CheckpointError: on every rank, with nothing changed, if it does not fit or a byte that is needed is damaged.
-            With a part of it loaded, if a ``load_state_dict`` raises.
+        CheckpointError: on every rank. With nothing changed: the checkpoint does not fit ``state``, or bytes that are
+            needed are damaged. With a part of ``state`` loaded: a ``load_state_dict`` raised.
     """
     with together(agreement, "load()"), naming(source.url):
         destination = destination_of(
@@ -33,7 +36,7 @@ def load_checkpoint(
     if problems:
         raise CheckpointError(f"{source.url} does not fit what it is loaded into\n{problems.message()}")
     wanted = [(key, entry) for key, entries in destination.tensors.items() for entry in entries]
-    own, shared = source.reading(agreement, wanted)
+    own, shared = source.plan_reads(agreement, wanted)
     size = own.size + (shared.size if shared else 0)
     with own, shared or contextlib.nullcontext():
         progress = Progress(f"reading and verifying {source.url}", size, agreement.rank)
@@ -43,17 +46,18 @@ def load_checkpoint(
             with naming(source.url):
                 shared.read(agreement, progress)
         with together(agreement, "load()"), naming(source.url):
+            # All ranks have verified what they read: from here on, live tensors change.
             progress = Progress(f"loading {source.url}", size, agreement.rank)
             own.apply(progress)
             if shared:
                 shared.apply(progress)
-    with together(agreement, "load()"), _taken(source.url):
+    with together(agreement, "load()"), _told_as_partly_loaded(source.url):
         destination.finish()
 
 
 @contextlib.contextmanager
-def _taken(url: str) -> Iterator[None]:
-    """Tells that it is too late to change nothing."""
+def _told_as_partly_loaded(url: str) -> Iterator[None]:
+    """Raises errors of the block as ``CheckpointError`` that says that a part of the state is loaded."""
     try:
         yield
     except Exception as error:

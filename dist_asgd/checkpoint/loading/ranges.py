@@ -1,28 +1,41 @@
-"""Ranges of files: many small ones by few requests, a large one as a file."""
+"""Byte ranges of a checkpoint's files: small ranges read by few requests, a large range read as a file object."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
+from dist_asgd.checkpoint.format.dcp_metadata import StoredChunk, StoredObject
+from dist_asgd.checkpoint.format.manifest import in_directory
 from dist_asgd.checkpoint.storage.storage import Storage
+
+READ_BYTES = 8 * 2**20  # bytes of one request, if several ranges are joined or a large one is cut
+GAP = 2**14  # bytes between two ranges up to which reading them costs less than another request
 
 ByteRange: TypeAlias = tuple[str, int, int]  # file, start, stop
 
 
-def joined(places: Sequence[ByteRange], most: int, gap: int = 0) -> list[tuple[ByteRange, list[int]]]:
-    """Requests of at most ``most`` bytes, or of one place, each with the indices of the places that it has.
+def range_of(stored: StoredChunk | StoredObject) -> ByteRange:
+    """Returns the bytes of an item of ``.metadata``."""
+    return stored.path, stored.offset, stored.offset + stored.length
+
+
+def join_ranges(ranges: Sequence[ByteRange], most: int, gap: int = 0) -> list[tuple[ByteRange, list[int]]]:
+    """Joins neighbouring ranges into requests. A request has at most ``most`` bytes, or is a single range.
 
     Args:
-        places: in their order.
-        gap: bytes between two that are rather read than left out by another request.
+        ranges: sorted. They may overlap.
+        gap: bytes between two ranges of one file up to which they are joined.
+
+    Returns:
+        For each request its range, and the indices of the ``ranges`` that lie in it.
     """
     requests: list[tuple[ByteRange, list[int]]] = []
-    for index, (name, start, stop) in enumerate(places):
+    for index, (name, start, stop) in enumerate(ranges):
         if requests:
             (last, first, end), indices = requests[-1]
-            if name == last and start - end <= gap and stop - first <= most:
+            if name == last and start - end <= gap and stop <= max(end, first + most):
                 requests[-1] = (name, first, max(stop, end)), indices
                 indices.append(index)
                 continue
@@ -30,8 +43,25 @@ def joined(places: Sequence[ByteRange], most: int, gap: int = 0) -> list[tuple[B
     return requests
 
 
+def read_joined(
+    storage: Storage, directory: str, ranges: Sequence[ByteRange], most: int, gap: int = 0
+) -> Iterator[tuple[int, bytes]]:
+    """Reads ``ranges`` of files in ``directory`` by the requests of ``join_ranges``, several at once.
+
+    Yields (index into ``ranges``, its bytes), the requests in any order. Raises ``OSError`` if a file is missing or
+    shorter than expected.
+    """
+    requests = join_ranges(ranges, most, gap)
+    places = [(in_directory(directory, name), start, stop) for (name, start, stop), _ in requests]
+    for number, data in storage.read_ranges(places):
+        (_, first, _), indices = requests[number]
+        for index in indices:
+            _, start, stop = ranges[index]
+            yield index, data[start - first : stop - first]
+
+
 class FileRange(io.RawIOBase):
-    """Bytes ``[start, stop)`` of a file, as a file. Each read is a request."""
+    """Bytes ``[start, stop)`` of a file in storage as a seekable, read-only file object. Each read is one request."""
 
     def __init__(self, storage: Storage, path: str, start: int, stop: int) -> None:
         self._storage, self._path = storage, path

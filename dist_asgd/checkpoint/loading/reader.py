@@ -1,4 +1,8 @@
-"""Reads just what a rank needs of a checkpoint, and writes to live tensors only when all of it has been verified."""
+"""Reading from a checkpoint of this library: the parts of chunks that a rank needs, in verifiable blocks.
+
+A *chunk* is a box of a tensor that is stored in one item of a file. A *block* is a range of an item that has a checksum
+of its own in ``manifest.json``, so a reader that needs a part of a chunk reads the blocks that contain the part.
+"""
 
 from __future__ import annotations
 
@@ -13,65 +17,61 @@ from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.entries import Block, TensorEntry
 from dist_asgd.checkpoint.format.manifest import Chunk, Item, Manifest, in_directory
 from dist_asgd.checkpoint.format.tensor_bytes import memory, narrowed
-from dist_asgd.checkpoint.loading.spool import Verified
+from dist_asgd.checkpoint.loading.ranges import GAP, READ_BYTES, ByteRange, join_ranges
+from dist_asgd.checkpoint.loading.spool import VerifiedRead
 from dist_asgd.checkpoint.progress import Progress
 from dist_asgd.checkpoint.storage.storage import Storage
-
-EXTENT = 8 * 2**20  # bytes of a chunk that are read at once
-REQUEST = 8 * 2**20  # bytes at most that extents are joined to
-GAP = 2**14  # bytes that are rather read than left out by another request
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkPart:
-    """What a rank needs of a chunk for one of its blocks."""
+    """The part of a chunk that fills one block of a live tensor, or some of it."""
 
     key: str
-    item: int  # index of Manifest.items
+    item: int  # index into Manifest.items
     sizes: tuple[int, ...]  # of the chunk
-    box: Box  # the part, in the chunk
-    data: Tensor  # where it goes, of the box's sizes
+    box: Box  # the part, in the coordinates of the chunk
+    data: Tensor  # view of the live tensor that the part is copied to; shape: the box's sizes
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkRead:
-    """A part of a chunk that is read for one destination."""
+    """A ``ChunkPart``, or a piece of one, that is read at once, with the blocks to read."""
 
     key: str
     item: Item
     sizes: tuple[int, ...]  # of the chunk
-    box: Box  # the part, in the chunk
-    data: Tensor  # where it goes, of the box's sizes
-    blocks: range  # of the item, that hold it
+    box: Box  # in the coordinates of the chunk
+    data: Tensor  # view of the live tensor that the elements are copied to; shape: the box's sizes
+    blocks: range  # of the item: those that contain the box
 
     @property
-    def start(self) -> int:
-        """In the file."""
-        return self.item.reach(self.blocks)[0]
-
-    @property
-    def stop(self) -> int:
-        """In the file."""
-        return self.item.reach(self.blocks)[1]
+    def place(self) -> ByteRange:
+        """The bytes to read: the blocks, with the item's head or tail where they are its first or last."""
+        return self.item.file, *self.item.reach(self.blocks)
 
 
 @dataclass(frozen=True, slots=True)
 class RangeRequest:
-    """A range of a file with everything that is needed of it."""
+    """One request for a range of a file, with everything that is read from it."""
 
     file: str
     start: int
     stop: int
-    needs: tuple[ChunkRead, ...]
+    reads: tuple[ChunkRead, ...]
 
 
 def plan_reads(manifest: Manifest, destinations: Iterable[tuple[str, TensorEntry]]) -> list[RangeRequest]:
-    """The requests that fill the blocks of ``destinations``: keys of the manifest, with tensors of their shapes."""
-    return plan_parts(manifest, parts_of(manifest, destinations))
+    """Returns the requests that fill the blocks of ``destinations``.
+
+    Args:
+        destinations: (key in the manifest, live tensor of the saved shape and dtype).
+    """
+    return plan_parts(manifest, chunk_parts(manifest, destinations))
 
 
-def parts_of(manifest: Manifest, destinations: Iterable[tuple[str, TensorEntry]]) -> list[ChunkPart]:
-    """What fills the blocks of ``destinations``, chunk by chunk."""
+def chunk_parts(manifest: Manifest, destinations: Iterable[tuple[str, TensorEntry]]) -> list[ChunkPart]:
+    """Returns the parts of chunks that fill the blocks of ``destinations``, which are as for ``plan_reads``."""
     return [
         part
         for key, entry in destinations
@@ -90,123 +90,117 @@ def _part(key: str, chunk: Chunk, block: Block) -> ChunkPart | None:
 
 
 def plan_parts(manifest: Manifest, parts: Iterable[ChunkPart]) -> list[RangeRequest]:
-    """The requests that fill the ``parts``."""
-    needs = [need for part in parts for need in _needs(part, manifest.items[part.item])]
-    needs.sort(key=lambda need: (need.item.file, need.start, need.stop))
-    requests: list[RangeRequest] = []
-    joined: list[ChunkRead] = []
-    stop = 0
-    for need in needs:
-        if joined and (
-            need.item.file != joined[0].item.file
-            or need.start > stop + GAP
-            or (max(stop, need.stop) - joined[0].start > REQUEST and need.stop > stop)
-        ):
-            requests.append(_join(joined, stop))
-            joined, stop = [], 0
-        joined.append(need)
-        stop = max(stop, need.stop)
-    return [*requests, _join(joined, stop)] if joined else requests
+    """Returns the requests that fill the ``parts``: neighbouring ranges joined, up to ``READ_BYTES``."""
+    reads = [read for part in parts for read in _split(part, manifest.items[part.item])]
+    reads.sort(key=lambda read: read.place)
+    requests = join_ranges([read.place for read in reads], READ_BYTES, GAP)
+    return [RangeRequest(*place, tuple(reads[index] for index in indices)) for place, indices in requests]
 
 
-def plan_rest(manifest: Manifest) -> list[RangeRequest]:
-    """The requests that read what no tensor is in, to be verified only."""
+def plan_value_reads(manifest: Manifest) -> list[RangeRequest]:
+    """Returns requests for the items that no tensor uses: values for stock readers, which are verified only."""
     used = {chunk.item for tensor in manifest.tensors.values() for chunk in tensor.chunks}
     requests = []
     for item in (item for index, item in enumerate(manifest.items) if index not in used):
-        step, count = max(1, REQUEST // item.block), -(-item.size // item.block)
+        step, count = max(1, READ_BYTES // item.block), -(-item.size // item.block)
         for first in range(0, count, step):
             blocks = range(first, min(first + step, count))
-            need = ChunkRead("values", item, (item.size,), whole((item.size,)), torch.empty(0, device="cpu"), blocks)
-            requests.append(RangeRequest(item.file, need.start, need.stop, (need,)))
+            read = ChunkRead("values", item, (item.size,), whole((item.size,)), torch.empty(0, device="cpu"), blocks)
+            requests.append(RangeRequest(*read.place, (read,)))
     return requests
 
 
-def _join(needs: Sequence[ChunkRead], stop: int) -> RangeRequest:
-    return RangeRequest(needs[0].item.file, needs[0].start, stop, tuple(needs))
-
-
-def _needs(part: ChunkPart, item: Item) -> Iterator[ChunkRead]:
+def _split(part: ChunkPart, item: Item) -> Iterator[ChunkRead]:
+    """Cuts a part so that a piece, with what lies between its rows in the file, has at most ``READ_BYTES``."""
     itemsize = part.data.element_size()
-    for box in cut_to_extents(part.box, part.sizes, EXTENT // itemsize):
+    for box in cut_to_extents(part.box, part.sizes, READ_BYTES // itemsize):
         data = narrowed(part.data, within(box, part.box))
         yield ChunkRead(part.key, item, part.sizes, box, data, blocks_of(box, part.sizes, itemsize, item))
 
 
 def blocks_of(box: Box, sizes: Sequence[int], itemsize: int, item: Item) -> range:
-    """The blocks of an ``item`` that hold a ``box`` of the chunk of these ``sizes``."""
+    """Returns the blocks of ``item`` that contain ``box``.
+
+    Args:
+        box: in the coordinates of the chunk that the item stores.
+        sizes: of the chunk.
+        itemsize: bytes of an element.
+    """
     start, stop = extent(box, sizes)
     return range(start * itemsize // item.block, -(-stop * itemsize // item.block))
 
 
-class VerifiedBlocks(Verified):
-    """The requests, by the checksums of the manifest."""
+class VerifiedBlocks(VerifiedRead):
+    """The reads of one rank from a checkpoint of this library, verified by the checksums in the manifest."""
 
     def __init__(self, storage: Storage, directory: str, requests: Sequence[RangeRequest]) -> None:
         super().__init__(storage, directory, sum(request.stop - request.start for request in requests))
         self._requests = requests
-        self._places: dict[int, int] = {}  # where each request's bytes are kept
+        self._positions: dict[int, int] = {}  # index of a request -> position of its bytes in the spool
 
     def read(self, progress: Progress) -> None:
         for index, data in self._read():
             if not self._storage.is_local:
-                self._places[index] = self._keep(data)
+                self._positions[index] = self._append(data)
             progress.add(len(data))
 
     def apply(self, progress: Progress) -> None:
-        for index, data in self._read() if self._storage.is_local else self._read_again():
-            request = self._requests[index]
-            for need in request.needs:
-                _write(need, memoryview(data), request.start)
+        for index, data in self._read() if self._storage.is_local else self._spooled():
+            _copy(self._requests[index], data)
             progress.add(len(data))
 
     def _read(self) -> Iterator[tuple[int, bytes]]:
-        ranges = [
-            (in_directory(self._directory, request.file), request.start, request.stop) for request in self._requests
-        ]
-        for index, data in self._storage.read_ranges(ranges):
-            verify_range(self._requests[index], data)
-            yield index, data
+        return _verified(self._storage, self._directory, self._requests)
 
-    def _read_again(self) -> Iterator[tuple[int, bytes]]:
-        for index, place in self._places.items():
-            yield index, self._kept(place, self._requests[index].stop - self._requests[index].start)
+    def _spooled(self) -> Iterator[tuple[int, bytes]]:
+        for index, position in self._positions.items():
+            yield index, self._read_back(position, self._requests[index].stop - self._requests[index].start)
 
 
-def verify_range(request: RangeRequest, data: bytes | memoryview) -> None:
-    """Raises ``CheckpointError`` unless the bytes of the request have the checksums in the manifest."""
+def read_into(storage: Storage, directory: str, requests: Sequence[RangeRequest]) -> None:
+    """Reads, verifies and copies request by request. Not collective.
+
+    Raises:
+        CheckpointError: bytes are damaged. The tensors are filled in part then, so they must not be live state.
+    """
+    for index, data in _verified(storage, directory, requests):
+        _copy(requests[index], data)
+
+
+def _verified(storage: Storage, directory: str, requests: Sequence[RangeRequest]) -> Iterator[tuple[int, bytes]]:
+    """Yields (index of a request, its verified bytes), in any order."""
+    ranges = [(in_directory(directory, request.file), request.start, request.stop) for request in requests]
+    for index, data in storage.read_ranges(ranges):
+        verify_request(requests[index], data)
+        yield index, data
+
+
+def verify_request(request: RangeRequest, data: bytes | memoryview) -> None:
+    """Raises ``CheckpointError`` unless ``data``, the bytes of the request, have the checksums in the manifest."""
     view, seen = memoryview(data), set()
-    for need in request.needs:
-        if (where := (need.item.offset, need.blocks)) in seen:  # tensors that share an item
+    for read in request.reads:
+        if read.place in seen:  # tensors may share an item
             continue
-        seen.add(where)
-        part = view[need.start - request.start : need.stop - request.start]
-        for start, stop in need.item.damages(need.blocks, part):
+        seen.add(read.place)
+        _, first, last = read.place
+        for start, stop in read.item.damages(read.blocks, view[first - request.start : last - request.start]):
             raise CheckpointError(
-                f"{need.item.file} is damaged: bytes {start} to {stop}, of {need.key!r}, do not have the checksum that "
+                f"{read.item.file} is damaged: bytes {start} to {stop}, of {read.key!r}, do not have the checksum that "
                 "manifest.json has of them"
             )
 
 
-def read_into(storage: Storage, directory: str, requests: Sequence[RangeRequest]) -> None:
-    """Reads, verifies and writes piece by piece: for tensors that nobody looks at if it raises ``CheckpointError``."""
-    ranges = [(in_directory(directory, request.file), request.start, request.stop) for request in requests]
-    for index, data in storage.read_ranges(ranges):
-        verify_range(requests[index], data)
-        for need in requests[index].needs:
-            _write(need, memoryview(data), requests[index].start)
-
-
-def _write(need: ChunkRead, data: memoryview, position: int) -> None:
-    """``data`` is that from ``position`` of the file on."""
-    itemsize = need.data.element_size()
-    first, last = extent(need.box, need.sizes)
-    at = need.item.start - position
-    source = data[at + first * itemsize : at + last * itemsize]
-    torch.autograd.graph.increment_version(need.data)
-    if last - first == need.box.numel and need.data.device.type == "cpu" and need.data.is_contiguous():
-        memory(need.data)[:] = source
-        return
-    buffer = torch.empty(last - first, dtype=need.data.dtype, device="cpu")
-    memory(buffer)[:] = source
-    need.data.copy_(buffer.as_strided(need.box.sizes, strides(need.sizes)))
+def _copy(request: RangeRequest, data: bytes) -> None:
+    """Copies the bytes of a request to the tensors of its reads."""
+    for read in request.reads:
+        itemsize = read.data.element_size()
+        first, last = extent(read.box, read.sizes)
+        at = read.item.start - request.start
+        source = memoryview(data)[at + first * itemsize : at + last * itemsize]
+        torch.autograd.graph.increment_version(read.data)
+        if last - first == read.box.numel and read.data.device.type == "cpu" and read.data.is_contiguous():
+            memory(read.data)[:] = source
+            continue
+        buffer = torch.empty(last - first, dtype=read.data.dtype, device="cpu")
+        memory(buffer)[:] = source
+        read.data.copy_(buffer.as_strided(read.box.sizes, strides(read.sizes)))

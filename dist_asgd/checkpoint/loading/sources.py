@@ -1,4 +1,4 @@
-"""Checkpoints to load from, ours and those of ``torch.distributed.checkpoint`` (DCP): what a rank may take of them."""
+"""Opened checkpoints: those of this library and those of ``torch.distributed.checkpoint`` (DCP), with one interface."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_asgd.checkpoint.errors import CheckpointError, naming, together
-from dist_asgd.checkpoint.format.dcp_metadata import StoredChunk, StoredObject
 from dist_asgd.checkpoint.format.entries import SavedTensor, TensorEntry
 from dist_asgd.checkpoint.format.json_values import Values, decode
 from dist_asgd.checkpoint.format.manifest import (
@@ -22,9 +21,16 @@ from dist_asgd.checkpoint.format.manifest import (
     read_manifest,
 )
 from dist_asgd.checkpoint.format.manifest_rules import FormatError, check_paths
-from dist_asgd.checkpoint.loading.exchange import SharedParts, shared
-from dist_asgd.checkpoint.loading.reader import VerifiedBlocks, parts_of, plan_parts, plan_rest, verify_range
-from dist_asgd.checkpoint.loading.spool import Verified
+from dist_asgd.checkpoint.loading.exchange import SharedParts, split_shared
+from dist_asgd.checkpoint.loading.ranges import range_of
+from dist_asgd.checkpoint.loading.reader import (
+    VerifiedBlocks,
+    chunk_parts,
+    plan_parts,
+    plan_value_reads,
+    verify_request,
+)
+from dist_asgd.checkpoint.loading.spool import VerifiedRead
 from dist_asgd.checkpoint.loading.stock_reader import VerifiedItems, plan_items, read_objects
 from dist_asgd.checkpoint.state.tree import Path, key_of
 from dist_asgd.checkpoint.stock.items import item_object
@@ -33,85 +39,97 @@ from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.comm.consensus import Agreement
 from dist_asgd.comm.objects import broadcast_object
 
-Destinations = Iterable[tuple[str, TensorEntry]]  # keys, with tensors to be filled
+Destinations = Iterable[tuple[str, TensorEntry]]  # keys, each with a live tensor to be filled
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSource(ABC):
-    """One checkpoint as one rank sees it. Keys are those of paths, also for entries that each rank has its own of."""
+    """One checkpoint as one rank sees it.
+
+    The keys of ``tensors``, ``values`` and ``paths`` are paths joined by dots. An entry of which each rank saved its
+    own has such a key, too, and is the one of this rank.
+    """
 
     storage: Storage
-    directory: str
+    directory: str  # relative to the storage; "" if the storage is that of one checkpoint
     tensors: Mapping[str, SavedTensor]
-    values: Mapping[str, Any]  # an access raises CheckpointError for damaged ones
-    paths: Mapping[str, Path]  # of all entries; for a rank that did not save, also of those that only other ranks have
+    values: Mapping[str, Any]  # decoded at each access, which raises CheckpointError for a damaged value
+    paths: Mapping[str, Path]  # of all entries; on a rank that did not save, also of entries that only others have
 
     @property
     def url(self) -> str:
+        """The URL of the checkpoint, without credentials."""
         return in_directory(self.storage.url, self.directory)
 
     @property
     @abstractmethod
     def is_stock(self) -> bool:
-        """Whether DCP took the state apart: it makes strings of all keys, and leaves out what is empty."""
+        """Whether DCP flattened the state: then all keys of dicts are strings, and empty dicts are missing."""
 
     @abstractmethod
-    def reading(self, agreement: Agreement, wanted: Destinations) -> tuple[Verified, SharedParts | None]:
-        """What fills the blocks of ``wanted``: what this rank reads for itself, and what ranks share. Collective."""
+    def plan_reads(self, agreement: Agreement, wanted: Destinations) -> tuple[VerifiedRead, SharedParts | None]:
+        """Returns what fills ``wanted``: the reads of this rank, and the parts that ranks share, if any. Collective."""
 
 
 @dataclass(frozen=True, slots=True)
 class OwnSource(CheckpointSource):
+    """A checkpoint of this library."""
+
     manifest: Manifest
-    records: Mapping[str, str]  # keys in the manifest
+    records: Mapping[str, str]  # key -> key in the manifest, which names the rank of a rank's own entry
 
     @property
     def is_stock(self) -> bool:
         return False
 
-    def reading(self, agreement: Agreement, wanted: Destinations) -> tuple[Verified, SharedParts | None]:
-        own, among_all = parts_of(self.manifest, [(self.records[key], entry) for key, entry in wanted]), None
-        if not self.storage.is_local:  # what a local file system was asked for once, it has in memory
-            own, everyone, mine = shared(agreement, own)
+    def plan_reads(self, agreement: Agreement, wanted: Destinations) -> tuple[VerifiedRead, SharedParts | None]:
+        own, shared = chunk_parts(self.manifest, [(self.records[key], entry) for key, entry in wanted]), None
+        if not self.storage.is_local:  # the page cache of a local file system serves repeated reads from memory
+            own, everyone, mine = split_shared(agreement, own)
             if any(everyone):
-                among_all = SharedParts(self.storage, self.directory, self.manifest, everyone, mine)
-        return VerifiedBlocks(self.storage, self.directory, plan_parts(self.manifest, own)), among_all
+                shared = SharedParts(self.storage, self.directory, self.manifest, everyone, mine)
+        return VerifiedBlocks(self.storage, self.directory, plan_parts(self.manifest, own)), shared
 
 
 @dataclass(frozen=True, slots=True)
 class DcpSource(CheckpointSource):
+    """A checkpoint that stock ``torch.distributed.checkpoint`` wrote."""
+
     found: StockCheckpoint
 
     @property
     def is_stock(self) -> bool:
         return True
 
-    def reading(self, agreement: Agreement, wanted: Destinations) -> tuple[Verified, SharedParts | None]:
+    def plan_reads(self, agreement: Agreement, wanted: Destinations) -> tuple[VerifiedRead, SharedParts | None]:
         return VerifiedItems(self.storage, self.directory, plan_items(self.found.tensors, wanted)), None
 
 
-def source_of(
+def open_source(
     agreement: Agreement, storage: Storage, directory: str, names: Iterable[str], *, stock: bool, trust: bool
 ) -> CheckpointSource:
-    """Opens a checkpoint. Collective; every rank gets the same ``directory``.
+    """Opens a checkpoint on all ranks. Collective; ``directory``, ``stock`` and ``trust`` must be equal on every rank.
+
+    Rank 0 reads the manifest, or the ``.metadata`` and the values of a DCP checkpoint, and sends them to the others.
 
     Args:
-        names: of the entries at the top of the state that this rank loads; none for all that there are.
-        stock: where there is no manifest, read what stock ``dcp.save`` wrote.
-        trust: unpickle values of such a checkpoint.
+        directory: relative to ``storage``; "" if the storage is that of one checkpoint.
+        names: top-level names of the state that this rank loads; empty for everything.
+        stock: whether a directory with ``.metadata`` and without ``manifest.json`` is read as a DCP checkpoint.
+        trust: whether values of a DCP checkpoint are unpickled, which can run any code.
 
     Raises:
-        CheckpointError: on every rank: there is none, or it is damaged.
+        CheckpointError: on every rank: there is no checkpoint, or it is damaged.
     """
     url = in_directory(storage.url, directory)
     with together(agreement, "load()"):
         opened = _opened(storage, directory, stock) if agreement.rank == 0 else (True, b"")
-    is_ours, data = broadcast_object(opened, agreement.group)
-    if is_ours:
-        return _ours(storage, directory, read_manifest(data), agreement.rank)
+    has_manifest, data = broadcast_object(opened, agreement.group)
+    if has_manifest:
+        return _own_source(storage, directory, read_manifest(data), agreement.rank)
     with together(agreement, "load()"), naming(url):
         found = read_stock_metadata(data, trust)
-        _check(found, storage.sizes(directory) if agreement.rank == 0 else None)
+        _check_stock(found, storage.sizes(directory) if agreement.rank == 0 else None)
     asked = [set(names) for names in agreement.gather(list(names))]
     everything = not all(asked)
     objects = {
@@ -127,18 +145,18 @@ def source_of(
 
 
 def open_checkpoint(storage: Storage, directory: str) -> bytes:
-    """The manifest of a checkpoint whose files are all there, in their full size.
+    """Returns the bytes of ``manifest.json`` of a checkpoint whose files all exist in their full size. Not collective.
 
-    Verifies what no rank reads: what is there for ``torch.distributed.checkpoint`` only.
+    Verifies the bytes that no load of tensors would verify: ``.metadata``, and the values for stock readers.
 
     Raises:
-        CheckpointError: it does not exist, or is damaged.
+        CheckpointError: the checkpoint does not exist, or is damaged.
     """
     return _opened(storage, directory, False)[1]
 
 
 def _opened(storage: Storage, directory: str, stock: bool) -> tuple[bool, bytes]:
-    """Whether it has a manifest, and that or the file ``.metadata``."""
+    """Returns (True, bytes of ``manifest.json``), or (False, bytes of ``.metadata``) for a DCP checkpoint."""
     found, url = storage.sizes(directory), in_directory(storage.url, directory)
     if NAME not in found and stock and STOCK in found:
         return False, storage.read(in_directory(directory, STOCK))
@@ -153,29 +171,31 @@ def _opened(storage: Storage, directory: str, stock: bool) -> tuple[bool, bytes]
             what = "is missing" if name not in found else f"has {found[name]} bytes, and should have {file.size}"
             raise CheckpointError(f"{url}/{name} {what}: the checkpoint is damaged")
     with naming(url):
-        _verify_rest(storage, directory, manifest)
+        _verify_stock_files(storage, directory, manifest)
     return True, data
 
 
-def _verify_rest(storage: Storage, directory: str, manifest: Manifest) -> None:
-    requests = plan_rest(manifest)
+def _verify_stock_files(storage: Storage, directory: str, manifest: Manifest) -> None:
+    """Verifies what is in a checkpoint of this library for DCP only: ``.metadata`` and the items of values."""
+    requests = plan_value_reads(manifest)
     ranges = [(in_directory(directory, request.file), request.start, request.stop) for request in requests]
     ranges.append((in_directory(directory, STOCK), 0, manifest.files[STOCK].size))
     for index, data in storage.read_ranges(ranges):
         if index < len(requests):
-            verify_range(requests[index], data)
+            verify_request(requests[index], data)
         elif hashlib.sha256(data).hexdigest() != manifest.files[STOCK].sha256:
             raise CheckpointError(f"{STOCK} is damaged: it does not have the sha256 that {NAME} has of it")
 
 
-def _ours(storage: Storage, directory: str, manifest: Manifest, rank: int) -> OwnSource:
-    """The entries that this rank may take: those of all, and its own where ranks had different ones."""
+def _own_source(storage: Storage, directory: str, manifest: Manifest, rank: int) -> OwnSource:
+    """Returns the source with the entries for ``rank``: entries of all ranks, and the rank's own ones."""
     mine: dict[str, tuple[str, TensorRecord]] = {
         key_of(record.path): (name, record) for name, record in manifest.tensors.items() if record.rank in (None, rank)
     }
     values = {key_of(record.path): record.encoded for record in manifest.values.values() if record.rank in (None, rank)}
     everyone: list[TensorRecord | ValueRecord] = [*manifest.tensors.values(), *manifest.values.values()]
-    # A rank that has saved lacks nothing that only others had. One that is new does: it is told so.
+    # Entries of other ranks are not missing on a rank that took part in the save. On a rank that did not, they are
+    # listed here, so that strict loading reports them as missing.
     is_new = rank >= manifest.world_size
     paths = {key_of(record.path): record.path for record in everyone if is_new or record.rank in (None, rank)}
     tensors = {key: record.saved for key, (_, record) in mine.items()}
@@ -183,19 +203,23 @@ def _ours(storage: Storage, directory: str, manifest: Manifest, rank: int) -> Ow
     return OwnSource(storage, directory, tensors, Values(values, decode), paths, manifest, records)
 
 
-def _check(found: StockCheckpoint, sizes: Mapping[str, int] | None) -> None:
-    """Raises CheckpointError where entries are in each other, or parts of files are missing; ``sizes`` if known."""
+def _check_stock(found: StockCheckpoint, sizes: Mapping[str, int] | None) -> None:
+    """Raises ``CheckpointError`` if the paths of entries conflict, or files are missing or too short.
+
+    Args:
+        sizes: of the files, by name; None to check the paths only.
+    """
     try:
         check_paths([(path, None) for path in found.paths.values()], ())
     except FormatError as error:
         raise CheckpointError(f"{STOCK} is not valid: {error}") from None
     if sizes is None:
         return
-    places: list[StoredChunk | StoredObject] = list(found.objects.values())
-    places += [chunk for tensor in found.tensors.values() for chunk in tensor.chunks]
+    ranges = [range_of(stored) for stored in found.objects.values()]
+    ranges += [range_of(chunk) for tensor in found.tensors.values() for chunk in tensor.chunks]
     ends: dict[str, int] = {}
-    for place in places:
-        ends[place.path] = max(ends.get(place.path, 0), place.offset + place.length)
+    for name, _, stop in ranges:
+        ends[name] = max(ends.get(name, 0), stop)
     for name, end in ends.items():
         if sizes.get(name, -1) < end:
             what = "is missing" if name not in sizes else f"has {sizes[name]} bytes, and {end} are needed"

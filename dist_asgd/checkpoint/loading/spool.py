@@ -1,4 +1,4 @@
-"""What was read and found whole, on its way to live tensors."""
+"""Spooled reads: verified bytes wait in a temporary file until all ranks have verified theirs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ IN_MEMORY = 2**24  # bytes that wait in memory; more wait in a temporary file
 
 
 class Spool:
-    """Bytes of a store that wait in a temporary file until all ranks have verified theirs. Used as a context manager.
+    """A temporary file for verified bytes. Used as a context manager, which deletes the file.
 
-    So neither memory nor the network has to take them twice.
+    With it, a load from a remote store takes neither twice the memory of the tensors nor twice the traffic.
 
     Args:
-        size: bytes that may have to wait.
+        size: bytes that may be spooled, for the error message of a full disk.
     """
 
     def __init__(self, size: int) -> None:
@@ -37,9 +37,9 @@ class Spool:
     def __exit__(self, *error: object) -> None:
         self._spool.close()
 
-    def _keep(self, data: BytesLike) -> int:
-        """Returns where ``_kept`` finds it."""
-        at = self._spool.tell()
+    def _append(self, data: BytesLike) -> int:
+        """Appends ``data``, and returns its position for ``_read_back``. Raises ``CheckpointError`` for a full disk."""
+        position = self._spool.tell()
         try:
             self._spool.write(data)
         except OSError as error:
@@ -49,15 +49,17 @@ class Spool:
                 f"{tempfile.gettempdir()} has no room for the {self.size} bytes that this rank reads: they wait there "
                 "until all ranks have verified theirs. Let TMPDIR name a larger directory"
             ) from error
-        return at
+        return position
 
-    def _kept(self, at: int, size: int) -> bytes:
-        self._spool.seek(at)
+    def _read_back(self, position: int, size: int) -> bytes:
+        self._spool.seek(position)
         return self._spool.read(size)
 
 
-class Verified(Spool, ABC):
-    """What one rank reads of a checkpoint for itself. Bytes of a local file do not wait: they are read a second time.
+class VerifiedRead(Spool, ABC):
+    """The bytes of a checkpoint that one rank reads for itself, in two phases: ``read`` verifies, ``apply`` copies.
+
+    From a remote store, ``read`` spools the bytes. A local file is read again by ``apply`` instead, and verified again.
 
     Args:
         size: bytes that are read.
@@ -69,8 +71,8 @@ class Verified(Spool, ABC):
 
     @abstractmethod
     def read(self, progress: Progress) -> None:
-        """Reads and verifies everything. Changes nothing. Raises ``CheckpointError``."""
+        """Reads and verifies all bytes. Changes no tensor. Raises ``CheckpointError`` if any are damaged."""
 
     @abstractmethod
     def apply(self, progress: Progress) -> None:
-        """Writes everything to where it belongs."""
+        """Copies everything to its live tensors. Called once, after ``read`` has returned on all ranks."""

@@ -1,7 +1,9 @@
-"""Reads just what a rank needs of a checkpoint of ``torch.distributed.checkpoint`` (DCP): whole items, verified.
+"""Reading from a checkpoint of ``torch.distributed.checkpoint`` (DCP): whole items, verified by their CRC-32s.
 
-An item has one CRC-32 of all its elements, so whoever needs one of them has to read all. Of a store only those that
-are needed wait until all ranks have verified theirs.
+An *item* is the zip archive that ``torch.save`` makes of one chunk of a tensor, see [Note: items] in
+``checkpoint/format/dcp_metadata.py``. It has one CRC-32 of all its elements, so a rank that needs some of them reads
+the whole item. From a remote store, only the elements that the rank needs are spooled until all ranks have verified
+theirs.
 """
 
 from __future__ import annotations
@@ -21,142 +23,143 @@ from dist_asgd.checkpoint.format.dcp_metadata import StoredObject
 from dist_asgd.checkpoint.format.entries import SavedTensor, TensorEntry
 from dist_asgd.checkpoint.format.manifest import in_directory
 from dist_asgd.checkpoint.format.tensor_bytes import memory, narrowed
-from dist_asgd.checkpoint.loading.ranges import ByteRange, FileRange, joined
-from dist_asgd.checkpoint.loading.spool import Verified
+from dist_asgd.checkpoint.loading.ranges import GAP, READ_BYTES, ByteRange, FileRange, range_of, read_joined
+from dist_asgd.checkpoint.loading.spool import VerifiedRead
 from dist_asgd.checkpoint.progress import Progress
 from dist_asgd.checkpoint.stock.items import CRC_HINT, Layout, item_layout, item_tensor
 from dist_asgd.checkpoint.stock.metadata import StockTensor
 from dist_asgd.checkpoint.storage.storage import Storage
 
-READ_BYTES = 8 * 2**20  # bytes that are read at once; larger items are read piece by piece
-READS_AHEAD = 4  # pieces
-GAP = 2**14  # bytes that are rather read than left out by another request
+READS_AHEAD = 4  # pieces of a large item that are read at once
 
 
 @dataclass(frozen=True, slots=True)
-class ItemBox:
-    box: Box  # in the chunk
-    data: Tensor  # where it goes, of the box's sizes
+class ItemPart:
+    """The part of an item that fills one block of a live tensor, or some of it."""
+
+    box: Box  # in the coordinates of the chunk
+    data: Tensor  # view of the live tensor that the part is copied to; shape: the box's sizes
 
 
 @dataclass(frozen=True, slots=True)
 class StockItem:
-    """A chunk of a tensor with everything that is needed of it."""
+    """An item with everything that a rank needs of it."""
 
     key: str
     place: ByteRange
-    saved: SavedTensor  # of the chunk
-    needs: list[ItemBox] = field(default_factory=list)
+    saved: SavedTensor  # shape and dtype of the chunk
+    parts: list[ItemPart] = field(default_factory=list)
 
     @property
     def is_large(self) -> bool:
+        """Whether it is read in pieces of ``READ_BYTES``."""
         return self.place[2] - self.place[1] > READ_BYTES
 
 
 def plan_items(tensors: Mapping[str, StockTensor], wanted: Iterable[tuple[str, TensorEntry]]) -> list[StockItem]:
-    """The items that fill the blocks of ``wanted``: keys, with tensors of their shapes. They come by their places."""
+    """Returns the items that fill the blocks of ``wanted``, sorted by file and offset.
+
+    Args:
+        tensors: of the checkpoint, by key.
+        wanted: (key, live tensor of the saved shape).
+    """
     items: dict[tuple[ByteRange, SavedTensor], StockItem] = {}
     for key, entry in wanted:
         for chunk in tensors[key].chunks:
-            place = chunk.path, chunk.offset, chunk.offset + chunk.length
+            place = range_of(chunk)
             saved = SavedTensor(chunk.box.sizes, tensors[key].saved.dtype)
             for block in entry.blocks:
                 common = intersection(chunk.box, block.box)
                 if common is not None:
                     item = items.setdefault((place, saved), StockItem(key, place, saved))
                     data = narrowed(block.data, within(common, block.box))
-                    item.needs.append(ItemBox(within(common, chunk.box), data))
+                    item.parts.append(ItemPart(within(common, chunk.box), data))
     return sorted(items.values(), key=lambda item: item.place)
 
 
-class VerifiedItems(Verified):
-    """The items, by the CRC-32s in their archives."""
+class VerifiedItems(VerifiedRead):
+    """The reads of one rank from a DCP checkpoint, verified by the CRC-32s in its archives."""
 
     def __init__(self, storage: Storage, directory: str, items: Sequence[StockItem]) -> None:
-        needs = [need.data for item in items for need in item.needs]
-        super().__init__(storage, directory, sum(data.numel() * data.element_size() for data in needs))
+        targets = [part.data for item in items for part in item.parts]
+        super().__init__(storage, directory, sum(data.numel() * data.element_size() for data in targets))
         self._items = items
-        self._places: list[tuple[Tensor, int]] = []  # where it goes, and where it is kept
+        self._positions: list[tuple[Tensor, int]] = []  # view of a live tensor, position of its bytes in the spool
 
     def read(self, progress: Progress) -> None:
-        for target, source in self._found():
+        for target, source in self._read():
             if not self._storage.is_local:
-                self._places.append((target, self._keep(memory(source.contiguous()))))
+                self._positions.append((target, self._append(memory(source.contiguous()))))
             progress.add(source.numel() * source.element_size())
 
     def apply(self, progress: Progress) -> None:
-        for target, source in self._found() if self._storage.is_local else self._read_again():
+        for target, source in self._read() if self._storage.is_local else self._spooled():
             target.copy_(source)
             progress.add(source.numel() * source.element_size())
 
-    def _found(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return _parts(self._storage, self._directory, self._items)
+    def _read(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return _targets_and_sources(self._storage, self._directory, self._items)
 
-    def _read_again(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for target, at in self._places:
+    def _spooled(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for target, position in self._positions:
             source = torch.empty(target.shape, dtype=target.dtype, device="cpu")
             view = memory(source)
-            view[:] = self._kept(at, len(view))
+            view[:] = self._read_back(position, len(view))
             yield target, source
 
 
 def read_items_into(storage: Storage, directory: str, items: Sequence[StockItem]) -> None:
-    """Reads, verifies and writes item by item: for tensors that nobody looks at if it raises ``CheckpointError``."""
-    for target, source in _parts(storage, directory, items):
+    """Reads, verifies and copies item by item. Not collective.
+
+    Raises:
+        CheckpointError: an item is damaged. The tensors are filled in part then, so they must not be live state.
+    """
+    for target, source in _targets_and_sources(storage, directory, items):
         target.copy_(source)
 
 
-def _parts(storage: Storage, directory: str, items: Sequence[StockItem]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(where it goes, what goes there) of each part of each need. An item is verified when the next one comes.
+def _targets_and_sources(
+    storage: Storage, directory: str, items: Sequence[StockItem]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields (view of a live tensor, the elements that belong there) for all parts of the items.
 
-    Raises CheckpointError for a damaged one, which parts may have been yielded of.
+    The elements of a large item are yielded before the whole item is verified. If it is damaged, ``CheckpointError`` is
+    raised when the iteration goes on.
     """
     for item, box, found in _read(storage, directory, items):
-        for need in item.needs:
-            common = intersection(need.box, box)
+        for part in item.parts:
+            common = intersection(part.box, box)
             if common is not None:
-                yield narrowed(need.data, within(common, need.box)), narrowed(found, within(common, box))
+                yield narrowed(part.data, within(common, part.box)), narrowed(found, within(common, box))
 
 
 def _read(storage: Storage, directory: str, items: Sequence[StockItem]) -> Iterator[tuple[StockItem, Box, Tensor]]:
-    """Each item in parts: a box of the chunk, and its elements."""
+    """Yields (item, box of its chunk, elements of the box): a small item at once, a large one in several boxes."""
     small = [item for item in items if not item.is_large]
-    requests = joined([item.place for item in small], READ_BYTES, GAP)
-    ranges = [(in_directory(directory, name), start, stop) for (name, start, stop), _ in requests]
-    for index, data in storage.read_ranges(ranges):
-        (_, first, _), numbers = requests[index]
-        for item in (small[number] for number in numbers):
-            _, start, stop = item.place
-            yield item, whole(item.saved.shape), _whole(item, data[start - first : stop - first])
+    for index, data in read_joined(storage, directory, [item.place for item in small], READ_BYTES, GAP):
+        yield small[index], whole(small[index].saved.shape), _small_item(small[index], data)
     for item in items:
         if item.is_large:
-            for box, part in _large(storage, directory, item):
+            for box, part in _large_item(storage, directory, item):
                 yield item, box, part
 
 
 def read_objects(storage: Storage, directory: str, objects: Mapping[str, StoredObject]) -> dict[str, bytes]:
-    """The items of values, not verified."""
-    keys = sorted(objects, key=lambda key: (objects[key].path, objects[key].offset))
-    places = [(o.path, o.offset, o.offset + o.length) for o in (objects[key] for key in keys)]
-    requests = joined(places, READ_BYTES, GAP)
-    found = {}
-    ranges = [(in_directory(directory, name), start, stop) for (name, start, stop), _ in requests]
-    for index, data in storage.read_ranges(ranges):
-        (_, first, _), numbers = requests[index]
-        for number in numbers:
-            _, start, stop = places[number]
-            found[keys[number]] = data[start - first : stop - first]
-    return found
+    """Returns the items of values by key, without verifying them: whoever decodes an item does. Not collective."""
+    keys = sorted(objects, key=lambda key: range_of(objects[key]))
+    ranges = [range_of(objects[key]) for key in keys]
+    return {keys[index]: data for index, data in read_joined(storage, directory, ranges, READ_BYTES, GAP)}
 
 
-def _whole(item: StockItem, data: bytes) -> Tensor:
+def _small_item(item: StockItem, data: bytes) -> Tensor:
     try:
         return item_tensor(data, item.saved.dtype, item.saved.shape)
     except CheckpointError as error:
         raise _damaged(item, error) from error
 
 
-def _large(storage: Storage, directory: str, item: StockItem) -> Iterator[tuple[Box, Tensor]]:
+def _large_item(storage: Storage, directory: str, item: StockItem) -> Iterator[tuple[Box, Tensor]]:
+    """Yields (box of the chunk, its elements) while it reads an item in bounded memory; verifies it at the end."""
     name, start, stop = item.place
     path = in_directory(directory, name)
     with FileRange(storage, path, start, stop) as raw:
@@ -165,21 +168,22 @@ def _large(storage: Storage, directory: str, item: StockItem) -> Iterator[tuple[
         except CheckpointError as error:
             raise _damaged(item, error) from error
     order = _dense_order(item.saved.shape, layout.strides)
-    if order is None:  # torch's writers do not make such: they copy what does not fill its memory
+    if order is None:  # torch never writes such items: it copies a tensor that has gaps in its memory first
         ((_, data),) = storage.read_ranges([(path, start, stop)])
-        yield whole(item.saved.shape), _whole(item, data)
+        yield whole(item.saved.shape), _small_item(item, data)
         return
     first = start + layout.start
     crc, at = 0, 0
-    for data in _in_order(storage, path, first, first + layout.nbytes):
+    for data in _pieces(storage, path, first, first + layout.nbytes):
         crc = zlib.crc32(data, crc)
-        yield from _boxes(item.saved, layout, order, at, data)
+        yield from _boxes_in(item.saved, layout, order, at, data)
         at += len(data)
     if crc != layout.crc32:
         raise _damaged(item, f"its elements do not have the CRC-32 that was saved with them{CRC_HINT}")
 
 
-def _in_order(storage: Storage, path: str, start: int, stop: int) -> Iterator[bytes]:
+def _pieces(storage: Storage, path: str, start: int, stop: int) -> Iterator[bytes]:
+    """Yields a range of a file in order, in pieces of ``READ_BYTES``."""
     pieces = [(path, at, min(at + READ_BYTES, stop)) for at in range(start, stop, READ_BYTES)]
     for first in range(0, len(pieces), READS_AHEAD):
         found = dict(storage.read_ranges(pieces[first : first + READS_AHEAD]))
@@ -188,17 +192,27 @@ def _in_order(storage: Storage, path: str, start: int, stop: int) -> Iterator[by
 
 
 def _dense_order(shape: Sequence[int], found: Sequence[int]) -> list[int] | None:
-    """The order of the dims in which the elements are row-major; None if they are in none."""
+    """Returns the order of dims in which the elements are row-major without gaps; None if there is no such order.
+
+    Args:
+        found: strides of the stored tensor, in elements.
+    """
     order = sorted(range(len(shape)), key=lambda dim: -found[dim] if shape[dim] > 1 else -(2**63))
     expected = strides([shape[dim] for dim in order])
     is_dense = all(found[dim] == step for dim, step in zip(order, expected, strict=True) if shape[dim] > 1)
     return order if is_dense else None
 
 
-def _boxes(
+def _boxes_in(
     saved: SavedTensor, layout: Layout, order: Sequence[int], at: int, data: bytes
 ) -> Iterator[tuple[Box, Tensor]]:
-    """The elements in ``data``, which are those from byte ``at`` of the payload on."""
+    """Yields (box of the chunk, its elements) for a piece of the payload.
+
+    Args:
+        order: of the dims, as ``_dense_order`` returns it.
+        at: bytes of the payload before ``data``.
+        data: the piece.
+    """
     flat = torch.empty(len(data), dtype=torch.uint8, device="cpu")
     memory(flat)[:] = data
     shape = [saved.shape[dim] for dim in order]

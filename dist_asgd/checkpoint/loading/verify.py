@@ -1,4 +1,7 @@
-"""Reads all of a checkpoint, ours or stock, in bounded memory, and tells everything that is wrong with it."""
+"""Verification of a whole checkpoint, for ``dist-asgd verify``: reads every byte and lists all faults.
+
+Takes checkpoints of this library and of ``torch.distributed.checkpoint`` (DCP), in bounded memory. Runs in one process.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +12,30 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 from dist_asgd.checkpoint.errors import CheckpointError, NotCommitted
-from dist_asgd.checkpoint.format.dcp_metadata import StoredChunk
+from dist_asgd.checkpoint.format.dcp_metadata import stored_chunk
 from dist_asgd.checkpoint.format.entries import SavedTensor
 from dist_asgd.checkpoint.format.json_values import decode
-from dist_asgd.checkpoint.format.manifest import NAME, STOCK, Chunk, Item, Manifest, in_directory, read_manifest
-from dist_asgd.checkpoint.loading.ranges import ByteRange, FileRange, joined
+from dist_asgd.checkpoint.format.manifest import NAME, STOCK, Item, Manifest, in_directory, read_manifest
+from dist_asgd.checkpoint.loading.ranges import READ_BYTES, ByteRange, FileRange, range_of, read_joined
 from dist_asgd.checkpoint.stock.items import check_item
 from dist_asgd.checkpoint.stock.metadata import StockCheckpoint, read_stock_metadata
 from dist_asgd.checkpoint.storage.storage import Storage
 
-READ_BYTES = 8 * 2**20  # bytes that are read together
-
-Report = Callable[[int, int], None]  # bytes that were verified just now, of how many in all
+ProgressCallback = Callable[[int, int], None]  # bytes verified since the last call, bytes in all
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Fault:
+    """Something that is wrong in one file of a checkpoint."""
+
     file: str
-    key: str  # of the entry; "" where it is none's
+    key: str  # of the entry that is affected; "" if there is none
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ItemBlocks:
-    """Of an item in a manifest."""
+    """Some blocks of an item in the manifest, which has their checksums."""
 
     key: str
     item: Item
@@ -40,27 +43,29 @@ class ItemBlocks:
 
     @property
     def place(self) -> ByteRange:
+        """The bytes to read: the blocks, with the item's head or tail where they are its first or last."""
         return self.item.file, *self.item.reach(self.blocks)
 
     def damages(self, data: bytes) -> Iterator[tuple[int, int, str]]:
-        """(start, stop, what is wrong) of parts of the file, of which ``data`` is that at ``place``."""
+        """Yields (start and stop in the file, what is wrong) for damaged parts of ``data``, the bytes at ``place``."""
         for start, stop in self.item.damages(self.blocks, memoryview(data)):
             yield start, stop, f"do not have the checksum that {NAME} has of them"
 
 
 @dataclass(frozen=True, slots=True)
 class StockArchive:
-    """An item of a stock checkpoint, and of a value in ours: it has checksums of its own."""
+    """A zip archive with CRC-32s of its own: an item of a DCP checkpoint, or of a value in one of this library."""
 
     key: str
     place: ByteRange
-    expected: SavedTensor | None
+    expected: SavedTensor | None  # shape and dtype of a tensor's chunk; None for a value
 
     def damages(self, data: bytes) -> Iterator[tuple[int, int, str]]:
-        """As Blocks' are."""
+        """Yields (start and stop in the file, what is wrong) if ``data``, the bytes at ``place``, are damaged."""
         return self.damages_of(io.BytesIO(data))
 
     def damages_of(self, file: BinaryIO) -> Iterator[tuple[int, int, str]]:
+        """Like ``damages``, from a file object that has the bytes at ``place``."""
         _, start, stop = self.place
         try:
             check_item(file, stop - start, self.expected)
@@ -72,37 +77,51 @@ Verifiable = ItemBlocks | StockArchive
 Damage = tuple[str, int, int, str, str]  # file, start, stop, what is wrong, key
 
 
-def verify_checkpoint(storage: Storage, directory: str, report: Report) -> list[Fault]:
-    """What is wrong with a checkpoint that has a manifest. Every byte of it is read. Raises ``StorageError``."""
+def verify_checkpoint(storage: Storage, directory: str, report: ProgressCallback) -> list[Fault]:
+    """Returns all faults of a checkpoint of this library, sorted. Reads every byte of its files.
+
+    Args:
+        directory: relative to ``storage``; "" if the storage is that of one checkpoint. It must have a manifest.json.
+        report: called after each verified range.
+
+    Raises:
+        OSError: the storage failed, or there is no ``manifest.json``.
+    """
     sizes = storage.sizes(directory)
     try:
         manifest = read_manifest(storage.read(in_directory(directory, NAME)))
     except CheckpointError as error:
         return [Fault(NAME, "", f"{error}. Without it, nothing else can be verified")]
-    faults = [*_files(manifest, sizes), *_values(manifest)]
+    faults = [*_check_files(manifest, sizes), *_check_values(manifest)]
     present = {name for name, file in manifest.files.items() if sizes.get(name) == file.size}
     stock = None
     if STOCK in present:
         data = storage.read(in_directory(directory, STOCK))
         if hashlib.sha256(data).hexdigest() == manifest.files[STOCK].sha256:
-            stock, problem = _stock(data, committed=True)
+            stock, problem = _read_stock(data, committed=True)
             faults += problem
         else:
             faults.append(Fault(STOCK, "", f"it does not have the sha256 that {NAME} has of it"))
     if stock is not None:
-        faults += _disagreements(manifest, stock)
+        faults += _check_stock_agrees(manifest, stock)
     parts = [part for part in _parts(manifest, stock) if part.place[0] in present]
-    faults += _uncovered(manifest, parts, present) if stock is not None else []
-    return sorted(faults + _damages(storage, directory, parts, report))
+    faults += _check_coverage(manifest, parts, present) if stock is not None else []
+    return sorted(faults + _check_bytes(storage, directory, parts, report))
 
 
-def verify_stock_checkpoint(storage: Storage, directory: str, report: Report) -> list[Fault]:
-    """The same for a checkpoint of ``torch.distributed.checkpoint``, by the CRC-32s in its archives.
+def verify_stock_checkpoint(storage: Storage, directory: str, report: ProgressCallback) -> list[Fault]:
+    """Returns all faults of a checkpoint of ``torch.distributed.checkpoint``, by the CRC-32s in its archives, sorted.
 
-    Raises ``NotCommitted`` for one of ours.
+    Args:
+        directory: relative to ``storage``; "" if the storage is that of one checkpoint.
+        report: called after each verified range.
+
+    Raises:
+        NotCommitted: it is a checkpoint of this library, and has no manifest.json.
+        OSError: the storage failed, or there is no ``.metadata``.
     """
     sizes = storage.sizes(directory)
-    stock, faults = _stock(storage.read(in_directory(directory, STOCK)), committed=False)
+    stock, faults = _read_stock(storage.read(in_directory(directory, STOCK)), committed=False)
     parts = []
     for part in _archives(stock) if stock is not None else ():
         name, _, stop = part.place
@@ -111,10 +130,11 @@ def verify_stock_checkpoint(storage: Storage, directory: str, report: Report) ->
             faults.append(Fault(name, part.key, f"the file {found}"))
         else:
             parts.append(part)
-    return sorted(faults + _damages(storage, directory, parts, report))
+    return sorted(faults + _check_bytes(storage, directory, parts, report))
 
 
-def _stock(data: bytes, committed: bool) -> tuple[StockCheckpoint | None, list[Fault]]:
+def _read_stock(data: bytes, committed: bool) -> tuple[StockCheckpoint | None, list[Fault]]:
+    """Returns the contents of ``.metadata``, or None and the fault that makes it unreadable."""
     try:
         return read_stock_metadata(data, committed=committed), []
     except NotCommitted:
@@ -123,7 +143,7 @@ def _stock(data: bytes, committed: bool) -> tuple[StockCheckpoint | None, list[F
         return None, [Fault(STOCK, "", str(error))]
 
 
-def _files(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[Fault]:
+def _check_files(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[Fault]:
     for name, file in manifest.files.items():
         if name not in sizes:
             yield Fault(name, "", "the file is missing")
@@ -133,7 +153,7 @@ def _files(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[Fault]:
         yield Fault(name, "", "the file does not belong to the checkpoint")
 
 
-def _values(manifest: Manifest) -> Iterator[Fault]:
+def _check_values(manifest: Manifest) -> Iterator[Fault]:
     for key, value in manifest.values.items():
         try:
             decode(value.encoded, key)
@@ -141,11 +161,11 @@ def _values(manifest: Manifest) -> Iterator[Fault]:
             yield Fault(NAME, key, str(error))
 
 
-def _disagreements(manifest: Manifest, stock: StockCheckpoint) -> Iterator[Fault]:
-    """Where ``.metadata`` says something else than the manifest."""
+def _check_stock_agrees(manifest: Manifest, stock: StockCheckpoint) -> Iterator[Fault]:
+    """Yields faults where ``.metadata`` and the manifest differ."""
     for key, tensor in manifest.tensors.items():
         theirs = stock.tensors.get(key)
-        chunks = {_stored(manifest, chunk) for chunk in tensor.chunks if chunk.box.numel}
+        chunks = {stored_chunk(chunk.box, manifest.items[chunk.item]) for chunk in tensor.chunks if chunk.box.numel}
         if theirs is None:
             yield Fault(STOCK, key, f"it lacks the tensor, which {NAME} has")
         elif theirs.saved != tensor.saved or set(theirs.chunks) != chunks:
@@ -156,13 +176,11 @@ def _disagreements(manifest: Manifest, stock: StockCheckpoint) -> Iterator[Fault
         yield Fault(STOCK, key, f"{NAME} lacks the entry")
 
 
-def _stored(manifest: Manifest, chunk: Chunk) -> StoredChunk:
-    item = manifest.items[chunk.item]
-    return StoredChunk(chunk.box, item.file, item.offset, item.stop - item.offset)
-
-
 def _parts(manifest: Manifest, stock: StockCheckpoint | None) -> list[Verifiable]:
-    """All bytes of the files with items, in their order: tensors by the manifest, values by ``.metadata``."""
+    """Returns everything to verify in the files with items, sorted by place, each at most about ``READ_BYTES``.
+
+    Tensors are found by the manifest, values by ``.metadata``, unless an item of the manifest covers them.
+    """
     keys = {chunk.item: key for key, tensor in manifest.tensors.items() for chunk in tensor.chunks}
     parts: list[Verifiable] = []
     for number, item in enumerate(manifest.items):
@@ -171,7 +189,7 @@ def _parts(manifest: Manifest, stock: StockCheckpoint | None) -> list[Verifiable
         for start in range(0, max(count, 1), step):
             parts.append(ItemBlocks(keys.get(number, ""), item, range(start, min(start + step, count))))
     if stock is not None:
-        whole = [item for number, item in enumerate(manifest.items) if number not in keys]  # have values, too
+        whole = [item for number, item in enumerate(manifest.items) if number not in keys]  # these hold values
         parts += [part for part in _archives(stock) if part.expected is None and not _is_in(part, whole)]
     return sorted(parts, key=lambda part: part.place)
 
@@ -182,20 +200,19 @@ def _is_in(part: StockArchive, items: Sequence[Item]) -> bool:
 
 
 def _archives(stock: StockCheckpoint) -> list[StockArchive]:
-    """In the order of their places; what several entries share stands once."""
+    """Returns the archives of all entries, sorted by place. An archive that several entries share is listed once."""
     found = {}
     for key, tensor in stock.tensors.items():
         for chunk in tensor.chunks:
-            place = chunk.path, chunk.offset, chunk.offset + chunk.length
+            place = range_of(chunk)
             found[place] = StockArchive(key, place, SavedTensor(chunk.box.sizes, tensor.saved.dtype))
     for key, stored in stock.objects.items():
-        place = stored.path, stored.offset, stored.offset + stored.length
-        found[place] = StockArchive(key, place, None)
+        found[range_of(stored)] = StockArchive(key, range_of(stored), None)
     return sorted(found.values(), key=lambda part: part.place)
 
 
-def _uncovered(manifest: Manifest, parts: Sequence[Verifiable], present: set[str]) -> Iterator[Fault]:
-    """Bytes of files that belong to no entry, or to several."""
+def _check_coverage(manifest: Manifest, parts: Sequence[Verifiable], present: set[str]) -> Iterator[Fault]:
+    """Yields a fault for each range of a file that belongs to no entry, or to several."""
     ends = dict.fromkeys(present, 0)
     for part in parts:
         name, start, stop = part.place
@@ -209,19 +226,16 @@ def _uncovered(manifest: Manifest, parts: Sequence[Verifiable], present: set[str
             yield Fault(name, "", f"bytes {end} to {manifest.files[name].size} belong to nothing")
 
 
-def _damages(storage: Storage, directory: str, parts: Sequence[Verifiable], report: Report) -> list[Fault]:
-    """Reads the parts, which stand in the order of their places."""
+def _check_bytes(
+    storage: Storage, directory: str, parts: Sequence[Verifiable], report: ProgressCallback
+) -> list[Fault]:
+    """Reads and verifies the parts, which are sorted by place. Returns their damage."""
     total = sum(part.place[2] - part.place[1] for part in parts)
     damages: list[Damage] = []
     small = [part for part in parts if not _is_large(part)]
-    requests = joined([part.place for part in small], READ_BYTES)
-    ranges = [(in_directory(directory, name), start, stop) for (name, start, stop), _ in requests]
-    for index, data in storage.read_ranges(ranges):
-        (name, first, _), indices = requests[index]
-        for part in (small[number] for number in indices):
-            _, start, stop = part.place
-            found = part.damages(data[start - first : stop - first])
-            damages += [(name, low, high, text, part.key) for low, high, text in found]
+    for index, data in read_joined(storage, directory, [part.place for part in small], READ_BYTES):
+        part = small[index]
+        damages += [(part.place[0], low, high, text, part.key) for low, high, text in part.damages(data)]
         report(len(data), total)
     for part in parts:
         if isinstance(part, StockArchive) and _is_large(part):
@@ -234,11 +248,12 @@ def _damages(storage: Storage, directory: str, parts: Sequence[Verifiable], repo
 
 
 def _is_large(part: Verifiable) -> bool:
+    """Returns whether a part is read as a stream."""
     return isinstance(part, StockArchive) and part.place[2] - part.place[1] > 2 * READ_BYTES
 
 
 def _merged(damages: Sequence[Damage]) -> list[Fault]:
-    """Damages that follow on each other are one."""
+    """Returns the faults, with adjacent damaged ranges of one entry as one fault."""
     merged: list[Damage] = []
     for file, start, stop, text, key in damages:
         if merged and merged[-1][0] == file and merged[-1][2:] == (start, text, key):

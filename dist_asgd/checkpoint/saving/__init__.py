@@ -1,1 +1,1 @@
-"""Saving: who writes what, the writing, and the commit."""
+"""Saving a checkpoint: assignment of blocks to ranks, writing of one file a rank, and the commit by rank 0."""

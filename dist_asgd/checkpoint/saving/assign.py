@@ -1,4 +1,4 @@
-"""Who writes what: ranks offer the blocks they have, and each element goes to exactly one of those that offer it."""
+"""Assignment of the blocks of all tensors to the ranks that write them: each element is written by exactly one rank."""
 
 from __future__ import annotations
 
@@ -12,44 +12,50 @@ import torch
 from dist_asgd.boxes import Box, cut, share, tiles
 from dist_asgd.checkpoint.errors import CheckpointError
 
-LARGEST = 2**29  # bytes of one item: archives need no 64-bit forms, and a file's items are balanced
-OF_FIRST = 2**16  # bytes of a replicated block that the first rank writes: buffers of modules may differ between ranks
-ONE_WRITER = 2**20  # bytes of a replicated block that one rank writes; of larger ones, each writes a part
+MAX_ITEM_BYTES = 2**29  # an archive then needs no zip64 records, and large tensors are balanced over ranks
+# Parts of at most this many bytes are written by the lowest rank that has them: buffers of modules, such as running
+# statistics of batch norm, may differ between ranks, and all of them should come from one rank.
+FIRST_RANK_BYTES = 2**16
+ONE_WRITER_BYTES = 2**20  # blocks of at most this many bytes have one writer; larger ones are divided
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a rank has of one tensor."""
+    """The blocks that a rank has of one tensor."""
 
-    shape: tuple[int, ...]  # of the whole
+    shape: tuple[int, ...]  # of the whole tensor
     dtype: torch.dtype
-    boxes: tuple[Box, ...]
+    boxes: tuple[Box, ...]  # in the whole tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """What a rank writes."""
+class Assignment:
+    """The boxes that one rank writes."""
 
-    boxes: list[tuple[str, Box, Box]] = field(default_factory=list)  # key, the part to write, the offered box it is in
+    boxes: list[tuple[str, Box, Box]] = field(default_factory=list)  # key, box to write, offered box that contains it
 
 
-def assign(offers: Sequence[Mapping[str, Offer]]) -> list[Share]:
-    """By rank, what each writes. Every element is written once, by a rank that has it; replicas take parts of a block.
+def assign(offers: Sequence[Mapping[str, Offer]]) -> list[Assignment]:
+    """Returns by rank the boxes that it writes. Replicas of a block divide it among them. Not collective.
+
+    Args:
+        offers: by rank, then by key.
 
     Raises:
-        CheckpointError: ranks do not agree on a tensor, or have not all of it.
+        CheckpointError: ranks have different shapes or dtypes of a tensor, or their blocks do not make up the tensor.
     """
-    shares = [Share() for _ in offers]
-    loads = _Loads(len(offers))
+    assignments = [Assignment() for _ in offers]
+    load = _BytesPerRank(len(offers))
     for key, by_rank in _by_key(offers).items():
         first = next(iter(by_rank.values()))
         holders = holders_of(key, first, by_rank)
         for box, ranks in holders.items():
             for part in _parts(box, len(ranks), first.dtype.itemsize):
-                rank = loads.least(ranks) if part.numel * first.dtype.itemsize > OF_FIRST else ranks[0]
-                loads.add(rank, part.numel * first.dtype.itemsize)
-                shares[rank].boxes.append((key, part, box))
-    return shares
+                size = part.numel * first.dtype.itemsize
+                rank = load.least(ranks) if size > FIRST_RANK_BYTES else ranks[0]
+                load.add(rank, size)
+                assignments[rank].boxes.append((key, part, box))
+    return assignments
 
 
 def _by_key(offers: Sequence[Mapping[str, Offer]]) -> dict[str, dict[int, Offer]]:
@@ -61,7 +67,15 @@ def _by_key(offers: Sequence[Mapping[str, Offer]]) -> dict[str, dict[int, Offer]
 
 
 def holders_of(key: str, first: Offer, by_rank: Mapping[int, Offer]) -> dict[Box, list[int]]:
-    """Which ranks have each block of the tensor ``key``, as ``first`` is one. Raises as ``assign``."""
+    """Returns for each block of the tensor ``key`` the ranks that have it, ascending.
+
+    Args:
+        first: the offer that the others are compared with.
+        by_rank: the offers of all ranks that have a part of the tensor.
+
+    Raises:
+        CheckpointError: ranks have different shapes or dtypes, or the blocks do not make up the tensor.
+    """
     holders: dict[Box, list[int]] = {}
     for rank, offer in by_rank.items():
         if (offer.shape, offer.dtype) != (first.shape, first.dtype):
@@ -72,7 +86,7 @@ def holders_of(key: str, first: Offer, by_rank: Mapping[int, Offer]) -> dict[Box
         for box in offer.boxes:
             if box.numel or not any(first.shape) or 0 in first.shape:
                 holders.setdefault(box, []).append(rank)
-    if 0 in first.shape:  # nothing to write, but it is written that there is nothing
+    if 0 in first.shape:  # one empty block is written, so that the tensor is in the checkpoint
         return dict(list(holders.items())[:1])
     if not tiles(list(holders), first.shape):
         found = sum(box.numel for box in holders)
@@ -88,12 +102,12 @@ def _kind(offer: Offer) -> str:
 
 
 def _parts(box: Box, ranks: int, itemsize: int) -> list[Box]:
-    count = min(ranks, -(-box.numel * itemsize // ONE_WRITER))
-    return [part for shared in share(box, count) for part in cut(shared, LARGEST // itemsize)]
+    count = min(ranks, -(-box.numel * itemsize // ONE_WRITER_BYTES))
+    return [part for shared in share(box, count) for part in cut(shared, MAX_ITEM_BYTES // itemsize)]
 
 
-class _Loads:
-    """How much each rank has to write so far."""
+class _BytesPerRank:
+    """The bytes that each rank has been assigned so far."""
 
     def __init__(self, world_size: int) -> None:
         self._bytes = [0] * world_size
@@ -103,16 +117,20 @@ class _Loads:
         self._bytes[rank] += count
 
     def least(self, ranks: Sequence[int]) -> int:
-        """That of ``ranks`` which has least."""
+        """Returns the one of ``ranks`` with the fewest bytes."""
         if len(ranks) < len(self._bytes):
             return min(ranks, key=self._bytes.__getitem__)
-        while self._heap[0][0] != self._bytes[self._heap[0][1]]:  # it has got more since it was put there
+        while self._heap[0][0] != self._bytes[self._heap[0][1]]:  # the rank has got more since it was pushed
             heapq.heapreplace(self._heap, (self._bytes[self._heap[0][1]], self._heap[0][1]))
         return self._heap[0][1]
 
 
 def varying_keys(everyone: Sequence[Mapping[str, Any]]) -> set[str]:
-    """The keys whose facts are not the same on all ranks, or that some ranks do not have."""
+    """Returns the keys whose values differ between ranks, or that some ranks do not have.
+
+    Args:
+        everyone: by rank, the values to compare, by key.
+    """
     keys = {key for facts in everyone for key in facts}
     return {key for key in keys if any(facts.get(key, _ABSENT) != everyone[0].get(key, _ABSENT) for facts in everyone)}
 

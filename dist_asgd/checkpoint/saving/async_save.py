@@ -1,4 +1,4 @@
-"""A save that is under way in a thread, and that a process which ends finishes first."""
+"""A save in a background thread, which a process that exits finishes first."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor  # noqa: F401 its hook must be there before ours: see below
+from concurrent.futures import ThreadPoolExecutor  # noqa: F401 registers its exit hook before ours: see the end
 
 from dist_asgd.checkpoint.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 
-class Background:
-    """Runs ``work`` in a thread."""
+class BackgroundSave:
+    """Runs ``work`` in a non-daemon thread, starting at once. Is not collective itself.
+
+    In a forked child, which does not have the thread, no method waits.
+    """
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._work = work
         self._error: BaseException | None = None
         self._done = threading.Event()
         self._process = os.getpid()
-        _under_way.add(self)
+        _running.add(self)
         threading.Thread(target=self._run, name="dist_asgd checkpoint", daemon=False).start()
 
     def _run(self) -> None:
@@ -32,35 +35,37 @@ class Background:
         finally:
             self._done.set()
 
-    def join(self) -> None:
-        """Waits until the work is done, or has failed."""
-        if self._process == os.getpid():  # a fork does not have the thread
-            self._done.wait()  # Thread.join, once interrupted, takes the thread for stopped (CPython up to 3.12)
+    def wait(self) -> None:
+        """Waits until the work has returned or raised. Raises nothing of what it raised."""
+        if self._process == os.getpid():
+            # Thread.join, once interrupted, takes the thread for stopped (CPython up to 3.12).
+            self._done.wait()
 
-    def finish(self) -> None:
-        """Waits; raises what went wrong."""
-        self.join()
-        _under_way.discard(self)
+    def wait_and_raise(self) -> None:
+        """Waits for the work. Raises ``CheckpointError`` if the work raised."""
+        self.wait()
+        _running.discard(self)
         if self._error is not None:
             raise CheckpointError(f"the last save, in the background, has failed: {self._error}") from self._error
 
-    def end(self) -> None:
-        """Waits; what went wrong goes to the log, since nobody is there to whom it could be raised."""
+    def wait_and_log(self) -> None:
+        """Waits for the work. Logs an error of the work, for callers that have nobody to raise it to."""
         try:
-            self.finish()
+            self.wait_and_raise()
         except CheckpointError as error:
             logger.error("%s", error)
 
 
-_under_way: set[Background] = set()
+_running: set[BackgroundSave] = set()
 
 
-def _end_all() -> None:
-    """A process that ends by itself, by an exception or by a signal that it handles, has all of its saves."""
-    for background in list(_under_way):
-        background.end()
+def _finish_all() -> None:
+    """Finishes all saves of a process that ends normally, by an exception, or by a signal that it handles."""
+    for save in list(_running):
+        save.wait_and_log()
 
 
-# Functions of atexit are called when executors take no more work, and threads that are no daemons are waited for then,
-# too: a save would fail half way. Of these hooks the last one comes first, and that of executors is older.
-threading._register_atexit(_end_all)  # type: ignore[attr-defined]  # there is no public way
+# atexit is too late: by then executors accept no more work, and the interpreter has waited for non-daemon threads, so a
+# save would fail half way. Hooks registered here run in reverse order; importing ThreadPoolExecutor registered the hook
+# that shuts down executors, so this one runs before it.
+threading._register_atexit(_finish_all)  # type: ignore[attr-defined]  # there is no public way

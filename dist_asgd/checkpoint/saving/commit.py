@@ -1,15 +1,38 @@
-"""The commit of a checkpoint: the record that makes the files of all ranks exist as one checkpoint.
+"""The commit of a checkpoint: rank 0 creates ``.metadata`` and then ``manifest.json``, which makes it exist.
 
-The order of writing, below the checkpoint's own new directory:
+A directory is a checkpoint if and only if it has a ``manifest.json``. That file is created last, exclusively and
+atomically, and the directory is never written to again. ``Checkpointer.save`` and ``save`` in
+``checkpoint/checkpointer.py`` lead here through ``write`` in ``checkpoint/saving/save.py``.
 
-1. Each rank writes its file of tensors, ``__<rank>_0.distcp`` (saving/writer.py).
-2. When all ranks have reported their files, rank 0 compares their sizes with the store's listing.
-3. Rank 0 creates ``.metadata``, by which torch.distributed.checkpoint reads the directory.
-4. Rank 0 creates ``manifest.json``, which names every file, byte range and checksum.
+[Note: commit]
+The steps of a save, in order:
 
-The checkpoint exists from the moment in which ``manifest.json`` exists, and not before: both files are created
-exclusively and whole. A crash before step 4 leaves a directory without a manifest, which loads ignore and a later save
-sweeps away (checkpoint/retention.py). A crash after step 4 leaves a complete checkpoint.
+1. *Plan* (``plan_save``, collective). Rank 0 picks a new directory name and tells each rank which blocks to write.
+   Nothing is written.
+2. *Write* (``write_blocks``, every rank by itself). A rank with something to write writes one file,
+   ``__<rank>_0.distcp``. The file appears under that name when it is whole and durable; until then its bytes are in a
+   temporary file or in an unfinished upload.
+3. *Report* (``Rendezvous.submit``). Each rank sends rank 0 the sizes, places and checksums of what it has written.
+   Rank 0 waits until every rank has reported, has failed, or has given no sign of life for 30 s.
+4. *Commit* (``commit``, rank 0 only). Rank 0 compares the sizes of the files in the storage with the reported sizes.
+   It creates ``.metadata``, the index that ``torch.distributed.checkpoint`` (DCP) reads, and then ``manifest.json``,
+   which has the sha256 of ``.metadata`` and the checksums of all items. Both requests fail if the file exists.
+5. *Announce* (``Rendezvous.announce``). The other ranks learn that the checkpoint exists, and ``save`` returns on them.
+6. *Retention* (``delete_outdated``, rank 0 of a ``Checkpointer``). Older checkpoints are deleted only after the commit,
+   ``manifest.json`` first.
+
+What a crash leaves, by the step in which it happens:
+
+- In 2 or 3: a directory with some of the ranks' files, temporary files or unfinished uploads, and neither
+  ``.metadata`` nor ``manifest.json``. Every reader ignores it or refuses it.
+- In 4, between the two files: all data and ``.metadata``. DCP can load it, and it is whole. Readers of this package
+  refuse it: ``.metadata`` names ``manifest.json`` as the file that commits it, and that file is missing.
+- In 5, after ``manifest.json`` was created: a checkpoint. ``save`` raises on ranks that were not told, but the next
+  ``load`` finds the checkpoint.
+- In 6: the new checkpoint, and older ones that are either whole or have no ``manifest.json`` any more.
+
+An attempt without ``manifest.json`` is deleted by the retention of a later save, one hour after its last change. A rank
+that fails without dying reports its error in place of step 3; then every rank raises and nothing is committed.
 """
 
 from __future__ import annotations
@@ -19,12 +42,11 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from dist_asgd.checkpoint.errors import CheckpointError
-from dist_asgd.checkpoint.format.dcp_metadata import StoredChunk, StoredObject, stock_metadata
+from dist_asgd.checkpoint.format.dcp_metadata import StoredObject, stock_metadata, stored_chunk
 from dist_asgd.checkpoint.format.entries import SavedTensor
 from dist_asgd.checkpoint.format.manifest import (
     NAME,
@@ -38,65 +60,75 @@ from dist_asgd.checkpoint.format.manifest import (
     key_of_rank,
     write_manifest,
 )
-from dist_asgd.checkpoint.saving.writer import Written
+from dist_asgd.checkpoint.saving.writer import WriteResult
+from dist_asgd.checkpoint.state.tree import Path
 from dist_asgd.checkpoint.storage.storage import Storage
-
-Path = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class CommitRecord:
-    """What rank 0 needs for the manifest besides what ranks have written."""
+    """The part of the manifest that rank 0 knows from the plan, before anything is written."""
 
     step: int
-    tensors: Mapping[str, tuple[SavedTensor, Path, int | None]]  # with the path and, of ranks' own entries, the rank
+    # Each tensor with its path in the nested state, and with the rank if every rank saves a tensor of its own there.
+    tensors: Mapping[str, tuple[SavedTensor, Path, int | None]]
     values: Mapping[str, ValueRecord]
 
 
-def commit(storage: Storage, directory: str, record: CommitRecord, parts: Sequence[Written]) -> None:
-    """Checks that all is there, and writes the record without which a checkpoint does not exist."""
+def commit(storage: Storage, directory: str, record: CommitRecord, results: Sequence[WriteResult]) -> None:
+    """Makes a checkpoint exist, if all of its files are there (step 4 of [Note: commit]). Called on rank 0 only.
+
+    Args:
+        directory: of the checkpoint, relative to ``storage``; "" if the storage is that of one checkpoint.
+        results: what each rank has written, by rank.
+
+    Raises:
+        CheckpointError: a file is missing or has another size than was written. Nothing was created.
+        OSError: the storage failed, or ``.metadata`` or ``manifest.json`` exists already.
+    """
     found = storage.sizes(directory)
-    for name, size in [entry for written in parts for entry in written.files.items()]:
+    for name, size in [entry for result in results for entry in result.files.items()]:
         if found.get(name) != size:
             raise CheckpointError(
                 f"{in_directory(directory, name)} below {storage.url} has {found.get(name)} bytes, {size} were written"
             )
-    manifest, stock = _manifest(record, parts)
+    manifest, stock = _manifest(record, results)
     storage.create(in_directory(directory, STOCK), stock)
-    storage.create(in_directory(directory, NAME), write_manifest(manifest))
+    storage.create(in_directory(directory, NAME), write_manifest(manifest))  # from here on the checkpoint exists
 
 
-def _manifest(record: CommitRecord, parts: Sequence[Written]) -> tuple[Manifest, bytes]:
-    items = [item for written in parts for item in written.items]
+def _manifest(record: CommitRecord, results: Sequence[WriteResult]) -> tuple[Manifest, bytes]:
+    """Returns the manifest and the bytes of ``.metadata``, whose sha256 the manifest has."""
+    items = [item for result in results for item in result.items]
     chunks: dict[str, list[Chunk]] = {key: [] for key in record.tensors}
     first = 0
-    for written in parts:
-        for key, box, index in written.chunks:
+    for result in results:
+        for key, box, index in result.chunks:
             chunks[key].append(Chunk(box, first + index))
-        first += len(written.items)
+        first += len(result.items)
     tensors = {
         key: TensorRecord(saved, tuple(chunks[key]), path, rank)
         for key, (saved, path, rank) in sorted(record.tensors.items())
     }
     stored = {
-        key: (tensor.saved.dtype, tensor.saved.shape, [_stored(chunk, items) for chunk in tensor.chunks])
+        key: (
+            tensor.saved.dtype,
+            tensor.saved.shape,
+            [stored_chunk(chunk.box, items[chunk.item]) for chunk in tensor.chunks],
+        )
         for key, tensor in tensors.items()
     }
-    objects = {key: StoredObject(file, at, size) for written in parts for key, file, at, size in written.objects}
+    objects = {key: StoredObject(file, at, size) for result in results for key, file, at, size in result.objects}
     paths = {key: _stock_path(tensor.path, tensor.rank) for key, tensor in tensors.items()}
     paths |= {key: _stock_path(value.path, value.rank) for key, value in record.values.items()}
     stock = stock_metadata(stored, objects, paths, committed_by=NAME)
-    files = {name: FileRecord(size) for written in parts for name, size in written.files.items()}
+    files = {name: FileRecord(size) for result in results for name, size in result.files.items()}
     files[STOCK] = FileRecord(len(stock), hashlib.sha256(stock).hexdigest())
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    manifest = Manifest(record.step, len(parts), time.time(), versions, files, tuple(items), tensors, record.values)
+    manifest = Manifest(record.step, len(results), time.time(), versions, files, tuple(items), tensors, record.values)
     return manifest, stock
 
 
 def _stock_path(path: Path, rank: int | None) -> Path:
+    """Returns the path under which DCP finds an entry: the last name of a rank's own entry ends in the rank."""
     return path if rank is None else (*path[:-1], key_of_rank(str(path[-1]), rank))
-
-
-def _stored(chunk: Chunk, items: Sequence[Any]) -> StoredChunk:
-    item = items[chunk.item]
-    return StoredChunk(chunk.box, item.file, item.offset, item.stop - item.offset)

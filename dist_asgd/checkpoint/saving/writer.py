@@ -1,4 +1,7 @@
-"""Writes what one rank has to write of a checkpoint: a file of archives, checksummed on the way."""
+"""Writing of one rank's file of a checkpoint: a sequence of items, checksummed while they are written.
+
+An item is laid out as [Note: items] in ``checkpoint/format/dcp_metadata.py`` describes.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from dist_asgd.checkpoint.format.tensor_bytes import Checksums, block_bytes, mem
 from dist_asgd.checkpoint.progress import Progress
 from dist_asgd.checkpoint.storage.storage import Storage
 
-ASIDE = 2**18  # bytes from which a checksum is made in another thread, while this one writes
+CHECKSUM_THREAD_BYTES = 2**18  # pieces of at least this size are checksummed in a second thread while they are written
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,111 +30,122 @@ class BlockToWrite:
     """A block of a tensor that this rank writes."""
 
     key: str
-    box: Box
-    data: Tensor  # of the box's sizes, any strides, any device
-    is_whole: bool  # of the tensor
+    box: Box  # in the whole tensor
+    data: Tensor  # of the box's sizes, any dtype, strides and device
+    is_whole: bool  # whether the box is the whole tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """What one rank has written, as it tells rank 0."""
+class WriteResult:
+    """What one rank has written, which it reports to rank 0 for the manifest."""
 
-    files: dict[str, int] = field(default_factory=dict)  # bytes
+    files: dict[str, int] = field(default_factory=dict)  # name -> bytes
     items: list[Item] = field(default_factory=list)
-    chunks: list[tuple[str, Box, int]] = field(default_factory=list)  # key, box, index in items
-    objects: list[tuple[str, str, int, int]] = field(default_factory=list)  # key, file, offset, bytes
+    chunks: list[tuple[str, Box, int]] = field(default_factory=list)  # key, box, index into items
+    objects: list[tuple[str, str, int, int]] = field(default_factory=list)  # key, file, offset and length in bytes
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), separators=(",", ":")).encode()
 
     @classmethod
-    def from_json(cls, data: bytes) -> Written:
+    def from_json(cls, data: bytes) -> WriteResult:
         record = json.loads(data)
         chunks = [(key, Box(*map(tuple, box.values())), item) for key, box, item in record["chunks"]]
         items = [Item(**item) for item in record["items"]]
         return cls(record["files"], items, chunks, [tuple(entry) for entry in record["objects"]])
 
 
-def write_parts(
+def write_blocks(
     storage: Storage,
     directory: str,
     rank: int,
-    parts: Sequence[BlockToWrite],
+    blocks: Sequence[BlockToWrite],
     objects: Mapping[str, Any],
     check: Callable[[], None],
-) -> Written:
-    """Writes the file of ``rank``, if it has anything to write.
+) -> WriteResult:
+    """Writes the file ``__<rank>_0.distcp``, if there is anything to write (step 2 of [Note: commit]). Not collective.
+
+    The file appears under its name when it is whole and durable. If anything raises, it does not appear.
 
     Args:
-        directory: of the checkpoint, in ``storage``.
-        objects: values that torch.distributed.checkpoint is to find, too.
-        check: called for every few megabytes; raises to give up.
+        directory: of the checkpoint, relative to ``storage``; "" if the storage is that of one checkpoint.
+        objects: values by key, written for torch.distributed.checkpoint only: the manifest has them, too.
+        check: called every few megabytes; raises to abandon the file.
+
+    Raises:
+        OSError: the storage failed.
     """
-    name, written = f"__{rank}_0.distcp", Written()
-    if parts or objects:
-        total = sum(part.data.numel() * part.data.element_size() for part in parts)
+    name, result = f"__{rank}_0.distcp", WriteResult()
+    if blocks or objects:
+        total = sum(block.data.numel() * block.data.element_size() for block in blocks)
         progress = Progress(f"saving {in_directory(storage.url, directory)}", total, rank)
-        with ThreadPoolExecutor(1, "dist_asgd-checksums") as aside:
-            file = _File(name, written, check, aside, progress)
-            written.files[name] = storage.write(in_directory(directory, name), file.chunks(parts, objects))
-    return written
+        with ThreadPoolExecutor(1, "dist_asgd-checksums") as checksum_thread:
+            file = _FileWriter(name, result, check, checksum_thread, progress)
+            result.files[name] = storage.write(in_directory(directory, name), file.pieces(blocks, objects))
+    return result
 
 
-class _File:
-    """A file under way: makes its bytes, and keeps the record of them."""
+class _FileWriter:
+    """Generates the bytes of one file, and records its items in a ``WriteResult``."""
 
     def __init__(
-        self, name: str, written: Written, check: Callable[[], None], aside: ThreadPoolExecutor, progress: Progress
+        self,
+        name: str,
+        result: WriteResult,
+        check: Callable[[], None],
+        checksum_thread: ThreadPoolExecutor,
+        progress: Progress,
     ) -> None:
-        self._name, self._written, self._check, self._aside = name, written, check, aside
+        self._name, self._result, self._check, self._checksum_thread = name, result, check, checksum_thread
         self._progress = progress
-        self._position = 0
-        self._small: dict[tuple[torch.dtype, tuple[int, ...], bytes], int] = {}  # items that may be shared
+        self._position = 0  # bytes of the file so far
+        self._small: dict[tuple[torch.dtype, tuple[int, ...], bytes], int] = {}  # content -> index of its item
 
-    def chunks(self, parts: Sequence[BlockToWrite], objects: Mapping[str, Any]) -> Iterator[bytes | memoryview]:
-        for part in parts:
-            yield from self._part(part)
+    def pieces(self, blocks: Sequence[BlockToWrite], objects: Mapping[str, Any]) -> Iterator[bytes | memoryview]:
+        """Yields the bytes of the file, in order."""
+        for block in blocks:
+            yield from self._block(block)
         if objects:
             yield self._objects(objects)
 
-    def _part(self, part: BlockToWrite) -> Iterator[bytes | memoryview]:
-        dtype, sizes, size = part.data.dtype, part.box.sizes, part.box.numel * part.data.dtype.itemsize
-        content = None
-        if part.is_whole and size <= SHARED:
-            content = dtype, sizes, b"".join(memory_of(part.data))
+    def _block(self, block: BlockToWrite) -> Iterator[bytes | memoryview]:
+        """Yields the item of a block: nothing where a small tensor with equal content is in the file already."""
+        dtype, sizes, size = block.data.dtype, block.box.sizes, block.box.numel * block.data.dtype.itemsize
+        if block.is_whole and size <= SHARED:
+            content = dtype, sizes, b"".join(memory_of(block.data))
             if content in self._small:
-                self._written.chunks.append((part.key, part.box, self._small[content]))
+                self._result.chunks.append((block.key, block.box, self._small[content]))
                 return
-            self._small[content] = len(self._written.items)
+            self._small[content] = len(self._result.items)
         head, sums = item_head(dtype, sizes), Checksums(block_bytes(size))
         yield head
-        for piece in memory_of(part.data):
+        for piece in memory_of(block.data):
             self._check()
-            if len(piece) < ASIDE:
+            if len(piece) < CHECKSUM_THREAD_BYTES:
                 sums.add(piece)
                 yield piece
             else:
-                added = self._aside.submit(sums.add, piece)
+                added = self._checksum_thread.submit(sums.add, piece)
                 yield piece
                 added.result()
             self._progress.add(len(piece))
         tail = item_tail(dtype, sizes, sums.last)
         frame = f"{zlib.crc32(head):08x}{zlib.crc32(tail):08x}"
         item = Item(self._name, self._position, len(head), size, len(tail), sums.block, sums.text(), frame)
-        self._written.chunks.append((part.key, part.box, len(self._written.items)))
-        self._written.items.append(item)
+        self._result.chunks.append((block.key, block.box, len(self._result.items)))
+        self._result.items.append(item)
         self._position = item.stop
         yield tail
 
     def _objects(self, objects: Mapping[str, Any]) -> bytes:
-        """One item, which no tensor is in, has the checksums of all of them."""
+        """Returns the archives of all values. One item of the manifest, which no tensor uses, has their checksums."""
         start, archives = self._position, [object_item(value) for value in objects.values()]
         for key, data in zip(objects, archives, strict=True):
-            self._written.objects.append((key, self._name, self._position, len(data)))
+            self._result.objects.append((key, self._name, self._position, len(data)))
             self._position += len(data)
         everything = b"".join(archives)
         sums = Checksums(block_bytes(len(everything)))
         sums.add(memoryview(everything))
         item = Item(self._name, start, 0, len(everything), 0, sums.block, sums.text(), NO_FRAME)
-        self._written.items.append(item)
+        self._result.items.append(item)
         return everything
