@@ -10,7 +10,7 @@ over parameters pays for no call in Python.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -159,11 +159,27 @@ def is_fsdp1_slice(param: Tensor) -> bool:
 def free_fsdp1_copy(module: FullyShardedDataParallel) -> None:
     """Frees the whole parameters that a forward under FSDP1 has left in ``module``; the next forward gathers them.
 
-    FSDP1 keeps the ones of the outermost module after a forward, and has no public way to free them.
+    FSDP1 keeps the ones of the outermost module after a forward, and has no public way to free them. Before the first
+    forward, ``_is_root`` is None, and what ``_reshard`` uses does not exist.
     """
     handle = module._handle
-    if handle is not None and handle.uses_sharded_strategy:
+    if handle is not None and handle.uses_sharded_strategy and module._is_root is not None:
         _runtime_utils._reshard(module, handle, free_unsharded_flat_param=True)
+
+
+def fsdp1_slices(module: FullyShardedDataParallel) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """Yields the slices that FSDP1 has made of the parameters of ``module``, except of parts wrapped by themselves.
+
+    Each comes with a meta tensor of the shape and the strides of its whole parameter, and with its place in that
+    parameter, flattened in memory order. FSDP1 has no public way to ask for these.
+    """
+    flat_param = None if module._handle is None else module._handle.flat_param
+    if flat_param is None or flat_param._params is None:
+        return
+    layouts = zip(flat_param._shapes, flat_param._strides, strict=True)
+    for param, layout, info in zip(flat_param._params, layouts, flat_param._shard_param_infos, strict=True):
+        start, last = (info.intra_param_start_idx, info.intra_param_end_idx) if info.in_shard else (0, -1)
+        yield param, torch.empty_strided(*layout, device="meta"), slice(start, last + 1)
 
 
 def fsdp2_parameters(module: FSDPModule) -> list[Any]:

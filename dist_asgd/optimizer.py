@@ -324,9 +324,9 @@ class ShardedASGD(torch.optim.Optimizer):
 
         As in torch with that ``t0``, the second step from now is the first one that the average holds. An average that
         has begun keeps its value until that step, and begins anew with it. A ``Tail`` that would begin later still
-        does. Sends nothing.
+        does. Sends nothing, except that ranks with slices of FSDP1 exchange their numbers of steps.
         """
-        start_averaging(self.param_groups, self._buckets)
+        start_averaging(self.param_groups, self._buckets, self._agreement)
 
     @refused_during_swap()
     def restart_averaging(self) -> None:
@@ -341,7 +341,7 @@ class ShardedASGD(torch.optim.Optimizer):
                 differ; inside ``averaged_parameters()``, on this rank alone.
         """
         self._step_agreement.agree_on("restart_averaging()", self.param_groups, self._all_buckets())
-        restart_averaging(self.param_groups, self._buckets)
+        restart_averaging(self.param_groups, self._buckets, self._agreement)
 
     def synchronize(self) -> None:
         """Waits until all parameters are complete.
@@ -414,7 +414,7 @@ class ShardedASGD(torch.optim.Optimizer):
             self._step_agreement.check_parameters(self._all_buckets())
             check_state_dict(state_dict)
             state_dict = passed_through(load_state_dict_pre_hooks(self), self, dict(state_dict))
-            loaded = plan_load(self.param_groups, self._buckets, state_dict)
+            loaded = plan_load(self.param_groups, self._buckets, state_dict, self._modules.slices())
         self._agreement.require_equal("the state dict", loaded.facts())
         loaded.apply()
         for post_hook in load_state_dict_post_hooks(self).values():

@@ -145,13 +145,16 @@ class StateDictLoad:
                 group["lr"] = lr.fill_(float(group["lr"])) if isinstance(lr, Tensor) else float(group["lr"])
 
 
-def plan_load(groups: Groups, buckets: GroupBuckets, state_dict: Mapping[str, Any]) -> StateDictLoad:
+def plan_load(
+    groups: Groups, buckets: GroupBuckets, state_dict: Mapping[str, Any], slices: Mapping[int, tuple[Placement, slice]]
+) -> StateDictLoad:
     """Validates a state dict and matches it with parameters, by their order in the groups. Changes nothing.
 
     Args:
         groups: ``optimizer.param_groups``.
         buckets: the buckets of each group.
         state_dict: state dict of ``ShardedASGD`` or ``torch.optim.ASGD``, sharded or whole, with any parameter ids.
+        slices: FSDP1's slices by ``id``: the placement of the whole parameter, and the place in it, flattened.
 
     Raises:
         ValueError: where it does not fit.
@@ -171,7 +174,7 @@ def plan_load(groups: Groups, buckets: GroupBuckets, state_dict: Mapping[str, An
         some = some_of(sorted(strangers, key=repr))
         raise ValueError(f"the state dict has state of parameters that none of its groups lists: {some}")
     states = {
-        id(param): saved_state[key]
+        id(param): _cut_to_slice(saved_state[key], *slices[id(param)]) if id(param) in slices else saved_state[key]
         for group, group_keys in zip(groups, keys, strict=True)
         for param, key in zip(group["params"], group_keys, strict=True)
         if saved_state.get(key)
@@ -185,7 +188,9 @@ def plan_load(groups: Groups, buckets: GroupBuckets, state_dict: Mapping[str, An
             try:
                 bucket.shard.check_state(position, state)
             except ValueError as error:
-                raise ValueError(f"the state of parameter {bucket.names[position]!r} {error}") from None
+                hint = ". Whole state can be cut to FSDP1's slices by an optimizer that was given module="
+                why = f"{error}{hint if bucket.presharded and id(bucket.params[position]) not in slices else ''}"
+                raise ValueError(f"the state of parameter {bucket.names[position]!r} {why}") from None
         plans.append((bucket, plan))
     return StateDictLoad(groups, options, plans)
 
@@ -242,6 +247,19 @@ def _saved_ids(groups: Groups, saved: Sequence[Mapping[str, Any]]) -> list[list[
                 f"that of the optimizer {len(group['params'])}"
             )
     return [list(group["params"]) for group in saved]
+
+
+def _cut_to_slice(state: Mapping[str, Any], whole: Placement, where: slice) -> dict[str, Any]:
+    """Returns the state of one parameter with its whole tensors cut to the slice that FSDP1 has made of it.
+
+    Args:
+        whole: the placement of the whole parameter; tensors of another shape stay.
+        where: the place of the slice in the whole parameter, flattened.
+    """
+    return {
+        key: whole.flatten(value)[where] if type(value) is Tensor and value.shape == whole.shape else value
+        for key, value in state.items()
+    }
 
 
 def _check_averages(groups: Groups, saved: Sequence[Mapping[str, Any]], states: Iterable[Mapping[str, Any]]) -> None:

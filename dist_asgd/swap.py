@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dist_asgd.buckets.base import PATIENCE, Bucket
+from dist_asgd.comm.consensus import Agreement
 from dist_asgd.step.validation import Groups
 from dist_asgd.wrappers import ParallelModules
 
@@ -29,22 +30,35 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def start_averaging(groups: Groups, buckets: Sequence[Sequence[Bucket]]) -> None:
+def start_averaging(groups: Groups, buckets: Sequence[Sequence[Bucket]], agreement: Agreement) -> None:
     """Sets ``t0`` of each param group to the largest number of steps that a parameter of the group has taken.
+
+    Collective where there are slices: of a slice without elements, only other ranks know the steps.
 
     Args:
         groups: ``optimizer.param_groups``.
         buckets: the buckets of each group.
+        agreement: among the ranks of the optimizer.
     """
-    for group, of_group in zip(groups, buckets, strict=True):
-        steps = [run.scalars.read().step for bucket in of_group for run in bucket.shard.runs]
-        group["t0"] = float(max(steps, default=0))
+    steps = [max((_most_steps(bucket) for bucket in of_group), default=0) for of_group in buckets]
+    if any(bucket.presharded for of_group in buckets for bucket in of_group):
+        steps = [max(of_ranks) for of_ranks in zip(*agreement.gather(steps), strict=True)]
+    for group, most in zip(groups, steps, strict=True):
+        group["t0"] = float(most)
         group |= {"restarted": False} if "restarted" in group else {}
 
 
-def restart_averaging(groups: Groups, buckets: Sequence[Sequence[Bucket]]) -> None:
+def _most_steps(bucket: Bucket) -> int:
+    """Returns the largest number of steps that a parameter of ``bucket`` has taken; empty slices do not count."""
+    runs = bucket.shard.runs
+    if bucket.presharded:
+        runs = [run for run in runs if any(span.numel for span in bucket.layout.spans[run.first : run.stop])]
+    return max((run.scalars.read().step for run in runs), default=0)
+
+
+def restart_averaging(groups: Groups, buckets: Sequence[Sequence[Bucket]], agreement: Agreement) -> None:
     """Sets ``t0`` like ``start_averaging``, forgets all averages and lets each of them begin now, ``Tail`` included."""
-    start_averaging(groups, buckets)
+    start_averaging(groups, buckets, agreement)
     for group, of_group in zip(groups, buckets, strict=True):
         group |= {"restarted": True} if "restarted" in group else {}
         for bucket in of_group:

@@ -16,11 +16,13 @@ from torch.optim import Optimizer
 
 from dist_asgd._torch_private import (
     free_fsdp1_copy,
+    fsdp1_slices,
     fsdp2_copies,
     fsdp2_parameters,
     is_fsdp1_slice,
     modules_with_state,
 )
+from dist_asgd.sharding.placement import Placement
 
 
 class ParallelModules:
@@ -96,6 +98,12 @@ class ParallelModules:
         groups = [{**group, "params": [ids[name] for name in group["params"]]} for group in named["param_groups"]]
         state = {ids[name]: entry for name, entry in named["state"].items() if entry["step"]}
         return {"state": dict(sorted(state.items())), "param_groups": groups}
+
+    def slices(self) -> dict[int, tuple[Placement, slice]]:
+        """Returns, by ``id``, FSDP1's slices: the placement of the whole parameter, and the place in it, flattened."""
+        modules = [] if self._module is None else self._module.modules()
+        slices = [fsdp1_slices(module) for module in modules if isinstance(module, FullyShardedDataParallel)]
+        return {id(param): (Placement.of(whole), where) for of_module in slices for param, whole, where in of_module}
 
     def require_known_copies(self, params: Sequence[Tensor]) -> None:
         """Raises ``RuntimeError`` where FSDP modules outside of ``module`` may hold whole copies of ``params``.

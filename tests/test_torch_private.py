@@ -55,9 +55,14 @@ DYNAMIC = {
     "_fsdp_param_group",
     "_fsdp_param_groups",
     "_handle",
+    "_is_root",
     "_modules",
     "_optimizer_load_state_dict_post_hooks",
     "_param_fqn",
+    "_params",
+    "_shapes",
+    "_shard_param_infos",
+    "_strides",
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_state_dict_post_hooks",
     "_optimizer_state_dict_pre_hooks",
@@ -302,6 +307,25 @@ def use_fsdp1(rank):
     private().free_fsdp1_copy(module)
     assert copy.size() == 0
     private().free_fsdp1_copy(FullyShardedDataParallel(nn.Tanh(), device_id="cpu"))
+
+
+def slices_of_fsdp1(rank):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 2, 3).to(memory_format=torch.channels_last)
+    values = [param.detach().clone() for param in conv.parameters()]
+    flat = [values[0].permute(0, 2, 3, 1).flatten(), values[1]]  # in memory order
+    module = FullyShardedDataParallel(conv, device_id="cpu", use_orig_params=True)
+    private().free_fsdp1_copy(module)  # nothing, before the first forward
+    found = list(private().fsdp1_slices(module))
+    assert [id(param) for param, _, _ in found] == list(map(id, module.parameters()))
+    for (param, whole, where), value, in_order in zip(found, values, flat, strict=True):
+        assert whole.is_meta and (whole.shape, whole.stride()) == (value.shape, value.stride())
+        assert torch.equal(param, in_order[where])
+    assert not list(private().fsdp1_slices(FullyShardedDataParallel(nn.Tanh(), device_id="cpu")))
+
+
+def test_fsdp1_slices():
+    run_ranks(3, slices_of_fsdp1)
 
 
 def test_is_fsdp1_slice():

@@ -1,5 +1,6 @@
 """FullyShardedDataParallel(use_orig_params=True): parameters that are slices, recognised by PyTorch's mark on them."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -119,6 +120,108 @@ def test_state_moves_between_fsdp1_and_one_process() -> None:
         check_same(states(fresh, loaded), states(model, optimizer))
 
     run_ranks(2, ranks)
+
+
+def in_two_groups(model: nn.Module) -> list[dict[str, Any]]:
+    *most, last = model.named_parameters()
+    return [{"params": most}, {"params": [last], "lr": 0.03}]
+
+
+def test_a_fresh_run_resumes_before_its_first_forward() -> None:
+    """From every form of the state, also on ranks that have nothing of the second group."""
+
+    def ranks(rank: int) -> None:
+        twin, model, alone = wrap(Model()), wrap(Model()), Model()
+        oracle = torch.optim.ASGD(in_two_groups(twin), foreach=False, **OPTIONS)
+        torchs = torch.optim.ASGD(in_two_groups(alone), foreach=False, **OPTIONS)
+        optimizer = ShardedASGD(in_two_groups(model), module=model, **OPTIONS)
+        train(model, optimizer, range(8))
+        train(twin, oracle, range(8))
+        full: list[Any] = [optimizer.full_state_dict()]
+        dist.broadcast_object_list(full, src=0)
+        torchs.load_state_dict(copy.deepcopy(full[0]))
+        weights, named = states(model, optimizer)
+        at_save = states(twin, oracle)
+        for group in oracle.param_groups:
+            group["t0"] = 8.0
+        train(twin, oracle, range(8, 14))
+        for form, saved in {"dense": full[0], "torch's": torchs.state_dict(), "ours": optimizer.state_dict()}.items():
+            resume(weights, saved, at_save, states(twin, oracle), form)
+        resume(weights, named, at_save, states(twin, oracle), "optim_state_dict")
+
+    run_ranks(3, ranks)
+
+
+def resume(weights: Any, saved: Any, at_save: Any, at_end: Any, form: str) -> None:
+    alone = Model()
+    alone.load_state_dict(weights)
+    model = wrap(alone)
+    optimizer = ShardedASGD(in_two_groups(model), module=model, **OPTIONS)
+    assert not any(entry["step"] for entry in optimizer.state_dict()["state"].values())
+    assert not optimizer.full_state_dict().get("state")
+    if form == "optim_state_dict":
+        saved = FullyShardedDataParallel.optim_state_dict_to_load(model, optimizer, saved)
+    optimizer.load_state_dict(saved)
+    with optimizer.averaged_parameters():
+        pass
+    check_same(states(model, optimizer), at_save)
+    optimizer.start_averaging()
+    assert [group["t0"] for group in optimizer.param_groups] == [8.0, 8.0], form
+    train(model, optimizer, range(8, 14))
+    optimizer.clip_grad_norm_(1e9)  # compares what steps the ranks have taken
+    check_same(states(model, optimizer), at_end)
+
+
+def test_whole_state_of_other_memory_orders_is_cut_as_fsdp1_cuts_the_parameter() -> None:
+    def ranks(rank: int) -> None:
+        plain = nn.Conv2d(3, 2, 3).to(memory_format=torch.channels_last)
+        model = FullyShardedDataParallel(plain, use_orig_params=True, device_id=torch.device("cpu"))
+        optimizer = ShardedASGD(model.named_parameters(), module=model, lr=0.1, t0=0)
+        for _ in range(4):
+            model(torch.randn(2, 3, 4, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        full: list[Any] = [optimizer.full_state_dict()]
+        dist.broadcast_object_list(full, src=0)
+        before = copy.deepcopy(optimizer.state_dict())
+        optimizer.load_state_dict(full[0])
+        for index, entry in optimizer.state_dict()["state"].items():
+            assert same_bits(entry["ax"], before["state"][index]["ax"]), index
+
+    run_ranks(2, ranks)
+
+
+def test_averaging_starts_at_the_steps_of_parameters_that_other_ranks_have() -> None:
+    """An empty slice counts every step, also those without a gradient of its parameter."""
+
+    def ranks(rank: int) -> None:
+        plain = wrap(Model())
+        *most, last = plain.named_parameters()
+        optimizer = ShardedASGD([{"params": most}, {"params": [last]}], module=plain, **OPTIONS)
+        for step in range(6):
+            backward(plain, step)
+            if step % 2:
+                last[1].grad = None
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.start_averaging()
+        assert [group["t0"] for group in optimizer.param_groups] == [6.0, 3.0]
+        with optimizer.averaged_parameters():
+            pass
+
+    run_ranks(3, ranks)
+
+
+def test_whole_state_without_module_says_what_to_pass() -> None:
+    def ranks(rank: int) -> str:
+        model, optimizer = build()
+        train(model, optimizer, range(2))
+        saved: list[Any] = [optimizer.full_state_dict()]
+        dist.broadcast_object_list(saved, src=0)
+        _, other = build(module=None)
+        return quick_message(lambda: other.load_state_dict(saved[0]))
+
+    one_message(run_ranks(2, ranks), "module=")
 
 
 def test_clipping_counts_each_element_once() -> None:
