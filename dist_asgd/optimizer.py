@@ -27,7 +27,7 @@ from dist_asgd.buckets.build import build_buckets
 from dist_asgd.buckets.reducer import Reducer
 from dist_asgd.buckets.replicas import Replicas
 from dist_asgd.comm.consensus import Agreement
-from dist_asgd.comm.process_groups import default_group, separate_group
+from dist_asgd.comm.process_groups import default_group
 from dist_asgd.sharding.precision import Precision
 from dist_asgd.state_dict import (
     TORCH_OPTIONS,
@@ -462,15 +462,16 @@ class ShardedASGD(torch.optim.Optimizer):
             agreement, self._reducer, self._forward_waits, find_unused=find_unused, alone=group is None
         )
         capturable = arguments["capturable"]  # a step in a CUDA graph can have no all-gather among replicas
-        self._replicas = Replicas(agreement, group, arguments["shard_replicas"] and not capturable)
+        groups = self._groups = agreement.separate_groups()
+        self._group = None if groups is None else groups.of(agreement.ranks)
+        self._replicas = Replicas(agreement, groups, arguments["shard_replicas"] and not capturable)
         set_takes_scaled_gradients(self, capturable)
-        self._group = separate_group(group)
 
     def _make_setting(self, precision: Precision, averages: Mapping[str, Average]) -> BucketOptions:
         rank, world_size = self._agreement.rank, self._agreement.world_size
         bucket_bytes = self._arguments["bucket_bytes"]
         reducing = weakref.proxy(self._step_agreement)  # buckets must not keep the optimizer's parts alive
-        return BucketOptions(rank, world_size, self._group, precision, averages, bucket_bytes, reducing)
+        return BucketOptions(rank, world_size, self._groups, self._group, precision, averages, bucket_bytes, reducing)
 
     def _all_buckets(self) -> list[Bucket]:
         return [bucket for buckets in self._buckets for bucket in buckets]

@@ -16,6 +16,7 @@ from dist_asgd.averages.kinds import Average
 from dist_asgd.averages.options import by_suffix
 from dist_asgd.buckets.gradient_tensors import GradientSync
 from dist_asgd.comm.collectives import Collectives
+from dist_asgd.comm.process_groups import SeparateGroups
 from dist_asgd.sharding.layout import BucketLayout
 from dist_asgd.sharding.placement import Placement
 from dist_asgd.sharding.precision import Precision
@@ -39,7 +40,8 @@ class BucketOptions:
     Attributes:
         rank: this rank among the ranks of the optimizer.
         world_size: the number of ranks of the optimizer.
-        group: the ranks of the optimizer; None for one rank.
+        groups: the process groups of the optimizer; None for one rank.
+        group: the one of all ranks of the optimizer; None for one rank.
         precision: dtypes of averages, masters and messages.
         averages: the kinds of average by name; the first is saved as ``ax``.
         bucket_bytes: bytes of parameters after which a bucket is closed.
@@ -48,6 +50,7 @@ class BucketOptions:
 
     rank: int
     world_size: int
+    groups: SeparateGroups | None
     group: dist.ProcessGroup | None
     precision: Precision
     averages: Mapping[str, Average]
@@ -60,10 +63,11 @@ class BucketOptions:
 
         Collective when first called for a type of device.
         """
-        if self.group is None:
+        if self.groups is None or self.group is None:
             return None
         if device.type not in self.collectives_by_type:
-            self.collectives_by_type[device.type] = Collectives.on(self.group, device)
+            ranks = dist.get_process_group_ranks(self.group)
+            self.collectives_by_type[device.type] = Collectives.on(self.groups, ranks, device)
         return self.collectives_by_type[device.type]
 
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -21,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from dist_asgd._torch_private import local_tensor
 from dist_asgd.comm.collectives import Collectives
 from dist_asgd.comm.consensus import Agreement, fingerprint
-from dist_asgd.comm.process_groups import separate_subgroup
+from dist_asgd.comm.process_groups import SeparateGroups
 from dist_asgd.kernels.tensor_list import as_real
 
 Coordinates = tuple[int, ...]
@@ -50,13 +49,13 @@ class Replicas:
 
     Args:
         agreement: exchanges among the ranks of the optimizer.
-        group: the ranks of the optimizer; None for one rank.
+        groups: the process groups of the optimizer; None for one rank.
         share: whether replicas share the optimizer state of their block. Otherwise each keeps the whole state.
     """
 
-    def __init__(self, agreement: Agreement, group: dist.ProcessGroup | None, share: bool) -> None:
-        self._agreement, self._group, self._share = agreement, group, share
-        self._collectives: dict[tuple[tuple[int, ...], str], Collectives | None] = {}
+    def __init__(self, agreement: Agreement, groups: SeparateGroups | None, share: bool) -> None:
+        self._agreement, self._groups, self._share = agreement, groups, share
+        self._collectives: dict[tuple[tuple[int, ...], str], Collectives] = {}
 
     def find_groups(self, named: Mapping[DTensor, str]) -> dict[MeshLayout, ReplicaGroup]:
         """Returns the replicas of this rank for each mesh layout of the parameters. Collective.
@@ -88,15 +87,14 @@ class Replicas:
 
         Collective among ``ranks`` when first called for a type of device.
         """
-        if len(ranks) == 1 or not self._share or self._group is None:
+        if len(ranks) == 1 or not self._share or self._groups is None:
             return None
         key = (ranks, device.type)
         if key not in self._collectives:
             members = [self._global_rank(rank) for rank in ranks]
             # Parameters offloaded to the CPU may have a mesh of GPUs, whose backend takes no CPU tensors.
             backend = "gloo" if device.type == "cpu" else None
-            group = separate_subgroup(self._group, members, backend)
-            self._collectives[key] = None if group is None else Collectives.on(group, device)
+            self._collectives[key] = Collectives.on(self._groups, members, device, backend)
         return self._collectives[key]
 
     def _global_rank(self, rank: int) -> int:

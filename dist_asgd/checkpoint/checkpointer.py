@@ -200,11 +200,9 @@ class Checkpointer:
         self._finish_background("wait()")
 
     def close(self) -> None:
-        """Waits like ``wait``, then frees the buffer and the process group of this object. Collective."""
+        """Waits like ``wait``, then frees the buffer of this object. Collective."""
         self._finish_background("close()")
         self._buffer = None
-        if self._agreement.group is not None:
-            dist.destroy_process_group(self._agreement.group)
 
     def _finish_background(self, operation: str) -> None:
         """Waits for a save in the background, and raises its error on every rank. Collective."""

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_asgd.comm.process_groups import separate_group
+from dist_asgd.comm.process_groups import SeparateGroups
 
 # torch 2.13 gave the flat collectives new names and deprecated the old ones.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -47,10 +47,12 @@ class HostTransfer:
     """Several gloo collectives under way that are waited for as one."""
 
     works: Sequence[dist.Work]
+    groups: SeparateGroups  # of the works
 
     def wait(self) -> None:
-        for work in self.works:
-            work.wait()
+        with self.groups.using():
+            for work in self.works:
+                work.wait()
 
     def completes_within(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
@@ -114,17 +116,28 @@ class Collectives:
     Args:
         group: its backend is gloo, or one that has a reduce-scatter, such as nccl.
         downward: a second gloo group of the same ranks that carries data to lower ranks; None for other backends.
+        groups: has both groups, and keeps them from other optimizers.
     """
 
     group: dist.ProcessGroup
     downward: dist.ProcessGroup | None
+    groups: SeparateGroups
 
     @classmethod
-    def on(cls, group: dist.ProcessGroup, device: torch.device) -> Collectives:
-        """Returns the collectives of ``group`` for tensors on ``device``; with gloo, makes a second group."""
+    def on(
+        cls, groups: SeparateGroups, ranks: Sequence[int], device: torch.device, backend: str | None = None
+    ) -> Collectives:
+        """Returns the collectives among ``ranks`` for tensors on ``device``; with gloo, they have a second group.
+
+        Args:
+            groups: makes the process groups.
+            ranks: global ranks.
+            backend: as ``torch.distributed.new_group`` takes it; None for the backends of the user's group.
+        """
+        group = groups.of(ranks, backend)
         config = dict(part.split(":") for part in dist.get_backend_config(group).split(",") if ":" in part)
-        backend = config.get(device.type, dist.get_backend(group))
-        return cls(group, separate_group(group, "gloo") if backend == "gloo" else None)
+        gloo = config.get(device.type, dist.get_backend(group)) == "gloo"
+        return cls(group, groups.of(ranks, "gloo", "downward") if gloo else None, groups)
 
     @property
     def world_size(self) -> int:
@@ -137,6 +150,7 @@ class Collectives:
             source: 1-D, real; its length is a multiple of world_size. It must not change until ``Reduction.finish``.
             dtype: real; the dtype of the mean. gloo sends in the dtype of ``source`` and adds in ``dtype``.
         """
+        self.groups.count()
         rank, size = dist.get_rank(self.group), self.world_size
         shards = source.view(size, -1).unbind()
         if self.downward is None:
@@ -147,7 +161,7 @@ class Collectives:
         if shards[rank].nbytes <= SMALL:
             received = torch.empty_like(source)
             work = dist.all_to_all_single(received, source, group=self.group, async_op=True)
-            return Reduction(HostTransfer([work]), source, received.view(size, -1).unbind(), size, dtype)
+            return Reduction(HostTransfer([work], self.groups), source, received.view(size, -1).unbind(), size, dtype)
         parts = [shards[rank] if other == rank else torch.empty_like(shards[rank]) for other in range(size)]
         return Reduction(self._start_exchange(self.downward, shards, parts), source, parts, size, dtype)
 
@@ -158,12 +172,13 @@ class Collectives:
             buffer: 1-D, any dtype; its length is a multiple of world_size.
             shard: this rank's slice of ``buffer``, a view of its memory.
         """
+        self.groups.count()
         if self.downward is None:
             return DeviceTransfer(all_gather(buffer, shard, group=self.group, async_op=True))
         # In gloo's ring of more than two ranks, no rank both sends to a peer and receives from that peer, so there is
         # no gain from a second connection.
         if self.world_size > 2 or shard.nbytes <= SMALL:
-            return HostTransfer([all_gather(buffer, shard, group=self.group, async_op=True)])
+            return HostTransfer([all_gather(buffer, shard, group=self.group, async_op=True)], self.groups)
         return self._start_exchange(self.downward, [shard, shard], buffer.view(2, -1).unbind())
 
     def _start_exchange(
@@ -180,11 +195,13 @@ class Collectives:
         for distance in range(1, self.world_size):
             works += _start_messages(self.group, outgoing, rank + distance, incoming, rank - distance)
             works += _start_messages(downward, outgoing, rank - distance, incoming, rank + distance)
-        return HostTransfer(works)
+        return HostTransfer(works, self.groups)
 
     def broadcast(self, buffer: Tensor) -> None:
         """Overwrites ``buffer``, of any shape and dtype, with rank 0's, and waits for that."""
-        dist.broadcast(buffer, group=self.group, group_src=0)
+        self.groups.count()
+        with self.groups.using():
+            dist.broadcast(buffer, group=self.group, group_src=0)
 
 
 def _start_messages(

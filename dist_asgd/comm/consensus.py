@@ -1,6 +1,7 @@
 """Agreement between ranks: an error of one rank becomes an error of every rank, and differences are found.
 
-Every exchange uses one small gloo group of host tensors, so it never waits for a device or queues behind gradients.
+Every exchange uses one small gloo group of host tensors, so it never waits for a device or queues behind gradients. All
+agreements of the same ranks share that group: ranks in calls of different objects meet there and are told so.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import torch
 import torch.distributed as dist
 
 from dist_asgd.comm.objects import all_gather_object, gather_object
-from dist_asgd.comm.process_groups import check_group, default_group, separate_group
+from dist_asgd.comm.process_groups import SeparateGroups, SharedGroups, check_group, default_group
 
 _ERRORS: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": ValueError}
 
 
 Facts = list[tuple[str, str]]  # (name, value)
 
+
+CONSTRUCTION = "the constructor of an optimizer, trigger or checkpointer, or save(), load() or export()"
 
 MAX_VALUES = 7  # the most integers that one call of Agreement.maximum compares
 
@@ -30,7 +33,8 @@ class DifferentOperations(RuntimeError):
     """Raised on every rank when ranks meet in different collective calls.
 
     Attributes:
-        values: the element-wise maximum over the ranks of the values given to ``Agreement.maximum``, padded with 0.
+        values: the element-wise maximum over the ranks of the values given to ``Agreement.maximum``, padded with 0; all
+            are 0 where the ranks were in calls of different objects.
     """
 
     def __init__(self, message: str, values: Sequence[int]) -> None:
@@ -57,7 +61,30 @@ class Agreement:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world_size = 1 if group is None else dist.get_world_size(group)
         self.ranks = [] if group is None else dist.get_process_group_ranks(group)  # global rank of each group rank
-        self.group = separate_group(group, "gloo")
+        self.group: dist.ProcessGroup | None = None
+        self._parent = group if self.world_size > 1 else None
+        self._number = 0  # tells apart the agreements that share the group; equal on every rank
+        if self._parent is not None:
+            self._join(self._parent)
+
+    def _join(self, parent: dist.ProcessGroup) -> None:
+        for renew in (False, True):
+            self._groups = SharedGroups.of(parent, renew=renew)
+            self.group = self._groups.host
+            try:
+                self._number = self._groups.agreements = self.maximum(CONSTRUCTION, [self._groups.agreements])[0] + 1
+                return
+            except RuntimeError as error:
+                # Another error is one of gloo: a collective of the group has failed before, such as by a timeout, which
+                # closes its connections for good, on all ranks.
+                if renew or isinstance(error, DifferentOperations):
+                    raise
+
+    def separate_groups(self) -> SeparateGroups | None:
+        """Returns process groups for collectives with an order of their own; None for one rank. Collective."""
+        if self._parent is None:
+            return None
+        return self._groups.take(self._parent, self.gather(self._groups.free()))
 
     @contextlib.contextmanager
     def together(self, operation: str) -> Iterator[None]:
@@ -103,7 +130,7 @@ class Agreement:
                 raise error
             return list(values)
         # The length is the same for every operation: ranks in different operations must meet here to be told so.
-        code = fingerprint(operation)
+        code = fingerprint((operation, self._number))
         padding = [0] * (MAX_VALUES - len(values))
         vector = torch.tensor([code, -code, error is not None, *values, *padding], dtype=torch.int64, device="cpu")
         dist.all_reduce(vector, dist.ReduceOp.MAX, group=self.group)
@@ -164,12 +191,17 @@ class Agreement:
             raise ValueError(_first_difference(what, self.gather(facts)))
 
     def _raise_different(self, operation: str, values: Sequence[int]) -> None:
+        everyone = self.gather((operation, self._number))
+        names = {name for name, _ in everyone}
         ranks_in: dict[str, list[int]] = {}
-        for rank, name in enumerate(self.gather(operation)):
-            ranks_in.setdefault(name, []).append(rank)
+        for rank, (name, number) in enumerate(everyone):
+            of = f" of object {number} in the order of construction" if len(names) < len(set(everyone)) else ""
+            ranks_in.setdefault(name + of, []).append(rank)
+        if len({number for _, number in everyone}) > 1:
+            values = [0] * MAX_VALUES  # values of different objects cannot be compared
         found = "; ".join(f"{self._name(ranks)}: {name}" for name, ranks in ranks_in.items())
         raise DifferentOperations(
-            f"ranks are in different operations of the optimizer: {found}. These are collective: every rank must call "
+            f"ranks are in different operations: {found}. These are collective: every rank must call "
             "them, in the same order and with the same arguments (not under `if rank == 0:`)",
             values,
         )
@@ -194,13 +226,8 @@ class Agreement:
 
 @contextlib.contextmanager
 def agreement_of_all() -> Iterator[Agreement]:
-    """Yields an ``Agreement`` of all ranks, and destroys its process group after the block. Collective."""
-    agreement = Agreement(default_group(None))
-    try:
-        yield agreement
-    finally:
-        if agreement.group is not None:
-            dist.destroy_process_group(agreement.group)
+    """Yields an ``Agreement`` of all ranks. Collective."""
+    yield Agreement(default_group(None))
 
 
 def error_text(error: BaseException) -> str:

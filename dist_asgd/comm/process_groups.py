@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch.distributed as dist
 
@@ -36,34 +40,115 @@ def check_group(group: object) -> None:
         raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}")
 
 
-def separate_group(group: dist.ProcessGroup | None, backend: str | None = None) -> dist.ProcessGroup | None:
-    """Makes a new process group of the ranks of ``group``; returns None if there is only one rank. Collective.
+class SharedGroups:
+    """Process groups beside one group of the user, shared by all objects of this package on that group.
+
+    torch keeps a process group, with its sockets and threads, until ``torch.distributed.destroy_process_group()``. So
+    none is made for each object: exchanges of all objects share ``host``, and the groups of an optimizer that is gone
+    are taken over by the next one.
+
+    Args:
+        group: the user's group. Construction is collective among its ranks.
+
+    Attributes:
+        host: gloo group of all ranks, for exchanges that every rank makes in the same order.
+        agreements: number of objects that have used ``host``.
+    """
+
+    _of_group: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, SharedGroups]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.host = _new_group(group, dist.get_process_group_ranks(group), "gloo")
+        self.agreements = 0
+        self._sets: dict[int, _GroupSet] = {}  # by number, which is the same on every rank
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup, *, renew: bool = False) -> SharedGroups:
+        """Returns the one instance of ``group``; collective when it is made.
+
+        Args:
+            group: the user's group; after ``destroy_process_group()`` there is another one, and so another instance.
+            renew: whether to make another instance, as a collective on ``host`` has failed on every rank.
+        """
+        if renew or group not in cls._of_group:
+            cls._of_group[group] = cls(group)
+        return cls._of_group[group]
+
+    def free(self) -> tuple[int, dict[int, int]]:
+        """Returns the number that a new set would get on this rank, and the uses of each set that is free on it."""
+        return len(self._sets), {number: each.uses for number, each in self._sets.items() if each.is_free()}
+
+    def take(self, group: dist.ProcessGroup, everyone: Sequence[tuple[int, dict[int, int]]]) -> SeparateGroups:
+        """Returns the first set that is free and used equally often on every rank, or a new set.
+
+        Garbage is collected at different times on the ranks, so a set that is free on one may be in use on another.
+        Where ranks have used a set differently often, a collective of one rank is still waiting for the others.
+
+        Args:
+            group: the user's group.
+            everyone: the result of ``free()`` on each rank.
+        """
+        first, *others = [sets for _, sets in everyone]
+        usable = [number for number, uses in first.items() if all(other.get(number) == uses for other in others)]
+        number = min(usable, default=max(count for count, _ in everyone))
+        return SeparateGroups(group, self._sets.setdefault(number, _GroupSet()))
+
+
+@dataclass
+class _GroupSet:
+    """Process groups for one optimizer after another, as this rank sees them."""
+
+    made: dict[tuple[tuple[int, ...], str | None, str], dist.ProcessGroup] = field(default_factory=dict)
+    uses: int = 0  # collectives that this rank has started
+    broken: bool = False  # whether a collective or the making of a group has failed
+    user: Callable[[], object] = lambda: None  # weak reference to the SeparateGroups that uses the set
+
+    def is_free(self) -> bool:
+        return not self.broken and self.user() is None
+
+
+class SeparateGroups:
+    """Process groups of one optimizer, whose collectives have an order of their own.
 
     Collectives of one group are matched by their order. Backward starts the optimizer's collectives in the order in
-    which gradients become ready, and other users of ``group`` (optimizers, DDP, SyncBatchNorm) have an order of their
-    own, so the optimizer needs a separate group.
-
-    The new group has the timeout of ``group``, whatever its backend. It lives until
-    ``torch.distributed.destroy_process_group()``.
-
-    Args:
-        group: None for one process without torch.distributed.
-        backend: as ``torch.distributed.new_group`` takes it; None for the backends of ``group``.
+    which gradients become ready, and other users of the ranks (optimizers, DDP, SyncBatchNorm) have another order. So
+    no two optimizers that are alive share a group. Whoever starts collectives holds this object; when the last holder
+    is gone, another optimizer may take over the groups.
     """
-    if group is None or dist.get_world_size(group) == 1:
-        return None
-    return separate_subgroup(group, dist.get_process_group_ranks(group), backend)
+
+    def __init__(self, group: dist.ProcessGroup, groups: _GroupSet) -> None:
+        self._group, self._set = group, groups
+        groups.user = weakref.ref(self)
+
+    def of(self, ranks: Sequence[int], backend: str | None = None, purpose: str = "") -> dist.ProcessGroup:
+        """Returns a process group of ``ranks``, with the timeout of the user's group. Collective among ``ranks``.
+
+        Args:
+            ranks: global ranks, all of them members of the user's group.
+            backend: as ``torch.distributed.new_group`` takes it; None for the backends of the user's group.
+            purpose: tells groups apart that have the same ranks and backend.
+        """
+        key = (tuple(ranks), backend, purpose)
+        if key not in self._set.made:
+            with self.using():
+                self._set.made[key] = _new_group(self._group, ranks, backend)
+        return self._set.made[key]
+
+    def count(self) -> None:
+        """Counts a collective that this rank is about to start."""
+        self._set.uses += 1
+
+    @contextlib.contextmanager
+    def using(self) -> Iterator[None]:
+        """Keeps the groups from later optimizers if the block, which starts or awaits a collective, raises."""
+        try:
+            yield
+        except BaseException:
+            self._set.broken = True
+            raise
 
 
-def separate_subgroup(
-    group: dist.ProcessGroup, ranks: Sequence[int], backend: str | None = None
-) -> dist.ProcessGroup | None:
-    """Makes a new process group of ``ranks``, with the timeout of ``group``. Collective among ``ranks``.
-
-    Args:
-        ranks: global ranks, all of them members of ``group``.
-        backend: as ``torch.distributed.new_group`` takes it; None for the backends of ``group``.
-    """
+def _new_group(group: dist.ProcessGroup, ranks: Sequence[int], backend: str | None) -> dist.ProcessGroup:
     # torch names a group that only its members make by counting the groups that they are in: those counts must agree. A
     # group of all ranks is made by all of them, so its name depends on no such count.
     members_only = len(ranks) < dist.get_world_size()

@@ -1,10 +1,13 @@
 """The two collectives, and norms, on gloo ranks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from dist_asgd.comm.collectives import Collectives
+from dist_asgd.comm.process_groups import SharedGroups
 from dist_asgd.step.clip import total_norm
 from tests.support.ranks import run_ranks
 
@@ -12,11 +15,17 @@ CPU = torch.device("cpu")
 LARGE = 3 * 2**19  # elements of a shard: what no socket takes at once
 
 
+def on_cpu():
+    shared = SharedGroups.of(dist.group.WORLD)
+    groups = shared.take(dist.group.WORLD, [shared.free()])
+    return Collectives.on(groups, range(dist.get_world_size()), CPU)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_the_mean_is_summed_in_rank_order_and_divided_once(world_size, dtype):
     def ranks(rank):
-        collectives = Collectives.on(dist.group.WORLD, CPU)
+        collectives = on_cpu()
         for numel in (64, LARGE if dtype == torch.float32 else 96):
             everyone = torch.randn(world_size, world_size * numel, generator=torch.Generator().manual_seed(0)).to(dtype)
             wide = torch.promote_types(dtype, torch.float32)
@@ -33,7 +42,7 @@ def test_the_mean_is_summed_in_rank_order_and_divided_once(world_size, dtype):
 def test_backends_with_a_reduce_scatter_use_it():
     def ranks(rank):
         everyone = torch.arange(3 * 96.0).view(3, 96)
-        collectives = Collectives(dist.group.WORLD, downward=None)  # as NCCL's
+        collectives = replace(on_cpu(), downward=None)  # as NCCL's
         reduction = collectives.start_reduce(everyone[rank].clone(), torch.float32)
         assert [len(part) for part in reduction.parts] == [32]
         assert torch.equal(reduction.finish(), everyone.mean(0)[rank * 32 : (rank + 1) * 32])
@@ -48,7 +57,7 @@ def test_gathering_fills_the_buffer_in_place(world_size, numel):
         buffer = torch.full((world_size * numel,), -1.0)
         shard = buffer[rank * numel : (rank + 1) * numel]
         shard.fill_(rank)
-        Collectives.on(dist.group.WORLD, CPU).start_gather(buffer, shard).wait()
+        on_cpu().start_gather(buffer, shard).wait()
         assert torch.equal(buffer, torch.arange(float(world_size)).repeat_interleave(numel))
 
     run_ranks(world_size, ranks)
