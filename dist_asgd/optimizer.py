@@ -380,6 +380,15 @@ class ShardedASGD(torch.optim.Optimizer):
         state_dict = state_dict or sharded_state_dict(self.param_groups, self._buckets)
         return passed_through(state_dict_post_hooks(self), self, state_dict)
 
+    def steps_taken(self) -> tuple[tuple[int, ...], int]:
+        """Returns the global ranks of the optimizer, and a fingerprint of the steps that this rank has taken.
+
+        The fingerprints are equal on these ranks if they have taken the same steps, with the same options and
+        gradients of the same parameters. Steps that the ranks agree on beforehand are left out. Sends nothing:
+        ``Checkpointer.save`` compares the fingerprints.
+        """
+        return tuple(self._agreement.ranks), self._step_agreement.history
+
     @refused_during_swap(NOT_BOTH)
     def full_state_dict(self) -> dict[str, Any]:
         """Returns a plain ``torch.optim.ASGD`` state dict of whole CPU tensors on rank 0. Collective.
@@ -430,7 +439,7 @@ class ShardedASGD(torch.optim.Optimizer):
         """
         self._consolidated = None
         self._complete_parameters()
-        with self._step_agreement.together("load_state_dict()"):
+        with self._step_agreement.together("load_state_dict()", replaces_state=True):
             self._step_agreement.check_groups(self.param_groups)
             self._step_agreement.check_parameters(self._all_buckets())
             check_state_dict(state_dict)
@@ -438,6 +447,7 @@ class ShardedASGD(torch.optim.Optimizer):
             loaded = plan_load(self.param_groups, self._buckets, state_dict, self._modules.slices())
         self._agreement.require_equal("the state dict", loaded.facts())
         loaded.apply()
+        self._step_agreement.forget_steps()
         for post_hook in load_state_dict_post_hooks(self).values():
             post_hook(self)
 
@@ -503,6 +513,6 @@ class ShardedASGD(torch.optim.Optimizer):
             named = dict(zip(group["params"], parameter_names(group, number), strict=True))
             buckets = build_buckets(named, self._arguments["gradients"], self._setting, self._replicas)
             self._buckets.append(buckets)
-            self._step_agreement.add_group(group["params"])
+            self._step_agreement.add_group(group["params"], buckets)
             self._forward_waits.attach(buckets)
             self._reducer.add(buckets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -16,12 +17,13 @@ from dist_asgd.averages.kinds import Average
 from dist_asgd.averages.options import by_suffix
 from dist_asgd.buckets.gradient_tensors import GradientSync
 from dist_asgd.comm.collectives import Collectives
+from dist_asgd.comm.digest import digest
 from dist_asgd.comm.process_groups import SeparateGroups
 from dist_asgd.sharding.layout import BucketLayout
 from dist_asgd.sharding.placement import Placement
 from dist_asgd.sharding.precision import Precision
 from dist_asgd.sharding.shard import Shard
-from dist_asgd.sharding.shard_views import ShardParameters
+from dist_asgd.sharding.shard_views import ShardParameters, local_of
 
 # Collectives (reductions of gradients, all-gathers of DTensors) that a rank has under way at once. Two keep the link
 # busy, and each holds buffers of its bucket's size.
@@ -31,6 +33,8 @@ MAX_IN_FLIGHT = 2
 # rank without a backward joins reductions only in its step(), which waits for the other ranks, so a wait without a
 # limit could last forever.
 PATIENCE = 5.0
+
+_version = operator.attrgetter("_version")  # how often torch has counted a write to a tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,8 @@ class Bucket(ABC):
         whole_gradients: whether ``p.grad`` is the whole averaged gradient of a parameter, on every rank.
         presharded: whether parameters are slices that FSDP1 or the user has made, so that a rank may have no element
             of a parameter, and no gradient.
+        sharing_ranks: the ranks that have equal blocks of the parameters and share the optimizer state, so that a step
+            would mix values that differ between them; empty if there are none.
         compared_ranks: ranks whose gradients must be equal without any collective that makes them so; empty if there
             are none. ``step/gradient_check.py`` compares them.
         params, names: the parameters and their names, in the order of ``layout.spans``.
@@ -109,6 +115,7 @@ class Bucket(ABC):
     always_registered = False
     whole_gradients = False
     presharded = False
+    sharing_ranks: Sequence[int] = ()
     compared_ranks: Sequence[int] = ()
 
     def __init__(
@@ -133,9 +140,38 @@ class Bucket(ABC):
         rounding = precision.rounding(self.dtype, self.collectives is not None, seed)
         kinds = by_suffix(options.averages)
         self.shard = Shard(parameters, layout, self.placements, rank, precision, rounding, kinds)
+        self._known_writes = self._writes()  # of those, how many the optimizer has made or the ranks have compared
 
     def requires_grad(self) -> list[bool]:
         return [param.requires_grad for param in self.params]
+
+    # Writes from outside ---------------------------------------------------------------------------------------------
+
+    @property
+    def was_written(self) -> bool:
+        """Whether parameters were written to, other than by the optimizer, since ranks last had equal values.
+
+        torch counts no writes to ``p.data`` or to the local tensor of a DTensor.
+        """
+        return bool(self.sharing_ranks) and self._writes() != self._known_writes
+
+    def note_equal_values(self) -> None:
+        """Records that the values of the parameters are equal on all ``sharing_ranks`` now."""
+        self._known_writes = self._writes()
+
+    def digest(self) -> Tensor:
+        """Returns a digest of the parameters' values on this rank: 0-dim, int64."""
+        return digest(torch.stack([digest(local_of(param)) for param in self.params]))
+
+    def _count_own_write(self) -> None:
+        # Autograd refuses a backward through old values by the version of a parameter, which kernels do not count.
+        torch.autograd.graph.increment_version(self.params)
+        self._known_writes += len(self.params)
+
+    def _writes(self) -> int:
+        return sum(map(_version, self.params))
+
+    # Checks of a step ------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def check_parameters(self) -> None:

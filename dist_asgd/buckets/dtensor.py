@@ -80,7 +80,8 @@ class PlacedBucket(Bucket):
         spans = [(position, span) for position, span in enumerate(layout.spans) if span.numel]
         if self.collectives is not None:
             self._whole = Batch.of([Piece(position, 0, span.numel, span.start) for position, span in spans])
-        self.always_gathers = self.collectives is not None
+        self.always_gathers = self.agrees_before_step = self.collectives is not None
+        self.sharing_ranks = () if self.collectives is None or replica_group is None else replica_group.ranks
         self._received: Tensor | None = None  # 1-D, the whole bucket in wire dtype, during the all-gather
         self._gather: Transfer | None = None
         self._in_flight = in_flight
@@ -107,6 +108,7 @@ class PlacedBucket(Bucket):
             self._parameters.flats[position] = placement.flatten(local)
             self._addresses[position] = local.data_ptr()
             self._batches.clear()
+            self._known_writes -= 1  # the new memory may have other values
 
     # Gradients -------------------------------------------------------------------------------------------------------
 
@@ -222,9 +224,7 @@ class PlacedBucket(Bucket):
 
     @torch.no_grad()
     def start_gather(self, exact: bool = False) -> None:
-        # Writes to a local tensor leave the version of the DTensor, by which autograd refuses a backward through old
-        # values.
-        torch.autograd.graph.increment_version(self.params)
+        self._count_own_write()
         if self.collectives is None:
             return
         if len(self._in_flight) == MAX_IN_FLIGHT:  # one more where another rank does not come

@@ -22,6 +22,7 @@ from dist_asgd.buckets.base import Bucket, BucketOptions, describe, require_dens
 from dist_asgd.buckets.gradient_tensors import GradientPiece
 from dist_asgd.buckets.packing import Batches, Packer
 from dist_asgd.comm.collectives import Collectives, Reduction, Transfer
+from dist_asgd.comm.digest import digest
 from dist_asgd.kernels.dispatch import FlatSlice, PartsSlice, UpdateSlice
 from dist_asgd.kernels.scan import LayoutScan, ParameterPlaces
 from dist_asgd.kernels.tensor_list import Gradients, as_real
@@ -76,8 +77,9 @@ class ReplicatedBucket(Bucket):
         self.gradient_sync = options.gradient_sync if reduces else None
         self.whole_gradients = not self.reduces
         self.agrees_before_step = self.may_gather_late = collectives is not None
-        if collectives is not None and not self.reduces:
-            self.compared_ranks = range(collectives.world_size)
+        if collectives is not None:
+            self.sharing_ranks = range(collectives.world_size)
+            self.compared_ranks = () if self.reduces else self.sharing_ranks
         self._places = ParameterPlaces.of(self.params)
         self._gradient_wire = options.precision.gradient_wire(self.dtype)
         shapes, strides = [placement.shape for placement in placements], [placement.strides for placement in placements]
@@ -105,10 +107,13 @@ class ReplicatedBucket(Bucket):
             if not self.holds(position):
                 require_same(name, param, self.dtype, self.device, self.placements[position].shape)
                 self._attach(param, self.placements[position], self.layout.spans[position])
+                self._known_writes -= 1  # the new memory may have other values
+
+    def digest(self) -> Tensor:
+        return digest(self.buffer)
 
     def start_gather(self, exact: bool = False) -> None:
-        # Autograd refuses a backward through old values by the version of a parameter, which writes to the buffer skip.
-        torch.autograd.graph.increment_version(self.params)
+        self._count_own_write()
         if self.collectives is None:
             return
         own, whole = self.shard.parameters.read(), self.buffer

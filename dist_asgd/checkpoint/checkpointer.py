@@ -115,7 +115,8 @@ class Checkpointer:
                 it, and raises its error on every rank.
 
         Raises:
-            CheckpointError: on every rank, if a rank fails to write. Older checkpoints stay as they were.
+            CheckpointError: on every rank, if a rank fails to write, or if ranks of an optimizer have taken different
+                steps. Older checkpoints stay as they were.
             ValueError, TypeError: an argument is invalid, ``step`` or ``wait`` differ between ranks, or ``state`` has
                 something that a checkpoint cannot hold.
         """
@@ -126,7 +127,7 @@ class Checkpointer:
             _check_state(state)
             contents = contents_of(state)
             name = new_directory(self._storage, step) if self._agreement.rank == 0 else None
-        plan = plan_save(self._agreement, step, name, contents)
+        plan = plan_save(self._agreement, step, name, contents, self.latest)
         if self._last_rendezvous is not None and self._agreement.rank == 0:
             self._last_rendezvous.delete_keys()  # all ranks have left it: they have taken part in plan_save
         place = self._agreement.rank, self._agreement.world_size
@@ -253,7 +254,8 @@ def save(
         state: as for ``Checkpointer.save``.
 
     Raises:
-        CheckpointError: on every rank: the directory is not empty, or a rank failed to write.
+        CheckpointError: on every rank: the directory is not empty, a rank failed to write, or ranks of an optimizer
+            have taken different steps.
         ValueError, TypeError: an argument is invalid, or ``state`` has something that a checkpoint cannot hold.
     """
     with agreement_of_all() as agreement:

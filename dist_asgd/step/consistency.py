@@ -23,6 +23,7 @@ _KINDS = ("frozen", "trained", "frozen, with a gradient", "trained, with a gradi
 # Facts about a parameter in a step, in words. Indices: 1 for trained, 2 for a gradient, 4 for a gradient with other
 # placements than the parameter, or a sum of these.
 PARAMETER_FACTS = (*_KINDS, *(f"{kind} in another placement" for kind in _KINDS))
+TRAINED_WITH_GRADIENT = 3  # the index of nearly all
 
 
 def argument_facts(arguments: Mapping[str, object], groups: Groups, first: int) -> Facts:

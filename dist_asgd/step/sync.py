@@ -17,7 +17,7 @@ from dist_asgd.asgd.schedule import Hyperparameters, Scaling
 from dist_asgd.buckets.base import Bucket
 from dist_asgd.buckets.reducer import Reducer
 from dist_asgd.comm.consensus import Agreement, DifferentOperations, fingerprint
-from dist_asgd.step.consistency import step_code, step_facts
+from dist_asgd.step.consistency import TRAINED_WITH_GRADIENT, step_code, step_facts
 from dist_asgd.step.cuda_graphs import refuse_capture
 from dist_asgd.step.forward_wait import ForwardWaits
 from dist_asgd.step.gradient_check import gradient_sample, require_same_gradients
@@ -28,6 +28,7 @@ from dist_asgd.step.validation import (
     require_not_sharded_since,
     some_of,
 )
+from dist_asgd.step.value_check import require_same_values
 
 # Consecutive steps without a gradient after which a warning is due: for all parameters together, for a parameter that
 # has never had one, unless find_unused_parameters allows for it, and for any other parameter, which a model may use in
@@ -38,6 +39,8 @@ NONE_USED, NEVER_USED, ONE_UNUSED = 3, 10, 100
 MAX_COMPARISONS = 100
 
 STEP = "step()"  # name of the operation that takes a step
+
+FAILED = 2  # what a rank says of its part of an exchange: it raised. 1: somebody wrote to its parameters; 0: neither
 
 Flags = dict[Bucket, list[bool]]  # one flag for each parameter of each bucket
 
@@ -86,15 +89,18 @@ class StepAgreement:
         self._find_unused, self._alone = find_unused, alone
         self._built: list[list[Tensor]] = []  # the parameters of each param group when it was added
         self._comparisons = 0  # steps in which gradients were compared
+        self._buckets: list[Bucket] = []
         self._started = False  # whether the ranks have agreed on a step since the last group was added
-        self._unmet = 0  # fingerprint of the steps that were taken without an exchange
+        self._agrees_always = False  # whether a rank needs an exchange before every step; known when started
+        self.history = 0  # fingerprint of the steps that were taken without an exchange
         self._steps = 0  # steps taken; a parameter without a gradient in all of them has never had one
         self._without: Counter[str] = Counter()  # consecutive steps without a gradient, by name of the parameter
         self._warned_reduced_twice = self._warned_unused = False
 
-    def add_group(self, params: Sequence[Tensor]) -> None:
+    def add_group(self, params: Sequence[Tensor], buckets: Sequence[Bucket]) -> None:
         """Records the parameters of a new param group; the next step counts as the first one again."""
         self._built.append(list(params))
+        self._buckets += buckets
         self._started, self._comparisons = False, 0
 
     # What gradients ask for (``buckets/gradient_tensors.py``) --------------------------------------------------------
@@ -122,7 +128,7 @@ class StepAgreement:
     # Exchanges -------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def together(self, operation: str) -> Iterator[list[int]]:
+    def together(self, operation: str, *, replaces_state: bool = False) -> Iterator[list[int]]:
         """Runs a block of checks on every rank; if it raises on one rank, every rank raises. Collective.
 
         One exchange at the end of the block does all of the following:
@@ -130,13 +136,16 @@ class StepAgreement:
         - It compares ``operation``, the user's call in words.
         - It brings every rank to the same number of reduction passes, so that no error leaves a reduction unmatched.
         - It spreads an error of the block, also ``KeyboardInterrupt``.
-        - It compares the steps that were taken without an exchange.
+        - It compares the steps that were taken without an exchange, and parameters that somebody else has written to.
         - It replaces the integers that the block has put into the yielded list, at most 3, by their maximum over the
           ranks.
 
+        Args:
+            replaces_state: whether the operation loads a state, so that it may follow steps or writes that differed.
+
         Raises:
             RuntimeError, ValueError, TypeError: the same on every rank, where the block raised on a rank, or where
-                ranks are in different operations or have taken different steps.
+                ranks are in different operations, have taken different steps, or have other values of a parameter.
         """
         # ``Agreement.together`` would make an exchange of its own before the one with the integers, and a step has only
         # one. So the error travels as a flag in that one, and ``Agreement.together`` spreads its text once it is set.
@@ -147,27 +156,30 @@ class StepAgreement:
             yield values
         except BaseException as caught:
             error = caught
-        mine = [self._reducer.passes, error is not None, self._unmet, -self._unmet, *values]
+        written = not replaces_state and any(bucket.was_written for bucket in self._buckets)
+        history = 0 if replaces_state else self.history
+        mine = [self._reducer.passes, FAILED if error is not None else written, history, -history, *values]
         try:
             maxima = self.agreement.maximum(operation, mine)
         except RuntimeError as failure:
             if isinstance(failure, DifferentOperations):  # whose first value is the number of passes, on every rank
                 self._reducer.catch_up(failure.values[0])
             raise failure from error
-        passes, failed, high, minus_low = maxima[:4]
+        passes, news, high, minus_low = maxima[:4]
         values[:] = maxima[4:]
         self._reducer.catch_up(passes)
-        if failed:
+        if news == FAILED:
             with self.agreement.together(operation):
                 if error is not None:
                     raise error
-        self._unmet = 0
         if high != -minus_low:
             raise RuntimeError(
                 f"before {operation}, ranks took different steps, as their options (lr, ...), or which parameters were "
                 "frozen or had gradients, were not the same on every rank: what they have computed does not belong "
                 "together. Load an earlier state"
             )
+        if news:
+            require_same_values(self.agreement, self._buckets, written_only=True)
 
     def agree_on(self, operation: str, groups: Groups | None = None, buckets: Sequence[Bucket] = ()) -> None:
         """Makes the exchange of ``together`` for an operation that checks only what the optimizer was built for.
@@ -183,8 +195,8 @@ class StepAgreement:
     def agree_and_reduce(self, operation: str, groups: Groups, buckets: Sequence[Bucket]) -> StepPlan:
         """Checks what a step needs, agrees on it with the other ranks and completes the gradients. Collective.
 
-        Afterwards every gradient is reduced and has the placement of its parameter. A step without buckets of plain
-        parameters makes an exchange only if it is the first one since a param group was added.
+        Afterwards every gradient is reduced and has the placement of its parameter. A step in which no rank waits for
+        another makes an exchange only if it is the first one since a param group was added.
 
         Args:
             operation: the user's call in words. Buckets keep the gradients that they have found for ``step()`` only.
@@ -200,7 +212,7 @@ class StepAgreement:
         try:
             for bucket in buckets:
                 bucket.wait()
-            if operation == STEP and self._started and not any(bucket.agrees_before_step for bucket in buckets):
+            if operation == STEP and self._started and not self._agrees_always:
                 plan = self._agree_later(groups, buckets)
             else:
                 plan = self._agree_now(operation, groups, buckets)
@@ -214,7 +226,7 @@ class StepAgreement:
     def _agree_later(self, groups: Groups, buckets: Sequence[Bucket]) -> StepPlan:
         """Checks a step on this rank alone; the next exchange finds out whether the ranks took the same one."""
         plan, facts = self._check_step(groups, buckets)
-        self._unmet = fingerprint((self._unmet, self._code(plan, facts)))
+        self.history = fingerprint((self.history, self._code(plan, facts)))
         for bucket in buckets:
             bucket.place_gradients()
         return plan
@@ -239,13 +251,16 @@ class StepAgreement:
         for bucket in buckets:
             bucket.place_gradients()
         if not self._started:
+            require_same_values(self.agreement, buckets, written_only=False)
             self._compare_gradients(buckets, plan)
         return replace(plan, active=self._union(plan.active)) if reducing and self._find_unused else plan
 
     def _compare_gradients(self, buckets: Sequence[Bucket], plan: StepPlan) -> None:
         """Compares gradients that ranks must have alike, until a comparison proves that they do. Collective."""
         some = any(map(any, plan.active.values()))
-        samples, found = zip(*self.agreement.gather((gradient_sample(buckets), some)), strict=True)
+        agrees = any(bucket.agrees_before_step for bucket in buckets)  # not where this rank has no rows of replicas
+        samples, found, agree = zip(*self.agreement.gather((gradient_sample(buckets), some, agrees)), strict=True)
+        self._agrees_always = any(agree)
         self._comparisons += 1
         proven = require_same_gradients(samples) or self._comparisons >= MAX_COMPARISONS
         self._started = proven and any(found)
@@ -255,6 +270,10 @@ class StepAgreement:
         reducing = {bucket: own for bucket, own in flags.items() if bucket.reduces}
         union = iter(self.agreement.union([flag for own in reducing.values() for flag in own]))
         return flags | {bucket: [next(union) for _ in own] for bucket, own in reducing.items()}
+
+    def forget_steps(self) -> None:
+        """Forgets the steps that were taken: a state that all ranks have loaded has replaced what they computed."""
+        self.history = 0
 
     # Checks on this rank ---------------------------------------------------------------------------------------------
 
@@ -293,10 +312,12 @@ class StepAgreement:
 
     def _facts(self, bucket: Bucket, present: Sequence[bool]) -> list[int]:
         """Returns an index of ``PARAMETER_FACTS`` (``step/consistency.py``) for each parameter of ``bucket``."""
-        trained = bucket.requires_grad()
+        trained, misplaced = bucket.requires_grad(), bucket.has_misplaced()
         if bucket.presharded or (bucket.reduces and self._find_unused):
             return [int(train) for train in trained]
-        facts = zip(trained, present, bucket.has_misplaced(), strict=True)
+        if all(trained) and all(present) and not any(misplaced):
+            return [TRAINED_WITH_GRADIENT] * len(trained)
+        facts = zip(trained, present, misplaced, strict=True)
         return [train + 2 * has + 4 * misplaced for train, has, misplaced in facts]
 
     def _code(self, plan: StepPlan, facts: dict[Bucket, list[int]]) -> int:

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from dist_asgd import ShardedASGD
 from tests.support.failures import one_message, quick_message
-from tests.support.layouts import Model, backward, batch, build, give_gradients, local, train
+from tests.support.layouts import Model, backward, batch, build, give_gradients, local, train, whole
 from tests.support.ranks import run_ranks
 
 
@@ -374,18 +374,41 @@ def test_what_differs_in_the_first_step(
     one_message(first_step(spoil, layout), *parts)
 
 
-def test_steps_that_differed_are_named_when_ranks_talk_again() -> None:
-    """A step under FSDP has no collective; what ranks compute apart in it comes out at the next call that has one."""
+@pytest.mark.parametrize(("layout", "size"), [("hsdp", 4), ("tp", 2)])
+def test_what_differs_in_a_later_step_of_replicas(layout: str, size: int) -> None:
+    """Every rank gets the error, and none waits for an all-gather among replicas. Training goes on after it."""
 
+    def ranks(rank: int) -> list[str]:
+        model, optimizer = build(layout, lr=0.1, t0=0)
+        train(model, optimizer, layout, range(2))
+        texts = []
+        for spoil in (another_lr, no_lr, no_gradient):
+            before = [whole(p) for p in model.parameters()]
+            backward(model, layout, 2)
+            spoil(rank % 2, model, optimizer)
+            texts.append(quick_message(optimizer.step))
+            assert all(torch.equal(whole(p), old) for p, old in zip(model.parameters(), before, strict=True))
+            optimizer.param_groups[0]["lr"] = 0.1
+            optimizer.zero_grad()
+        train(model, optimizer, layout, range(2, 4))
+        straight, other = build(layout, lr=0.1, t0=0)
+        train(straight, other, layout, range(4))
+        assert all(
+            torch.equal(whole(a), whole(b)) for a, b in zip(model.parameters(), straight.parameters(), strict=True)
+        )
+        return texts
+
+    by_spoil = [list(texts) for texts in zip(*run_ranks(size, ranks), strict=True)]
+    one_message(by_spoil[0], "lr of group 0", "rank 1")
+    one_message(by_spoil[1], "lr must be a finite number", "rank 1")
+    one_message(by_spoil[2], "outside.weight", "without|trained")
+
+
+def test_a_rank_in_another_call_than_its_replicas() -> None:
     def ranks(rank: int) -> str:
-        model, optimizer = build("fsdp", lr=0.1, t0=0)
-        train(model, optimizer, "fsdp", range(3))
-        optimizer.param_groups[0]["lr"] += rank
-        train(model, optimizer, "fsdp", range(3, 4))
-        optimizer.param_groups[0]["lr"] = 0.1
-        train(model, optimizer, "fsdp", range(4, 6))
-        text = quick_message(optimizer.full_state_dict)
-        optimizer.full_state_dict()  # it has been said
-        return text
+        model, optimizer = build("hsdp", lr=0.1, t0=0)
+        train(model, optimizer, "hsdp", range(2))
+        backward(model, "hsdp", 2)
+        return quick_message(optimizer.step if rank else optimizer.full_state_dict)
 
-    one_message(run_ranks(2, ranks), "different steps", "full_state_dict()", "lr")
+    one_message(run_ranks(2, ranks), "rank 0: full_state_dict()", "rank 1: step()")

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from dist_asgd.checkpoint.saving.commit import CommitRecord, commit
 from dist_asgd.checkpoint.saving.rendezvous import Rendezvous
 from dist_asgd.checkpoint.saving.writer import BlockToWrite, WriteResult, write_blocks
 from dist_asgd.checkpoint.state.contents import Contents
+from dist_asgd.checkpoint.state.steps import StepsTaken, require_same_steps
 from dist_asgd.checkpoint.state.tree import Path
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.comm.consensus import Agreement
@@ -48,19 +49,27 @@ class _Contribution:
     values: dict[str, Any]  # encoded; all on rank 0, on other ranks only the values that may vary between ranks
     facts: dict[str, Any]  # for entries that may vary: equal on two ranks if the entries are
     paths: dict[str, Path]  # all on rank 0, on other ranks only those of entries that may vary
+    steps: dict[str, StepsTaken]
 
 
-def plan_save(agreement: Agreement, step: int, directory: str | None, contents: Contents) -> SavePlan:
+def plan_save(
+    agreement: Agreement,
+    step: int,
+    directory: str | None,
+    contents: Contents,
+    latest: Callable[[], int | None] | None = None,
+) -> SavePlan:
     """Plans a save on all ranks: who writes which blocks, and what the manifest records. Collective. Writes nothing.
 
     Args:
         step: recorded in the manifest.
         directory: name of the checkpoint's directory, on rank 0; ignored on other ranks.
         contents: of this rank. The blocks in the returned plan are views of its memory.
+        latest: returns the step of the newest checkpoint of the run, for messages; None without a run.
 
     Raises:
         CheckpointError: on every rank: a tensor has different shapes or dtypes on two ranks, its blocks do not make it
-            up, or two entries get one key.
+            up, two entries get one key, or ranks of an optimizer have taken different steps.
     """
     with together(agreement, "save()"):
         contribution = _contribution(contents, agreement)
@@ -69,6 +78,7 @@ def plan_save(agreement: Agreement, step: int, directory: str | None, contents: 
     answers: list[Any] = []
     with together(agreement, "save()"):
         if agreement.rank == 0:
+            require_same_steps([contribution.steps for contribution in everyone], latest)
             record, assignments = _plan(step, everyone)
             answers = [(directory, assignment) for assignment in assignments]
     answer = scatter_object(answers, agreement.group)
@@ -89,7 +99,7 @@ def _contribution(contents: Contents, agreement: Agreement) -> _Contribution:
         entry = contents.tensors[key]
         facts[key] = (entry.shape, str(entry.dtype), [_crc(block.data) for block in entry.blocks])
     paths = contents.paths if agreement.rank == 0 else {key: contents.paths[key] for key in varying}
-    return _Contribution(offers, encoded, facts, dict(paths))
+    return _Contribution(offers, encoded, facts, dict(paths), contents.steps)
 
 
 def _crc(data: Tensor) -> int:

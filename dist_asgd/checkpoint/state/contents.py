@@ -7,7 +7,7 @@ tensors, and values that ``checkpoint/format/json_values.py`` can encode.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from dist_asgd.checkpoint.state.modules import module_state, plan_module
 from dist_asgd.checkpoint.state.optimizer_names import named_optimizer
 from dist_asgd.checkpoint.state.optimizers import plan_optimizer
 from dist_asgd.checkpoint.state.rng import RandomState, warn_unchanged
+from dist_asgd.checkpoint.state.steps import CountsSteps, StepsTaken
 from dist_asgd.checkpoint.state.tensor_blocks import is_sharded, to_save
 from dist_asgd.checkpoint.state.tree import Leaf, MappingKeys, Path, has_state, key_of, leaves, tree_of, with_types_of
 
@@ -34,6 +35,7 @@ class Contents:
     paths: dict[str, Path]  # of all tensors and values, in the nested state
     # Keys of entries that may differ between ranks: all but modules', optimizers', LR schedulers' and sharded tensors.
     varying: frozenset[str]
+    steps: dict[str, StepsTaken] = field(default_factory=dict)  # of optimizers, by their keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ def contents_of(state: Mapping[str, Any]) -> Contents:
     contents = Contents({}, {}, {}, frozenset())
     varying = set()
     for leaf in leaves(state):
+        if isinstance(leaf.value, CountsSteps):
+            contents.steps[key_of(leaf.path)] = leaf.value.steps_taken()
         for part in _parts_to_save(leaf, state):
             key = key_of(part.path)
             if key in contents.paths:
@@ -81,7 +85,7 @@ def contents_of(state: Mapping[str, Any]) -> Contents:
             shared = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
             if not (isinstance(leaf.value, shared) or is_sharded(part.value)):
                 varying.add(key)
-    return Contents(contents.tensors, contents.values, contents.paths, frozenset(varying))
+    return Contents(contents.tensors, contents.values, contents.paths, frozenset(varying), contents.steps)
 
 
 def destination_of(

@@ -1,0 +1,70 @@
+"""Comparison of parameters between the ranks that hold copies of them: a step from copies that differ would mix them.
+
+Ranks start with equal copies, and steps keep them equal. Weights that somebody writes on one rank only (a checkpoint
+loaded under ``if rank == 0:``) do not stay there: each rank updates its shard, so every rank would get a part of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dist_asgd.buckets.base import Bucket
+from dist_asgd.comm.consensus import Agreement
+from dist_asgd.comm.digest import digest
+from dist_asgd.sharding.shard_views import local_of
+from dist_asgd.step.validation import some_of
+
+# The first rank of the ranks that must have equal values, and the digest of the values on this rank; by name.
+Digests = dict[str, tuple[int, int]]
+
+
+def require_same_values(agreement: Agreement, buckets: Sequence[Bucket], *, written_only: bool) -> None:
+    """Raises ``RuntimeError`` on every rank, naming parameters, where copies differ between ranks. Collective.
+
+    Waits for the devices of the parameters, and reads every parameter that it compares once.
+
+    Args:
+        agreement: exchanges among the ranks of the optimizer.
+        buckets: all buckets of the optimizer.
+        written_only: whether to compare only buckets to which some rank has written.
+    """
+    shared = {bucket.names[0]: bucket for bucket in buckets if bucket.sharing_ranks}
+    if written_only:
+        written = agreement.gather([name for name, bucket in shared.items() if bucket.was_written])
+        wanted = set().union(*written)
+        shared = {name: bucket for name, bucket in shared.items() if name in wanted}
+    for bucket in shared.values():
+        bucket.wait()
+    digests = {name: (bucket.sharing_ranks[0], int(bucket.digest())) for name, bucket in shared.items()}
+    different = set(_differences(agreement.gather(digests)))
+    if different:
+        _raise_different(agreement, [bucket for name, bucket in shared.items() if name in different])
+    for bucket in shared.values():
+        bucket.note_equal_values()
+
+
+def _raise_different(agreement: Agreement, buckets: Sequence[Bucket]) -> None:
+    """Raises the error, which names the parameters of ``buckets`` that differ. Collective."""
+    own: Digests = {}
+    for bucket in buckets:
+        numbers = torch.stack([digest(local_of(param)) for param in bucket.params]).tolist()
+        own |= {name: (bucket.sharing_ranks[0], number) for name, number in zip(bucket.names, numbers, strict=True)}
+    different = _differences(agreement.gather(own))
+    first, other = next(iter(different.values()))
+    raise RuntimeError(
+        f"ranks {first} and {other} have different values of parameter {some_of(list(different))}, and a step would "
+        "mix them: somebody has written to it on some ranks only since the optimizer was built, as by load_state_dict() "
+        "under `if rank == 0:`. Write the same values on every rank, or load weights before building the optimizer"
+    )
+
+
+def _differences(everyone: Sequence[Digests]) -> dict[str, tuple[int, int]]:
+    """Returns, for each name whose values differ, the first rank that has it and the first one that differs from it."""
+    different: dict[str, tuple[int, int]] = {}
+    for rank, digests in enumerate(everyone):
+        for name, (first, number) in digests.items():
+            if number != everyone[first].get(name, (first, number))[1]:
+                different.setdefault(name, (first, rank))
+    return different
