@@ -127,9 +127,13 @@ class ReplicatedBucket(Bucket):
         self._gather = self._received = None
 
     def _attach(self, param: Tensor, placement: Placement, span: Span) -> None:
-        view = placement.view(self.buffer[span.start : span.stop])
-        view.copy_(param.detach())
-        param.data = view
+        bytes_of = slice(span.start * self.buffer.itemsize, span.stop * self.buffer.itemsize)
+        # A storage of its own: whoever saves or compares by storage (torch.save, safetensors, Accelerate) would take
+        # views of the buffer for one tensor. The slice keeps the buffer's memory alive.
+        own = torch.empty(0, dtype=self.buffer.dtype, device=self.buffer.device)
+        own.set_(self.buffer.untyped_storage()[bytes_of], 0, placement.shape, placement.strides)
+        own.copy_(param.detach())
+        param.data = own
 
     # Gradients -------------------------------------------------------------------------------------------------------
 
