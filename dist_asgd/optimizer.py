@@ -74,7 +74,7 @@ class ShardedASGD(torch.optim.Optimizer):
     Args:
         params (iterable): tensors, (name, tensor) pairs, or dicts (param groups) of either, as ``torch.optim`` takes
             them. Floating-point (not fp8) or complex leaf tensors with dense memory. ``model.named_parameters()`` gives
-            messages and checkpoints the names of parameters. Plain parameters become views of flat buckets, so build
+            messages and checkpoints the names of parameters. Plain parameters move into flat buckets, so build
             the optimizer after ``model.to(...)``, ``fully_shard(...)`` and any other change of the parameters.
         lr (float or 1-element Tensor, >= 0, default 1e-2): learning rate. After s steps the step size is
             ``eta = lr / (1 + eta_decay * lr * s) ** alpha``. This option and the ones up to ``eta_decay`` are defaults
@@ -453,7 +453,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
-            "a ShardedASGD cannot be copied or pickled: its parameters are views of its buckets and its hooks reduce "
+            "a ShardedASGD cannot be copied or pickled: its parameters lie in its buckets and its hooks reduce "
             "their gradients. Build another one and pass it state_dict()"
         )
 

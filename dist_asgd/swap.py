@@ -203,7 +203,8 @@ def _restore(to_swap: list[Bucket], to_restore: list[Bucket], modules: ParallelM
     error: RuntimeError | None = None
     for bucket in to_restore:
         try:
-            bucket.check_parameters()  # attaches memory that model.to() has replaced
+            # Attaches memory that model.to() has replaced. A process that was sent the averages keeps them.
+            bucket.check_parameters(leaves_shared=True)
         except RuntimeError as caught:
             error = error or caught
     _change_shards(to_swap, lambda bucket: bucket.shard.swap_out(), in_turn)

@@ -174,10 +174,14 @@ class Bucket(ABC):
     # Checks of a step ------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def check_parameters(self) -> None:
+    def check_parameters(self, *, leaves_shared: bool = False) -> None:
         """Finds parameters whose memory was replaced since the last call, and uses their new memory from now on.
 
         Raises ``RuntimeError``, which names the parameter, where dtype, device or shape have changed.
+
+        Args:
+            leaves_shared: whether a parameter may leave shared memory that it was moved to; otherwise that is a
+                ``RuntimeError`` where the parameter would have to leave it.
         """
 
     @abstractmethod

@@ -89,7 +89,7 @@ class PlacedBucket(Bucket):
         hooks = [register_hook(param, self.gradient_ready, position) for position, param in enumerate(hooked)]
         weakref.finalize(self, remove_hooks, hooks)
 
-    def check_parameters(self) -> None:
+    def check_parameters(self, *, leaves_shared: bool = False) -> None:
         found: list[Tensor] = list(map(local_of if self.presharded else local_tensor, self.params))  # type: ignore[arg-type]
         if all(map(operator.is_, found, self._parameters.local)):
             return

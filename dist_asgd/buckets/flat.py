@@ -37,7 +37,9 @@ DROPPED, UNREDUCED = 2**62, 2**61
 
 
 class ReplicatedBucket(Bucket):
-    """A bucket of parameters that every rank holds whole. They become views of one buffer, the input of collectives.
+    """A bucket of parameters that every rank holds whole. They lie in one buffer, the input of collectives.
+
+    Each has a storage of its own over its part of the buffer's memory, and keeps that memory alive.
 
     Args:
         named: leaf tensors of one dtype and device, with their names.
@@ -97,15 +99,17 @@ class ReplicatedBucket(Bucket):
     # Parameters ------------------------------------------------------------------------------------------------------
 
     def holds(self, position: int) -> bool:
-        """Whether the parameter at ``position`` is still a view of the buffer."""
+        """Whether the parameter at ``position`` still lies in the buffer."""
         return self.params[position].data_ptr() == self._places.addresses[position]
 
-    def check_parameters(self) -> None:
+    def check_parameters(self, *, leaves_shared: bool = False) -> None:
         if self._places.are_current:
             return
         for position, (name, param) in enumerate(zip(self.names, self.params, strict=True)):
             if not self.holds(position):
                 require_same(name, param, self.dtype, self.device, self.placements[position].shape)
+                if not leaves_shared:
+                    _refuse_shared_memory(name, param)
                 self._attach(param, self.placements[position], self.layout.spans[position])
                 self._known_writes -= 1  # the new memory may have other values
 
@@ -132,9 +136,13 @@ class ReplicatedBucket(Bucket):
         self._gather = self._received = None
 
     def _attach(self, param: Tensor, placement: Placement, span: Span) -> None:
-        view = placement.view(self.buffer[span.start : span.stop])
-        view.copy_(param.detach())
-        param.data = view
+        bytes_of = slice(span.start * self.buffer.itemsize, span.stop * self.buffer.itemsize)
+        # A storage of its own: whoever saves or compares by storage (torch.save, safetensors, Accelerate) would take
+        # views of the buffer for one tensor. The slice keeps the buffer's memory alive.
+        own = torch.empty(0, dtype=self.buffer.dtype, device=self.buffer.device)
+        own.set_(self.buffer.untyped_storage()[bytes_of], 0, placement.shape, placement.strides)
+        own.copy_(param.detach())
+        param.data = own
 
     # Gradients -------------------------------------------------------------------------------------------------------
 
@@ -349,3 +357,13 @@ class ReplicatedBucket(Bucket):
                 continue
             param = self.shard.parameters.read(slice(batch.start, batch.stop))
             yield FlatSlice(batch.start, param, self._packer.join(batch, grads))
+
+
+def _refuse_shared_memory(name: str, param: Tensor) -> None:
+    """Raises ``RuntimeError`` for a parameter in shared memory, which the bucket would take it out of."""
+    if param.device.type == "cpu" and param.is_shared():
+        raise RuntimeError(
+            f"parameter {name!r} was moved to shared memory (share_memory(), or the model was sent to another process) "
+            "after the optimizer was built: a step would change it in this process only. Share or send a copy "
+            "(copy.deepcopy(model)), and set p.data = p.data.clone() to go on with this one"
+        )

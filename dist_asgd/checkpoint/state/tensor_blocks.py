@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -47,12 +48,15 @@ def new_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def share_memory(tensor: Tensor, other: Tensor) -> bool:
-    """Returns whether writing to one tensor may change the other: whether blocks of both are in one storage."""
+    """Returns whether writing to one tensor may change the other: whether storages of both overlap."""
     ours, theirs = (
-        {block.data.untyped_storage().data_ptr() for block in to_fill("", one).blocks if block.box.numel}
+        [block.data.untyped_storage() for block in to_fill("", one).blocks if block.box.numel]
         for one in (tensor, other)
     )
-    return bool(ours & theirs)
+    return any(
+        a.device == b.device and a.data_ptr() < b.data_ptr() + b.nbytes() and b.data_ptr() < a.data_ptr() + a.nbytes()
+        for a, b in itertools.product(ours, theirs)
+    )
 
 
 def to_save(key: str, tensor: Tensor) -> TensorEntry:
