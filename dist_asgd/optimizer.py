@@ -36,14 +36,16 @@ from dist_asgd.state_dict import (
     passed_through,
     plan_load,
     sharded_state_dict,
+    state_for_all,
 )
 from dist_asgd.step.clip import clip_
 from dist_asgd.step.consistency import argument_facts
 from dist_asgd.step.cuda_graphs import scaling_of
 from dist_asgd.step.forward_wait import ForwardWaits
 from dist_asgd.step.param_groups import add_agreed, add_checked
+from dist_asgd.step.rebuild import BuiltFor, check_rebuild, steps_loaded, value_facts
 from dist_asgd.step.sync import STEP, StepAgreement, update_and_gather
-from dist_asgd.step.validation import check_arguments, check_state_dict, parameter_names
+from dist_asgd.step.validation import check_arguments, check_state_dict, initialized_since, parameter_names
 from dist_asgd.swap import NOT_BOTH, SwapGuard, refused_during_swap, restart_averaging, start_averaging, swapped
 from dist_asgd.wrappers import ParallelModules
 
@@ -167,7 +169,11 @@ class ShardedASGD(torch.optim.Optimizer):
         options: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
         options |= {"maximize": maximize, **TORCH_OPTIONS, "capturable": capturable}
         # Connect the ranks first, then check on all of them, compare, and build the buckets.
-        self._connect(default_group(process_group), arguments, module)
+        group = default_group(process_group)
+        self._arguments, self._modules, self._swap_guard = arguments, ParallelModules(module), SwapGuard()
+        self._buckets: list[list[Bucket]] = []  # one list for each param group
+        self._consolidated: dict[str, Any] | None = None  # what the next state_dict() returns; None: pieces
+        self._connect(group, Agreement(group), module)
         with self._agreement.together("ShardedASGD()"):
             check_arguments(**arguments, module=module, unknown=unknown)
             averages = named_averages(average)
@@ -193,6 +199,7 @@ class ShardedASGD(torch.optim.Optimizer):
             add_checked(self, param_group, self._setting, self._agreement)
             return
         self._consolidated = None
+        self._take_up_changes("add_param_group()")
         first = len(self.param_groups)
         self.synchronize()
         self._step_agreement.agree_on("add_param_group()", self.param_groups, self._all_buckets())
@@ -226,9 +233,12 @@ class ShardedASGD(torch.optim.Optimizer):
                 loss = closure()
 
         self._consolidated = None
+        self._take_up_changes(STEP)
         # Check, agree with the other ranks on what the step does, and finish reducing the gradients.
         plan = self._step_agreement.agree_and_reduce(STEP, self.param_groups, self._all_buckets())
         self._step_agreement.warn_of_unused(plan)
+        self._built_for.final = True
+        self._reducer.settle()
 
         # Update this rank's shard of each bucket, and start its all-gather.
         update_and_gather(plan, self._buckets, scaling_of(self))
@@ -270,6 +280,7 @@ class ShardedASGD(torch.optim.Optimizer):
             RuntimeError: the same on every rank, where arguments differ between ranks, and for whatever ``step`` would
                 raise.
         """
+        self._take_up_changes("clip_grad_norm_()")
         buckets = self._all_buckets()
         return clip_(self._step_agreement, self.param_groups, buckets, self._setting.group, max_norm, norm_type)
 
@@ -307,6 +318,7 @@ class ShardedASGD(torch.optim.Optimizer):
                 inside another such block, or while another thread is in ``step()`` or reads or loads the state. Inside
                 the block, calls that step, load, or read the state to save it raise ``RuntimeError``.
         """
+        self._take_up_changes("averaged_parameters()")
         buckets = self._all_buckets()
         with self._swap_guard.swapping():
             self._complete_parameters()
@@ -344,6 +356,7 @@ class ShardedASGD(torch.optim.Optimizer):
                 differ; inside ``averaged_parameters()``, on this rank alone.
         """
         self._consolidated = None
+        self._take_up_changes("restart_averaging()")
         self._step_agreement.agree_on("restart_averaging()", self.param_groups, self._all_buckets())
         restart_averaging(self.param_groups, self._buckets, self._agreement)
 
@@ -373,11 +386,14 @@ class ShardedASGD(torch.optim.Optimizer):
         for pre_hook in state_dict_pre_hooks(self).values():
             pre_hook(self)
         self._complete_parameters()
-        self._step_agreement.check_groups(self.param_groups)
-        for bucket in self._all_buckets():
-            bucket.check_parameters()
+        if self._built_for.final:
+            self._step_agreement.check_groups(self.param_groups)
+            for bucket in self._all_buckets():
+                bucket.check_parameters()
         state_dict, self._consolidated = self._consolidated, None
-        state_dict = state_dict or sharded_state_dict(self.param_groups, self._buckets)
+        # What has changed before the first step is taken up by collective calls; until then it is the former state.
+        groups = self.param_groups if self._built_for.final else self._built_for.former_groups()
+        state_dict = state_dict or sharded_state_dict(groups, self._buckets)
         return passed_through(state_dict_post_hooks(self), self, state_dict)
 
     def steps_taken(self) -> tuple[tuple[int, ...], int]:
@@ -439,6 +455,7 @@ class ShardedASGD(torch.optim.Optimizer):
         """
         self._consolidated = None
         self._complete_parameters()
+        self._take_up_changes("load_state_dict()")
         with self._step_agreement.together("load_state_dict()", replaces_state=True):
             self._step_agreement.check_groups(self.param_groups)
             self._step_agreement.check_parameters(self._all_buckets())
@@ -459,17 +476,15 @@ class ShardedASGD(torch.optim.Optimizer):
 
     # Internals -------------------------------------------------------------------------------------------------------
 
-    def _connect(self, group: dist.ProcessGroup | None, arguments: dict[str, Any], module: nn.Module | None) -> None:
+    def _connect(self, group: dist.ProcessGroup | None, agreement: Agreement, module: nn.Module | None) -> None:
         """Connects the ranks of ``group``, and makes all that needs no parameters. Collective."""
-        agreement = self._agreement = Agreement(group)
-        self._arguments = arguments
-        self._buckets: list[list[Bucket]] = []  # one list for each param group
-        self._consolidated: dict[str, Any] | None = None  # what the next state_dict() returns; None: pieces
+        self._agreement, self._alone, arguments = agreement, group is None, self._arguments
         self._reducer, self._forward_waits = Reducer(), ForwardWaits(module)
-        self._modules, self._swap_guard = ParallelModules(module), SwapGuard()
+        self._built_for = BuiltFor(arguments["gradients"], self._forward_waits)
+        self._reducer.still_fits = self._built_for.fits
         find_unused = arguments["find_unused_parameters"]
         self._step_agreement = StepAgreement(
-            agreement, self._reducer, self._forward_waits, find_unused=find_unused, alone=group is None
+            agreement, self._reducer, self._forward_waits, find_unused=find_unused, alone=self._alone
         )
         capturable = arguments["capturable"]  # a step in a CUDA graph can have no all-gather among replicas
         groups = self._groups = agreement.separate_groups()
@@ -490,6 +505,7 @@ class ShardedASGD(torch.optim.Optimizer):
         """Returns the whole state dict on rank ``to``, and ``{}`` on others, for the user's call ``operation``."""
         self._consolidated = None
         self._complete_parameters()
+        self._take_up_changes(operation)
         buckets, rank = self._all_buckets(), self._agreement.rank
         presharded = any(bucket.presharded for bucket in buckets)
         with self._step_agreement.together(operation):
@@ -507,6 +523,61 @@ class ShardedASGD(torch.optim.Optimizer):
         self.synchronize()
         self._modules.drop_copies()
 
+    def _take_up_changes(self, operation: str) -> None:
+        """Builds the buckets again where the model or the ranks are not what they were built for. Collective.
+
+        Does so until the first step only. Parameters that were moved, cast, wrapped, sharded or replaced in
+        ``param_groups`` are taken up, and so is a process group that was initialized later.
+
+        Args:
+            operation: the user's call.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: the same on every rank, where what there is now is bad or differs
+                between ranks; nothing has changed then.
+        """
+        if self._built_for.final or self._swap_guard.active:
+            return
+        self.synchronize()
+        late = initialized_since(self._alone)
+        with self._step_agreement.together(operation) as values:
+            if not self._built_for.fits():
+                self._modules.reshard()
+            values.append(late or not self._built_for.fits())
+        if values[0]:
+            self._rebuild(operation, default_group(None) if late else None)
+
+    def _rebuild(self, operation: str, group: dist.ProcessGroup | None) -> None:
+        """Builds the buckets again, for ``group`` if that is not None. Collective; changes nothing where it raises."""
+        for bucket in self._reducer.buckets:
+            bucket.detach_placeholders()
+        former, groups = self._built_for.former_groups(), self._built_for.current_groups()
+        buckets, params = self._all_buckets(), [param for group in groups for param in group["params"]]
+        # Check on all ranks, and compare.
+        agreement = self._agreement if group is None else Agreement(group)
+        with agreement.together(operation):
+            facts = check_rebuild(groups, former, buckets, agreement.ranks, self._arguments)
+        agreement.require_equal("the arguments of the optimizer", facts)
+        (any_gradient,) = agreement.maximum(operation, [any(param.grad is not None for param in params)])
+        if any_gradient and self._arguments["gradients"] == "local":  # then building would copy rank 0's parameters
+            agreement.require_equal("what their gradients are of", value_facts(groups))
+        # Keep the state that was loaded, and put other buckets in the place of the former ones.
+        state = None
+        if steps_loaded(buckets):
+            dtypes = [self._setting.precision.average(param.dtype) for param in params]
+            state = state_for_all(former, self._buckets, self._agreement, agreement, dtypes)
+        for group_now, found in zip(self.param_groups, groups, strict=True):
+            group_now["params"][:] = found["params"]
+        self._buckets.clear()
+        for part in (self._reducer, self._forward_waits, self._step_agreement, self._built_for):
+            part.clear()
+        if group is not None:
+            self._connect(group, agreement, self._forward_waits.module)
+            self._setting = self._make_setting(self._setting.precision, self._setting.averages)
+        self._build_buckets(first=0)
+        if state is not None:
+            plan_load(self.param_groups, self._buckets, state).apply()
+
     def _build_buckets(self, first: int) -> None:
         """Builds the buckets of the param groups from index ``first`` on. Collective."""
         for number, group in enumerate(self.param_groups[first:], start=first):
@@ -514,5 +585,6 @@ class ShardedASGD(torch.optim.Optimizer):
             buckets = build_buckets(named, self._arguments["gradients"], self._setting, self._replicas)
             self._buckets.append(buckets)
             self._step_agreement.add_group(group["params"], buckets)
+            self._built_for.add(group)
             self._forward_waits.attach(buckets)
             self._reducer.add(buckets)

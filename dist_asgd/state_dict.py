@@ -14,6 +14,7 @@ from dist_asgd.asgd.schedule import Hyperparameters, Scalars, scalar_dtype
 from dist_asgd.averages.options import average_of, same_averages
 from dist_asgd.buckets.base import Bucket
 from dist_asgd.comm.consensus import Agreement, Facts
+from dist_asgd.comm.objects import broadcast_object
 from dist_asgd.sharding.layout import Piece
 from dist_asgd.sharding.placement import Placement
 from dist_asgd.sharding.saved_state import has_begun
@@ -109,6 +110,25 @@ def full_state_dict(groups: Groups, buckets: GroupBuckets, agreement: Agreement,
     if agreement.rank != to:
         return {}
     return {"state": dict(sorted(state.items())), "param_groups": _exported_groups(groups, ids)}
+
+
+def state_for_all(
+    groups: Groups, buckets: GroupBuckets, former: Agreement, agreement: Agreement, dtypes: Sequence[torch.dtype]
+) -> dict[str, Any]:
+    """Returns the whole state dict on every rank, to be loaded into other buckets. Collective.
+
+    Args:
+        groups: the param groups, with the parameters of ``buckets``.
+        buckets: the buckets of each group, none of them of slices.
+        former: the ranks that share ``buckets``.
+        agreement: the ranks that get the state.
+        dtypes: for each parameter, the dtype that its averages are to have.
+    """
+    whole = full_state_dict(groups, buckets, former)
+    for index, state in whole["state"].items() if whole else ():
+        averages = [key for key in state if key == "ax" or key.startswith("ax_")]
+        state.update({key: state[key].to(dtypes[index]) for key in averages})
+    return broadcast_object(whole, agreement.group)
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,11 @@ class SwapGuard:
         self._swap: object | None = None  # identifies the swap that averages are in by; None outside of swaps
         self._lock = threading.RLock()
 
+    @property
+    def active(self) -> bool:
+        """Whether averages are swapped in."""
+        return self._swap is not None
+
     @contextlib.contextmanager
     def no_swap(self, operation: str, reason: str = LEAVE_FIRST) -> Iterator[None]:
         """Keeps swaps out of the block. Raises ``RuntimeError``, giving the ``reason``, while averages are swapped in.

@@ -43,6 +43,12 @@ class ParallelModules:
             elif isinstance(module, FullyShardedDataParallel):
                 free_fsdp1_copy(module)
 
+    def reshard(self) -> None:
+        """Lets FSDP2's modules register their shards, where they have whole parameters from a forward."""
+        for module in [] if self._module is None else self._module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def refuse_old_graphs(self) -> None:
         """Makes autograd refuse a backward through a forward that FSDP2 has run before this call.
 

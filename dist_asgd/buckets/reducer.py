@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -34,12 +34,16 @@ class Reducer:
         buckets: the buckets that average gradients, in the order of their reductions.
         enabled: whether backward reduces gradients; False inside ``no_sync()``.
         passes: number of passes that this rank has begun.
+        still_fits: whether the buckets fit the model, asked before each pass; None once they stay. Where they do not,
+            gradients are left to ``step()``, which builds the buckets again.
     """
 
     def __init__(self) -> None:
         self.buckets: list[ReplicatedBucket] = []
         self.enabled = True
         self.passes = 0
+        self.still_fits: Callable[[], bool] | None = None
+        self._fits = True
         self._skipped: list[bool] = []  # by bucket: whether all ranks skip it, as it is frozen
         self._missing: list[int] = []  # by bucket: number of gradients that the open pass waits for
         self._arrived: list[bytearray] = []  # by bucket and position: whether the open pass has the gradient
@@ -62,6 +66,16 @@ class Reducer:
             self._skipped.append(_is_frozen(bucket))
             for position, param in enumerate(bucket.params):
                 self._hooks.append(register_hook(param, self.gradient_ready, index, position))
+
+    def clear(self) -> None:
+        """Removes all buckets and hooks, before the buckets are built again. No pass may be open."""
+        remove_hooks(self._hooks)
+        self._hooks.clear()
+        self.buckets, self._skipped, self._fits = [], [], True
+
+    def settle(self) -> None:
+        """Reduces gradients in every backward from now on, since the buckets stay."""
+        self.still_fits, self._fits = None, True
 
     def close_pass(self, with_gradients: bool = True) -> None:
         """Starts the remaining reductions of the open pass, if one is open. Collective.
@@ -110,13 +124,16 @@ class Reducer:
 
     def gradient_ready(self, index: int, position: int) -> None:
         """Hook: backward has accumulated the gradient of parameter ``position`` of bucket ``index``."""
-        if not (self.enabled and self.buckets[index].holds(position)):  # another optimizer has the parameter now
+        if not (self.enabled and self._fits and self.buckets[index].holds(position)):  # or another optimizer has it now
             return
         if any(at_end() is None for at_end in self._ends):
             # The engine has dropped the callback of an earlier backward without calling it: that backward failed, and
             # this gradient belongs to a new one.
             self.close_pass(with_gradients=False)
         if self._next is None:
+            self._fits = self.still_fits is None or self.still_fits()
+            if not self._fits:
+                return
             self._open_pass()
         self._expect_end_of_backward()
         # Buckets start before this gradient counts, so that later hooks of the parameter (DDP) still find the gradient.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from dist_asgd.buckets.base import Bucket
@@ -32,7 +33,9 @@ class ForwardWaits:
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, remove_hooks, self._hooks)
         self._covered: set[int] = set()  # ids of the parameters that a hook waits for
-        self._owned: list[tuple[nn.Module, str, str, nn.Parameter]] = []  # module, attribute, full name, parameter
+        # Module, attribute, full name, parameter: of plain parameters, and of the ones that are sharded already.
+        self._owned: list[tuple[nn.Module, str, str, nn.Parameter]] = []
+        self._owned_shards: list[tuple[nn.Module, str, str, nn.Parameter]] = []
 
     def attach(self, buckets: Sequence[Bucket]) -> None:
         """Hooks the modules that have parameters in ``buckets``. torch.compile breaks its graph at each hook."""
@@ -54,8 +57,28 @@ class ForwardWaits:
                 bucket = owner.get(id(param))
                 if bucket is not None and bucket.may_gather_late:
                     self._covered.add(id(param))
-                if bucket is not None and bucket.always_registered:
-                    self._owned.append((submodule, name, f"{prefix}.{name}".lstrip("."), param))
+                if bucket is not None:
+                    owned = self._owned if bucket.always_registered else self._owned_shards
+                    owned.append((submodule, name, f"{prefix}.{name}".lstrip("."), param))
+
+    def clear(self) -> None:
+        """Removes all hooks, before the buckets are built again."""
+        remove_hooks(self._hooks)
+        self._hooks.clear()
+        self._covered, self._owned, self._owned_shards = set(), [], []
+
+    def replaced(self) -> dict[int, nn.Parameter]:
+        """Returns the parameters that the model holds now in the place of others, by the ``id`` of the former ones.
+
+        FSDP registers whole parameters during forward and backward, so that only DTensors count in the place of shards.
+        """
+        kinds = [(nn.Parameter, self._owned), (DTensor, self._owned_shards)]
+        found = [
+            (param, getattr(submodule, attribute, param), kind)
+            for kind, owned in kinds
+            for submodule, attribute, _, param in owned
+        ]
+        return {id(param): new for param, new, kind in found if new is not param and isinstance(new, kind)}
 
     def check(self) -> None:
         """Raises ``RuntimeError`` where the model holds another parameter now than when ``attach`` hooked it."""

@@ -103,6 +103,10 @@ class StepAgreement:
         self._buckets += buckets
         self._started, self._comparisons = False, 0
 
+    def clear(self) -> None:
+        """Forgets all param groups, before their buckets are built again."""
+        self._built.clear()
+
     # What gradients ask for (``buckets/gradient_tensors.py``) --------------------------------------------------------
 
     @property

@@ -171,6 +171,15 @@ def check_state_dict(state_dict: object) -> None:
         )
 
 
+def initialized_since(alone: bool) -> bool:
+    """Whether there are several ranks now, and the optimizer was built before torch.distributed was initialized.
+
+    Args:
+        alone: whether the optimizer was built without a process group.
+    """
+    return alone and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def require_built_groups(alone: bool, groups: Groups, built: Sequence[Sequence[Tensor]]) -> None:
     """Raises ``RuntimeError`` where the world or the groups are not the ones that the optimizer was built for.
 
@@ -179,7 +188,7 @@ def require_built_groups(alone: bool, groups: Groups, built: Sequence[Sequence[T
         groups: ``optimizer.param_groups`` now.
         built: the parameters of each group when it was added.
     """
-    if alone and dist.is_initialized() and dist.get_world_size() > 1:
+    if initialized_since(alone):
         raise RuntimeError(
             "torch.distributed was initialized after the optimizer was built, so it would train this rank alone. Build "
             "it after init_process_group(); for one rank by itself, pass process_group=dist.new_group([rank])"
