@@ -9,10 +9,9 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 from dist_asgd.checkpoint.storage.retry import Requests
-from dist_asgd.checkpoint.storage.store import BytesLike, Store, is_temporary, temporary_path
+from dist_asgd.checkpoint.storage.store import BytesLike, is_temporary, temporary_path
 
 FLUSHED = 2**24  # bytes written between flushes to the disk
 
@@ -20,7 +19,7 @@ FLUSHED = 2**24  # bytes written between flushes to the disk
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.ENOTSUP}
 
 
-class LocalStore(Store):
+class LocalStore:
     """The files below one folder, which need not exist."""
 
     is_local = True
@@ -62,11 +61,13 @@ class LocalStore(Store):
                 sync_folder(os.path.dirname(target))
         return count
 
-    def read(self, path: str) -> bytes:
-        return self._requests.retry("read", path, Path(self._at(path)).read_bytes)
+    def read_range(self, path: str, start: int, stop: int | None) -> bytes:
+        def request() -> bytes:
+            with open(self._at(path), "rb") as file:
+                file.seek(start)
+                return file.read(-1 if stop is None else stop - start)
 
-    def read_range(self, path: str, start: int, stop: int) -> bytes:
-        return self._requests.retry("read", path, lambda: read_range(self._at(path), start, stop))
+        return self._requests.retry("read", path, request)
 
     def entries(self, path: str) -> dict[str, int | None]:
         return self._requests.retry("list", path, lambda: list_folder(self._at(path)))
@@ -215,18 +216,6 @@ def link(temporary: str, target: str, data: bytes) -> None:
         with new_file(target) as file:
             write_all(file, data)
             os.fsync(file)
-
-
-def read_range(path: str, start: int, stop: int) -> bytes:
-    """Returns bytes ``[start, stop)`` of a file, or fewer where it ends before ``stop``."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        parts = [os.pread(descriptor, stop - start, start)]
-        while parts[-1] and sum(map(len, parts)) < stop - start:
-            parts.append(os.pread(descriptor, stop - start - sum(map(len, parts)), start + sum(map(len, parts))))
-    finally:
-        os.close(descriptor)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def list_folder(folder: str) -> dict[str, int | None]:
