@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -137,33 +137,6 @@ def advance_(scalars: DeviceScalars, h: Hyperparameters) -> None:
     gpu_schedule.advance_(scalars, h)
 
 
-class UpdateSlice(Protocol):
-    """A range of a shard, all of whose elements have equal scalars, that one call updates."""
-
-    @property
-    def start(self) -> int:
-        """Index in the shard of the first element."""
-
-    @property
-    def stop(self) -> int:
-        """Index in the shard after the last element."""
-
-    def update_(
-        self,
-        average: Tensor | None,
-        master: Tensor | None,
-        h: Hyperparameters,
-        scalars: AnyScalars,
-        rounding: Rounding,
-    ) -> None:
-        """Updates the parameters, ``average`` and ``master`` in place by one step.
-
-        Args:
-            average, master: 1-D, the elements ``[start, stop)``; None if there is none.
-            rounding: its ``first`` is the number of the element at ``start``.
-        """
-
-
 def _prepared(
     param: Tensor, grad: Tensor, average: Tensor | None, master: Tensor | None, rounding: Rounding
 ) -> tuple[Tensor | None, Tensor | None, FusedUpdate | None]:
@@ -179,8 +152,8 @@ def _prepared(
 class PartsSlice:
     """An ``UpdateSlice`` of parameters that are updated where they lie. ``can_fuse`` must hold for them."""
 
-    start: int
-    stop: int
+    start: int  # index in the shard of the first element
+    stop: int  # index in the shard after the last element
     parts: TensorList
     grads: Gradients  # one for each part, in the parts' dtype or in compute_dtype
 
@@ -192,6 +165,12 @@ class PartsSlice:
         scalars: AnyScalars,
         rounding: Rounding,
     ) -> None:
+        """Updates the parameters, ``average`` and ``master`` in place by one step.
+
+        Args:
+            average, master: 1-D, the elements ``[start, stop)``; None if there is none.
+            rounding: its ``first`` is the number of the element at ``start``.
+        """
         param, grad = self.parts.tensors[0], self.grads.tensors[0]
         average, master, fused = _prepared(param, grad, average, master, rounding)
         if fused is None:
@@ -203,7 +182,7 @@ class PartsSlice:
 class FlatSlice:
     """An ``UpdateSlice`` whose parameters lie in one 1-D tensor, and its gradients in another."""
 
-    start: int
+    start: int  # index in the shard of the first element
     param: Tensor  # 1-D, any floating or complex dtype; updated in place
     grad: Tensor  # 1-D, as long as param; only read
 
@@ -219,7 +198,7 @@ class FlatSlice:
         scalars: AnyScalars,
         rounding: Rounding,
     ) -> None:
-        """Updates with the bits of ``low_precision_step_``.
+        """Updates like ``PartsSlice.update_``, with the bits of ``low_precision_step_``.
 
         Raises ``RuntimeError`` if ``scalars`` are on the device and there is no one-pass update of these dtypes.
         """
@@ -233,6 +212,10 @@ class FlatSlice:
             update_blocks_(param, grad, average, master, h, scalars, rounding)
 
 
+# A range of a shard, all of whose elements have equal scalars, that one call of ``update_`` updates.
+UpdateSlice: TypeAlias = PartsSlice | FlatSlice
+
+
 def update_blocks_(
     param: Tensor,
     grad: Tensor,
@@ -242,7 +225,7 @@ def update_blocks_(
     scalars: Scalars,
     rounding: Rounding,
 ) -> None:
-    """Performs ``update_`` on real tensors by PyTorch's operators, block by block."""
+    """Updates real tensors by PyTorch's operators, block by block, as ``FlatSlice.update_`` does."""
     size = block_size(param.numel(), param.device)
     if param.numel() <= size:
         low_precision_step_(param, grad, average, master, h, scalars, rounding)

@@ -12,7 +12,7 @@ from typing import Any
 from fsspec.asyn import sync
 
 from dist_asgd.checkpoint.storage.backend import Backend, classes_in, without_listings_cache
-from dist_asgd.checkpoint.storage.multipart import LONGEST_PUT, Multipart, length, rewound, upload
+from dist_asgd.checkpoint.storage.multipart import LONGEST_PUT, length, rewound, upload
 from dist_asgd.checkpoint.storage.remote import OWNER, RemoteStore, remove_each
 from dist_asgd.checkpoint.storage.retry import CONNECT_TIMEOUT, READ_TIMEOUT
 from dist_asgd.checkpoint.storage.store import BytesLike
@@ -109,7 +109,7 @@ class AzureStore(RemoteStore):
             raise FileNotFoundError(str(error)) from error
 
 
-class AzureBlocks(Multipart):
+class AzureBlocks:
     """The blocks of one blob, which nobody sees before they are committed."""
 
     def __init__(self, store: AzureStore, path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 import time
@@ -146,14 +147,9 @@ def sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def new_file(path: str) -> Iterator[int]:
-    """Yields the descriptor of a new file, open for writing; raises FileExistsError where the file exists."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+def new_file(path: str) -> io.FileIO:
+    """Opens a new file for writing without a buffer; raises FileExistsError where the file exists."""
+    return io.FileIO(path, "x")
 
 
 @contextlib.contextmanager
@@ -172,7 +168,7 @@ class Flusher:
     Measured for 400 MB with checksums made at the same time: 0.3 s, and 0.5 s with one fsync at the end.
     """
 
-    def __init__(self, file: int) -> None:
+    def __init__(self, file: io.FileIO) -> None:
         self._file, self._waiting = file, 0
         self._thread = ThreadPoolExecutor(1, "dist_asgd-flush")
         self._flush: Future[None] | None = None
@@ -190,15 +186,15 @@ class Flusher:
             if self._flush is not None:
                 self._flush.result()  # raises the error of the disk, which the system reports only once
             self._waiting = 0
-            self._flush = self._thread.submit(os.fdatasync, self._file)
+            self._flush = self._thread.submit(os.fdatasync, self._file.fileno())
 
 
-def write_all(file: int, data: BytesLike) -> int:
-    """Writes all of ``data`` to a descriptor, and returns its bytes."""
+def write_all(file: io.FileIO, data: BytesLike) -> int:
+    """Writes all of ``data``, and returns its bytes."""
     view = memoryview(data).cast("B")
     count = len(view)
     while view:
-        view = view[os.write(file, view) :]
+        view = view[file.write(view) :]
     return count
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dist_asgd.checkpoint.storage.backend import Backend, classes_in, without_listings_cache
-from dist_asgd.checkpoint.storage.multipart import PART, Multipart, rewound, upload
+from dist_asgd.checkpoint.storage.multipart import PART, rewound, upload
 from dist_asgd.checkpoint.storage.remote import OWNER, RemoteStore
 from dist_asgd.checkpoint.storage.retry import StorageError, http_statuses
 from dist_asgd.checkpoint.storage.store import BytesLike
@@ -133,7 +133,7 @@ class S3Store(RemoteStore):
         return answer
 
 
-class S3Multipart(Multipart):
+class S3Multipart:
     """A multipart upload of S3: its parts are invisible, but stored and paid for, until it is finished or aborted."""
 
     def __init__(self, store: S3Store, path: str) -> None:
