@@ -6,8 +6,11 @@ It is integer arithmetic only, without tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +72,31 @@ def batches(tensors: Sequence[tuple[Sequence[int], int]], most: int) -> Iterator
     Args:
         tensors: for each tensor its shape and the bytes of an element.
     """
-    batch: list[tuple[int, Box]] = []
+    boxes_and_bytes = (
+        ((number, box), box.numel * itemsize)
+        for number, (shape, itemsize) in enumerate(tensors)
+        for box in cut(whole(shape), max(1, most // itemsize))
+    )
+    return grouped(boxes_and_bytes, most)
+
+
+def grouped(items: Iterable[tuple[T, int]], most: int) -> Iterator[list[T]]:
+    """Yields items, in order, in groups of at most ``most`` bytes; a larger item has a group of its own.
+
+    Without items it yields one empty group.
+
+    Args:
+        items: pairs of an item and its bytes.
+    """
+    group: list[T] = []
     size = 0
-    for number, (shape, itemsize) in enumerate(tensors):
-        for box in cut(whole(shape), max(1, most // itemsize)):
-            if batch and size + box.numel * itemsize > most:
-                yield batch
-                batch, size = [], 0
-            batch.append((number, box))
-            size += box.numel * itemsize
-    yield batch
+    for item, nbytes in items:
+        if group and size + nbytes > most:
+            yield group
+            group, size = [], 0
+        group.append(item)
+        size += nbytes
+    yield group
 
 
 def share(box: Box, count: int) -> list[Box]:

@@ -85,9 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         file_of = _with_progress(FORMATS.get(format_name, safetensors_file), tensors, progress)
         if format_name == DIRECTORY:
             files = split_into_files(tensors, arguments.max_shard_size or MAX_SHARD_BYTES)
-            size = write_directory(
-                target, files, configs, lambda file: target.write(file.name, file_of(source, file.tensors))
-            )
+            size = write_directory(target, files, configs, source, file_of)
         else:
             size = target.write(name, file_of(source, tensors))
     report = {"out": f"{target.url}/{name}", "bytes": size, "step": step, "tensors": len(tensors)}

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from importlib.util import find_spec
+from typing import Any, TypeAlias
 
 
 class OutputError(OSError):
     """Standard output cannot be written; ``__cause__`` is the error of the system."""
 
 
-class ReportProgress(Protocol):
-    """Callback of long work, which calls it after each part."""
-
-    def __call__(self, done: int, total: int) -> None:
-        """Reports that ``done`` more bytes are done, of ``total`` bytes altogether."""
+# Called after each part of long work with the bytes that it has done and all bytes together.
+ReportProgress: TypeAlias = Callable[[int, int], None]
 
 
 def write(content: Any) -> None:
@@ -78,23 +76,15 @@ def format_duration(seconds: float) -> str:
 @contextmanager
 def progress_bar(title: str, hidden: bool) -> Iterator[ReportProgress]:
     """Shows a bar on standard error while the block runs, if that is a terminal and tqdm is installed."""
-    bar = None if hidden or not sys.stderr.isatty() else _new_bar(title)
+    if hidden or not sys.stderr.isatty() or find_spec("tqdm") is None:
+        yield lambda done, total: None
+        return
+    from tqdm import tqdm
 
-    def advance(done: int, total: int) -> None:
-        if bar is not None:
+    with tqdm(desc=title, unit="B", unit_scale=True, unit_divisor=1024, leave=False, file=sys.stderr) as bar:
+
+        def advance(done: int, total: int) -> None:
             bar.total = total
             bar.update(done)
 
-    try:
         yield advance
-    finally:
-        if bar is not None:
-            bar.close()
-
-
-def _new_bar(title: str) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(desc=title, unit="B", unit_scale=True, unit_divisor=1024, leave=False, file=sys.stderr)

@@ -28,7 +28,7 @@ MAX_VALUE = 80  # characters of a value
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the checkpoint and which of its entries are shown."""
     add_checkpoint_arguments(parser)
-    parser.add_argument("--keys", metavar="GLOB", help="only entries with such keys, as 'model.*'")
+    parser.add_argument("--keys", default="*", metavar="GLOB", help="only entries with such keys, as 'model.*'")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,13 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     contents = _manifest_report(checkpoint) if NAME in sizes else _stock_report(checkpoint)
     report = {"url": checkpoint.url, "bytes": sum(sizes.values()), **contents}
     for kind in ("tensors", "values"):
-        report[kind] = {key: entry for key, entry in report[kind].items() if _matches(key, arguments.keys)}
+        report[kind] = {key: entry for key, entry in report[kind].items() if fnmatch.fnmatchcase(key, arguments.keys)}
     write(report if arguments.json else _report_text(report))
     return 0
-
-
-def _matches(key: str, pattern: str | None) -> bool:
-    return pattern is None or fnmatch.fnmatchcase(key, pattern)
 
 
 def _manifest_report(checkpoint: OpenedCheckpoint) -> dict[str, Any]:

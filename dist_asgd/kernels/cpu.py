@@ -96,8 +96,7 @@ def native_update(
     function.argtypes = [address, address, address, address, count, address, address, address, count]
     function.restype = None
     update = NativeUpdate(function)
-    rounding = Rounding(rounded, 1234 if stochastic else None, 5)
-    if not matches_operators(update, torch.device("cpu"), param, grad, has_master, rounding):
+    if not matches_operators(update, torch.device("cpu"), param, grad, has_master, rounded, stochastic):
         warn_once(f"the compiled update of {param} differs from PyTorch's operators on this CPU")
         return None
     return update

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -65,9 +65,7 @@ def fused_update(
         average: the dtype of the average, or None without an average.
     """
     dtype = compute_dtype(param)
-    if average not in (None, dtype) or grad not in (param, dtype):
-        return None
-    if device.type not in FORMS:
+    if average not in (None, dtype) or grad not in (param, dtype) or device.type not in FORMS:
         return None
     return FORMS[device.type](device, param, grad, has_master, rounding.dtype, rounding.seed is not None)
 
@@ -87,9 +85,8 @@ def _on_gpu(
     if update is None:
         warn_once("Triton is not installed, or has no update of these dtypes")
         return None
-    rounding = Rounding(rounded, 1234 if stochastic else None, 5)
     try:
-        works = matches_operators(update, device, param, grad, has_master, rounding)
+        works = matches_operators(update, device, param, grad, has_master, rounded, stochastic)
     except Exception as error:  # of any type: no C compiler for Triton's launcher, an unknown GPU, ...
         warn_once(f"Triton's update does not run on {device}", repr(error))
         return None
@@ -123,18 +120,11 @@ def can_capture(
 
     The arguments are those of ``can_fuse``.
     """
-    probed = Rounding(rounding.dtype, None if rounding.seed is None else 1234, 5)
-    return _captures(device, param.to_real(), average.to_real(), has_master, probed)
-
-
-@functools.cache
-def _captures(
-    device: torch.device, param: torch.dtype, average: torch.dtype, has_master: bool, rounding: Rounding
-) -> bool:
-    fused = fused_update(device, param, param, average, has_master, rounding)
+    param, stochastic = param.to_real(), rounding.seed is not None
+    fused = fused_update(device, param, param, average.to_real(), has_master, rounding)
     if fused is None or not fused.takes_device_scalars:
         return False
-    works = matches_operators(fused, device, param, param, has_master, rounding, on_device=True)
+    works = matches_operators(fused, device, param, param, has_master, rounding.dtype, stochastic, on_device=True)
     if not works:
         warn_once(f"Triton's update of {param} with scalars on {device} differs from PyTorch's operators")
     return works
@@ -147,16 +137,25 @@ def advance_(scalars: DeviceScalars, h: Hyperparameters) -> None:
     gpu_schedule.advance_(scalars, h)
 
 
-class UpdateSlice(Protocol):
-    """A range of a shard, all of whose elements have equal scalars, that one call updates."""
+def _prepared(
+    param: Tensor, grad: Tensor, average: Tensor | None, master: Tensor | None, rounding: Rounding
+) -> tuple[Tensor | None, Tensor | None, FusedUpdate | None]:
+    """Returns ``average`` and ``master`` as reals, and the one-pass update of the real ``param``, if there is one."""
+    average = None if average is None else as_real(average)
+    master = None if master is None else as_real(master)
+    average_dtype = None if average is None else average.dtype
+    fused = fused_update(param.device, param.dtype, grad.dtype, average_dtype, master is not None, rounding)
+    return average, master, fused
 
-    @property
-    def start(self) -> int:
-        """Index in the shard of the first element."""
 
-    @property
-    def stop(self) -> int:
-        """Index in the shard after the last element."""
+@dataclass(frozen=True, slots=True)
+class PartsSlice:
+    """An ``UpdateSlice`` of parameters that are updated where they lie. ``can_fuse`` must hold for them."""
+
+    start: int  # index in the shard of the first element
+    stop: int  # index in the shard after the last element
+    parts: TensorList
+    grads: Gradients  # one for each part, in the parts' dtype or in compute_dtype
 
     def update_(
         self,
@@ -172,30 +171,8 @@ class UpdateSlice(Protocol):
             average, master: 1-D, the elements ``[start, stop)``; None if there is none.
             rounding: its ``first`` is the number of the element at ``start``.
         """
-
-
-@dataclass(frozen=True, slots=True)
-class PartsSlice:
-    """An ``UpdateSlice`` of parameters that are updated where they lie. ``can_fuse`` must hold for them."""
-
-    start: int
-    stop: int
-    parts: TensorList
-    grads: Gradients  # one for each part, in the parts' dtype or in compute_dtype
-
-    def update_(
-        self,
-        average: Tensor | None,
-        master: Tensor | None,
-        h: Hyperparameters,
-        scalars: AnyScalars,
-        rounding: Rounding,
-    ) -> None:
-        average = None if average is None else as_real(average)
-        master = None if master is None else as_real(master)
         param, grad = self.parts.tensors[0], self.grads.tensors[0]
-        average_dtype = None if average is None else average.dtype
-        fused = fused_update(param.device, param.dtype, grad.dtype, average_dtype, master is not None, rounding)
+        average, master, fused = _prepared(param, grad, average, master, rounding)
         if fused is None:
             raise RuntimeError(f"no update in one pass of {param.dtype} on {param.device}, and none else was prepared")
         fused(self.parts, self.grads, average, master, h, scalars, rounding)
@@ -205,7 +182,7 @@ class PartsSlice:
 class FlatSlice:
     """An ``UpdateSlice`` whose parameters lie in one 1-D tensor, and its gradients in another."""
 
-    start: int
+    start: int  # index in the shard of the first element
     param: Tensor  # 1-D, any floating or complex dtype; updated in place
     grad: Tensor  # 1-D, as long as param; only read
 
@@ -221,33 +198,22 @@ class FlatSlice:
         scalars: AnyScalars,
         rounding: Rounding,
     ) -> None:
-        update_(self.param, self.grad, average, master, h, scalars, rounding)
+        """Updates like ``PartsSlice.update_``, with the bits of ``low_precision_step_``.
+
+        Raises ``RuntimeError`` if ``scalars`` are on the device and there is no one-pass update of these dtypes.
+        """
+        param, grad = as_real(self.param), as_real(self.grad)
+        average, master, fused = _prepared(param, grad, average, master, rounding)
+        if fused is not None and grad.is_contiguous():
+            fused(TensorList.of([param]), Gradients.of([grad]), average, master, h, scalars, rounding)
+        elif isinstance(scalars, DeviceScalars):
+            raise RuntimeError(f"no update in one pass of {param.dtype} by a {grad.dtype} gradient on {param.device}")
+        else:
+            update_blocks_(param, grad, average, master, h, scalars, rounding)
 
 
-def update_(
-    param: Tensor,  # 1-D, any floating or complex dtype; updated in place
-    grad: Tensor,  # 1-D, same length; only read
-    average: Tensor | None,  # 1-D, same length; updated in place. None while the average is the parameter
-    master: Tensor | None,  # 1-D, same length, in compute_dtype; updated in place. None for no master
-    h: Hyperparameters,
-    scalars: AnyScalars,
-    rounding: Rounding,
-) -> None:
-    """Updates a slice whose elements share ``scalars`` by one step, with the bits of ``low_precision_step_``.
-
-    Raises ``RuntimeError`` if ``scalars`` are on the device and there is no one-pass update of these dtypes.
-    """
-    param, grad = as_real(param), as_real(grad)
-    average = None if average is None else as_real(average)
-    master = None if master is None else as_real(master)
-    average_dtype = None if average is None else average.dtype
-    fused = fused_update(param.device, param.dtype, grad.dtype, average_dtype, master is not None, rounding)
-    if fused is not None and grad.is_contiguous():
-        fused(TensorList.of([param]), Gradients.of([grad]), average, master, h, scalars, rounding)
-    elif isinstance(scalars, DeviceScalars):
-        raise RuntimeError(f"no update in one pass of {param.dtype} with a gradient of {grad.dtype} on {param.device}")
-    else:
-        update_blocks_(param, grad, average, master, h, scalars, rounding)
+# A range of a shard, all of whose elements have equal scalars, that one call of ``update_`` updates.
+UpdateSlice: TypeAlias = PartsSlice | FlatSlice
 
 
 def update_blocks_(
@@ -259,7 +225,7 @@ def update_blocks_(
     scalars: Scalars,
     rounding: Rounding,
 ) -> None:
-    """Performs ``update_`` on real tensors by PyTorch's operators, block by block."""
+    """Updates real tensors by PyTorch's operators, block by block, as ``FlatSlice.update_`` does."""
     size = block_size(param.numel(), param.device)
     if param.numel() <= size:
         low_precision_step_(param, grad, average, master, h, scalars, rounding)

@@ -35,6 +35,7 @@ BLOCK = 2048
 SMALL = 512  # elements that are updated at once where the tensor ends within the block, or is not aligned
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
+DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 SCALARS = ("device_step", "device_eta", "device_mu", "device_lr", "inverse_scale", "found_inf")  # 1 element each
 
 
@@ -272,16 +273,6 @@ def update_kernel(
             )  # fmt: skip
 
 
-@functools.cache
-def _types() -> dict[torch.dtype, Any]:
-    return {
-        torch.float32: tl.float32,
-        torch.float64: tl.float64,
-        torch.bfloat16: tl.bfloat16,
-        torch.float16: tl.float16,
-    }
-
-
 class TritonUpdate:
     """Updates several tensors that share ``scalars`` in one launch. See ``FusedUpdate`` in kernels/dispatch.py.
 
@@ -294,7 +285,8 @@ class TritonUpdate:
 
     def __init__(self, param: torch.dtype, grad: torch.dtype, rounded: torch.dtype) -> None:
         names = {"PARAM": param, "GRAD": grad, "REAL": compute_dtype(param), "ROUNDED": rounded}
-        self._types = {name: _types()[dtype] for name, dtype in names.items()}
+        # Triton has torch's names of dtypes.
+        self._types = {name: getattr(tl, str(dtype).removeprefix("torch.")) for name, dtype in names.items()}
         self._tables: WeakKeyDictionary[TensorList, DeviceTables] = WeakKeyDictionary()
 
     def __call__(
@@ -356,6 +348,6 @@ def triton_update(param: torch.dtype, grad: torch.dtype, rounded: torch.dtype) -
 
     The arguments are those of ``TritonUpdate``. Compiling happens at the first launch.
     """
-    if triton is None or not {param, rounded} <= _types().keys() or grad not in (param, compute_dtype(param)):
+    if triton is None or not {param, rounded} <= DTYPES or grad not in (param, compute_dtype(param)):
         return None
     return TritonUpdate(param, grad, rounded)

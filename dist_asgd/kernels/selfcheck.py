@@ -26,7 +26,8 @@ def matches_operators(
     param: torch.dtype,
     grad: torch.dtype,
     has_master: bool,
-    rounding: Rounding,
+    rounded: torch.dtype,
+    stochastic: bool,
     on_device: bool = False,
 ) -> bool:
     """Returns whether ``update`` gives the bits of ``low_precision_step_`` under all combinations of options.
@@ -36,9 +37,11 @@ def matches_operators(
         device: where the test tensors lie.
         param, grad: dtypes of parameters and gradients.
         has_master: whether there are masters.
-        rounding: how parameters are rounded.
+        rounded: the dtype to which parameters are rounded (``Rounding.dtype``).
+        stochastic: whether that rounding is stochastic (``Rounding.seed`` is not None).
         on_device: whether ``update`` is given ``DeviceScalars`` instead of ``Scalars``.
     """
+    rounding = Rounding(rounded, 1234 if stochastic else None, 5)
     generator, dtype = torch.Generator().manual_seed(0), compute_dtype(param)
     combinations = itertools.product((False, True), (0.0, 0.1), (False, True), (1.0, 0.3))
     for maximize, weight_decay, averages, mu in combinations:

@@ -25,7 +25,7 @@ from dist_asgd.checkpoint.storage import multipart, registry, retry
 from dist_asgd.checkpoint.storage import storage as storage_module
 from dist_asgd.checkpoint.storage.backend import Backend, classes_in
 from dist_asgd.checkpoint.storage.registry import target_of
-from dist_asgd.checkpoint.storage.rename import RenamedUploads
+from dist_asgd.checkpoint.storage.rename import RenamedStore
 from dist_asgd.checkpoint.storage.storage import Storage, StorageError
 from tests.support.ranks import RankError, message_of, run_alone
 from tests.support.stores import (  # noqa: F401
@@ -601,7 +601,7 @@ class ToyFileSystem(MemoryFileSystem):
         return super().cat_file(*args, **kwargs)
 
 
-class ToyUploads(RenamedUploads):
+class ToyStore(RenamedStore):
     backend = Backend(
         protocols=("toy",),
         query_option="ticket",
@@ -612,7 +612,7 @@ class ToyUploads(RenamedUploads):
 
 def test_a_new_store_is_one_class_and_one_entry_of_the_registry(monkeypatch):
     monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
-    monkeypatch.setattr(registry, "STORES", (*registry.STORES, ToyUploads))
+    monkeypatch.setattr(registry, "STORES", (*registry.STORES, ToyStore))
     fsspec.register_implementation("toy", ToyFileSystem, clobber=True)
     url = f"toy://{uuid.uuid4().hex}/run"
     storage = Storage.open(f"{url}?admit-one", {"pin": "12345"})

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dist_asgd.boxes import Box, batches, whole
+from dist_asgd.boxes import Box, batches, grouped, whole
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.export.formats import BATCH_BYTES, Exported
 from dist_asgd.checkpoint.format.entries import Block, TensorEntry
@@ -208,16 +208,9 @@ class StockExportSource(ExportSource):
 
     def _batches(self, tensors: Sequence[Exported]) -> Iterator[list[tuple[int, Box]]]:
         """Yields lists of (index of a tensor in ``tensors``, box of the whole tensor) to be read together."""
-        batch: list[tuple[int, Box]] = []
-        size = 0
-        for number, tensor in enumerate(tensors):
-            saved = self.manifest.tensors[tensor.key].saved
-            if batch and size + payload_bytes(saved.dtype, saved.shape) > BATCH_BYTES:
-                yield batch
-                batch, size = [], 0
-            batch.append((number, whole(saved.shape)))
-            size += payload_bytes(saved.dtype, saved.shape)
-        yield batch
+        saved = [self.manifest.tensors[tensor.key].saved for tensor in tensors]
+        wholes = (((n, whole(one.shape)), payload_bytes(one.dtype, one.shape)) for n, one in enumerate(saved))
+        return grouped(wholes, BATCH_BYTES)
 
     def _read_into(self, wanted: Sequence[tuple[str, TensorEntry]]) -> None:
         read_items_into(self.storage, self.directory, plan_items(self.stock.tensors, wanted))

@@ -15,7 +15,7 @@ from dist_asgd.checkpoint.export.formats import FORMATS, Exported, format_by, sa
 from dist_asgd.checkpoint.export.gather import FailedOnAllRanks, GatherSource, OwnedBoxes, owned_boxes
 from dist_asgd.checkpoint.export.huggingface import (
     MAX_SHARD_BYTES,
-    ExportFile,
+    Files,
     config_files,
     name_to_keep,
     split_into_files,
@@ -45,7 +45,7 @@ class _ExportPlan:
     """Work of one rank in an export. All ranks have equal ``format`` and ``files``."""
 
     format: str  # a key of FORMATS, or "huggingface"
-    files: Sequence[ExportFile]
+    files: Files
     owned: Sequence[OwnedBoxes]  # on rank 0: for each rank; on other ranks: for this rank only
 
 
@@ -150,7 +150,7 @@ def _plan(
     by_rank: Sequence[_ModelContribution], tensors: Sequence[Exported], kind: str | None, name: str, max_bytes: int
 ) -> list[_ExportPlan]:
     """Returns the work of each rank."""
-    files = split_into_files(tensors, max_bytes) if kind is None else [ExportFile(name, tensors)]
+    files = split_into_files(tensors, max_bytes) if kind is None else {name: tensors}
     for tensor in tensors if kind == "safetensors" else ():
         safetensors_dtype(tensor)  # raises for a dtype that the format lacks before anything is gathered
     owned = owned_boxes([contribution.offers for contribution in by_rank])
@@ -166,15 +166,14 @@ def _write_or_send(
     failure: Exception | None = None
     try:
         if storage is None:
-            for file in plan.files:
-                for _ in file_of(source, file.tensors):
+            for tensors in plan.files.values():
+                for _ in file_of(source, tensors):
                     pass
         elif plan.format == "huggingface":
-            write_directory(
-                storage, plan.files, configs, lambda file: storage.write(file.name, file_of(source, file.tensors))
-            )
+            write_directory(storage, plan.files, configs, source, file_of)
         else:
-            storage.write(plan.files[0].name, file_of(source, plan.files[0].tensors))
+            ((name, tensors),) = plan.files.items()
+            storage.write(name, file_of(source, tensors))
     except FailedOnAllRanks as failed:
         raise failed.error from failed.error.__cause__
     except Exception as error:

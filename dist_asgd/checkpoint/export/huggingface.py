@@ -10,14 +10,14 @@ import contextlib
 import fnmatch
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from torch import nn
 
+from dist_asgd.boxes import grouped
 from dist_asgd.checkpoint.errors import CheckpointError
-from dist_asgd.checkpoint.export.formats import Exported, safetensors_dtype
+from dist_asgd.checkpoint.export.formats import Exported, FileFormat, PayloadSource, safetensors_dtype
 from dist_asgd.checkpoint.format.entries import dtype_name
 from dist_asgd.checkpoint.state.module_names import fqn_of, unwrapped
 from dist_asgd.checkpoint.storage.storage import Storage
@@ -25,15 +25,8 @@ from dist_asgd.checkpoint.storage.storage import Storage
 MAX_SHARD_BYTES = 5 * 10**9  # default for the bytes of tensors in one file
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model*.safetensors*"  # pattern of the names of files that from_pretrained may load
+Files: TypeAlias = Mapping[str, Sequence[Exported]]  # the tensors of each file of an export by its name
 CONFIGS = {"config.json": "config", "generation_config.json": "generation_config"}  # attributes of the model
-
-
-@dataclass(frozen=True, slots=True)
-class ExportFile:
-    """File of an export, and the tensors in it."""
-
-    name: str
-    tensors: Sequence[Exported]
 
 
 @runtime_checkable
@@ -43,30 +36,24 @@ class Config(Protocol):
     def to_json_string(self) -> str: ...
 
 
-def split_into_files(tensors: Sequence[Exported], max_bytes: int) -> list[ExportFile]:
-    """Distributes tensors in their order over files, named as transformers names them.
+def split_into_files(tensors: Sequence[Exported], max_bytes: int) -> Files:
+    """Distributes tensors in their order over files, named as transformers names them. Returns the tensors by file.
 
     A file has at most ``max_bytes`` bytes of tensors, or one tensor that is larger.
 
     Raises:
         CheckpointError: safetensors cannot hold the dtype or the name of a tensor.
     """
-    parts: list[list[Exported]] = [[]]
-    size = 0
     for tensor in tensors:
-        safetensors_dtype(tensor)
-        if parts[-1] and size + tensor.nbytes > max_bytes:
-            parts.append([])
-            size = 0
-        parts[-1].append(tensor)
-        size += tensor.nbytes
+        safetensors_dtype(tensor)  # raises for a dtype or name that the format lacks
+    parts = list(grouped(((tensor, tensor.nbytes) for tensor in tensors), max_bytes))
     if len(parts) == 1:
-        return [ExportFile("model.safetensors", parts[0])]
-    return [ExportFile(f"model-{n:05}-of-{len(parts):05}.safetensors", part) for n, part in enumerate(parts, 1)]
+        return {"model.safetensors": parts[0]}
+    return {f"model-{n:05}-of-{len(parts):05}.safetensors": part for n, part in enumerate(parts, 1)}
 
 
 def write_directory(
-    storage: Storage, files: Sequence[ExportFile], configs: Mapping[str, bytes], write: Callable[[ExportFile], int]
+    storage: Storage, files: Files, configs: Mapping[str, bytes], source: PayloadSource, file_of: FileFormat
 ) -> int:
     """Writes configurations, weights and, last, the index. Returns the number of bytes of all files.
 
@@ -74,23 +61,30 @@ def write_directory(
 
     Args:
         storage: the directory.
-        files: the files of weights.
+        files: the tensors of each file of weights by its name.
         configs: contents of further files by name.
-        write: writes one of the ``files`` to the storage and returns its number of bytes.
+        source: has the elements of the tensors.
+        file_of: yields the bytes of a file of weights.
 
     Raises:
         CheckpointError: the directory has weights already, or a file could not be written.
     """
-    check_no_weights(storage)
+    _check_no_weights(storage)
     total = sum(storage.write(name, [data]) for name, data in configs.items())
-    with _removed_on_failure(storage, files):
-        total += sum(write(file) for file in files)
+    try:
+        for name, tensors in files.items():
+            total += storage.write(name, file_of(source, tensors))
         if len(files) > 1:
-            total += storage.write(INDEX, [index_json(files)])
+            total += storage.write(INDEX, [_index_json(files)])
+    except BaseException:
+        with contextlib.suppress(Exception):  # an error of the removal must not hide the first error
+            for name in files:
+                storage.remove(name)
+        raise
     return total
 
 
-def check_no_weights(storage: Storage) -> None:
+def _check_no_weights(storage: Storage) -> None:
     """Raises CheckpointError if the directory has weights already, as a mixture of old and new might be loaded."""
     found = fnmatch.filter(storage.list(), WEIGHTS)
     if found:
@@ -100,22 +94,10 @@ def check_no_weights(storage: Storage) -> None:
         )
 
 
-@contextlib.contextmanager
-def _removed_on_failure(storage: Storage, files: Sequence[ExportFile]) -> Iterator[None]:
-    """Removes ``files`` if the block raises."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(Exception):  # an error of the removal must not hide the first error
-            for file in files:
-                storage.remove(file.name)
-        raise
-
-
-def index_json(files: Sequence[ExportFile]) -> bytes:
+def _index_json(files: Files) -> bytes:
     """Returns the contents of model.safetensors.index.json, which tells the file of each tensor."""
-    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
-    size = sum(tensor.nbytes for file in files for tensor in file.tensors)
+    weight_map = {tensor.name: name for name, tensors in files.items() for tensor in tensors}
+    size = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
     content = {"metadata": {"total_size": size}, "weight_map": weight_map}
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 

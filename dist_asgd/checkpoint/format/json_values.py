@@ -110,20 +110,8 @@ def _encode(value: Any, name: str, depth: int) -> Any:
 
 def _encode_atom(value: Any, name: str) -> Any:
     kind = type(value)
-    if kind is int:
-        return {"#int": hex(value)}
-    if kind is float:
-        return {"#float": struct.pack(">d", value).hex()}
-    if kind is complex:
-        return {"#complex": struct.pack(">dd", value.real, value.imag).hex()}
-    if kind is str:
-        return {"#str": value.encode("utf-8", "surrogatepass").hex()}
-    if kind is bytes:
-        return {"#bytes": base64.b64encode(value).decode()}
-    if kind is torch.Size:
-        return {"#Size": list(value)}
-    if kind is torch.dtype:
-        return {"#dtype": dtype_name(value)}
+    if kind in _ENCODERS:
+        return {f"#{kind.__name__}": _ENCODERS[kind](value)}
     numpy: Any = sys.modules.get("numpy")  # an array exists only where NumPy was imported; torch works without it
     is_numpy = numpy is not None and (kind is numpy.ndarray or isinstance(value, numpy.generic))
     if is_numpy and _NUMPY_DTYPE.fullmatch(value.dtype.str):
@@ -188,6 +176,15 @@ def _decode_numpy(content: Any) -> Any:
     return flat.reshape(shape).copy()
 
 
+_ENCODERS: Mapping[type, Callable[[Any], Any]] = {
+    int: hex,
+    float: lambda value: struct.pack(">d", value).hex(),
+    complex: lambda value: struct.pack(">dd", value.real, value.imag).hex(),
+    str: lambda value: value.encode("utf-8", "surrogatepass").hex(),
+    bytes: lambda value: base64.b64encode(value).decode(),
+    torch.Size: list,
+    torch.dtype: dtype_name,
+}
 _CONTAINERS: Mapping[str, Callable[[Any], Any]] = {
     "#dict": dict,
     "#OrderedDict": OrderedDict,

@@ -143,19 +143,7 @@ def item_layout(file: BinaryIO, length: int, expected: SavedTensor) -> Layout:
         StorageError: ``file`` could not be read.
     """
     with _archive(file) as archive:
-        entries = {entry.filename.partition("/")[2]: entry for entry in _entries(archive, length)}
-        payload = entries.pop("data/0", None)
-        if payload is None or "data.pkl" not in entries or any(entry.file_size > _LIMIT for entry in entries.values()):
-            raise CheckpointError("the item is no tensor that torch.save wrote")
-        records = {name: archive.read(entry) for name, entry in entries.items()}
-        _check_order(records.get("byteorder"))
-        found = _description(records["data.pkl"])
-        _check_description(found, expected.dtype, expected.shape, payload.file_size)
-        file.seek(payload.header_offset)
-        start = payload.header_offset + _header_size(file.read(_LOCAL_HEADER), payload.header_offset)
-        if start + payload.file_size > length:
-            raise CheckpointError(f"the item ends at {length} bytes, before its elements: it is cut off")
-        return Layout(start, payload.file_size, payload.CRC, found.strides, found.offset)
+        return _layout(archive, file, length, expected)
 
 
 def check_item(file: BinaryIO, length: int, expected: SavedTensor | None) -> None:
@@ -172,18 +160,26 @@ def check_item(file: BinaryIO, length: int, expected: SavedTensor | None) -> Non
         StorageError: ``file`` could not be read.
     """
     with _archive(file) as archive:
-        sizes = {}
-        for entry in _entries(archive, length):
+        for entry in _entries(archive, length).values():
             with archive.open(entry) as record:
                 while record.read(_LIMIT):
                     pass
-            sizes[entry.filename.partition("/")[2]] = entry.file_size
         if expected is not None:
-            if sizes.get("data.pkl", _LIMIT) >= _LIMIT or "data/0" not in sizes:
-                raise CheckpointError("the item is no tensor that torch.save wrote")
-            pickled = next(entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl"))
-            found = _description(archive.read(pickled))
-            _check_description(found, expected.dtype, expected.shape, sizes["data/0"])
+            _layout(archive, file, length, expected)
+
+
+def _layout(archive: zipfile.ZipFile, file: BinaryIO, length: int, expected: SavedTensor) -> Layout:
+    entries = _entries(archive, length)
+    payload = entries.pop("data/0", None)
+    if payload is None or "data.pkl" not in entries or any(entry.file_size > _LIMIT for entry in entries.values()):
+        raise CheckpointError("the item is no tensor that torch.save wrote")
+    records = {name: archive.read(entry) for name, entry in entries.items()}
+    _check_order(records.get("byteorder"))
+    found = _description(records["data.pkl"])
+    _check_description(found, expected.dtype, expected.shape, payload.file_size)
+    file.seek(payload.header_offset)
+    start = _start_of_data(payload, file.read(_LOCAL_HEADER), length)
+    return Layout(start, payload.file_size, payload.CRC, found.strides, found.offset)
 
 
 @contextlib.contextmanager
@@ -283,19 +279,22 @@ def _verified_records(data: bytes) -> dict[str, memoryview]:
     with _archive(io.BytesIO(data)) as archive:
         entries = _entries(archive, len(data))
     records: dict[str, memoryview] = {}
-    for entry in entries:
-        record = _record(data, entry.header_offset, entry.file_size)
-        if zlib.crc32(record) != entry.CRC:
+    for name, entry in entries.items():
+        start = _start_of_data(entry, data[entry.header_offset : entry.header_offset + _LOCAL_HEADER], len(data))
+        records[name] = memoryview(data)[start : start + entry.file_size]
+        if zlib.crc32(records[name]) != entry.CRC:
             raise CheckpointError(
                 f"{short(entry.filename)} in the item does not have the CRC-32 that was saved with it{CRC_HINT}"
             )
-        records[entry.filename.partition("/")[2]] = record
     return records
 
 
-def _entries(archive: zipfile.ZipFile, length: int) -> list[zipfile.ZipInfo]:
-    """Returns the entries of the directory of an item of ``length`` bytes, all of them uncompressed and disjoint."""
-    names = set()
+def _entries(archive: zipfile.ZipFile, length: int) -> dict[str, zipfile.ZipInfo]:
+    """Returns the directory of an item of ``length`` bytes by the records' names, which are without the first folder.
+
+    All records are uncompressed and disjoint.
+    """
+    entries: dict[str, zipfile.ZipInfo] = {}
     for entry in archive.infolist():
         length -= entry.file_size  # entries may point at the same bytes; those of torch.save do not
         if length < 0:
@@ -303,22 +302,17 @@ def _entries(archive: zipfile.ZipFile, length: int) -> list[zipfile.ZipInfo]:
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise CheckpointError(f"{short(entry.filename)} in the item is compressed, which torch.save never does")
         name = entry.filename.partition("/")[2]
-        if name in names:
+        if entries.setdefault(name, entry) is not entry:
             raise CheckpointError(f"{short(entry.filename)} is in the item twice")
-        names.add(name)
-    return archive.infolist()
+    return entries
 
 
-def _record(data: bytes, offset: int, length: int) -> memoryview:
-    """Returns the ``length`` bytes behind the local header at ``offset``."""
-    start = offset + _header_size(data[offset : offset + _LOCAL_HEADER], offset)
-    if start + length > len(data):
-        raise CheckpointError(f"the item ends at {len(data)} bytes, before its record at byte {offset}: it is cut off")
-    return memoryview(data)[start : start + length]
-
-
-def _header_size(header: bytes, offset: int) -> int:
-    """Returns the length of the local header at ``offset`` in bytes; ``header`` has its first 30 bytes."""
+def _start_of_data(entry: zipfile.ZipInfo, header: bytes, length: int) -> int:
+    """Returns the first byte of a record's data in an item of ``length`` bytes, given its local header's first 30."""
+    at = entry.header_offset
     if len(header) < _LOCAL_HEADER or not header.startswith(b"PK\x03\x04"):
-        raise CheckpointError(f"the item has no record at byte {offset}, where its directory says so")
-    return _LOCAL_HEADER + sum(struct.unpack("<2H", header[26:]))
+        raise CheckpointError(f"the item has no record at byte {at}, where its directory says so")
+    start = at + _LOCAL_HEADER + sum(struct.unpack("<2H", header[26:]))
+    if start + entry.file_size > length:
+        raise CheckpointError(f"the item ends at {length} bytes, before its record at byte {at} ends: it is cut off")
+    return start

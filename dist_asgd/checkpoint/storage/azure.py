@@ -12,10 +12,10 @@ from typing import Any
 from fsspec.asyn import sync
 
 from dist_asgd.checkpoint.storage.backend import Backend, classes_in, without_listings_cache
-from dist_asgd.checkpoint.storage.multipart import LONGEST_PUT, Multipart, length, rewound, upload
+from dist_asgd.checkpoint.storage.multipart import LONGEST_PUT, length, rewound, upload
+from dist_asgd.checkpoint.storage.remote import OWNER, RemoteStore, remove_each
 from dist_asgd.checkpoint.storage.retry import CONNECT_TIMEOUT, READ_TIMEOUT
 from dist_asgd.checkpoint.storage.store import BytesLike
-from dist_asgd.checkpoint.storage.uploads import OWNER, Uploads, remove_each
 
 METADATA = {"is_directory": "false"}  # adlfs gives every file this metadata
 TIMEOUTS: dict[str, Any] = {"connection_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT}
@@ -29,7 +29,7 @@ def prepare_azure(fs: Any) -> None:
     fs.service_client = BlobServiceClient(made.url, credential=made.credential, retry_total=0, **TIMEOUTS)
 
 
-class AzureUploads(Uploads):
+class AzureStore(RemoteStore):
     """Changes blobs of a container by adlfs's client, because adlfs sends the blocks of a blob from one thread only."""
 
     backend = Backend(
@@ -75,7 +75,7 @@ class AzureUploads(Uploads):
 
         return upload(chunks, put, lambda: AzureBlocks(self, path))
 
-    def remove(self, paths: list[str]) -> None:
+    def remove_files(self, paths: list[str]) -> None:
         remove_each(paths, lambda path: self._retry("remove", path, lambda: self._remove(path)))
 
     def _remove(self, path: str) -> None:
@@ -86,10 +86,6 @@ class AzureUploads(Uploads):
         """Removes the empty blobs that stand for folders in accounts with a hierarchical namespace."""
         for path in paths:
             self._retry("remove", path, functools.partial(self._remove, path))
-
-    def abort(self, prefix: str, older_than: float) -> int:
-        """Returns 0: Azure drops blocks that are not committed within a week."""
-        return 0
 
     def call(self, path: str, ask: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
         """Returns what ``ask`` returns for the client of the blob at ``path``, tried once.
@@ -113,13 +109,13 @@ class AzureUploads(Uploads):
             raise FileNotFoundError(str(error)) from error
 
 
-class AzureBlocks(Multipart):
+class AzureBlocks:
     """The blocks of one blob, which nobody sees before they are committed."""
 
-    def __init__(self, uploads: AzureUploads, path: str) -> None:
+    def __init__(self, store: AzureStore, path: str) -> None:
         self._path = path
-        self._retry = uploads.requests.retry
-        self._call = uploads.call
+        self._retry = store.requests.retry
+        self._call = store.call
         self._upload = secrets.token_hex(8)  # tells this writer's blocks from those of another writer of the same blob
 
     def _name(self, number: int) -> str:

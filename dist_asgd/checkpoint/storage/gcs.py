@@ -12,9 +12,9 @@ from typing import Any
 
 from dist_asgd.checkpoint.storage.backend import Backend, classes_in, without_listings_cache
 from dist_asgd.checkpoint.storage.multipart import LONGEST_PUT, PART, length, split_into_parts
+from dist_asgd.checkpoint.storage.remote import OWNER, RemoteStore, remove_each
 from dist_asgd.checkpoint.storage.retry import CONNECT_TIMEOUT, READ_TIMEOUT, StorageError
 from dist_asgd.checkpoint.storage.store import BytesLike
-from dist_asgd.checkpoint.storage.uploads import OWNER, Uploads, remove_each
 
 
 def prepare_gcs(fs: Any) -> None:
@@ -26,7 +26,7 @@ def prepare_gcs(fs: Any) -> None:
     fs._request = functools.partial(inspect.unwrap(type(fs)._request), fs)
 
 
-class GcsUploads(Uploads):
+class GcsStore(RemoteStore):
     """Changes objects of a bucket of Google Cloud Storage."""
 
     backend = Backend(
@@ -103,12 +103,8 @@ class GcsUploads(Uploads):
         self._retry("write", path, request)
         return length(piece)
 
-    def remove(self, paths: list[str]) -> None:
+    def remove_files(self, paths: list[str]) -> None:
         remove_each(paths, lambda path: self._remove_by("rm_file", path))
 
     def remove_folders(self, paths: list[str]) -> None:
         """Does nothing: the store has no folders."""
-
-    def abort(self, prefix: str, older_than: float) -> int:
-        """Returns 0: Google drops uploads that are not finished within a week."""
-        return 0

@@ -6,11 +6,11 @@ import threading
 from collections.abc import Iterable
 
 from dist_asgd.checkpoint.storage.backend import Backend
+from dist_asgd.checkpoint.storage.remote import RemoteStore
 from dist_asgd.checkpoint.storage.store import BytesLike
-from dist_asgd.checkpoint.storage.uploads import Uploads
 
 
-class MemoryUploads(Uploads):
+class MemoryStore(RemoteStore):
     """Changes files in memory; one lock makes each change atomic."""
 
     backend = Backend(protocols=("memory",), is_thread_safe=True)
@@ -29,16 +29,6 @@ class MemoryUploads(Uploads):
             self._connection.fs().pipe_file(self._connection.full_path(path), data)
         return len(data)
 
-    def remove(self, paths: list[str]) -> None:
-        for path in paths:
-            with self._lock:
-                self._remove_by("rm_file", path)
-
-    def remove_folders(self, paths: list[str]) -> None:
-        for path in paths:
-            with self._lock:
-                self._remove_by("rmdir", path)
-
-    def abort(self, prefix: str, older_than: float) -> int:
-        """Returns 0: a killed process leaves nothing in memory."""
-        return 0
+    def _remove_by(self, method: str, path: str) -> None:
+        with self._lock:
+            super()._remove_by(method, path)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Protocol
 
 from dist_asgd.checkpoint.storage.store import BytesLike
 
@@ -16,18 +16,15 @@ PARTS_AT_ONCE = 3
 LONGEST_PUT = 2**20  # bytes, for clients that copy the data of a put: longer files go in parts
 
 
-class Multipart(ABC):
+class Multipart(Protocol):
     """The unfinished upload of one file, which the store shows when it is finished."""
 
-    @abstractmethod
     def send(self, number: int, data: io.BytesIO) -> None:
         """Sends part ``number``, counted from 1. Several threads may call it. ``data`` is read from its beginning."""
 
-    @abstractmethod
     def finish(self, parts: int, size: int) -> None:
         """Makes the file visible. ``parts`` is the number of parts, ``size`` the file's bytes."""
 
-    @abstractmethod
     def abort(self) -> None:
         """Discards the parts that were sent."""
 

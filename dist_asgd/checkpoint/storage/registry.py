@@ -2,7 +2,7 @@
 
 To add a store:
 
-1. Write storage/<store>.py with a subclass of ``Uploads`` (object stores) or ``RenamedUploads`` (folders and a rename).
+1. Write storage/<store>.py with a subclass of ``RemoteStore`` (object stores) or ``RenamedStore`` (folders, a rename).
 2. Give the class an attribute ``backend``, a ``Backend`` that says all that is special about the store.
 3. Import the driver inside functions only: importing it takes a second, and most users have one driver of several.
 4. Add the class to ``STORES`` below.
@@ -15,37 +15,35 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from dist_asgd.checkpoint.storage.azure import AzureUploads
+from dist_asgd.checkpoint.storage.azure import AzureStore
 from dist_asgd.checkpoint.storage.connection import Connection
-from dist_asgd.checkpoint.storage.gcs import GcsUploads
-from dist_asgd.checkpoint.storage.memory import MemoryUploads
+from dist_asgd.checkpoint.storage.gcs import GcsStore
+from dist_asgd.checkpoint.storage.memory import MemoryStore
 from dist_asgd.checkpoint.storage.posix import LocalStore
 from dist_asgd.checkpoint.storage.remote import RemoteStore
-from dist_asgd.checkpoint.storage.rename import RenamedUploads
+from dist_asgd.checkpoint.storage.rename import RenamedStore
 from dist_asgd.checkpoint.storage.retry import Requests
-from dist_asgd.checkpoint.storage.s3 import S3Uploads
-from dist_asgd.checkpoint.storage.sftp import SftpUploads
+from dist_asgd.checkpoint.storage.s3 import S3Store
+from dist_asgd.checkpoint.storage.sftp import SftpStore
 from dist_asgd.checkpoint.storage.store import Store
-from dist_asgd.checkpoint.storage.uploads import Uploads
 from dist_asgd.checkpoint.storage.url import LOCAL, Target, parse_url
 
-STORES: tuple[type[Uploads], ...] = (S3Uploads, GcsUploads, AzureUploads, SftpUploads, MemoryUploads)
+STORES: tuple[type[RemoteStore], ...] = (S3Store, GcsStore, AzureStore, SftpStore, MemoryStore)
 
 
 def target_of(url: str | os.PathLike[str], options: Mapping[str, Any] | None) -> Target:
     """Returns the parts of a URL or path. Raises ValueError for a URL that cannot hold checkpoints as it stands."""
-    return parse_url(url, options, lambda protocol: _uploads_for(protocol).backend)
+    return parse_url(url, options, lambda protocol: _remote_store(protocol).backend)
 
 
 def store_of(target: Target) -> Store:
     """Returns the store that serves ``target``; makes no request. Raises StorageError where the driver is missing."""
     if target.protocol == LOCAL:
         return LocalStore(target.full, Requests(target.url))
-    uploads = _uploads_for(target.protocol)
-    connection = Connection(target, uploads.backend)
-    return RemoteStore(connection, uploads(connection))
+    kind = _remote_store(target.protocol)
+    return kind(Connection(target, kind.backend))
 
 
-def _uploads_for(protocol: str) -> type[Uploads]:
+def _remote_store(protocol: str) -> type[RemoteStore]:
     """Returns the class of ``STORES`` for a protocol, or the one that needs nothing but fsspec's common methods."""
-    return next((kind for kind in STORES if protocol in kind.backend.protocols), RenamedUploads)
+    return next((kind for kind in STORES if protocol in kind.backend.protocols), RenamedStore)

@@ -1,40 +1,75 @@
-"""Reads and lists files of any remote store through fsspec; its ``Uploads`` (storage/uploads.py) change them."""
+"""Reads and lists files of remote stores through fsspec, and declares how each kind of store changes them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
 
+from dist_asgd.checkpoint.storage.backend import Backend
 from dist_asgd.checkpoint.storage.connection import Connection
 from dist_asgd.checkpoint.storage.retry import http_statuses
-from dist_asgd.checkpoint.storage.store import BytesLike, Store, is_temporary, time_of
-from dist_asgd.checkpoint.storage.uploads import Uploads
+from dist_asgd.checkpoint.storage.store import BytesLike, is_temporary, time_of
 
 HTTP_NO_SUCH_RANGE = 416
+REMOVALS = 16  # requests at once
+# Name of the metadata by which a writer recognises its own object after a lost answer. It has letters only: Azure
+# accepts no dashes, and proxies in front of S3 drop headers with underscores.
+OWNER = "distasgdowner"
 
 
-class RemoteStore(Store):
-    """The files below one URL of a remote store."""
+class RemoteStore(ABC):
+    """The files below one URL of a remote store: a ``Store`` whose subclasses know how each kind of store is changed.
 
-    def __init__(self, connection: Connection, uploads: Uploads) -> None:
+    All methods raise ``StorageError`` for a request that fails for good, and may be called by several threads at once.
+
+    Attributes:
+        backend: what is special about the store and its driver.
+        requests: runs requests with retries.
+    """
+
+    is_local = False
+    backend: ClassVar[Backend]
+
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._uploads = uploads
+        self.requests = connection.requests
         self._retry = connection.requests.retry
+        self._once = connection.requests.once
 
+    @abstractmethod
     def create(self, path: str, data: bytes) -> None:
-        self._uploads.create(path, data)
+        """Creates a small file. Raises FileExistsError where there is one; of several callers exactly one succeeds."""
 
+    @abstractmethod
     def write(self, path: str, chunks: Iterable[BytesLike]) -> int:
-        return self._uploads.write(path, chunks)
+        """Writes or replaces a file of any size in bounded memory. Returns its size in bytes."""
 
-    def read(self, path: str) -> bytes:
-        return self._read(path, 0, None)  # with a start of None, s3fs would ask for the size first
+    def remove_files(self, paths: list[str]) -> None:
+        """Removes files, which need not exist."""
+        for path in paths:
+            self._remove_by("rm_file", path)
 
-    def read_range(self, path: str, start: int, stop: int) -> bytes:
-        return self._read(path, start, stop)
+    def remove_folders(self, paths: list[str]) -> None:
+        """Removes empty folders, given in the order deepest first, which need not exist."""
+        for path in paths:
+            self._remove_by("rmdir", path)
 
-    def _read(self, path: str, start: int, stop: int | None) -> bytes:
+    def abort_uploads(self, prefix: str, older_than: float) -> int:
+        """Clears away unfinished files of killed writers below the folder ``prefix``.
+
+        Args:
+            prefix: a folder; "" for the store's URL.
+            older_than: seconds. Younger ones stay, because their writers may be alive.
+
+        Returns:
+            The number of unfinished files; 0 where a store clears up by itself, or nothing is left of a killed writer.
+        """
+        return 0
+
+    def read_range(self, path: str, start: int, stop: int | None) -> bytes:
         def request() -> bytes:
             try:
                 return bytes(self._connection.fs().cat_file(self._connection.full_path(path), start=start, end=stop))
@@ -53,19 +88,16 @@ class RemoteStore(Store):
         return {name: info["size"] for name, info in self._relative(path, self._ask("find", path)).items()}
 
     def remove(self, path: str) -> None:
-        self._uploads.remove([path])
+        self.remove_files([path])
 
     def remove_tree(self, path: str) -> None:
         infos = self._ask("find", path, withdirs=True)
         if not infos:  # ``path`` may be a file, which some drivers do not find below itself
-            self._uploads.remove([path])
+            self.remove_files([path])
         relative = self._connection.relative_path
-        self._uploads.remove([relative(info["name"]) for info in infos if info["type"] != "directory"])
+        self.remove_files([relative(info["name"]) for info in infos if info["type"] != "directory"])
         folders = {path, *(relative(info["name"].rstrip("/")) for info in infos if info["type"] == "directory")}
-        self._uploads.remove_folders(sorted(folders, reverse=True))
-
-    def abort_uploads(self, prefix: str, older_than: float) -> int:
-        return self._uploads.abort(prefix, older_than)
+        self.remove_folders(sorted(folders, reverse=True))
 
     def modified(self, path: str) -> float | None:
         infos = self._ask("find", path) or self._ask("info", path)
@@ -97,6 +129,15 @@ class RemoteStore(Store):
             if not is_temporary(info["name"]) and (info["type"] == "directory" or not info["name"].endswith("/"))
         }
 
+    def _remove_by(self, method: str, path: str) -> None:
+        """Removes a file or folder, which need not exist, by the file system's ``method``."""
+
+        def request() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                getattr(self._connection.fs(), method)(self._connection.full_path(path))
+
+        self._retry("remove", path, request)
+
 
 def infos_in(answer: Any, whole: str, itself: bool) -> list[dict[str, Any]]:
     """Returns the infos of files and folders in an answer of fsspec.
@@ -112,3 +153,10 @@ def infos_in(answer: Any, whole: str, itself: bool) -> list[dict[str, Any]]:
     found = answer.values() if isinstance(answer, dict) else answer
     infos = [info for info in found if isinstance(info, dict) and "name" in info]
     return [info for info in infos if info["name"].rstrip("/").startswith(f"{whole}/")]
+
+
+def remove_each(paths: Iterable[str], remove: Callable[[str], None]) -> None:
+    """Calls ``remove`` for each path, many at once, for stores without a request that removes several files."""
+    with ThreadPoolExecutor(REMOVALS, thread_name_prefix="dist_asgd-remove") as pool:
+        for _ in pool.map(remove, paths):
+            pass

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dist_asgd.checkpoint.storage.backend import Backend
+from dist_asgd.checkpoint.storage.remote import RemoteStore
 from dist_asgd.checkpoint.storage.store import BytesLike, is_temporary, temporary_path, time_of
-from dist_asgd.checkpoint.storage.uploads import Uploads
 
 BUFFER = 2**20  # bytes given to a driver's file at once
 
 
-class RenamedUploads(Uploads):
+class RenamedStore(RemoteStore):
     """Changes files of any file system of fsspec that has folders and a rename (smb, hdfs and others).
 
     fsspec has no fsync, so it is up to the server how durable a file is whose last byte it has acknowledged.
@@ -58,21 +58,13 @@ class RenamedUploads(Uploads):
                 self._connection.fs().mv(temporary, self._connection.full_path(path))
         return count
 
-    def remove(self, paths: list[str]) -> None:
-        for path in paths:
-            self._remove_by("rm_file", path)
-
-    def remove_folders(self, paths: list[str]) -> None:
-        for path in paths:
-            self._remove_by("rmdir", path)
-
-    def abort(self, prefix: str, older_than: float) -> int:
+    def abort_uploads(self, prefix: str, older_than: float) -> int:
         """Removes old temporary files, and returns their number."""
         whole = self._connection.full_path(prefix)
         found = self._retry("list", prefix, lambda: self._connection.fs().find(whole, detail=True))
         latest = time.time() - older_than
         old = [name for name, info in found.items() if is_temporary(name) and (time_of(info) or latest + 1) <= latest]
-        self.remove([self._connection.relative_path(name) for name in old])
+        self.remove_files([self._connection.relative_path(name) for name in old])
         return len(old)
 
     @contextlib.contextmanager
@@ -83,7 +75,7 @@ class RenamedUploads(Uploads):
         try:
             yield temporary
         finally:
-            with contextlib.suppress(Exception):  # it was renamed, or the connection is lost and abort() finds it later
+            with contextlib.suppress(Exception):  # renamed, or the connection is lost: abort_uploads() finds it later
                 self._connection.fs().rm_file(temporary)
 
     def _make_folder(self, folder: str) -> None:

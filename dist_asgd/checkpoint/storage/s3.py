@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dist_asgd.checkpoint.storage.backend import Backend, classes_in, without_listings_cache
-from dist_asgd.checkpoint.storage.multipart import PART, Multipart, rewound, upload
+from dist_asgd.checkpoint.storage.multipart import PART, rewound, upload
+from dist_asgd.checkpoint.storage.remote import OWNER, RemoteStore
 from dist_asgd.checkpoint.storage.retry import StorageError, http_statuses
 from dist_asgd.checkpoint.storage.store import BytesLike
-from dist_asgd.checkpoint.storage.uploads import OWNER, Uploads
 
 MAX_PARTS = 10_000  # of one object: a limit of S3
 MAX_DELETES = 1000  # objects in one request: a limit of S3
@@ -33,7 +33,7 @@ def prepare_s3(fs: Any) -> None:
     fs.connect()
 
 
-class S3Uploads(Uploads):
+class S3Store(RemoteStore):
     """Changes objects of an S3 bucket.
 
     Exclusive creates need a server that honours If-None-Match on a put, as AWS, MinIO, Ceph and SeaweedFS do.
@@ -74,7 +74,7 @@ class S3Uploads(Uploads):
 
         return upload(chunks, put, lambda: S3Multipart(self, path))
 
-    def remove(self, paths: list[str]) -> None:
+    def remove_files(self, paths: list[str]) -> None:
         for start in range(0, len(paths), MAX_DELETES):
             batch = paths[start : start + MAX_DELETES]
             self._retry("remove", batch[0], functools.partial(self._delete, batch))
@@ -92,7 +92,7 @@ class S3Uploads(Uploads):
     def remove_folders(self, paths: list[str]) -> None:
         """Deletes placeholders of empty folders, which SeaweedFS keeps; AWS has no folders."""
         if self._retry("list", paths[-1], lambda: self._is_listed(paths[-1])):
-            self.remove([f"{path}/" for path in paths])
+            self.remove_files([f"{path}/" for path in paths])
 
     def _is_listed(self, path: str) -> bool:
         whole = self._connection.full_path(path)
@@ -100,7 +100,7 @@ class S3Uploads(Uploads):
             return whole in self._connection.fs().ls(whole.rpartition("/")[0])
         return False
 
-    def abort(self, prefix: str, older_than: float) -> int:
+    def abort_uploads(self, prefix: str, older_than: float) -> int:
         bucket, key = self._connection.bucket_and_key(prefix)
         latest = time.time() - older_than
         below = f"{key}/" if key else ""
@@ -133,13 +133,13 @@ class S3Uploads(Uploads):
         return answer
 
 
-class S3Multipart(Multipart):
+class S3Multipart:
     """A multipart upload of S3: its parts are invisible, but stored and paid for, until it is finished or aborted."""
 
-    def __init__(self, uploads: S3Uploads, path: str) -> None:
+    def __init__(self, store: S3Store, path: str) -> None:
         self._path = path
-        self._retry = uploads.requests.retry
-        self._request = uploads.call
+        self._retry = store.requests.retry
+        self._request = store.call
         self._etags: dict[int, str] = {}
         self._id = self._retry("write", path, lambda: self._request("create_multipart_upload", path))["UploadId"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from dist_asgd.checkpoint.storage.backend import Backend, classes_in
-from dist_asgd.checkpoint.storage.rename import RenamedUploads
+from dist_asgd.checkpoint.storage.rename import RenamedStore
 
 
-class SftpUploads(RenamedUploads):
+class SftpStore(RenamedStore):
     """Changes files on an SFTP server. Only one of several concurrent creates of a file succeeds (OpenSSH)."""
 
     backend = Backend(

@@ -1,7 +1,7 @@
 """Reads, writes and lists the files below one URL, local or of any fsspec protocol.
 
 Checkpoints access storage through ``Storage`` only, which knows nothing of tensors or checkpoints. Local files go by
-plain system calls (storage/posix.py), remote ones through fsspec (storage/remote.py, storage/uploads.py). Requests are
+plain system calls (storage/posix.py), remote ones through fsspec (storage/remote.py). Requests are
 retried after transient errors (storage/retry.py).
 """
 
@@ -91,7 +91,7 @@ class Storage:
 
     def read(self, path: str) -> bytes:
         """Returns the bytes of a whole file, which should be small."""
-        return self._store.read(checked_path(path))
+        return self._store.read_range(checked_path(path), 0, None)
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Iterator[tuple[int, bytes]]:
         """Reads parts of files, each by one request, many at once.

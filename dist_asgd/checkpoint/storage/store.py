@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import re
 import secrets
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from datetime import datetime, timezone
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 BytesLike: TypeAlias = bytes | bytearray | memoryview
 
 TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")  # keys of s3fs, adlfs, gcsfs, sftp, memory
 
 
-class Store(ABC):
+class Store(Protocol):
     """The requests that ``Storage`` makes; its methods of like names (storage/storage.py) document them.
 
     Paths are relative to the store's URL and checked.
@@ -23,36 +22,24 @@ class Store(ABC):
         is_local: whether the operating system caches what was read, so that reading it again costs nothing.
     """
 
-    is_local: ClassVar[bool] = False
+    is_local: bool
 
-    @abstractmethod
     def create(self, path: str, data: bytes) -> None: ...
 
-    @abstractmethod
     def write(self, path: str, chunks: Iterable[BytesLike]) -> int: ...
 
-    @abstractmethod
-    def read(self, path: str) -> bytes: ...
+    def read_range(self, path: str, start: int, stop: int | None) -> bytes: ...  # None: to the end of the file
 
-    @abstractmethod
-    def read_range(self, path: str, start: int, stop: int) -> bytes: ...
-
-    @abstractmethod
     def entries(self, path: str) -> dict[str, int | None]: ...
 
-    @abstractmethod
     def sizes(self, path: str) -> dict[str, int]: ...
 
-    @abstractmethod
     def remove(self, path: str) -> None: ...
 
-    @abstractmethod
     def remove_tree(self, path: str) -> None: ...
 
-    @abstractmethod
     def abort_uploads(self, prefix: str, older_than: float) -> int: ...
 
-    @abstractmethod
     def modified(self, path: str) -> float | None: ...
 
 
