@@ -576,7 +576,7 @@ class ShardedASGD(torch.optim.Optimizer):
             self._setting = self._make_setting(self._setting.precision, self._setting.averages)
         self._build_buckets(first=0)
         if state is not None:
-            plan_load(self.param_groups, self._buckets, state).apply()
+            plan_load(self.param_groups, self._buckets, state, self._modules.slices()).apply()
 
     def _build_buckets(self, first: int) -> None:
         """Builds the buckets of the param groups from index ``first`` on. Collective."""

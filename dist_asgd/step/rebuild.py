@@ -61,7 +61,7 @@ class BuiltFor:
     def current_groups(self) -> Groups:
         """Returns the param groups with the parameters that are to be trained now.
 
-        These are the ones that the group lists. Where the model has another one in the place of one of them, it is that.
+        These are the ones that the group lists, except where the model now has another one in the place of one of them.
         """
         replaced = self._forward_waits.replaced()
         return [
@@ -112,15 +112,15 @@ def check_rebuild(
         for name, param in zip(names, group["params"], strict=True):
             if isinstance(param.grad, GradientPiece):
                 raise RuntimeError(
-                    f"the gradient of parameter {name!r} was reduced before the model was changed (moved, cast, wrapped "
-                    "or sharded). Drop the gradients (zero_grad()) and run another backward, or build the optimizer "
-                    "after the change"
+                    f"the gradient of parameter {name!r} was reduced before the model was changed (moved, cast, "
+                    "wrapped or sharded). Drop the gradients (zero_grad()) and run another backward, or build the "
+                    "optimizer after the change"
                 )
         check_last_group(groups[: number + 1], ranks)
     if loaded and any(bucket.presharded for bucket in buckets):
         raise RuntimeError(
-            "FSDP1's slices were changed after a state was loaded, and slices cannot move their state: change the model "
-            "first, then build the optimizer and load the state"
+            "FSDP1's slices were changed after a state was loaded, and slices cannot move their state: change the "
+            "model first, then build the optimizer and load the state"
         )
     return [*argument_facts(arguments, groups, 0), ("steps in the state that was loaded", str(loaded))]
 
