@@ -50,7 +50,7 @@ def test_every_dtype_in_one_optimizer() -> None:
     run_ranks(3, ranks)
 
 
-@pytest.mark.parametrize(("world_size", "steps"), [(1, 10_000), (2, 2048)])
+@pytest.mark.parametrize(("world_size", "steps"), [(1, 4096), (2, 2048)])
 def test_the_bf16_average_follows_a_drift_where_torchs_stands_still(world_size: int, steps: int) -> None:
     """From 1 to 2, in steps below bf16's resolution: the mean is 1.5. torch is shown the same iterates."""
 
