@@ -212,8 +212,8 @@ class ShardedASGD(torch.optim.Optimizer):
         """Takes one step. Collective.
 
         The ranks exchange some integers on the CPU and the updated parameters; with ``gradients="local"``, also the
-        gradients that backward has not reduced. Without plain parameters, only replicas of DTensors exchange anything
-        from the second step on.
+        gradients that backward has not reduced. Without plain parameters and replicas of DTensors that share state,
+        they exchange nothing from the second step on.
 
         Args:
             closure: computes the loss and the gradients again, and returns the loss.
@@ -223,9 +223,10 @@ class ShardedASGD(torch.optim.Optimizer):
 
         Raises:
             RuntimeError, ValueError: the same on every rank, where on any rank a gradient is missing, sparse or of
-                another shape, a parameter is not what the optimizer was built for, or options are bad or differ.
-                Parameters and state are unchanged then. Without plain parameters, from the second step on, an error
-                stays on its rank, and options that differ are an error of the next other collective call.
+                another shape, a parameter is not what the optimizer was built for, options are bad or differ, or ranks
+                have other values of a parameter. Parameters and state are unchanged then. Where steps exchange nothing,
+                an error stays on its rank, and steps that differ are an error of the next other collective call and of
+                ``Checkpointer.save``.
         """
         loss = None
         if closure is not None:
@@ -446,6 +447,8 @@ class ShardedASGD(torch.optim.Optimizer):
         Args:
             state_dict: the result of ``state_dict()``, of ``full_state_dict()`` on rank 0, which every rank must pass,
                 or of ``torch.optim.ASGD.state_dict()``.
+
+        Steps that ranks took differently before are forgotten.
 
         Raises:
             ValueError, TypeError: the same on every rank, where the state dict does not fit or differs between ranks;

@@ -98,8 +98,8 @@ class Bucket(ABC):
         whole_gradients: whether ``p.grad`` is the whole averaged gradient of a parameter, on every rank.
         presharded: whether parameters are slices that FSDP1 or the user has made, so that a rank may have no element
             of a parameter, and no gradient.
-        sharing_ranks: the ranks that have equal blocks of the parameters and share the optimizer state, so that a step
-            would mix values that differ between them; empty if there are none.
+        copy_ranks: the ranks that hold copies of the blocks of the parameters, this rank included; empty if no other
+            does. Where they share optimizer state, a step would mix copies that differ.
         compared_ranks: ranks whose gradients must be equal without any collective that makes them so; empty if there
             are none. ``step/gradient_check.py`` compares them.
         params, names: the parameters and their names, in the order of ``layout.spans``.
@@ -115,7 +115,7 @@ class Bucket(ABC):
     always_registered = False
     whole_gradients = False
     presharded = False
-    sharing_ranks: Sequence[int] = ()
+    copy_ranks: Sequence[int] = ()
     compared_ranks: Sequence[int] = ()
 
     def __init__(
@@ -153,10 +153,10 @@ class Bucket(ABC):
 
         torch counts no writes to ``p.data`` or to the local tensor of a DTensor.
         """
-        return bool(self.sharing_ranks) and self._writes() != self._known_writes
+        return bool(self.copy_ranks) and self._writes() != self._known_writes
 
     def note_equal_values(self) -> None:
-        """Records that the values of the parameters are equal on all ``sharing_ranks`` now."""
+        """Records that the values of the parameters are equal on all ``copy_ranks`` now."""
         self._known_writes = self._writes()
 
     def digest(self) -> Tensor:

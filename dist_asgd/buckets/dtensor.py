@@ -81,7 +81,7 @@ class PlacedBucket(Bucket):
         if self.collectives is not None:
             self._whole = Batch.of([Piece(position, 0, span.numel, span.start) for position, span in spans])
         self.always_gathers = self.agrees_before_step = self.collectives is not None
-        self.sharing_ranks = () if self.collectives is None or replica_group is None else replica_group.ranks
+        self.copy_ranks = () if replica_group is None or len(replica_group.ranks) == 1 else replica_group.ranks
         self._received: Tensor | None = None  # 1-D, the whole bucket in wire dtype, during the all-gather
         self._gather: Transfer | None = None
         self._in_flight = in_flight

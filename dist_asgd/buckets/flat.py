@@ -80,8 +80,8 @@ class ReplicatedBucket(Bucket):
         self.whole_gradients = not self.reduces
         self.agrees_before_step = self.may_gather_late = collectives is not None
         if collectives is not None:
-            self.sharing_ranks = range(collectives.world_size)
-            self.compared_ranks = () if self.reduces else self.sharing_ranks
+            self.copy_ranks = range(collectives.world_size)
+            self.compared_ranks = () if self.reduces else self.copy_ranks
         self._places = ParameterPlaces.of(self.params)
         self._gradient_wire = options.precision.gradient_wire(self.dtype)
         shapes, strides = [placement.shape for placement in placements], [placement.strides for placement in placements]

@@ -30,14 +30,14 @@ def require_same_values(agreement: Agreement, buckets: Sequence[Bucket], *, writ
         buckets: all buckets of the optimizer.
         written_only: whether to compare only buckets to which some rank has written.
     """
-    shared = {bucket.names[0]: bucket for bucket in buckets if bucket.sharing_ranks}
+    shared = {bucket.names[0]: bucket for bucket in buckets if bucket.copy_ranks}
     if written_only:
         written = agreement.gather([name for name, bucket in shared.items() if bucket.was_written])
         wanted = set().union(*written)
         shared = {name: bucket for name, bucket in shared.items() if name in wanted}
     for bucket in shared.values():
         bucket.wait()
-    digests = {name: (bucket.sharing_ranks[0], int(bucket.digest())) for name, bucket in shared.items()}
+    digests = {name: (bucket.copy_ranks[0], int(bucket.digest())) for name, bucket in shared.items()}
     different = set(_differences(agreement.gather(digests)))
     if different:
         _raise_different(agreement, [bucket for name, bucket in shared.items() if name in different])
@@ -50,14 +50,13 @@ def _raise_different(agreement: Agreement, buckets: Sequence[Bucket]) -> None:
     own: Digests = {}
     for bucket in buckets:
         numbers = torch.stack([digest(local_of(param)) for param in bucket.params]).tolist()
-        own |= {name: (bucket.sharing_ranks[0], number) for name, number in zip(bucket.names, numbers, strict=True)}
+        own |= {name: (bucket.copy_ranks[0], number) for name, number in zip(bucket.names, numbers, strict=True)}
     different = _differences(agreement.gather(own))
     first, other = next(iter(different.values()))
     raise RuntimeError(
         f"ranks {first} and {other} have different values of parameter {some_of(list(different))}, and a step would "
-        "mix them: somebody has written to it on some ranks only since the optimizer was built, as by "
-        "load_state_dict() under `if rank == 0:`. Write the same values on every rank, or load weights before "
-        "building the optimizer"
+        "mix them: it was written on some ranks only since the optimizer was built, as by load_state_dict() under "
+        "`if rank == 0:`. Write the same values on every rank, or load weights before building the optimizer"
     )
 
 
