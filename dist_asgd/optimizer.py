@@ -380,6 +380,9 @@ class ShardedASGD(torch.optim.Optimizer):
         ``get_optimizer_state_dict``, the dict is keyed by parameter names, and stays sharded even where a full state
         dict is asked for; ``full_state_dict()`` returns one.
 
+        As in torch, a parameter that has never taken a step has no state. Before the first step, all parameters that
+        are to be trained have one, into which a checkpoint can be loaded.
+
         Raises:
             RuntimeError: on this rank alone, where parameters are not what the optimizer was built for, and inside
                 ``averaged_parameters()``.

@@ -32,8 +32,7 @@ TORCH_OPTIONS = {"foreach": None, "differentiable": False, "capturable": False}
 class StateView(Mapping[Tensor, dict[str, Any]]):
     """``optimizer.state``: a read-only mapping of parameters to torch's state of each, made from shards on demand.
 
-    Every parameter has an entry from the beginning, because torch's ``get_optimizer_state_dict`` runs a fake step for
-    an empty state, which would change the training (pytorch#164929).
+    As in torch, a parameter without state has no entry, and ``state[param]`` is empty.
 
     Args:
         groups: ``optimizer.param_groups``.
@@ -48,15 +47,29 @@ class StateView(Mapping[Tensor, dict[str, Any]]):
             for bucket in buckets:
                 position = bucket.positions.get(id(param))
                 if position is not None:
+                    if not _has_state(bucket, position, bucket.shard.step_of(position), _has_stepped(self._buckets)):
+                        return {}
                     scalars = bucket.shard.scalars_of(position, Hyperparameters.of(group))
                     return {**_scalar_tensors(scalars, bucket), **bucket.shard.state_of(position)}
         raise KeyError(param)
 
+    def __contains__(self, param: object) -> bool:
+        return any(param is other for other in self)
+
     def __iter__(self) -> Iterator[Tensor]:
-        return (param for group in self._groups for param in group["params"])
+        with_state = _parameters_with_state(self._groups, self._buckets)
+        return (param for group in self._groups for param in group["params"] if id(param) in with_state)
 
     def __len__(self) -> int:
-        return sum(len(group["params"]) for group in self._groups)
+        return len(_parameters_with_state(self._groups, self._buckets))
+
+    def __bool__(self) -> bool:
+        """True also where no parameter has state.
+
+        torch's ``get_optimizer_state_dict`` runs a fake step for a false state, which would change the training
+        (pytorch#164929).
+        """
+        return True
 
 
 def sharded_state_dict(groups: Groups, buckets: GroupBuckets) -> dict[str, Any]:
@@ -66,12 +79,12 @@ def sharded_state_dict(groups: Groups, buckets: GroupBuckets) -> dict[str, Any]:
         groups: ``optimizer.param_groups``.
         buckets: the buckets of each group.
     """
-    ids = _parameter_ids(groups)
+    ids, begun = _parameter_ids(groups), _has_stepped(buckets)
     state = {}
     for group, of_group in zip(groups, buckets, strict=True):
         for bucket in of_group:
-            for param, entry in zip(bucket.params, _bucket_state(bucket, group), strict=True):
-                state[ids[id(param)]] = entry
+            for position, entry in _bucket_state(bucket, group, begun).items():
+                state[ids[id(bucket.params[position])]] = entry
     return {"state": dict(sorted(state.items())), "param_groups": _exported_groups(groups, ids)}
 
 
@@ -91,10 +104,13 @@ def full_state_dict(groups: Groups, buckets: GroupBuckets, agreement: Agreement,
     flats: list[Tensor] = []
     for group, of_group in zip(groups, buckets, strict=True):
         for bucket in of_group:
+            of_bucket = bucket.shard.scalars(Hyperparameters.of(group))
+            if not any(scalars.step for scalars in of_bucket):
+                continue
             tensors = {key: flat.cpu() for key, flat in bucket.shard.tensors().items()}
             numbers = {key: number for number, key in enumerate(tensors, start=len(flats))}
             flats += tensors.values()
-            for position, scalars in enumerate(bucket.shard.scalars(Hyperparameters.of(group))):
+            for position, scalars in enumerate(of_bucket):
                 if not scalars.step:
                     continue
                 index, placement = ids[id(bucket.params[position])], bucket.placements[position]
@@ -216,16 +232,53 @@ def plan_load(
     return StateDictLoad(groups, options, plans)
 
 
-def _bucket_state(bucket: Bucket, group: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the sharded state of each parameter of ``bucket``, by position."""
-    shard, state = bucket.shard, []
-    tensors = shard.tensors()
-    for position, scalars in enumerate(shard.scalars(Hyperparameters.of(group))):
+def _bucket_state(bucket: Bucket, group: Mapping[str, Any], begun: bool) -> dict[int, dict[str, Any]]:
+    """Returns the sharded state of each parameter of ``bucket`` that has state, by position.
+
+    Args:
+        begun: whether the optimizer has taken a step.
+    """
+    shard, state = bucket.shard, {}
+    of_bucket = enumerate(shard.scalars(Hyperparameters.of(group)))
+    with_state = [(position, one) for position, one in of_bucket if _has_state(bucket, position, one.step, begun)]
+    tensors = shard.tensors() if with_state else {}
+    for position, scalars in with_state:
         entry = _scalar_tensors(scalars, bucket)
         if not shard.writes_scalars(position):
             entry = {key: ScalarCopy(value) for key, value in entry.items()}
-        state.append(entry | {key: shard.piece_of(flat, position) for key, flat in tensors.items()})
+        state[position] = entry | {key: shard.piece_of(flat, position) for key, flat in tensors.items()}
     return state
+
+
+def _has_state(bucket: Bucket, position: int, steps: int, begun: bool) -> bool:
+    """Whether a parameter has state: it has taken ``steps`` steps, or no parameter has, and it is to be trained.
+
+    Before the first step, torch's ``get_optimizer_state_dict`` makes state for parameters that are to be trained, by a
+    fake step. A checkpoint is then loaded into that state.
+
+    Args:
+        begun: whether the optimizer has taken a step.
+    """
+    param = bucket.params[position]
+    if bucket.presharded and not param.numel():  # counts steps that the parameter need not have taken on other ranks
+        return False
+    return steps > 0 or (param.requires_grad and not begun)
+
+
+def _has_stepped(buckets: GroupBuckets) -> bool:
+    return any(bucket.shard.has_stepped() for of_group in buckets for bucket in of_group)
+
+
+def _parameters_with_state(groups: Groups, buckets: GroupBuckets) -> set[int]:
+    """Returns the ``id`` of each parameter that has state."""
+    begun = _has_stepped(buckets)
+    return {
+        id(bucket.params[position])
+        for group, of_group in zip(groups, buckets, strict=True)
+        for bucket in of_group
+        for position, scalars in enumerate(bucket.shard.scalars(Hyperparameters.of(group)))
+        if _has_state(bucket, position, scalars.step, begun)
+    }
 
 
 def _scalar_tensors(scalars: Scalars, bucket: Bucket) -> dict[str, Tensor]:

@@ -139,7 +139,9 @@ class Bucket(ABC):
         seed = zlib.crc32(repr((self.names[0], self.placements[0].offsets)).encode())
         rounding = precision.rounding(self.dtype, self.collectives is not None, seed)
         kinds = by_suffix(options.averages)
-        self.shard = Shard(parameters, layout, self.placements, rank, precision, rounding, kinds)
+        self.shard = Shard(
+            parameters, layout, self.placements, rank, precision, rounding, kinds, any(self.requires_grad())
+        )
         self._known_writes = self._writes()  # of those, how many the optimizer has made or the ranks have compared
 
     def requires_grad(self) -> list[bool]:

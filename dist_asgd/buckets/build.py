@@ -23,6 +23,8 @@ def build_buckets(
 ) -> list[Bucket]:
     """Returns buckets for the parameters of one param group. Collective.
 
+    Parameters that are frozen now get buckets of their own, so that no state is kept for them until they are trained.
+
     Args:
         named: the parameters with their names.
         gradients: the optimizer's option, "local", "reduced" or "sharded".
@@ -36,12 +38,12 @@ def build_buckets(
 
 
 def _build_replicated(named: Mapping[Tensor, str], options: BucketOptions, reduces: bool) -> list[ReplicatedBucket]:
-    """Returns buckets of plain parameters, separate for each device and dtype. Collective."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    """Returns buckets of plain parameters, separate for each device and dtype, and of frozen ones. Collective."""
+    kinds: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
     for param in named:
-        kinds.setdefault((param.device, param.dtype), []).append(param)
+        kinds.setdefault((param.device, param.dtype, param.requires_grad), []).append(param)
     buckets = []
-    for (device, dtype), params in kinds.items():
+    for (device, dtype, _), params in kinds.items():
         collectives = options.collectives(device)
         numels = [param.numel() for param in params]
         max_numel = options.bucket_bytes // dtype.itemsize
@@ -52,15 +54,18 @@ def _build_replicated(named: Mapping[Tensor, str], options: BucketOptions, reduc
 
 
 def _build_placed(named: Mapping[Tensor, str], options: BucketOptions, replicas: Replicas) -> list[PlacedBucket]:
-    """Returns buckets of DTensors and slices, separate for each mesh layout, device and dtype. Collective."""
+    """Returns buckets of DTensors and slices, separate for each mesh layout, device and dtype, and of frozen ones.
+
+    Collective.
+    """
     replica_groups = replicas.find_groups({param: name for param, name in named.items() if isinstance(param, DTensor)})
-    kinds: dict[tuple[MeshLayout | None, torch.device, torch.dtype], list[Tensor]] = {}
+    kinds: dict[tuple[MeshLayout | None, torch.device, torch.dtype, bool], list[Tensor]] = {}
     for param in named:
         mesh_layout = mesh_layout_of(param) if isinstance(param, DTensor) else None
-        kinds.setdefault((mesh_layout, param.device, param.dtype), []).append(param)
+        kinds.setdefault((mesh_layout, param.device, param.dtype, param.requires_grad), []).append(param)
     buckets: list[PlacedBucket] = []
     in_flight: deque[PlacedBucket] = deque()
-    for (mesh_layout, device, dtype), params in kinds.items():
+    for (mesh_layout, device, dtype, _), params in kinds.items():
         own = None if mesh_layout is None else replica_groups[mesh_layout]
         collectives = None if own is None else own.collectives(device)
         world_size = 1 if collectives is None else collectives.world_size

@@ -55,6 +55,7 @@ class Shard:
         rounding: how a step rounds parameters; element 0 of the bucket is its element 0.
         kinds: the kinds of average by suffix. The first has the empty suffix and is updated in one pass with the
             parameters.
+        trained: whether a parameter is to be trained. Otherwise masters are made by the first step, if there is one.
     """
 
     def __init__(
@@ -66,14 +67,16 @@ class Shard:
         precision: Precision,
         rounding: Rounding,
         kinds: Mapping[str, Average],
+        trained: bool = True,
     ) -> None:
         self.parameters, self.dtype, self.rounding = parameters, parameters.dtype, rounding
         self.layout, self.placements = layout, tuple(placements)
         self.start, self.stop = layout.shard(rank)
         self.pieces: dict[int, Piece] = {piece.position: piece for piece in layout.pieces(rank)}
         self.master: Tensor | None = None  # 1-D, compute dtype (fp32 for bf16 and fp16)
-        if precision.needs_master(self.dtype, rounding.dtype):
-            self.master = parameters.read().to(compute_dtype(self.dtype), copy=True)
+        self._needs_master = precision.needs_master(self.dtype, rounding.dtype)
+        if trained or precision.capturable:
+            self._make_master()
         self._raw: Tensor | None = None  # 1-D, copy of the parameters while averages are swapped in
         self.average_dtype = precision.average(self.dtype)
         self.averages: dict[str, Tensor | None] = dict.fromkeys(kinds)  # 1-D, average_dtype
@@ -81,7 +84,7 @@ class Shard:
         if self._capturable:
             self.averages = {suffix: self.average_copy(suffix) for suffix in kinds}
         # Whether one kernel updates all parameters of the shard, wherever they lie.
-        self.fuses = can_fuse(parameters.device, self.dtype, self.average_dtype, self.master is not None, rounding)
+        self.fuses = can_fuse(parameters.device, self.dtype, self.average_dtype, self._needs_master, rounding)
         self.runs: list[Run] = []
         self._fresh = Scalars(0, 0.0, 1.0, (1.0,) * (len(kinds) - 1))  # the scalars before the first step
         self._set_runs([Run(0, len(self.placements), self._fresh)])
@@ -108,6 +111,7 @@ class Shard:
             slices: returns the parts of the shard that a run covers, with their gradients.
             scaling: the scale of the gradients, from GradScaler; only with ``capturable``.
         """
+        self._make_master()
         runs = []
         for run, is_active in select_runs(self.runs, active):
             runs.append(self._step(run, h, slices, scaling) if is_active else run)
@@ -115,6 +119,11 @@ class Shard:
             if not _has_begun([*self.runs, *runs], number):
                 self.averages[suffix] = None  # every parameter is its own average again
         self.runs = merge_runs(runs)
+
+    def _make_master(self) -> None:
+        """Makes the masters if the parameters need them and have none yet."""
+        if self._needs_master and self.master is None:
+            self.master = self.parameters.read().to(compute_dtype(self.dtype), copy=True)
 
     def _step(
         self,
@@ -216,7 +225,18 @@ class Shard:
 
     def scalars_of(self, position: int, h: Hyperparameters) -> Scalars:
         """Returns the scalars of the parameter at ``position``."""
-        return _scalars(next(run for run in self.runs if run.first <= position < run.stop), h)
+        return _scalars(self._run_of(position), h)
+
+    def step_of(self, position: int) -> int:
+        """Returns the number of steps that the parameter at ``position`` has taken."""
+        return self._run_of(position).scalars.read().step
+
+    def has_stepped(self) -> bool:
+        """Whether a parameter of the bucket has taken a step."""
+        return any(run.scalars.read().step for run in self.runs)
+
+    def _run_of(self, position: int) -> Run:
+        return next(run for run in self.runs if run.first <= position < run.stop)
 
     def state_of(self, position: int) -> dict[str, Tensor]:
         """Returns the state tensors of one parameter by torch's names: pieces, or whole with one rank.
@@ -276,7 +296,9 @@ class Shard:
         """Loads states that ``check_state`` has passed, by position; parameters without one start without state."""
         scalars = [self._scalars_in(states[p]) if p in states else self._fresh for p in range(len(self.placements))]
         self._set_runs(merge_runs([Run(p, p + 1, value) for p, value in enumerate(scalars)]))
-        averages = {suffix: self.average_copy(suffix) for suffix in self.averages}
+        averages = {suffix: self.average_copy(suffix) for suffix in self.averages if states}
+        if states:
+            self._make_master()
         for position, piece in self.pieces.items():
             state = states.get(position, {})
             where = slice(piece.shard_start, piece.shard_stop)
@@ -287,14 +309,15 @@ class Shard:
             if self.master is not None:
                 master = state.get("master")
                 self.master[where].copy_(self.parameters.read(where) if master is None else self._cut(master, position))
-        for suffix, average in averages.items():
-            kept = self.averages[suffix]
+        for suffix, kept in self.averages.items():
+            average = averages.get(suffix)
             if self._capturable and kept is not None:
-                kept.copy_(average if states else self._iterate())  # CUDA graphs hold the address
+                kept.copy_(self._iterate() if average is None else average)  # CUDA graphs hold the address
                 continue
             # An average that has not started is dropped to save its memory, unless it differs from the parameters.
-            says_more = self.has_average(suffix) or not torch.equal(average, self._iterate().to(average.dtype))
-            self.averages[suffix] = average if states and says_more else None
+            if average is not None and not self.has_average(suffix):
+                average = None if torch.equal(average, self._iterate().to(average.dtype)) else average
+            self.averages[suffix] = average
 
     def _scalars_in(self, state: Mapping[str, Any]) -> Scalars:
         mu, *further = (float(state.get(f"mu{suffix}", 1)) for suffix in self.averages)

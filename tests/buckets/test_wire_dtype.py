@@ -75,20 +75,24 @@ def test_parameters_are_the_roundings_of_fp32_masters(world_size: int, overlap: 
 
 
 def test_a_frozen_parameter_becomes_what_the_others_received() -> None:
-    """It lies in a bucket that travels: all ranks must have the same, and its master keeps what was lost."""
+    """It lies in a bucket that travels: all ranks must have the same, and its master keeps what was lost.
+
+    One that was frozen before lies in another, which does not travel.
+    """
 
     def ranks(rank: int) -> None:
-        params = make_parameters([Spec((40,)), Spec((40,)), Spec((40,))])
-        values = params[1].detach().clone()
-        params[1].requires_grad_(False)
+        params = make_parameters([Spec((40,))] * 4)
+        values, apart = params[1].detach().clone(), params[3].detach().clone()
+        params[3].requires_grad_(False)
         optimizer = ShardedASGD(named(params), wire_dtype=torch.bfloat16, **OPTIONS)
+        params[1].requires_grad_(False)
         for step in range(3):
-            backward(params, random_gradients([Spec((40,))] * 3, 2, step)[rank])
+            backward(params, random_gradients([Spec((40,))] * 4, 2, step)[rank])
             optimizer.step()
             optimizer.zero_grad()
-        assert torch.equal(params[1], values.bfloat16().float())
+        assert torch.equal(params[1], values.bfloat16().float()) and torch.equal(params[3], apart)
         params[1].requires_grad_(True)
-        backward(params, [torch.zeros(40)] * 3)
+        backward(params, [torch.zeros(40)] * 4)
         optimizer.step()
         h = OPTIONS["lr"]
         expected = values * (1 - 1e-4 * h) - h * 0.01 * values
