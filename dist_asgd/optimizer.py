@@ -192,6 +192,7 @@ class ShardedASGD(torch.optim.Optimizer):
         if not self._buckets:  # called by the constructor of torch.optim.Optimizer, inside a block of together()
             add_checked(self, param_group, self._setting, self._agreement)
             return
+        self._consolidated = None
         first = len(self.param_groups)
         self.synchronize()
         self._step_agreement.agree_on("add_param_group()", self.param_groups, self._all_buckets())
@@ -224,6 +225,7 @@ class ShardedASGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        self._consolidated = None
         # Check, agree with the other ranks on what the step does, and finish reducing the gradients.
         plan = self._step_agreement.agree_and_reduce(STEP, self.param_groups, self._all_buckets())
         self._step_agreement.warn_of_unused(plan)
@@ -326,6 +328,7 @@ class ShardedASGD(torch.optim.Optimizer):
         has begun keeps its value until that step, and begins anew with it. A ``Tail`` that would begin later still
         does. Sends nothing.
         """
+        self._consolidated = None
         start_averaging(self.param_groups, self._buckets)
 
     @refused_during_swap()
@@ -340,6 +343,7 @@ class ShardedASGD(torch.optim.Optimizer):
             RuntimeError: the same on every rank, where parameters are not what the optimizer was built for, or ranks
                 differ; inside ``averaged_parameters()``, on this rank alone.
         """
+        self._consolidated = None
         self._step_agreement.agree_on("restart_averaging()", self.param_groups, self._all_buckets())
         restart_averaging(self.param_groups, self._buckets)
 
@@ -372,14 +376,16 @@ class ShardedASGD(torch.optim.Optimizer):
         self._step_agreement.check_groups(self.param_groups)
         for bucket in self._all_buckets():
             bucket.check_parameters()
-        state_dict = sharded_state_dict(self.param_groups, self._buckets)
+        state_dict, self._consolidated = self._consolidated, None
+        state_dict = state_dict or sharded_state_dict(self.param_groups, self._buckets)
         return passed_through(state_dict_post_hooks(self), self, state_dict)
 
     @refused_during_swap(NOT_BOTH)
     def full_state_dict(self) -> dict[str, Any]:
         """Returns a plain ``torch.optim.ASGD`` state dict of whole CPU tensors on rank 0. Collective.
 
-        fp32 masters are left out, because torch has none.
+        Parameters with fp32 masters have them as ``master``, which torch keeps and does not use. As in torch, a
+        parameter that has not taken a step has no state.
 
         Returns:
             The state dict on rank 0, ``{}`` on other ranks.
@@ -388,11 +394,25 @@ class ShardedASGD(torch.optim.Optimizer):
             RuntimeError: the same on every rank, where parameters are not what the optimizer was built for, and for
                 FSDP1's slices without ``module``; inside ``averaged_parameters()``, on this rank alone.
         """
-        self._complete_parameters()
-        self._step_agreement.agree_on("full_state_dict()", self.param_groups, self._all_buckets())
-        if any(bucket.presharded for bucket in self._all_buckets()):
-            return self._modules.full_state_dict(self, self._agreement.rank)
-        return full_state_dict(self.param_groups, self._buckets, self._agreement)
+        return self._gathered_state("full_state_dict()", 0)
+
+    @refused_during_swap(NOT_BOTH)
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Makes the next ``state_dict()`` on rank ``to`` the one that ``full_state_dict()`` returns. Collective.
+
+        Code that knows ``ZeroRedundancyOptimizer`` (Lightning, for one) calls it on every rank before rank ``to`` saves
+        ``state_dict()``. Later calls of ``state_dict()`` return pieces again, and so does the next one if a step, a
+        load or another change of the state comes first.
+
+        Args:
+            to: the rank among the ranks of the optimizer that gets the state, the same on every rank.
+
+        Raises:
+            ValueError: on every rank, where there is no rank ``to``, and for FSDP1's slices, which rank 0 alone gets.
+            RuntimeError: the same on every rank, for whatever ``full_state_dict`` would raise, and where ``to``
+                differs.
+        """
+        self._consolidated = self._gathered_state(f"consolidate_state_dict(to={to})", to) or None
 
     @refused_during_swap()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -408,6 +428,7 @@ class ShardedASGD(torch.optim.Optimizer):
             RuntimeError: the same on every rank, where parameters are not what the optimizer was built for; inside
                 ``averaged_parameters()``, on this rank alone.
         """
+        self._consolidated = None
         self._complete_parameters()
         with self._step_agreement.together("load_state_dict()"):
             self._step_agreement.check_groups(self.param_groups)
@@ -433,6 +454,7 @@ class ShardedASGD(torch.optim.Optimizer):
         agreement = self._agreement = Agreement(group)
         self._arguments = arguments
         self._buckets: list[list[Bucket]] = []  # one list for each param group
+        self._consolidated: dict[str, Any] | None = None  # what the next state_dict() returns; None: pieces
         self._reducer, self._forward_waits = Reducer(), ForwardWaits(module)
         self._modules, self._swap_guard = ParallelModules(module), SwapGuard()
         find_unused = arguments["find_unused_parameters"]
@@ -452,6 +474,22 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def _all_buckets(self) -> list[Bucket]:
         return [bucket for buckets in self._buckets for bucket in buckets]
+
+    def _gathered_state(self, operation: str, to: int) -> dict[str, Any]:
+        """Returns the whole state dict on rank ``to``, and ``{}`` on others, for the user's call ``operation``."""
+        self._consolidated = None
+        self._complete_parameters()
+        buckets, rank = self._all_buckets(), self._agreement.rank
+        presharded = any(bucket.presharded for bucket in buckets)
+        with self._step_agreement.together(operation):
+            self._step_agreement.check_groups(self.param_groups)
+            self._step_agreement.check_parameters(buckets)
+            ranks = 1 if presharded else self._agreement.world_size
+            if to not in range(ranks):
+                raise ValueError(f"to={to!r}: it must be a rank in [0, {ranks})" + " under FSDP1" * presharded)
+        if presharded:
+            return self._modules.full_state_dict(self, rank)
+        return full_state_dict(self.param_groups, self._buckets, self._agreement, to)
 
     def _complete_parameters(self) -> None:
         """Waits for all-gathers and drops FSDP's whole copies, before parameters are read or changed but by a step."""

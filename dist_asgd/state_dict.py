@@ -74,14 +74,15 @@ def sharded_state_dict(groups: Groups, buckets: GroupBuckets) -> dict[str, Any]:
     return {"state": dict(sorted(state.items())), "param_groups": _exported_groups(groups, ids)}
 
 
-def full_state_dict(groups: Groups, buckets: GroupBuckets, agreement: Agreement) -> dict[str, Any]:
-    """Returns torch's state dict with whole tensors on the CPU on rank 0, and ``{}`` on other ranks. Collective.
+def full_state_dict(groups: Groups, buckets: GroupBuckets, agreement: Agreement, to: int = 0) -> dict[str, Any]:
+    """Returns torch's state dict with whole tensors on the CPU on rank ``to``, and ``{}`` on others. Collective.
 
-    As in torch, a parameter that has not taken a step has no state. fp32 masters are left out.
+    As in torch, a parameter that has not taken a step has no state.
 
     Args:
         groups: ``optimizer.param_groups``.
         buckets: the buckets of each group, none of them of slices.
+        to: the rank that gets it, the same on every rank.
     """
     ids = _parameter_ids(groups)
     state: dict[int, dict[str, Any]] = {}
@@ -89,9 +90,9 @@ def full_state_dict(groups: Groups, buckets: GroupBuckets, agreement: Agreement)
     flats: list[Tensor] = []
     for group, of_group in zip(groups, buckets, strict=True):
         for bucket in of_group:
-            averages = {key: flat.cpu() for key, flat in bucket.shard.tensors().items() if key != "master"}
-            numbers = {key: number for number, key in enumerate(averages, start=len(flats))}
-            flats += averages.values()
+            tensors = {key: flat.cpu() for key, flat in bucket.shard.tensors().items()}
+            numbers = {key: number for number, key in enumerate(tensors, start=len(flats))}
+            flats += tensors.values()
             for position, scalars in enumerate(bucket.shard.scalars(Hyperparameters.of(group))):
                 if not scalars.step:
                     continue
@@ -99,13 +100,13 @@ def full_state_dict(groups: Groups, buckets: GroupBuckets, agreement: Agreement)
                 piece = bucket.shard.pieces.get(position)
                 if piece is not None:
                     owned += [(index, key, number, piece, placement) for key, number in numbers.items()]
-                if agreement.rank == 0:
-                    whole = {key: placement.new_whole(flat.dtype) for key, flat in averages.items()}
+                if agreement.rank == to:
+                    whole = {key: placement.new_whole(flat.dtype) for key, flat in tensors.items()}
                     state[index] = {**_scalar_tensors(scalars, bucket), **whole}
-    for pieces, tensors in agreement.collect(owned, flats):
+    for pieces, found in agreement.collect(owned, flats, to):
         for index, key, number, piece, placement in pieces:
-            placement.fill(state[index][key], piece.start, tensors[number][piece.shard_start : piece.shard_stop])
-    if agreement.rank != 0:
+            placement.fill(state[index][key], piece.start, found[number][piece.shard_start : piece.shard_stop])
+    if agreement.rank != to:
         return {}
     return {"state": dict(sorted(state.items())), "param_groups": _exported_groups(groups, ids)}
 

@@ -126,24 +126,26 @@ class Agreement:
         """Returns the ``item`` of every rank, in rank order, on every rank. Items must be picklable."""
         return all_gather_object(item, self.group)
 
-    def collect(self, item: Any, tensors: Sequence[torch.Tensor]) -> Iterator[tuple[Any, list[torch.Tensor]]]:
-        """Yields, on rank 0, the item and the tensors of one rank after the other, in rank order.
+    def collect(
+        self, item: Any, tensors: Sequence[torch.Tensor], to: int = 0
+    ) -> Iterator[tuple[Any, Sequence[torch.Tensor]]]:
+        """Yields, on rank ``to``, the item and the tensors of one rank after the other, in rank order.
 
         On other ranks it yields nothing, but sends while it is iterated over: they must exhaust it too.
 
         Args:
             item: any picklable object.
             tensors: 1-D, on the CPU, of any dtype. Ranks may give different numbers and sizes.
+            to: the rank that collects, the same on every rank.
         """
-        if self.rank == 0:
-            yield item, list(tensors)
-        if self.group is None:
-            return
-        everyone = gather_object((item, [(tensor.dtype, tensor.numel()) for tensor in tensors]), self.group)
-        for tensor in tensors if self.rank else []:
+        everyone = gather_object((item, [(tensor.dtype, tensor.numel()) for tensor in tensors]), self.group, to)
+        for tensor in tensors if self.rank != to else []:
             if tensor.numel():
-                dist.send(tensor.contiguous().view(torch.uint8), group=self.group, group_dst=0)
-        for rank, (other, kinds) in enumerate(everyone[1:], 1):
+                dist.send(tensor.contiguous().view(torch.uint8), group=self.group, group_dst=to)
+        for rank, (other, kinds) in enumerate(everyone):
+            if rank == to:
+                yield item, tensors
+                continue
             received = [torch.empty(numel, dtype=dtype, device="cpu") for dtype, numel in kinds]
             for tensor in received:
                 if tensor.numel():

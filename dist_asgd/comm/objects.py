@@ -33,16 +33,16 @@ def all_gather_object(item: Any, group: dist.ProcessGroup | None) -> list[Any]:
     return [pickle.loads(memoryview(received)[rank * longest :]) for rank in range(len(lengths))]
 
 
-def gather_object(item: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """Returns the ``item`` of every rank, in rank order, on rank 0, and an empty list on every other rank."""
+def gather_object(item: Any, group: dist.ProcessGroup | None, to: int = 0) -> list[Any]:
+    """Returns the ``item`` of every rank, in rank order, on rank ``to``, and an empty list on every other rank."""
     if group is None:
         return [item]
     data = bytearray(pickle.dumps(item))
     lengths = _all_gather_lengths(len(data), group)
-    if dist.get_rank(group):
-        dist.send(_tensor(data), group=group, group_dst=0)
+    if dist.get_rank(group) != to:
+        dist.send(_tensor(data), group=group, group_dst=to)
         return []
-    return [item, *(_receive(length, rank, group) for rank, length in enumerate(lengths) if rank)]
+    return [item if rank == to else _receive(length, rank, group) for rank, length in enumerate(lengths)]
 
 
 def scatter_object(items: Sequence[Any], group: dist.ProcessGroup | None) -> Any:

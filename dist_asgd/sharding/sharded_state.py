@@ -6,7 +6,8 @@ Both implement DCP's ``_Checkpointable`` protocol (``torch/distributed/checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pickle
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,33 +24,52 @@ class StatePiece(Tensor):
     """A tensor of a parameter's shape of which this rank holds one flat piece.
 
     It stands for ``ax`` or ``master`` in a sharded ``state_dict()``. DCP saves and loads it as boxes of the whole
-    tensor. Operators that need the whole tensor raise ``NotImplementedError``.
+    tensor. Operators that need the whole tensor raise ``NotImplementedError``. Pickling a piece that is not the whole
+    tensor raises ``PicklingError``, unless ``rank_local`` has made it: a file of one rank's ``state_dict()`` would lack
+    what the other ranks have, and nobody would know before it is loaded.
 
     Attributes:
         local: the elements ``[start, start + len(local))`` of this rank's block of the parameter, in memory order.
         start: position of the piece in the block.
         placement: the block: its position in the whole tensor, and its memory order.
+        rank_local: whether the user knows that the piece is this rank's alone, and may pickle it.
     """
 
     local: Tensor  # 1-D, dtype of the average or master, may be empty
     start: int
     placement: Placement
+    rank_local: bool
 
     @staticmethod
-    def __new__(cls, local: Tensor, start: int, placement: Placement) -> StatePiece:
+    def __new__(cls, local: Tensor, start: int, placement: Placement, rank_local: bool = False) -> StatePiece:
         piece = make_wrapper_subclass(cls, placement.whole, dtype=local.dtype, device=local.device)
-        piece.local, piece.start, piece.placement = local, start, placement
+        piece.local, piece.start, piece.placement, piece.rank_local = local, start, placement, rank_local
         return piece
+
+    def like(self, local: Tensor) -> StatePiece:
+        """Returns a piece of the same elements whose values are ``local``."""
+        return StatePiece(local, self.start, self.placement, self.rank_local)
 
     def __repr__(self) -> str:  # type: ignore[override]
         stop = self.start + len(self.local)
         return f"StatePiece(shape={tuple(self.shape)}, dtype={self.dtype}, elements [{self.start}, {stop}))"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if len(self.local) < self.numel() and not self.rank_local:
+            raise pickle.PicklingError(
+                f"this rank has {len(self.local)} of {self.numel()} elements of a state tensor, so that a file of "
+                "its state_dict() lacks the others. Call full_state_dict() on every rank, which returns all of it on "
+                "rank 0; or consolidate_state_dict(to=0) on every rank, after which state_dict() does; or save by a "
+                "Checkpointer. For files that each rank writes and loads by itself, pickle rank_local(state_dict) of "
+                "dist_asgd.pieces"
+            )
         return StatePiece, (self.local.clone(), self.start, self.placement)
 
+    def __copy__(self) -> StatePiece:
+        return self.like(self.local)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> StatePiece:
-        copy = StatePiece(self.local.clone(), self.start, self.placement)
+        copy = self.like(self.local.clone())
         memo[id(self)] = copy
         return copy
 
@@ -87,11 +107,11 @@ class StatePiece(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         piece = args[0]
         if func in (aten.detach.default, aten.alias.default):
-            return StatePiece(piece.local, piece.start, piece.placement)
+            return piece.like(piece.local)
         if func in (aten.clone.default, TO_COPY, aten.new_empty.default, aten.empty_like.default):
             kwargs = {key: value for key, value in (kwargs or {}).items() if key != "memory_format"}
             rest = args[1:] if func is not aten.new_empty.default else (piece.local.shape,)
-            return StatePiece(func(piece.local, *rest, **kwargs), piece.start, piece.placement)
+            return piece.like(func(piece.local, *rest, **kwargs))
         if func in (aten.copy_.default, aten.equal.default) and all(isinstance(arg, StatePiece) for arg in args[:2]):
             other = args[1]
             same_piece = piece.start == other.start and len(piece.local) == len(other.local)
@@ -140,6 +160,23 @@ class ScalarCopy(Tensor):
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         return self.plain()
+
+
+def rank_local(state: Any) -> Any:
+    """Returns ``state`` with pieces that may be pickled, for a file that this rank alone writes and loads.
+
+    The file loads on the rank that wrote it, on as many ranks and under the placements of then. Tensors are not copied.
+
+    Args:
+        state: ``optimizer.state_dict()``, or dicts, lists and tuples with such state dicts in them.
+    """
+    if isinstance(state, StatePiece):
+        return StatePiece(state.local, state.start, state.placement, rank_local=True)
+    if isinstance(state, Mapping):
+        return {key: rank_local(value) for key, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(map(rank_local, state))
+    return state
 
 
 def _first_piece(args: Any) -> Any:

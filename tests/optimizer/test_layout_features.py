@@ -113,6 +113,54 @@ def test_bf16_parameters_have_masters_and_an_average_that_is_right(layout: str) 
     run_ranks(2, ranks)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_a_full_state_dict_of_bf16_parameters_goes_on_with_the_bits_of_no_stop(world_size: int) -> None:
+    """fp32 masters included: without them a run that resumes takes up the roundings of its parameters."""
+
+    def start(layout: str, seed: int) -> tuple[torch.nn.Module, ShardedASGD]:
+        model = place(layout, Model(seed).to(torch.bfloat16))
+        return model, ShardedASGD(model.named_parameters(), **options_of(layout, model), **OPTIONS)
+
+    def go_on(model: torch.nn.Module, optimizer: ShardedASGD, steps: range) -> list[Any]:
+        for step in steps:
+            give_gradients(named_parameters(model), step)
+            optimizer.step()
+        box = [optimizer.full_state_dict()]
+        dist.broadcast_object_list(box, src=0)
+        return [*box, {name: whole(param) for name, param in named_parameters(model).items()}]
+
+    def ranks(rank: int) -> None:
+        for layout in ("zero", "fsdp", "hsdp", "tp"):
+            if world_size in WORLD_SIZES[layout]:
+                model, optimizer = start(layout, seed=0)
+                full, values = go_on(model, optimizer, range(8))
+                expected = go_on(model, optimizer, range(8, 16))
+                model, optimizer = start(layout, seed=1)
+                with torch.no_grad():
+                    for name, param in named_parameters(model).items():
+                        param.copy_(distribute_as(param, values[name]))
+                optimizer.load_state_dict(full)
+                assert same(go_on(model, optimizer, range(8, 16)), expected), layout
+                assert full["state"][0]["master"].dtype == torch.float32
+
+    run_ranks(world_size, ranks)
+
+
+def distribute_as(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return distribute_tensor(value, param.device_mesh, param.placements) if isinstance(param, DTensor) else value
+
+
+def same(found: Any, expected: Any) -> bool:
+    """Whether trees of dicts, lists, tensors and plain values are equal, tensors bit for bit."""
+    if isinstance(expected, torch.Tensor):
+        return same_bits(found, expected)
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return found == expected
+
+
 # Gradients
 
 

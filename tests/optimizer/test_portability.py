@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from dist_asgd import ShardedASGD
+from dist_asgd.pieces import rank_local
 from tests.support.layouts import EVERYWHERE, WORLD_SIZES, build, local, named_parameters
 from tests.support.oracle import same_bits
 from tests.support.portability import LAST, OPTIONS, SAVED, check, reference, train
@@ -93,7 +94,7 @@ def test_copies_of_the_state_dict_do_not_change_with_the_optimizer(tmp_path: Pat
         model, optimizer = build(layout, **OPTIONS)
         train(model, optimizer, range(SAVED))
         copied = copy.deepcopy(optimizer.state_dict())
-        torch.save(optimizer.state_dict(), tmp_path / f"{rank}.pt")
+        torch.save(rank_local(optimizer.state_dict()), tmp_path / f"{rank}.pt")
         saved = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         background = dist.new_group(backend="gloo")
         state = state_of(model, optimizer)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from dist_asgd import ShardedASGD
+from dist_asgd.pieces import rank_local
 from tests.support.oracle import (
     MIXED,
     PLAIN,
@@ -181,6 +183,10 @@ def test_a_state_dict_may_be_copied_and_pickled(world_size: int, how: str) -> No
             check_equal(model, optimizer, expected(LAST))
         elif how.startswith("torch.save"):
             file = io.BytesIO()
+            if world_size > 1:
+                with pytest.raises(pickle.PicklingError, match="consolidate_state_dict"):
+                    torch.save(state, file)
+                file, state = io.BytesIO(), rank_local(state)
             torch.save(state, file)
             file.seek(0)
             state = torch.load(file, weights_only="weights only" in how)
@@ -195,7 +201,7 @@ def test_a_state_dict_may_be_copied_and_pickled(world_size: int, how: str) -> No
     run_ranks(world_size, ranks)
 
 
-def test_torch_save_of_a_state_dict_holds_only_this_ranks_piece() -> None:
+def test_a_file_of_one_rank_holds_only_its_pieces() -> None:
     def ranks(rank: int) -> int:
         params = make_parameters([Spec((1000, 100))])
         optimizer = ShardedASGD(named(params), lr=0.1, t0=0)
@@ -204,7 +210,7 @@ def test_torch_save_of_a_state_dict_holds_only_this_ranks_piece() -> None:
             optimizer.step()
             optimizer.zero_grad()
         file = io.BytesIO()
-        torch.save(optimizer.state_dict(), file)
+        torch.save(rank_local(optimizer.state_dict()), file)
         return len(file.getvalue())
 
     assert all(size < 100_000 * 4 / 4 * 1.2 + 20_000 for size in run_ranks(4, ranks))
@@ -384,6 +390,58 @@ def test_a_full_state_dict_of_bf16_parameters_resumes_with_its_averages() -> Non
                 assert same_dict(full["state"][index], box[0]["state"][index])
 
     run_ranks(2, ranks)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_consolidated_state_dict_is_whole_once(world_size: int) -> None:
+    """As Lightning and scripts for ZeroRedundancyOptimizer save: consolidate on every rank, state_dict() on one."""
+
+    def ranks(rank: int) -> None:
+        specs = [Spec((33,), torch.bfloat16), Spec((5, 7)), Spec((40, 9))]
+        pair = Pair(make_parameters(specs), lr=0.01, t0=1)
+        optimizer = pair.optimizer
+
+        def step(number: int) -> None:
+            pair.backward(random_gradients(specs, world_size, number))
+            pair.step()
+            pair.zero_grad()
+
+        def is_whole() -> bool:
+            ax = optimizer.state_dict()["state"][2]["ax"]
+            return type(ax) is torch.Tensor and ax.device.type == "cpu"
+
+        for number in range(5):
+            step(number)
+        last = world_size - 1
+        box = [optimizer.full_state_dict()]
+        dist.broadcast_object_list(box, src=0)
+        for to in {0, last}:
+            optimizer.consolidate_state_dict(to=to)
+            state = optimizer.state_dict()
+            assert is_whole() == (world_size == 1), "the second state_dict() has pieces again"
+            if rank == to:
+                file = io.BytesIO()
+                torch.save(state, file)
+                file.seek(0)
+                assert same_dict(torch.load(file), box[0])
+                assert state["state"][0]["master"].dtype == torch.float32
+                plain = torch.optim.ASGD([torch.nn.Parameter(p.detach().clone()) for p in pair.params], foreach=False)
+                plain.load_state_dict(state)
+                plain.param_groups[0]["params"][2].grad = torch.ones(40, 9)
+                plain.step()
+        optimizer.consolidate_state_dict()
+        step(5)
+        assert is_whole() == (world_size == 1), "a step comes between: the state is no longer that of the parameters"
+        for bad in (-1, world_size, None):
+            with pytest.raises(ValueError, match=rf"to={bad}"):
+                optimizer.consolidate_state_dict(to=bad)  # type: ignore[arg-type]
+        if world_size > 1:
+            with pytest.raises(RuntimeError, match=r"rank 0: consolidate_state_dict\(to=0\)"):
+                optimizer.consolidate_state_dict(to=rank)
+        step(6)
+        pair.check("at the end")
+
+    run_ranks(world_size, ranks)
 
 
 def test_the_dense_dict_is_independent_of_the_optimizer() -> None:

@@ -3,6 +3,8 @@
 import copy
 import io
 import itertools
+import multiprocessing
+import pickle
 import random
 
 import pytest
@@ -14,6 +16,7 @@ from dist_asgd.asgd.rule import asgd_step_
 from dist_asgd.asgd.schedule import Hyperparameters, Scalars
 from dist_asgd.buckets.packing import Packer
 from dist_asgd.kernels.dispatch import BLOCK_PER_THREAD, block_size, update_blocks_
+from dist_asgd.pieces import rank_local
 from dist_asgd.sharding.layout import UNIT, plan_buckets
 from dist_asgd.sharding.placement import Placement
 from dist_asgd.sharding.sharded_state import ScalarCopy, StatePiece
@@ -73,13 +76,44 @@ def test_a_block_is_a_view_so_that_loading_fills_the_piece():
 def test_a_state_piece_is_copied_and_saved_with_its_own_elements_only():
     piece = StatePiece(torch.arange(1000.0)[10:14], 2, Placement.of(torch.empty(4, 2)))
     buffer = io.BytesIO()
-    torch.save(piece, buffer)
+    torch.save(rank_local(piece), buffer)
     assert buffer.tell() < 3000
     buffer.seek(0)
-    for copied in (copy.deepcopy(piece), piece.clone(), piece.cpu(), torch.load(buffer, weights_only=False)):
+    loaded = torch.load(buffer, weights_only=False)
+    for copied in (copy.deepcopy(piece), copy.copy(piece), piece.clone(), piece.cpu(), loaded):
         assert type(copied) is StatePiece and copied.shape == (4, 2)
         assert (copied.local.tolist(), copied.start) == ([10.0, 11.0, 12.0, 13.0], 2)
     assert piece.clone().local.data_ptr() != piece.local.data_ptr()
+
+
+PICKLING = {
+    "pickle": pickle.dumps,
+    "torch.save": lambda state: torch.save(state, io.BytesIO()),
+    "multiprocessing": multiprocessing.reduction.ForkingPickler.dumps,
+}
+
+
+@pytest.mark.parametrize("dumps", PICKLING.values(), ids=PICKLING)
+def test_a_part_of_a_tensor_is_pickled_only_as_rank_local_state(dumps):
+    placement = Placement.of(torch.empty(4, 2))
+    part, nothing, all_of_it = (StatePiece(torch.ones(n), 0, placement) for n in (4, 0, 8))
+    empty = StatePiece(torch.empty(0), 0, Placement.of(torch.empty(0, 3)))
+    dumps({"state": {0: {"ax": all_of_it}, 1: {"ax": empty}}})
+    for piece in (part, nothing, part.clone(), copy.copy(part), copy.deepcopy(part), pickle_again(part)):
+        state = {"state": {0: {"ax": piece}}, "param_groups": [{"params": [0], "lr": 0.1}]}
+        with pytest.raises(pickle.PicklingError) as error:
+            dumps(state)
+        for remedy in ("full_state_dict()", "consolidate_state_dict(to=0)", "Checkpointer", "rank_local"):
+            assert remedy in str(error.value)
+        mine = rank_local(state)
+        for known in (mine, copy.deepcopy(mine), {"optimizer": [mine]}, mine["state"][0]["ax"].clone()):
+            dumps(known)
+        assert mine["param_groups"] == state["param_groups"]
+        assert mine["state"][0]["ax"].local is piece.local
+
+
+def pickle_again(piece):
+    return pickle.loads(pickle.dumps(rank_local(piece)))
 
 
 def test_operators_on_a_state_piece_say_what_to_use():
