@@ -88,14 +88,19 @@ def test_checkpoints_on_two_ranks_and_then_on_three(tmp_path, monkeypatch):
 def test_the_blocks_for_a_gpu():
     if not run_alone(torch.cuda.is_available):  # in a child: CUDA does not survive a fork
         pytest.skip("there is no CUDA GPU")
-    run_alone(lambda: run_page("parallelism", "python gpu") and None)
+
+    def alone():
+        names = run_page("parallelism", "python gpu")
+        assert names["opt"].state_dict()["state"][0]["step"] == 4  # three steps, and one of the graph's
+
+    run_alone(alone)
 
 
 def test_the_blocks_for_a_gpu_are_python():
-    for page, blocks in BLOCKS.items():
-        for kind, block in blocks:
-            if kind == "python gpu":
-                compile(block, page, "exec")
+    found = [(page, block) for page, blocks in BLOCKS.items() for kind, block in blocks if kind == "python gpu"]
+    assert [page for page, _ in found] == ["parallelism"]
+    for page, block in found:
+        assert {"ShardedASGD", "opt", "graph"} <= set(compile(block, page, "exec").co_names)
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,7 @@ def test_no_warning_without_ddp() -> None:
                 pair.backward(random_gradients(PLAIN, 2, step))
                 pair.step()
                 pair.zero_grad()
+        pair.check("after three steps")
 
     run_ranks(2, ranks)
 

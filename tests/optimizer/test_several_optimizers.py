@@ -193,14 +193,17 @@ def test_many_optimizers_one_after_another() -> None:
         if rank == 1:
             gc.disable()  # so that the ranks let go of their optimizers at different times
         for number in range(25):
-            params = make_parameters(PLAIN[:2], number)
+            params, twins = make_parameters(PLAIN[:2], number), make_parameters(PLAIN[:2], number)
             optimizer = ShardedASGD(named(params), lr=0.1)
+            reference = torch.optim.ASGD(twins, lr=0.1, foreach=False)
             loop = [optimizer]
             loop.append(loop)  # only the garbage collector frees it
-            backward(params, [torch.ones_like(p) for p in params])
-            optimizer.step()
+            for optimized, stepping in ((params, optimizer), (twins, reference)):
+                backward(optimized, [torch.ones_like(p) for p in optimized])
+                stepping.step()
+            assert all(map(torch.equal, params, twins)), number
             if rank == 0:
-                del optimizer, loop
+                del optimizer, loop, stepping
                 gc.collect()
 
     run_ranks(2, ranks)

@@ -86,13 +86,16 @@ def test_a_sharded_teacher_is_none_of_the_optimizers_business() -> None:
     """It has the names and shapes of its student, of which a parameter has no gradient yet."""
 
     def ranks(rank: int) -> None:
-        model, teacher = Model(), Model()
+        model, teacher = Model(), Model(seed=1)
         fully_shard(teacher)
         optimizer = ShardedASGD(model.named_parameters(), lr=0.1, gradients="reduced")
         x, _ = batch(0)
         (model(x) - teacher(x).detach()).square().mean().backward()
         model.inside.weight.grad = None
+        before = {name: param.detach().clone() for name, param in model.named_parameters()}
         optimizer.step()
+        same = [name for name, param in model.named_parameters() if torch.equal(param, before[name])]
+        assert same == ["inside.weight"]
 
     run_ranks(2, ranks)
 
