@@ -56,14 +56,14 @@ class Hyperparameters:
                 found = f"shape {tuple(lr.shape)} on {lr.device.type}"
                 raise ValueError(f"lr must be a number or a tensor of 1 element that has a value, got {found}")
             lr = lr.item() if self.device_lr is None else 0.0
-        _check_number("lr", lr, low=0.0)
-        _check_number("lambd", self.lambd, low=0.0)
-        _check_number("alpha", self.alpha, low=0.0)
+        _check_number("lr", lr)
+        _check_number("lambd", self.lambd)
+        _check_number("alpha", self.alpha)
         # t0 = inf means "never average"; no other option may be infinite.
-        _check_number("t0", self.t0, low=0.0, finite=False)
-        _check_number("weight_decay", self.weight_decay, low=0.0)
+        _check_number("t0", self.t0, finite=False)
+        _check_number("weight_decay", self.weight_decay)
         if self.eta_decay is not None:
-            _check_number("eta_decay", self.eta_decay, low=0.0)
+            _check_number("eta_decay", self.eta_decay)
         for name in ("maximize", "lr_on_time", "restarted"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -212,15 +212,15 @@ def is_captured(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _check_number(name: str, value: object, *, low: float, finite: bool = True) -> None:
+def _check_number(name: str, value: object, *, finite: bool = True) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):  # Real includes NumPy's numbers
         raise TypeError(f"{name} must be a number, got {value!r}")
     try:
         number = float(value)
     except OverflowError:  # an integer beyond the range of float
         number = math.nan
-    if math.isnan(number) or number < low or (finite and math.isinf(number)):
-        raise ValueError(f"{name} must be a {'finite ' if finite else ''}number >= {low:g}, got {value!r}")
+    if math.isnan(number) or number < 0 or (finite and math.isinf(number)):
+        raise ValueError(f"{name} must be a {'finite ' if finite else ''}number >= 0, got {value!r}")
 
 
 def scalar_dtype() -> torch.dtype:

@@ -28,10 +28,7 @@ class Average(ABC):
     every: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.every, bool) or not isinstance(self.every, int):
-            raise TypeError(f"every must be an int, got {self.every!r}")
-        if self.every < 1:
-            raise ValueError(f"every must be at least 1, got {self.every}")
+        _at_least_1("every", self.every)
 
     @abstractmethod
     def weight(self, n: float) -> float:
@@ -138,16 +135,20 @@ class Tail(Average):
     def __post_init__(self) -> None:
         super().__post_init__()
         _in_range(self, "fraction", 0, 1, "in (0, 1]")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int):
-            raise TypeError(f"steps must be an int, got {self.steps!r}")
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        _at_least_1("steps", self.steps)
 
     def start(self, t0: float) -> float:
         return max(t0, self.steps - 1 - round(self.fraction * self.steps))
 
     def weight(self, n: float) -> float:
         return 1 / n
+
+
+def _at_least_1(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _in_range(average: Average, name: str, low: float, high: float, expected: str) -> None:

@@ -90,7 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
             size = target.write(name, file_of(source, tensors))
     report = {"out": f"{target.url}/{name}", "bytes": size, "step": step, "tensors": len(tensors)}
     unchanged = [tensor.name for tensor, before in zip(tensors, saved, strict=True) if tensor == before]
-    left_out = [] if arguments.keys else _values_in(source.manifest, arguments.entry or DEFAULT_ENTRY)
+    entry = f"{arguments.entry or DEFAULT_ENTRY}."
+    left_out = [] if arguments.keys else [key for key in source.manifest.values if key.startswith(entry)]
     if arguments.json:
         write({**report, "not_averaged": unchanged if use_averages else None, "left_out": left_out})
         return 0
@@ -157,10 +158,6 @@ def _select_tensors(manifest: Manifest, arguments: argparse.Namespace) -> list[E
             f"the checkpoint has no {DEFAULT_ENTRY!r}: say --entry or --keys. It has {entry_names(manifest)}"
         )
     return tensors_of(manifest, DEFAULT_ENTRY if arguments.entry is None else arguments.entry)
-
-
-def _values_in(manifest: Manifest, entry: str) -> list[str]:
-    return [key for key in manifest.values if key.startswith(f"{entry}.")]
 
 
 def _listed(names: list[str]) -> str:

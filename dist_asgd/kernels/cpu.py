@@ -12,13 +12,11 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from dist_asgd.asgd.rounding import Rounding, compute_dtype
-from dist_asgd.asgd.schedule import Hyperparameters, Scalars
+from dist_asgd.asgd.rounding import compute_dtype
 from dist_asgd.kernels.c_library import compile_library
 from dist_asgd.kernels.selfcheck import matches_operators, warn_once
-from dist_asgd.kernels.tensor_list import Gradients, TensorList
+from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno")
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -47,27 +45,19 @@ class NativeUpdate:
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
 
-    def __call__(
-        self,
-        parts: TensorList,
-        grads: Gradients,
-        average: Tensor | None,
-        master: Tensor | None,
-        h: Hyperparameters,
-        scalars: Scalars,
-        rounding: Rounding,
-    ) -> None:
+    def __call__(self, parts: TensorList, grads: Gradients, step: SliceStep) -> None:
+        h, scalars = step.h, step.scalars
         shrink = 1 - h.lambd * scalars.eta
-        flags = (h.maximize, average is not None, rounding.seed or 0, rounding.first)
-        step = _Step(shrink, scalars.eta, scalars.mu, h.weight_decay, *flags)
+        flags = (h.maximize, step.average is not None, step.rounding.seed or 0, step.rounding.first)
+        numbers = _Step(shrink, scalars.eta, scalars.mu, h.weight_decay, *flags)
         tables = (parts.addresses, grads.addresses, parts.starts, parts.numels)
         threads = min(torch.get_num_threads(), max(1, parts.numel // GRAIN))
         self._function(
             *(table.buffer_info()[0] for table in tables),
             len(grads.addresses),
-            None if average is None else average.data_ptr(),
-            None if master is None else master.data_ptr(),
-            ctypes.byref(step),
+            None if step.average is None else step.average.data_ptr(),
+            None if step.master is None else step.master.data_ptr(),
+            ctypes.byref(numbers),
             threads,
         )
 

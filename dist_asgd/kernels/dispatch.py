@@ -9,17 +9,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from dist_asgd.asgd.rounding import Rounding, compute_dtype
 from dist_asgd.asgd.rule import low_precision_step_
-from dist_asgd.asgd.schedule import AnyScalars, DeviceScalars, Hyperparameters, Scalars
+from dist_asgd.asgd.schedule import AnyScalars, DeviceScalars, Hyperparameters
 from dist_asgd.kernels.cpu import native_update
 from dist_asgd.kernels.selfcheck import matches_operators, warn_once
-from dist_asgd.kernels.tensor_list import Gradients, TensorList, as_real
+from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList, as_real
 
 # Elements, for each thread, of a block that CPU operators work on. Parameter, gradient, average and temporaries of a
 # block (512 KiB each in fp32) stay in a core's cache between the operators, which is twice as fast as passes over whole
@@ -35,18 +35,10 @@ PASS_BYTES = {"cpu": 2**20, "others": 2**24}
 class FusedUpdate(Protocol):
     """Updates several tensors that share ``scalars`` by one step, in one pass over memory."""
 
-    takes_device_scalars: bool  # whether ``scalars`` may be DeviceScalars
+    takes_device_scalars: bool  # whether the scalars of a step may be DeviceScalars
 
-    def __call__(
-        self,
-        parts: TensorList,  # the parameters; updated in place
-        grads: Gradients,  # one for each part; only read
-        average: Tensor | None,  # 1-D, in compute_dtype, indexed by parts.starts; updated in place
-        master: Tensor | None,  # 1-D, in compute_dtype, indexed by parts.starts; updated in place
-        h: Hyperparameters,
-        scalars: Any,  # Scalars, or DeviceScalars if takes_device_scalars
-        rounding: Rounding,  # its ``first`` is the number of the element at index 0 of average and master
-    ) -> None: ...
+    def __call__(self, parts: TensorList, grads: Gradients, step: SliceStep) -> None:
+        """Updates ``parts``, and averages and masters, by ``grads``: one for each part, which are only read."""
 
 
 def fused_update(
@@ -137,15 +129,13 @@ def advance_(scalars: DeviceScalars, h: Hyperparameters) -> None:
     gpu_schedule.advance_(scalars, h)
 
 
-def _prepared(
-    param: Tensor, grad: Tensor, average: Tensor | None, master: Tensor | None, rounding: Rounding
-) -> tuple[Tensor | None, Tensor | None, FusedUpdate | None]:
-    """Returns ``average`` and ``master`` as reals, and the one-pass update of the real ``param``, if there is one."""
-    average = None if average is None else as_real(average)
-    master = None if master is None else as_real(master)
-    average_dtype = None if average is None else average.dtype
-    fused = fused_update(param.device, param.dtype, grad.dtype, average_dtype, master is not None, rounding)
-    return average, master, fused
+def _one_pass(param: Tensor, grad: Tensor, step: SliceStep) -> FusedUpdate | None:
+    average = None if step.average is None else step.average.dtype
+    return fused_update(param.device, param.dtype, grad.dtype, average, step.master is not None, step.rounding)
+
+
+def _as_real(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else as_real(tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +162,11 @@ class PartsSlice:
             rounding: its ``first`` is the number of the element at ``start``.
         """
         param, grad = self.parts.tensors[0], self.grads.tensors[0]
-        average, master, fused = _prepared(param, grad, average, master, rounding)
+        step = SliceStep(_as_real(average), _as_real(master), h, scalars, rounding)
+        fused = _one_pass(param, grad, step)
         if fused is None:
             raise RuntimeError(f"no update in one pass of {param.dtype} on {param.device}, and none else was prepared")
-        fused(self.parts, self.grads, average, master, h, scalars, rounding)
+        fused(self.parts, self.grads, step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,39 +194,32 @@ class FlatSlice:
         Raises ``RuntimeError`` if ``scalars`` are on the device and there is no one-pass update of these dtypes.
         """
         param, grad = as_real(self.param), as_real(self.grad)
-        average, master, fused = _prepared(param, grad, average, master, rounding)
+        step = SliceStep(_as_real(average), _as_real(master), h, scalars, rounding)
+        fused = _one_pass(param, grad, step)
         if fused is not None and grad.is_contiguous():
-            fused(TensorList.of([param]), Gradients.of([grad]), average, master, h, scalars, rounding)
-        elif isinstance(scalars, DeviceScalars):
-            raise RuntimeError(f"no update in one pass of {param.dtype} by a {grad.dtype} gradient on {param.device}")
+            fused(TensorList.of([param]), Gradients.of([grad]), step)
         else:
-            update_blocks_(param, grad, average, master, h, scalars, rounding)
+            update_blocks_(param, grad, step)
 
 
 # A range of a shard, all of whose elements have equal scalars, that one call of ``update_`` updates.
 UpdateSlice: TypeAlias = PartsSlice | FlatSlice
 
 
-def update_blocks_(
-    param: Tensor,
-    grad: Tensor,
-    average: Tensor | None,
-    master: Tensor | None,
-    h: Hyperparameters,
-    scalars: Scalars,
-    rounding: Rounding,
-) -> None:
-    """Updates real tensors by PyTorch's operators, block by block, as ``FlatSlice.update_`` does."""
+def update_blocks_(param: Tensor, grad: Tensor, step: SliceStep) -> None:
+    """Updates 1-D real tensors by PyTorch's operators, block by block, as ``FlatSlice.update_`` does."""
+    if isinstance(step.scalars, DeviceScalars):
+        raise RuntimeError(f"no update in one pass of {param.dtype} with a gradient of {grad.dtype} on {param.device}")
     size = block_size(param.numel(), param.device)
     if param.numel() <= size:
-        low_precision_step_(param, grad, average, master, h, scalars, rounding)
+        low_precision_step_(param, grad, step.average, step.master, step.h, step.scalars, step.rounding)
         return
     params = param.split(size)  # one call: slicing block by block would cost as much as small operators
-    averages = [None] * len(params) if average is None else average.split(size)
-    masters = [None] * len(params) if master is None else master.split(size)
+    averages = [None] * len(params) if step.average is None else step.average.split(size)
+    masters = [None] * len(params) if step.master is None else step.master.split(size)
     for number, blocks in enumerate(zip(params, grad.split(size), averages, masters, strict=True)):
-        own = replace(rounding, first=rounding.first + number * size)
-        low_precision_step_(*blocks, h, scalars, own)
+        own = replace(step.rounding, first=step.rounding.first + number * size)
+        low_precision_step_(*blocks, step.h, step.scalars, own)
 
 
 def block_size(numel: int, device: torch.device) -> int:

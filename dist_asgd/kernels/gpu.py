@@ -17,12 +17,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
-from dist_asgd.asgd.rounding import Rounding, compute_dtype
+from dist_asgd.asgd.rounding import compute_dtype
 from dist_asgd.asgd.schedule import AnyScalars, DeviceScalars, Hyperparameters, Scalars
 from dist_asgd.kernels.pointer_tables import DeviceTables
-from dist_asgd.kernels.tensor_list import Gradients, TensorList
+from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList
 
 try:
     import triton
@@ -289,17 +288,9 @@ class TritonUpdate:
         self._types = {name: getattr(tl, str(dtype).removeprefix("torch.")) for name, dtype in names.items()}
         self._tables: WeakKeyDictionary[TensorList, DeviceTables] = WeakKeyDictionary()
 
-    def __call__(
-        self,
-        parts: TensorList,
-        grads: Gradients,
-        average: Tensor | None,
-        master: Tensor | None,
-        h: Hyperparameters,
-        scalars: AnyScalars,
-        rounding: Rounding,
-    ) -> None:
+    def __call__(self, parts: TensorList, grads: Gradients, step: SliceStep) -> None:
         """Launches the kernel. It reads scalars on the device there, so a CUDA graph reads them when it is replayed."""
+        average, master, h, rounding = step.average, step.master, step.h, step.rounding
         with torch.cuda.device_of(parts.tensors[0]):
             if len(grads.tensors) == 1:
                 programs, numel, start = -(-parts.numel // BLOCK), parts.numel, parts.starts[0]
@@ -311,7 +302,7 @@ class TritonUpdate:
                 read = (tables.of_parts, tables.of_grads(grads.addresses), average, master)
             if programs:
                 update_kernel[(programs,)](
-                    *read, numel, **_numbers(h, scalars), seed=rounding.seed or 0, number=number,
+                    *read, numel, **_numbers(h, step.scalars), seed=rounding.seed or 0, number=number,
                     **self._types, MANY=len(grads.tensors) > 1, MAXIMIZE=h.maximize, DECAYS=h.weight_decay != 0,
                     STOCHASTIC=rounding.seed is not None, BLOCK=BLOCK, SMALL=SMALL, **OPTIONS,
                 )  # fmt: skip

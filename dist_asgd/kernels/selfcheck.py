@@ -11,7 +11,7 @@ import torch
 from dist_asgd.asgd.rounding import Rounding, compute_dtype
 from dist_asgd.asgd.rule import low_precision_step_
 from dist_asgd.asgd.schedule import DeviceScalars, Hyperparameters, Scalars
-from dist_asgd.kernels.tensor_list import Gradients, TensorList
+from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList
 
 # Elements on which each combination of options is compared: several vectors of PyTorch's operators and a remainder.
 CHECKED = 211
@@ -56,7 +56,7 @@ def matches_operators(
         own, expected = ([tensor.clone() for tensor in (p, average, master)] for _ in range(2))
         given = DeviceScalars.of(scalars, device) if on_device else scalars
         state = (own[1] if averages else None, own[2] if has_master else None)
-        update(TensorList.of(own[:1]), Gradients.of([g]), *state, h, given, rounding)
+        update(TensorList.of(own[:1]), Gradients.of([g]), SliceStep(*state, h, given, rounding))
         p, average, master = expected
         state = (average if averages else None, master if has_master else None)
         expected_rounding = rounding.at(rounding.first, scalars) if on_device else rounding

@@ -1,4 +1,4 @@
-"""Lists of tensors, with their addresses, that one call of an update kernel works on."""
+"""Arguments of an update kernel: lists of tensors with their addresses, and what a step does to them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from dist_asgd.asgd.rounding import Rounding
+from dist_asgd.asgd.schedule import AnyScalars, Hyperparameters
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, as keys of a WeakKeyDictionary in kernels/gpu.py
@@ -59,6 +62,20 @@ class Gradients:
     def of(cls, tensors: Sequence[Tensor]) -> Gradients:
         """Reads the addresses of ``tensors``."""
         return cls(tensors, array("q", map(Tensor.data_ptr, tensors)))
+
+
+@dataclass(frozen=True, slots=True)
+class SliceStep:
+    """One step of tensors that share ``scalars``: all that it takes besides parameters and gradients.
+
+    Averages and masters are real, in compute_dtype, indexed by the ``starts`` of a ``TensorList``, updated in place.
+    """
+
+    average: Tensor | None  # 1-D; None while the average is the parameter
+    master: Tensor | None  # 1-D; None for no master
+    h: Hyperparameters
+    scalars: AnyScalars
+    rounding: Rounding  # its ``first`` is the number of the element at index 0 of average and master
 
 
 def as_real(flat: Tensor) -> Tensor:

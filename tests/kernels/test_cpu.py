@@ -19,7 +19,7 @@ from dist_asgd.asgd.rounding import Rounding, compute_dtype
 from dist_asgd.asgd.rule import low_precision_step_
 from dist_asgd.asgd.schedule import Hyperparameters, Scalars
 from dist_asgd.kernels.cpu import native_update
-from dist_asgd.kernels.tensor_list import Gradients, TensorList
+from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList
 from tests.support.oracle import MIXED, PLAIN, Pair, make_parameters, random_gradients
 from tests.support.ranks import run_alone, run_ranks
 
@@ -77,15 +77,8 @@ def test_one_pass_has_the_bits_of_the_operators(
                 master_of = expected_master[where] if has_master else None
                 low_precision_step_(p, g, own, master_of, h, scalars, replace(rounding, first=rounding.first + start))
             parts = TensorList.of(params, starts[:-1])
-            update(
-                parts,
-                Gradients.of(grads),
-                average if averages else None,
-                master if has_master else None,
-                h,
-                scalars,
-                rounding,
-            )
+            state = (average if averages else None, master if has_master else None)
+            update(parts, Gradients.of(grads), SliceStep(*state, h, scalars, rounding))
             for got, wanted in zip(params, expected_params, strict=True):
                 assert torch.equal(got, wanted), h
             assert torch.equal(average, expected_average) and torch.equal(master, expected_master), h

@@ -70,9 +70,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("target", range(len(EVERYWHERE)))
 def test_any_layout_goes_on_from_any_other(saved: str, target: int) -> None:
-    """From each layout on one number of ranks, another one for each target."""
+    """From each layout on one number of ranks, another one for each target, and for a layout itself another one."""
     layout, world_size = EVERYWHERE[target]
-    sources = [(source, sizes[target % len(sizes)]) for source, sizes in WORLD_SIZES.items()]
+    sources = [(source, sizes[(target + 1) % len(sizes)]) for source, sizes in WORLD_SIZES.items()]
     run_ranks(world_size, load, saved, layout, sources, {}, timeout=120)
 
 
@@ -82,7 +82,7 @@ def test_other_forms_of_the_state_dict(tmp_path: Path, way: str) -> None:
     sources = [("fsdp", 2), ("hsdp", 4), ("fsdp+tp", 4), ("zero", 3)]
     for layout, world_size in sources:
         run_ranks(world_size, save, str(tmp_path), layout, world_size, SAVED, options)
-    for layout in ("fsdp", "hsdp", "tp"):
+    for layout in ("zero", "fsdp", "hsdp", "tp"):
         run_ranks(2, load, str(tmp_path), layout, sources, options, timeout=120)
 
 
@@ -101,6 +101,7 @@ def test_copies_of_the_state_dict_do_not_change_with_the_optimizer(tmp_path: Pat
         future = dcp.async_save(state, checkpoint_id=saved_as(str(tmp_path), layout, 2), process_group=background)
         train(model, optimizer, range(SAVED, LAST))
         future.result()
+        check(model, optimizer, reference(LAST), "trained while it was saved")
         now = optimizer.state_dict()["state"]
         for index, entry in copied["state"].items():
             before, after = local(entry["ax"]), local(now[index]["ax"])

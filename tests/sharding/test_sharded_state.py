@@ -16,6 +16,7 @@ from dist_asgd.asgd.rule import asgd_step_
 from dist_asgd.asgd.schedule import Hyperparameters, Scalars
 from dist_asgd.buckets.packing import Packer
 from dist_asgd.kernels.dispatch import BLOCK_PER_THREAD, block_size, update_blocks_
+from dist_asgd.kernels.tensor_list import SliceStep
 from dist_asgd.pieces import rank_local
 from dist_asgd.sharding.layout import UNIT, plan_buckets
 from dist_asgd.sharding.placement import Placement
@@ -159,7 +160,7 @@ def test_walking_in_blocks_leaves_the_bits_alone(numel):
     grad, *pair = torch.randn(3, numel)
     expected = [tensor.clone() for tensor in pair]
     asgd_step_(expected[0], grad, expected[1], h, scalars)
-    update_blocks_(pair[0], grad, pair[1], None, h, scalars, Rounding(torch.float32))
+    update_blocks_(pair[0], grad, SliceStep(pair[1], None, h, scalars, Rounding(torch.float32)))
     assert torch.equal(pair[0], expected[0]) and torch.equal(pair[1], expected[1])
 
 

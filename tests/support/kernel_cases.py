@@ -21,7 +21,7 @@ from dist_asgd.asgd.rule import low_precision_step_
 from dist_asgd.asgd.schedule import DeviceScalars, Hyperparameters, Scalars, Scaling, first_scalars, next_scalars
 from dist_asgd.kernels import dispatch
 from dist_asgd.kernels.dispatch import advance_
-from dist_asgd.kernels.tensor_list import Gradients, TensorList
+from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList
 from tests.support import capturable_cases
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -91,7 +91,7 @@ class Case:
         parts = TensorList.of([own[a:b] for a, b in self.spans], [a for a, _ in self.spans])
         grads = [self.grad[a:b] for a, b in self.spans]
         update = triton_update(self.param_dtype, self.grad_dtype, self.rounding.dtype)
-        update(parts, Gradients.of(grads), average, master, h, scalars, self.rounding)
+        update(parts, Gradients.of(grads), SliceStep(average, master, h, scalars, self.rounding))
         return own, average, master
 
     def by_rule(self, h, scalars, scale=None):
