@@ -55,8 +55,9 @@ def _raise_different(agreement: Agreement, buckets: Sequence[Bucket]) -> None:
     first, other = next(iter(different.values()))
     raise RuntimeError(
         f"ranks {first} and {other} have different values of parameter {some_of(list(different))}, and a step would "
-        "mix them: it was written on some ranks only since the optimizer was built, as by load_state_dict() under "
-        "`if rank == 0:`. Write the same values on every rank, or load weights before building the optimizer"
+        "mix them. Either it was written on some ranks only since the optimizer was built, as by load_state_dict() "
+        "under `if rank == 0:`, or ranks began with different values, which only gradients='local' and "
+        "DistributedDataParallel make equal. Write the same values on every rank"
     )
 
 
