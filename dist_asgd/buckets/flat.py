@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dist_asgd.asgd.rounding import compute_dtype
 from dist_asgd.asgd.schedule import Hyperparameters, Scaling
-from dist_asgd.buckets.base import Bucket, BucketOptions, describe, require_dense, require_same
+from dist_asgd.buckets.base import Bucket, BucketOptions, describe, require_dense, require_private, require_same
 from dist_asgd.buckets.gradient_tensors import GradientPiece
 from dist_asgd.buckets.packing import Batches, Packer
 from dist_asgd.comm.collectives import Collectives, Reduction, Transfer
@@ -104,6 +104,7 @@ class ReplicatedBucket(Bucket):
         for position, (name, param) in enumerate(zip(self.names, self.params, strict=True)):
             if not self.holds(position):
                 require_same(name, param, self.dtype, self.device, self.placements[position].shape)
+                require_private(name, param)
                 self._attach(param, self.placements[position], self.layout.spans[position])
 
     def start_gather(self, exact: bool = False) -> None:
