@@ -45,7 +45,13 @@ from dist_asgd.step.forward_wait import ForwardWaits
 from dist_asgd.step.param_groups import add_agreed, add_checked
 from dist_asgd.step.rebuild import BuiltFor, check_rebuild, steps_loaded, value_facts
 from dist_asgd.step.sync import STEP, StepAgreement, update_and_gather
-from dist_asgd.step.validation import check_arguments, check_state_dict, initialized_since, parameter_names
+from dist_asgd.step.validation import (
+    check_aliases,
+    check_arguments,
+    check_state_dict,
+    initialized_since,
+    parameter_names,
+)
 from dist_asgd.swap import NOT_BOTH, SwapGuard, refused_during_swap, restart_averaging, start_averaging, swapped
 from dist_asgd.wrappers import ParallelModules
 
@@ -76,8 +82,10 @@ class ShardedASGD(torch.optim.Optimizer):
     Args:
         params (iterable): tensors, (name, tensor) pairs, or dicts (param groups) of either, as ``torch.optim`` takes
             them. Floating-point (not fp8) or complex leaf tensors with dense memory. ``model.named_parameters()`` gives
-            messages and checkpoints the names of parameters. Plain parameters move into flat buckets, so build
-            the optimizer after ``model.to(...)``, ``fully_shard(...)`` and any other change of the parameters.
+            messages and checkpoints the names of parameters. Plain parameters move into flat buckets, so that other
+            users of their memory (NumPy arrays, detached tensors) keep the old values; shared memory is refused. Until
+            the first step the model may still be moved, cast, wrapped or sharded. New parameters that this makes are
+            found by ``module``, or in the param groups if they were put there.
         lr (float or 1-element Tensor, >= 0, default 1e-2): learning rate. After s steps the step size is
             ``eta = lr / (1 + eta_decay * lr * s) ** alpha``. This option and the ones up to ``eta_decay`` are defaults
             of the param groups, each of which may have its own.
@@ -127,7 +135,8 @@ class ShardedASGD(torch.optim.Optimizer):
             change of options or state (``start_averaging()``, loading) takes a new capture.
         module (nn.Module or None, default None): the model. With it, ``step()`` returns while plain parameters are
             still being gathered, modules wait for them before their forward, and ``synchronize()`` must be called
-            before parameters are read elsewhere. ``averaged_parameters()`` and ``no_sync()`` need it under FSDP.
+            before parameters are read elsewhere. ``averaged_parameters()`` and ``no_sync()`` need it under FSDP, and
+            so does a ``fully_shard`` or ``parallelize_module`` after the optimizer was built.
 
     Raises:
         TypeError, ValueError: for arguments that are out of range, that do not fit together or that differ between
@@ -179,6 +188,7 @@ class ShardedASGD(torch.optim.Optimizer):
             averages = named_averages(average)
             self._setting = self._make_setting(precision, averages)
             super().__init__(params, options | own_options(lr_on_time, eta_decay) | group_options(averages))
+            check_aliases(self.param_groups, gradients, module)
             facts = argument_facts(arguments, self.param_groups, 0)
         self._agreement.require_equal("the arguments of the optimizer", facts)
         self._build_buckets(first=0)
@@ -203,7 +213,7 @@ class ShardedASGD(torch.optim.Optimizer):
         first = len(self.param_groups)
         self.synchronize()
         self._step_agreement.agree_on("add_param_group()", self.param_groups, self._all_buckets())
-        add_agreed(self, param_group, self._setting, self._agreement, self._arguments)
+        add_agreed(self, param_group, self._setting, self._agreement, self._arguments, self._forward_waits.module)
         self._build_buckets(first)
 
     @refused_during_swap()
@@ -237,9 +247,9 @@ class ShardedASGD(torch.optim.Optimizer):
         self._take_up_changes(STEP)
         # Check, agree with the other ranks on what the step does, and finish reducing the gradients.
         plan = self._step_agreement.agree_and_reduce(STEP, self.param_groups, self._all_buckets())
-        self._step_agreement.warn_of_unused(plan)
         self._built_for.final = True
         self._reducer.settle()
+        self._step_agreement.warn_of_unused(plan)
 
         # Update this rank's shard of each bucket, and start its all-gather.
         update_and_gather(plan, self._buckets, scaling_of(self))
@@ -398,6 +408,8 @@ class ShardedASGD(torch.optim.Optimizer):
         # What has changed before the first step is taken up by collective calls; until then it is the former state.
         groups = self.param_groups if self._built_for.final else self._built_for.former_groups()
         state_dict = state_dict or sharded_state_dict(groups, self._buckets)
+        if not (self._built_for.final or self._built_for.fits() or steps_loaded(self._all_buckets())):
+            state_dict["state"] = {}  # pieces of the former buckets, which hold no training
         return passed_through(state_dict_post_hooks(self), self, state_dict)
 
     def steps_taken(self) -> tuple[tuple[int, ...], int]:
@@ -555,6 +567,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def _rebuild(self, operation: str, group: dist.ProcessGroup | None) -> None:
         """Builds the buckets again, for ``group`` if that is not None. Collective; changes nothing where it raises."""
+        module = self._forward_waits.module
         for bucket in self._reducer.buckets:
             bucket.detach_placeholders()
         former, groups = self._built_for.former_groups(), self._built_for.current_groups()
@@ -562,11 +575,11 @@ class ShardedASGD(torch.optim.Optimizer):
         # Check on all ranks, and compare.
         agreement = self._agreement if group is None else Agreement(group)
         with agreement.together(operation):
-            facts = check_rebuild(groups, former, buckets, agreement.ranks, self._arguments)
-        agreement.require_equal("the arguments of the optimizer", facts)
+            facts = check_rebuild(groups, former, buckets, agreement.ranks, self._arguments, module)
+        agreement.require_equal("the model, which was changed after the optimizer was built", facts)
         (any_gradient,) = agreement.maximum(operation, [any(param.grad is not None for param in params)])
         if any_gradient and self._arguments["gradients"] == "local":  # then building would copy rank 0's parameters
-            agreement.require_equal("what their gradients are of", value_facts(groups))
+            agreement.require_equal("the parameters that their gradients are of", value_facts(groups))
         # Keep the state that was loaded, and put other buckets in the place of the former ones.
         state = None
         if steps_loaded(buckets):
@@ -578,7 +591,7 @@ class ShardedASGD(torch.optim.Optimizer):
         for part in (self._reducer, self._forward_waits, self._step_agreement, self._built_for):
             part.clear()
         if group is not None:
-            self._connect(group, agreement, self._forward_waits.module)
+            self._connect(group, agreement, module)
             self._setting = self._make_setting(self._setting.precision, self._setting.averages)
         self._build_buckets(first=0)
         if state is not None:

@@ -253,8 +253,21 @@ def require_same(name: str, found: Tensor, dtype: torch.dtype, device: torch.dev
     if describe(found) != expected:
         raise RuntimeError(
             f"parameter {name!r} has become {describe(found)}; the optimizer was built for {expected}. "
-            "Convert and shard the model (model.to(...), fully_shard(...)) before building the optimizer, or build it "
-            "again"
+            "Convert and shard the model (model.to(...), fully_shard(...)) before the optimizer's first step, or build "
+            "it again"
+        )
+
+
+def require_private(name: str, param: Tensor) -> None:
+    """Raises ``ValueError`` where parameter ``name``, which moves into a bucket, is in memory of several processes.
+
+    GPU memory always counts as shared in torch, so only CPU memory is asked.
+    """
+    if param.device.type == "cpu" and param.is_shared():
+        raise ValueError(
+            f"parameter {name!r} is in shared memory (share_memory()), and it moves into a bucket here, so that other "
+            "processes would not see it train. Processes that share one model (Hogwild) need torch.optim.ASGD; to "
+            "train a copy, build the optimizer for a model that has not been shared"
         )
 
 

@@ -129,6 +129,12 @@ class GradientPiece(Tensor):
             if args[0].owner.gradient_sync is not None:
                 args[0].owner.gradient_sync.warn_reduced_twice()
             return args[0]
+        if in_backward:
+            raise RuntimeError(
+                "DistributedDataParallel, or another hook of backward, reads a gradient that gradients='local' has "
+                f"reduced already ({func}). Under DistributedDataParallel, also where Accelerate or a Trainer wraps "
+                "the model, pass gradients='reduced' to ShardedASGD"
+            )
         raise RuntimeError(
             f"{func} needs a whole gradient, and gradients='local' leaves each rank a piece of the reduced one. To "
             "clip by norm, or to log the norm, use the optimizer's clip_grad_norm_(), which returns it (max_norm="

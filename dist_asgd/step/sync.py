@@ -311,7 +311,7 @@ class StepAgreement:
         for bucket in buckets:
             present[bucket] = [True] * len(bucket.params) if bucket in found else bucket.check_gradients()
             if bucket.reduces and not self._find_unused and not all(present[bucket]):
-                require_gradients(bucket, present[bucket])
+                require_gradients(bucket, present[bucket], self._warned_reduced_twice)
         return present
 
     def _facts(self, bucket: Bucket, present: Sequence[bool]) -> list[int]:
