@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,36 +26,6 @@ GroupBuckets = list[list[Bucket]]  # the buckets of each group
 # Options of torch.optim.ASGD that choose its implementation. Param groups have them so that torch.optim.ASGD can load
 # their state dicts. Only ``capturable`` has a meaning here, and all groups have the optimizer's.
 TORCH_OPTIONS = {"foreach": None, "differentiable": False, "capturable": False}
-
-
-class StateView(Mapping[Tensor, dict[str, Any]]):
-    """``optimizer.state``: a read-only mapping of parameters to torch's state of each, made from shards on demand.
-
-    Every parameter has an entry from the beginning, because torch's ``get_optimizer_state_dict`` runs a fake step for
-    an empty state, which would change the training (pytorch#164929).
-
-    Args:
-        groups: ``optimizer.param_groups``.
-        buckets: the buckets of each group.
-    """
-
-    def __init__(self, groups: Groups, buckets: GroupBuckets) -> None:
-        self._groups, self._buckets = groups, buckets
-
-    def __getitem__(self, param: Tensor) -> dict[str, Any]:
-        for group, buckets in zip(self._groups, self._buckets, strict=True):
-            for bucket in buckets:
-                position = bucket.positions.get(id(param))
-                if position is not None:
-                    scalars = bucket.shard.scalars_of(position, Hyperparameters.of(group))
-                    return {**_scalar_tensors(scalars, bucket), **bucket.shard.state_of(position)}
-        raise KeyError(param)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (param for group in self._groups for param in group["params"])
-
-    def __len__(self) -> int:
-        return sum(len(group["params"]) for group in self._groups)
 
 
 def sharded_state_dict(groups: Groups, buckets: GroupBuckets) -> dict[str, Any]:
@@ -102,7 +72,7 @@ def full_state_dict(groups: Groups, buckets: GroupBuckets, agreement: Agreement,
                     owned += [(index, key, number, piece, placement) for key, number in numbers.items()]
                 if agreement.rank == to:
                     whole = {key: placement.new_whole(flat.dtype) for key, flat in tensors.items()}
-                    state[index] = {**_scalar_tensors(scalars, bucket), **whole}
+                    state[index] = {**scalar_tensors(scalars, bucket), **whole}
     for pieces, found in agreement.collect(owned, flats, to):
         for index, key, number, piece, placement in pieces:
             placement.fill(state[index][key], piece.start, found[number][piece.shard_start : piece.shard_stop])
@@ -196,14 +166,14 @@ def _bucket_state(bucket: Bucket, group: Mapping[str, Any]) -> list[dict[str, An
     shard, state = bucket.shard, []
     tensors = shard.tensors()
     for position, scalars in enumerate(shard.scalars(Hyperparameters.of(group))):
-        entry = _scalar_tensors(scalars, bucket)
+        entry = scalar_tensors(scalars, bucket)
         if not shard.writes_scalars(position):
             entry = {key: ScalarCopy(value) for key, value in entry.items()}
         state.append(entry | {key: shard.piece_of(flat, position) for key, flat in tensors.items()})
     return state
 
 
-def _scalar_tensors(scalars: Scalars, bucket: Bucket) -> dict[str, Tensor]:
+def scalar_tensors(scalars: Scalars, bucket: Bucket) -> dict[str, Tensor]:
     """Returns scalars as 0-dim CPU tensors in torch's dtype; a step beyond fp32's integers is in fp64."""
     dtype = scalar_dtype()
     return {
@@ -222,7 +192,8 @@ def _parameter_ids(groups: Groups) -> dict[int, int]:
 
 
 def _exported_groups(groups: Groups, ids: Mapping[int, int]) -> list[dict[str, Any]]:
-    return [{**group, "params": [ids[id(param)] for param in group["params"]]} for group in groups]
+    copied = [{key: value.clone() if isinstance(value, Tensor) else value for key, value in g.items()} for g in groups]
+    return [{**group, "params": [ids[id(param)] for param in group["params"]]} for group in copied]
 
 
 def _saved_ids(groups: Groups, saved: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
