@@ -79,6 +79,7 @@ class Shard:
         self.average_dtype = precision.average(self.dtype)
         self.averages: dict[str, Tensor | None] = dict.fromkeys(kinds)  # 1-D, average_dtype
         self._lent: dict[str, tuple[Tensor, Tensor]] = {}  # averages by suffix, with what state dicts have of them
+        self._made: set[str] = set()  # suffixes of averages that exist only because the state was read
         self._capturable, self._kinds = precision.capturable, tuple(kinds.values())
         if self._capturable:
             self.averages = {suffix: self.average_copy(suffix) for suffix in kinds}
@@ -111,6 +112,7 @@ class Shard:
             scaling: the scale of the gradients, from GradScaler; only with ``capturable``.
         """
         self._copy_lent()
+        self._drop_unwritten()
         runs = []
         for run, is_active in select_runs(self.runs, active):
             runs.append(self._step(run, h, slices, scaling) if is_active else run)
@@ -275,7 +277,17 @@ class Shard:
         average = self.averages[suffix]
         if average is None:
             average = self.averages[suffix] = self.average_copy(suffix)
+            self._made.add(suffix)
         return average
+
+    def _drop_unwritten(self) -> None:
+        """Drops averages that were made for somebody to look at, and are the parameters still."""
+        for number, suffix in enumerate(self.averages) if self._made else ():
+            average = self.averages[suffix]
+            if suffix in self._made and average is not None and not _has_begun(self.runs, number):
+                same = torch.equal(average, self._iterate().to(average.dtype))
+                self.averages[suffix] = None if same else average
+        self._made.clear()
 
     def _set_scalars(self, position: int, scalars: Scalars) -> None:
         runs = []

@@ -169,6 +169,21 @@ def test_what_was_read_is_live_and_writing_it_back_changes_nothing(layout: str) 
     run_ranks(2, ranks)
 
 
+def test_reading_before_averaging_starts_takes_memory_until_the_next_step_only() -> None:
+    """Also where a parameter is frozen, which no step goes over."""
+
+    def ranks(rank: int) -> None:
+        pair = Pair(make_parameters(SPECS), lr=0.05, t0=100)
+        pair.set_requires_grad(1, False)
+        for number in range(4):
+            assert all(float(entry["mu"]) == 1 and entry["ax"].numel() for entry in pair.optimizer.state.values())
+            steps(pair, 2, range(number, number + 1))
+        shards = [bucket.shard for bucket in pair.optimizer._all_buckets()]
+        assert all(average is None for shard in shards for average in shard.averages.values())
+
+    run_ranks(2, ranks)
+
+
 def test_a_master_follows_its_parameter() -> None:
     def ranks(rank: int) -> None:
         (param,) = params = make_parameters([Spec((40, 3), torch.bfloat16)])
