@@ -61,6 +61,16 @@ disabled_torch_function: Any = torch._C._disabled_torch_function_impl
 torch documents the value for this use, under this name only.
 """
 
+
+def has_other_users(tensor: Tensor) -> bool:
+    """Returns whether the storage of ``tensor`` is also that of another tensor, such as a view.
+
+    No public name tells it. CUDA graph trees of torch.compile ask the same of storages.
+    """
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) > 2  # the tensor and ``storage`` itself
+
+
 # DTensors and their relatives ----------------------------------------------------------------------------------------
 
 local_tensor: Callable[[DTensor], Tensor] = operator.attrgetter("_local_tensor")

@@ -31,13 +31,13 @@ from dist_asgd.comm.process_groups import default_group
 from dist_asgd.sharding.precision import Precision
 from dist_asgd.state_dict import (
     TORCH_OPTIONS,
-    StateView,
     full_state_dict,
     passed_through,
     plan_load,
     sharded_state_dict,
     state_for_all,
 )
+from dist_asgd.state_view import StateView
 from dist_asgd.step.clip import clip_
 from dist_asgd.step.consistency import argument_facts
 from dist_asgd.step.cuda_graphs import scaling_of
@@ -143,6 +143,8 @@ class ShardedASGD(torch.optim.Optimizer):
             ranks; the same error on every rank.
     """
 
+    _consolidated: dict[str, Any] | None = None  # what the next state_dict() returns; None: one with pieces
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -192,7 +194,22 @@ class ShardedASGD(torch.optim.Optimizer):
             facts = argument_facts(arguments, self.param_groups, 0)
         self._agreement.require_equal("the arguments of the optimizer", facts)
         self._build_buckets(first=0)
-        self.state = StateView(self.param_groups, self._buckets)  # type: ignore[assignment]
+        self._state = StateView(self.param_groups, self._buckets)
+
+    @property  # type: ignore[override]
+    def state(self) -> StateView:
+        """The state of each parameter, by torch's names; on several ranks, ``ax`` and ``master`` are pieces.
+
+        Tensors in it are live. What is written to it takes effect, or raises ``ValueError``; every rank must write the
+        same. Setting it replaces the state of all parameters: an empty dict starts all of them anew.
+        """
+        return self._state
+
+    @state.setter
+    def state(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        if self._buckets:  # else it is the constructor of torch.optim.Optimizer, which sets an empty one
+            self._consolidated = None
+            self._state.replace(states)
 
     @refused_during_swap()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -386,6 +403,8 @@ class ShardedASGD(torch.optim.Optimizer):
         """Returns torch's state dict, in which ``ax`` and ``master`` are this rank's pieces. Sends nothing.
 
         ``step``, ``eta`` and ``mu`` are 0-dim tensors on the CPU. With one rank, ``ax`` and ``master`` are whole.
+        Later steps do not change what it returned. Pieces can be copied, and not pickled: ``full_state_dict()`` and
+        ``consolidate_state_dict()`` return what can, and so does ``dist_asgd.pieces.rank_local`` for this rank alone.
         ``torch.distributed.checkpoint`` saves the dict and loads it on any number of ranks. With torch's
         ``get_optimizer_state_dict``, the dict is keyed by parameter names, and stays sharded even where a full state
         dict is asked for; ``full_state_dict()`` returns one.
@@ -443,7 +462,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
         Code that knows ``ZeroRedundancyOptimizer`` (Lightning, for one) calls it on every rank before rank ``to`` saves
         ``state_dict()``. Later calls of ``state_dict()`` return pieces again, and so does the next one if a step, a
-        load or another change of the state comes first.
+        load or a new param group comes first.
 
         Args:
             to: the rank among the ranks of the optimizer that gets the state, the same on every rank.

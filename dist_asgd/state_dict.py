@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,49 +29,6 @@ GroupBuckets = list[list[Bucket]]  # the buckets of each group
 TORCH_OPTIONS = {"foreach": None, "differentiable": False, "capturable": False}
 
 
-class StateView(Mapping[Tensor, dict[str, Any]]):
-    """``optimizer.state``: a read-only mapping of parameters to torch's state of each, made from shards on demand.
-
-    As in torch, a parameter without state has no entry, and ``state[param]`` is empty.
-
-    Args:
-        groups: ``optimizer.param_groups``.
-        buckets: the buckets of each group.
-    """
-
-    def __init__(self, groups: Groups, buckets: GroupBuckets) -> None:
-        self._groups, self._buckets = groups, buckets
-
-    def __getitem__(self, param: Tensor) -> dict[str, Any]:
-        for group, buckets in zip(self._groups, self._buckets, strict=True):
-            for bucket in buckets:
-                position = bucket.positions.get(id(param))
-                if position is not None:
-                    if not _has_state(bucket, position, bucket.shard.step_of(position), _has_stepped(self._buckets)):
-                        return {}
-                    scalars = bucket.shard.scalars_of(position, Hyperparameters.of(group))
-                    return {**_scalar_tensors(scalars, bucket), **bucket.shard.state_of(position)}
-        raise KeyError(param)
-
-    def __contains__(self, param: object) -> bool:
-        return any(param is other for other in self)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        with_state = _parameters_with_state(self._groups, self._buckets)
-        return (param for group in self._groups for param in group["params"] if id(param) in with_state)
-
-    def __len__(self) -> int:
-        return len(_parameters_with_state(self._groups, self._buckets))
-
-    def __bool__(self) -> bool:
-        """True also where no parameter has state.
-
-        torch's ``get_optimizer_state_dict`` runs a fake step for a false state, which would change the training
-        (pytorch#164929).
-        """
-        return True
-
-
 def sharded_state_dict(groups: Groups, buckets: GroupBuckets) -> dict[str, Any]:
     """Returns torch's state dict, in which ``ax`` and ``master`` are this rank's pieces. Sends nothing.
 
@@ -79,7 +36,7 @@ def sharded_state_dict(groups: Groups, buckets: GroupBuckets) -> dict[str, Any]:
         groups: ``optimizer.param_groups``.
         buckets: the buckets of each group.
     """
-    ids, begun = _parameter_ids(groups), _has_stepped(buckets)
+    ids, begun = _parameter_ids(groups), has_stepped(buckets)
     state = {}
     for group, of_group in zip(groups, buckets, strict=True):
         for bucket in of_group:
@@ -119,7 +76,7 @@ def full_state_dict(groups: Groups, buckets: GroupBuckets, agreement: Agreement,
                     owned += [(index, key, number, piece, placement) for key, number in numbers.items()]
                 if agreement.rank == to:
                     whole = {key: placement.new_whole(flat.dtype) for key, flat in tensors.items()}
-                    state[index] = {**_scalar_tensors(scalars, bucket), **whole}
+                    state[index] = {**scalar_tensors(scalars, bucket), **whole}
     for pieces, found in agreement.collect(owned, flats, to):
         for index, key, number, piece, placement in pieces:
             placement.fill(state[index][key], piece.start, found[number][piece.shard_start : piece.shard_stop])
@@ -240,17 +197,17 @@ def _bucket_state(bucket: Bucket, group: Mapping[str, Any], begun: bool) -> dict
     """
     shard, state = bucket.shard, {}
     of_bucket = enumerate(shard.scalars(Hyperparameters.of(group)))
-    with_state = [(position, one) for position, one in of_bucket if _has_state(bucket, position, one.step, begun)]
+    with_state = [(position, one) for position, one in of_bucket if has_state(bucket, position, one.step, begun)]
     tensors = shard.tensors() if with_state else {}
     for position, scalars in with_state:
-        entry = _scalar_tensors(scalars, bucket)
+        entry = scalar_tensors(scalars, bucket)
         if not shard.writes_scalars(position):
             entry = {key: ScalarCopy(value) for key, value in entry.items()}
         state[position] = entry | {key: shard.piece_of(flat, position) for key, flat in tensors.items()}
     return state
 
 
-def _has_state(bucket: Bucket, position: int, steps: int, begun: bool) -> bool:
+def has_state(bucket: Bucket, position: int, steps: int, begun: bool) -> bool:
     """Whether a parameter has state: it has taken ``steps`` steps, or no parameter has, and it is to be trained.
 
     Before the first step, torch's ``get_optimizer_state_dict`` makes state for parameters that are to be trained, by a
@@ -265,23 +222,23 @@ def _has_state(bucket: Bucket, position: int, steps: int, begun: bool) -> bool:
     return steps > 0 or (param.requires_grad and not begun)
 
 
-def _has_stepped(buckets: GroupBuckets) -> bool:
+def has_stepped(buckets: GroupBuckets) -> bool:
     return any(bucket.shard.has_stepped() for of_group in buckets for bucket in of_group)
 
 
-def _parameters_with_state(groups: Groups, buckets: GroupBuckets) -> set[int]:
+def parameters_with_state(groups: Groups, buckets: GroupBuckets) -> set[int]:
     """Returns the ``id`` of each parameter that has state."""
-    begun = _has_stepped(buckets)
+    begun = has_stepped(buckets)
     return {
         id(bucket.params[position])
         for group, of_group in zip(groups, buckets, strict=True)
         for bucket in of_group
         for position, scalars in enumerate(bucket.shard.scalars(Hyperparameters.of(group)))
-        if _has_state(bucket, position, scalars.step, begun)
+        if has_state(bucket, position, scalars.step, begun)
     }
 
 
-def _scalar_tensors(scalars: Scalars, bucket: Bucket) -> dict[str, Tensor]:
+def scalar_tensors(scalars: Scalars, bucket: Bucket) -> dict[str, Tensor]:
     """Returns scalars as 0-dim CPU tensors in torch's dtype; a step beyond fp32's integers is in fp64."""
     dtype = scalar_dtype()
     return {
@@ -300,7 +257,8 @@ def _parameter_ids(groups: Groups) -> dict[int, int]:
 
 
 def _exported_groups(groups: Groups, ids: Mapping[int, int]) -> list[dict[str, Any]]:
-    return [{**group, "params": [ids[id(param)] for param in group["params"]]} for group in groups]
+    copied = [{key: value.clone() if isinstance(value, Tensor) else value for key, value in g.items()} for g in groups]
+    return [{**group, "params": [ids[id(param)] for param in group["params"]]} for group in copied]
 
 
 def _saved_ids(groups: Groups, saved: Sequence[Mapping[str, Any]]) -> list[list[Any]]:

@@ -20,6 +20,7 @@ FLOORS = [
     {"buckets", "pieces", "wrappers"},
     {"step"},
     {"swap", "state_dict"},
+    {"state_view"},
     {"optimizer"},
     {"__init__"},
     {"cli"},

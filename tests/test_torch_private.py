@@ -30,6 +30,7 @@ STATIC = [
     "torch._C._disabled_torch_function_impl",
     "torch.autograd.Variable._execution_engine",
     "torch.Tensor._make_wrapper_subclass",
+    "torch._C._storage_Use_Count",
     "torch.distributed.tensor.DTensor._local_tensor",
     "torch.distributed._functional_collectives.AsyncCollectiveTensor",
     "torch.distributed._shard.sharded_tensor.ShardedTensor",
@@ -51,6 +52,7 @@ STATIC = [
 ]
 # Attributes that only objects have, and marks: the tests of what they are used for fail where one is gone.
 DYNAMIC = {
+    "_cdata",
     "_fsdp_flattened",
     "_fsdp_param_group",
     "_fsdp_param_groups",
@@ -147,6 +149,17 @@ def test_queue_callback():
         leaf.register_post_accumulate_grad_hook(hook)
     (with_two[0] * with_two[1]).sum().backward()
     assert order == ["gradient", "gradient", "end", "end"]
+
+
+def test_has_other_users():
+    tensor = torch.zeros(6)
+    lent = torch.from_dlpack(tensor)
+    assert not private().has_other_users(lent)
+    for use in (lambda: lent[2:], lent.detach, lambda: lent[:4].view(2, 2)[1], lambda: torch.from_dlpack(lent[:])):
+        used = use()
+        assert private().has_other_users(lent) and not private().has_other_users(torch.zeros(6))
+        del used
+        assert not private().has_other_users(lent)
 
 
 def test_make_wrapper_subclass():

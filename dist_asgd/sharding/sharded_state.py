@@ -6,6 +6,7 @@ Both implement DCP's ``_Checkpointable`` protocol (``torch/distributed/checkpoin
 
 from __future__ import annotations
 
+import multiprocessing.reduction
 import pickle
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -63,7 +64,10 @@ class StatePiece(Tensor):
                 "Checkpointer. For files that each rank writes and loads by itself, pickle rank_local(state_dict) of "
                 "dist_asgd.pieces"
             )
-        return StatePiece, (self.local.clone(), self.start, self.placement)
+        return self._rebuilt_from()
+
+    def _rebuilt_from(self) -> tuple[Any, ...]:
+        return StatePiece, (self.local.clone(), self.start, self.placement, self.rank_local)
 
     def __copy__(self) -> StatePiece:
         return self.like(self.local)
@@ -186,6 +190,10 @@ def _first_piece(args: Any) -> Any:
 def _chunk(box: Box) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.sizes))
 
+
+# A pipe to another process of this rank is no file that outlives the run: async_save of torch.distributed.checkpoint
+# sends state dicts to its background process so.
+multiprocessing.reduction.register(StatePiece, StatePiece._rebuilt_from)
 
 # torch.load(weights_only=True), its default, takes only pickled classes that it was told of. Version 0.1 pickled both
 # under the name of another module.

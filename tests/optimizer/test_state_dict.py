@@ -214,6 +214,45 @@ def test_a_sharded_save_gathers_no_tensor() -> None:
     run_ranks(2, ranks)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_state_dict_is_of_one_moment(world_size: int) -> None:
+    """Averages are copied for it, by the next step, only if it is still there then."""
+
+    def ranks(rank: int) -> None:
+        specs = [Spec((200, 3)), Spec((33,), torch.bfloat16), Spec((40,), torch.float64)]
+        pair = Pair(make_parameters(specs), lr=torch.tensor(0.05), t0=2, lambd=0.01)
+        optimizer, params = pair.optimizer, pair.params
+
+        def address() -> int:
+            ax = optimizer.state[params[0]]["ax"]
+            return getattr(ax, "local", ax).data_ptr()
+
+        kept = []
+        for step in range(8):
+            state = optimizer.state_dict()
+            kept.append((state, copy.deepcopy(state)))
+            if step == 6:
+                optimizer.param_groups[0]["lr"].fill_(0.02)
+                pair.oracle.optimizer.param_groups[0]["lr"].fill_(0.02)
+                optimizer.state[params[2]]["ax"] = torch.ones(40, dtype=torch.float64)
+                pair.oracle.optimizer.state[pair.oracle.params[2]]["ax"].fill_(1)
+            pair.backward(random_gradients(specs, world_size, step))
+            pair.step()
+            pair.zero_grad()
+            pair.check(step)
+        assert all(same_dict(state, copied) for state, copied in kept)
+        assert float(kept[-1][0]["state"][0]["mu"]) < 1, "averages have started"
+        for hold in (True, False):
+            before, held = address(), optimizer.state_dict()
+            if not hold:
+                del held
+            pair.backward(random_gradients(specs, world_size, 9))
+            pair.step()
+            assert (address() != before) == hold, "it copies where a state dict is held, and not elsewhere"
+
+    run_ranks(world_size, ranks)
+
+
 # The shape of a state dict
 
 
