@@ -198,6 +198,7 @@ class ShardedASGD(torch.optim.Optimizer):
         add_agreed(self, param_group, self._setting, self._agreement, self._arguments)
         self._build_buckets(first)
 
+    @torch.compiler.disable  # here and below: collectives and checks of the ranks are no part of a compiled graph
     @refused_during_swap()
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -237,6 +238,7 @@ class ShardedASGD(torch.optim.Optimizer):
                 bucket.wait()
         return loss
 
+    @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients, as in torch; the memory of reduced gradients is freed. Not collective.
 
@@ -249,6 +251,7 @@ class ShardedASGD(torch.optim.Optimizer):
             for bucket in self._reducer.buckets:
                 bucket.drop_gradient()
 
+    @torch.compiler.disable
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scales all gradients in place so that their common norm is at most ``max_norm``. Collective.

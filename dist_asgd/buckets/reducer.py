@@ -177,6 +177,7 @@ class _EndOfBackward:
     def __init__(self, reducer: Reducer) -> None:
         self._reducer = weakref.ref(reducer)
 
+    @torch.compiler.disable  # compiled autograd calls it while dynamo still looks for code to compile
     def __call__(self) -> None:
         reducer = self._reducer()
         if reducer is not None:
