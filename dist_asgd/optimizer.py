@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Joinable
 
 from dist_asgd._torch_private import (
     load_state_dict_post_hooks,
@@ -41,6 +42,7 @@ from dist_asgd.step.clip import clip_
 from dist_asgd.step.consistency import argument_facts
 from dist_asgd.step.cuda_graphs import scaling_of
 from dist_asgd.step.forward_wait import ForwardWaits
+from dist_asgd.step.join import StepJoin
 from dist_asgd.step.param_groups import add_agreed, add_checked
 from dist_asgd.step.sync import STEP, StepAgreement, update_and_gather
 from dist_asgd.step.validation import check_arguments, check_state_dict, parameter_names
@@ -48,7 +50,7 @@ from dist_asgd.swap import NOT_BOTH, SwapGuard, refused_during_swap, restart_ave
 from dist_asgd.wrappers import ParallelModules
 
 
-class ShardedASGD(torch.optim.Optimizer):
+class ShardedASGD(torch.optim.Optimizer, Joinable):
     """``torch.optim.ASGD`` with its state and its update sharded over the ranks of a process group.
 
     Runs on one rank or on thousands, and on three kinds of parameters, which it tells apart by itself:
@@ -132,6 +134,8 @@ class ShardedASGD(torch.optim.Optimizer):
             ranks; the same error on every rank.
     """
 
+    _join: StepJoin | None = None  # set by join_hook()
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -166,6 +170,7 @@ class ShardedASGD(torch.optim.Optimizer):
         t0 = t0 if t0 is not None else 1e6 if average is None else 0
         options: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
         options |= {"maximize": maximize, **TORCH_OPTIONS, "capturable": capturable}
+        Joinable.__init__(self)
         # Connect the ranks first, then check on all of them, compare, and build the buckets.
         self._connect(default_group(process_group), arguments, module)
         with self._agreement.together("ShardedASGD()"):
@@ -225,9 +230,18 @@ class ShardedASGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
+        if self._join is not None:
+            self._join.prepare_step()
+
         # Check, agree with the other ranks on what the step does, and finish reducing the gradients.
         plan = self._step_agreement.agree_and_reduce(STEP, self.param_groups, self._all_buckets())
         self._step_agreement.warn_of_unused(plan)
+        if self._join is not None:
+            self._join.scale_gradients()
 
         # Update this rank's shard of each bucket, and start its all-gather.
         update_and_gather(plan, self._buckets, scaling_of(self))
@@ -236,7 +250,6 @@ class ShardedASGD(torch.optim.Optimizer):
         for bucket in self._all_buckets():
             if not self._forward_waits.covers(bucket):
                 bucket.wait()
-        return loss
 
     @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -354,6 +367,45 @@ class ShardedASGD(torch.optim.Optimizer):
         for bucket in self._all_buckets():
             bucket.wait()
 
+    # Uneven inputs (torch.distributed.algorithms.join) ---------------------------------------------------------------
+
+    def join_hook(self, *, divide_by_initial_world_size: bool = True, **_: Any) -> StepJoin:
+        """Returns the hook by which ``torch.distributed.algorithms.join.Join`` lets ranks have unequally many inputs.
+
+        Every rank must take one step in each iteration: a rank that has no more inputs takes the steps of the others
+        with them. Use ``Join([optimizer])`` with ``gradients="local"`` and ``Join([ddp_model, optimizer])`` with
+        ``gradients="reduced"``.
+
+        Args:
+            divide_by_initial_world_size: True: a rank without inputs counts as gradients of zeros. False: the mean is
+                over the other ranks.
+
+        Raises:
+            RuntimeError: a parameter is a DTensor or a slice.
+        """
+        alive = weakref.proxy(self)  # the hook, which the optimizer holds, must not keep it alive
+        self._join = StepJoin(
+            alive,
+            self.param_groups,
+            self._all_buckets(),
+            self._agreement,
+            self._reducer,
+            find_unused=self._arguments["find_unused_parameters"],
+            divide_by_initial_world_size=divide_by_initial_world_size,
+            shadow=lambda: alive._take_step(),
+        )
+        return self._join
+
+    @property
+    def join_device(self) -> torch.device:
+        """Device of the first parameter."""
+        return self._all_buckets()[0].device
+
+    @property
+    def join_process_group(self) -> dist.ProcessGroup | None:
+        """The ranks of the optimizer."""
+        return self._process_group
+
     # State dicts -----------------------------------------------------------------------------------------------------
 
     @refused_during_swap(NOT_BOTH)
@@ -434,7 +486,7 @@ class ShardedASGD(torch.optim.Optimizer):
     def _connect(self, group: dist.ProcessGroup | None, arguments: dict[str, Any], module: nn.Module | None) -> None:
         """Connects the ranks of ``group``, and makes all that needs no parameters. Collective."""
         agreement = self._agreement = Agreement(group)
-        self._arguments = arguments
+        self._arguments, self._process_group = arguments, group
         self._buckets: list[list[Bucket]] = []  # one list for each param group
         self._reducer, self._forward_waits = Reducer(), ForwardWaits(module)
         self._modules, self._swap_guard = ParallelModules(module), SwapGuard()

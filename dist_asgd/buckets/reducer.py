@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -34,12 +34,14 @@ class Reducer:
         buckets: the buckets that average gradients, in the order of their reductions.
         enabled: whether backward reduces gradients; False inside ``no_sync()``.
         passes: number of passes that this rank has begun.
+        before_pass: called before backward opens a pass; None for nothing.
     """
 
     def __init__(self) -> None:
         self.buckets: list[ReplicatedBucket] = []
         self.enabled = True
         self.passes = 0
+        self.before_pass: Callable[[], None] | None = None
         self._skipped: list[bool] = []  # by bucket: whether all ranks skip it, as it is frozen
         self._missing: list[int] = []  # by bucket: number of gradients that the open pass waits for
         self._arrived: list[bytearray] = []  # by bucket and position: whether the open pass has the gradient
@@ -83,6 +85,12 @@ class Reducer:
             self._in_flight.popleft().finish_oldest_reduce()
         self._patience = PATIENCE
 
+    def run_pass(self) -> None:
+        """Runs one pass without a backward, and does not wait for its reductions. Collective."""
+        self.close_pass()
+        self._open_pass()
+        self.close_pass()
+
     def reduce_now(self) -> None:
         """Runs one pass over all buckets, for gradients without a hook: assigned, or from ``no_sync()``. Collective."""
         self.passes += 1
@@ -117,6 +125,8 @@ class Reducer:
             # this gradient belongs to a new one.
             self.close_pass(with_gradients=False)
         if self._next is None:
+            if self.before_pass is not None:
+                self.before_pass()
             self._open_pass()
         self._expect_end_of_backward()
         # Buckets start before this gradient counts, so that later hooks of the parameter (DDP) still find the gradient.
