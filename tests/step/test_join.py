@@ -65,15 +65,17 @@ def test_alone_with_zeros_for_ranks_without_inputs(inputs, by_initial):
         own = torch.optim.lr_scheduler.StepLR(ours, 1, gamma=0.5)
         with Join([ours], divide_by_initial_world_size=by_initial):
             for step in range(inputs[rank]):
-                ours.zero_grad()
-                loss_of(model, rank, step).backward()
+                for part in range(2):
+                    loss_of(model, rank, 2 * step + part).backward()
                 ours.step()
+                ours.zero_grad()
                 own.step()
         for step in range(max(inputs)):
             active = [other for other, count in enumerate(inputs) if step < count]
-            each = [model_gradients(twin, tokens_of(other, step)) for other in active]
-            for p, *grads in zip(twin.parameters(), *each, strict=True):
-                p.grad = sum(grads) / (len(inputs) if by_initial else len(active))
+            parts = [[model_gradients(twin, tokens_of(r, 2 * step + part)) for r in active] for part in range(2)]
+            for p, *grads in zip(twin.parameters(), *parts[0], *parts[1], strict=True):
+                first, second = sum(grads[: len(active)]), sum(grads[len(active) :])
+                p.grad = (first + second) / (len(inputs) if by_initial else len(active))
             torchs.step()
             scheduler.step()
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
