@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import _composable_state, _functional_collectives
 from torch.distributed._shard import sharded_tensor
+from torch.distributed.algorithms.join import Joinable
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, _runtime_utils
 from torch.distributed.tensor import DTensor
@@ -268,6 +269,14 @@ def set_takes_scaled_gradients(optimizer: Optimizer, takes: bool) -> None:
     step, which is right as well, and waits for the device.
     """
     optimizer._step_supports_amp_scaling = takes  # type: ignore[attr-defined]
+
+
+def is_first_joinable(joinable: Joinable) -> bool:
+    """Whether ``torch.distributed.algorithms.join.Join`` has been given ``joinable`` first, or alone.
+
+    The first one makes the collectives of ``Join``; which one it is, ``Join`` tells by this name only.
+    """
+    return bool(joinable._join_config.is_first_joinable)
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

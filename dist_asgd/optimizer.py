@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Joinable
 
 from dist_asgd._torch_private import (
     load_state_dict_post_hooks,
@@ -42,6 +43,7 @@ from dist_asgd.step.clip import clip_
 from dist_asgd.step.consistency import argument_facts
 from dist_asgd.step.cuda_graphs import scaling_of
 from dist_asgd.step.forward_wait import ForwardWaits
+from dist_asgd.step.join import StepJoin
 from dist_asgd.step.param_groups import add_agreed, add_checked
 from dist_asgd.step.rebuild import BuiltFor, check_rebuild, steps_loaded, value_facts
 from dist_asgd.step.sync import STEP, StepAgreement, update_and_gather
@@ -56,7 +58,7 @@ from dist_asgd.swap import NOT_BOTH, SwapGuard, refused_during_swap, restart_ave
 from dist_asgd.wrappers import ParallelModules
 
 
-class ShardedASGD(torch.optim.Optimizer):
+class ShardedASGD(torch.optim.Optimizer, Joinable):
     """``torch.optim.ASGD`` with its state and its update sharded over the ranks of a process group.
 
     Runs on one rank or on thousands, and on three kinds of parameters, which it tells apart by itself:
@@ -144,6 +146,7 @@ class ShardedASGD(torch.optim.Optimizer):
     """
 
     _consolidated: dict[str, Any] | None = None  # what the next state_dict() returns; None: one with pieces
+    _join: StepJoin | None = None  # set by join_hook()
 
     def __init__(
         self,
@@ -179,11 +182,11 @@ class ShardedASGD(torch.optim.Optimizer):
         t0 = t0 if t0 is not None else 1e6 if average is None else 0
         options: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
         options |= {"maximize": maximize, **TORCH_OPTIONS, "capturable": capturable}
+        Joinable.__init__(self)
         # Connect the ranks first, then check on all of them, compare, and build the buckets.
         group = default_group(process_group)
         self._arguments, self._modules, self._swap_guard = arguments, ParallelModules(module), SwapGuard()
         self._buckets: list[list[Bucket]] = []  # one list for each param group
-        self._consolidated: dict[str, Any] | None = None  # what the next state_dict() returns; None: pieces
         self._connect(group, Agreement(group), module)
         with self._agreement.together("ShardedASGD()"):
             check_arguments(**arguments, module=module, unknown=unknown)
@@ -233,6 +236,7 @@ class ShardedASGD(torch.optim.Optimizer):
         add_agreed(self, param_group, self._setting, self._agreement, self._arguments, self._forward_waits.module)
         self._build_buckets(first)
 
+    @torch.compiler.disable  # here and below: collectives and checks of the ranks are no part of a compiled graph
     @refused_during_swap()
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -260,13 +264,22 @@ class ShardedASGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
         self._consolidated = None
+        if self._join is not None:
+            self._join.prepare_step()
         self._take_up_changes(STEP)
+
         # Check, agree with the other ranks on what the step does, and finish reducing the gradients.
         plan = self._step_agreement.agree_and_reduce(STEP, self.param_groups, self._all_buckets())
         self._built_for.final = True
         self._reducer.settle()
         self._step_agreement.warn_of_unused(plan)
+        if self._join is not None:
+            self._join.scale_gradients()
 
         # Update this rank's shard of each bucket, and start its all-gather.
         update_and_gather(plan, self._buckets, scaling_of(self))
@@ -275,8 +288,8 @@ class ShardedASGD(torch.optim.Optimizer):
         for bucket in self._all_buckets():
             if not self._forward_waits.covers(bucket):
                 bucket.wait()
-        return loss
 
+    @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients, as in torch; the memory of reduced gradients is freed. Not collective.
 
@@ -289,6 +302,7 @@ class ShardedASGD(torch.optim.Optimizer):
             for bucket in self._reducer.buckets:
                 bucket.drop_gradient()
 
+    @torch.compiler.disable
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scales all gradients in place so that their common norm is at most ``max_norm``. Collective.
@@ -395,6 +409,45 @@ class ShardedASGD(torch.optim.Optimizer):
         """
         for bucket in self._all_buckets():
             bucket.wait()
+
+    # Uneven inputs (torch.distributed.algorithms.join) ---------------------------------------------------------------
+
+    def join_hook(self, *, divide_by_initial_world_size: bool = True, **_: Any) -> StepJoin:
+        """Returns the hook by which ``torch.distributed.algorithms.join.Join`` lets ranks have unequally many inputs.
+
+        Every rank must take one step in each iteration: a rank that has no more inputs takes the steps of the others
+        with them. Use ``Join([optimizer])`` with ``gradients="local"`` and ``Join([ddp_model, optimizer])`` with
+        ``gradients="reduced"``.
+
+        Args:
+            divide_by_initial_world_size: True: a rank without inputs counts as gradients of zeros. False: the mean is
+                over the other ranks.
+
+        Raises:
+            RuntimeError: a parameter is a DTensor or a slice.
+        """
+        alive = weakref.proxy(self)  # the hook, which the optimizer holds, must not keep it alive
+        self._join = StepJoin(
+            alive,
+            self.param_groups,
+            self._all_buckets(),
+            self._agreement,
+            self._reducer,
+            find_unused=self._arguments["find_unused_parameters"],
+            divide_by_initial_world_size=divide_by_initial_world_size,
+            shadow=lambda: alive._take_step(),
+        )
+        return self._join
+
+    @property
+    def join_device(self) -> torch.device:
+        """Device of the first parameter."""
+        return self._all_buckets()[0].device
+
+    @property
+    def join_process_group(self) -> dist.ProcessGroup | None:
+        """The ranks of the optimizer."""
+        return self._process_group
 
     # State dicts -----------------------------------------------------------------------------------------------------
 
@@ -515,13 +568,13 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def _connect(self, group: dist.ProcessGroup | None, agreement: Agreement, module: nn.Module | None) -> None:
         """Connects the ranks of ``group``, and makes all that needs no parameters. Collective."""
-        self._agreement, self._alone, arguments = agreement, group is None, self._arguments
+        self._agreement, self._process_group, arguments = agreement, group, self._arguments
         self._reducer, self._forward_waits = Reducer(), ForwardWaits(module)
         self._built_for = BuiltFor(arguments["gradients"], self._forward_waits)
         self._reducer.still_fits = self._built_for.fits
         find_unused = arguments["find_unused_parameters"]
         self._step_agreement = StepAgreement(
-            agreement, self._reducer, self._forward_waits, find_unused=find_unused, alone=self._alone
+            agreement, self._reducer, self._forward_waits, find_unused=find_unused, alone=group is None
         )
         capturable = arguments["capturable"]  # a step in a CUDA graph can have no all-gather among replicas
         groups = self._groups = agreement.separate_groups()
@@ -576,7 +629,7 @@ class ShardedASGD(torch.optim.Optimizer):
         if self._built_for.final or self._swap_guard.active:
             return
         self.synchronize()
-        late = initialized_since(self._alone)
+        late = initialized_since(self._process_group is None)
         with self._step_agreement.together(operation) as values:
             if not self._built_for.fits():
                 self._modules.reshard()

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -58,6 +59,7 @@ DYNAMIC = {
     "_fsdp_param_groups",
     "_handle",
     "_is_root",
+    "_join_config",
     "_modules",
     "_optimizer_load_state_dict_post_hooks",
     "_param_fqn",
@@ -422,6 +424,25 @@ def test_set_takes_scaled_gradients(takes):
     scaler.scale(param.sum()).backward()
     scaler.step(optimizer)
     assert seen == [4.0 if takes else 1.0]
+
+
+def test_is_first_joinable():
+    class Joined(Joinable):
+        join_device, join_process_group = torch.device("cpu"), None
+
+        def __init__(self):
+            super().__init__()
+
+        def join_hook(self, **kwargs):
+            return JoinHook()
+
+    def ranks(rank):
+        first, second = Joined(), Joined()
+        assert not private().is_first_joinable(first)
+        Join([first, second])
+        assert private().is_first_joinable(first) and not private().is_first_joinable(second)
+
+    run_ranks(1, ranks)
 
 
 def test_StorageInfo():
