@@ -151,6 +151,14 @@ State dicts of the unwrapped module lack these names. With another name, torch w
 """
 
 
+def without_wrappers(name: str) -> str:
+    """Returns the name of a parameter without the parts of ``WRAPPER_NAMES``.
+
+    The "module" of DistributedDataParallel stays.
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPER_NAMES)
+
+
 modules_with_state: Iterable[nn.Module] | None = getattr(_composable_state, "_module_state_mapping", None)
 """Modules of this process that ``fully_shard`` or ``replicate`` has been applied to; None on a torch that lacks it.
 

@@ -31,7 +31,6 @@ from dist_asgd.comm.consensus import Agreement
 from dist_asgd.comm.process_groups import default_group
 from dist_asgd.sharding.precision import Precision
 from dist_asgd.state_dict import (
-    TORCH_OPTIONS,
     full_state_dict,
     passed_through,
     plan_load,
@@ -135,6 +134,8 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
             can hold ``step()`` and GradScaler never makes the host wait. For one rank, or for DTensors, which then do
             not share state; with torch's average only. A replay reads an ``lr`` that is a tensor on the GPU; any other
             change of options or state (``start_averaging()``, loading) takes a new capture.
+        foreach (None or False), differentiable (False): options of ``torch.optim.ASGD`` that choose its implementation.
+            They change nothing here. True is an error.
         module (nn.Module or None, default None): the model. With it, ``step()`` returns while plain parameters are
             still being gathered, modules wait for them before their forward, and ``synchronize()`` must be called
             before parameters are read elsewhere. ``averaged_parameters()`` and ``no_sync()`` need it under FSDP, and
@@ -171,17 +172,17 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         stochastic_rounding: bool = False,
         shard_replicas: bool = True,
         capturable: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
         module: nn.Module | None = None,
         **unknown: NoReturn,  # refused in the body, where every rank hears of it
     ) -> None:
-        # Arguments that are no options of param groups. Every rank must pass equal ones.
         precision = Precision(master_weights, average_dtype, wire_dtype, stochastic_rounding, capturable)
         arguments: dict[str, Any] = {"gradients": gradients, "find_unused_parameters": find_unused_parameters}
         arguments |= {"bucket_bytes": bucket_bytes, "shard_replicas": shard_replicas, **asdict(precision)}
-        # Defaults of the param groups.
-        t0 = t0 if t0 is not None else 1e6 if average is None else 0
-        options: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
-        options |= {"maximize": maximize, **TORCH_OPTIONS, "capturable": capturable}
+        options: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "weight_decay": weight_decay}
+        options |= {"t0": t0 if t0 is not None else 1e6 if average is None else 0, "maximize": maximize}
+        options |= {"foreach": foreach, "differentiable": differentiable, "capturable": capturable}
         Joinable.__init__(self)
         # Connect the ranks first, then check on all of them, compare, and build the buckets.
         group = default_group(process_group)
@@ -190,9 +191,9 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         self._connect(group, Agreement(group), module)
         with self._agreement.together("ShardedASGD()"):
             check_arguments(**arguments, module=module, unknown=unknown)
-            averages = named_averages(average)
-            self._setting = self._make_setting(precision, averages)
-            super().__init__(params, options | own_options(lr_on_time, eta_decay) | group_options(averages))
+            self._setting = self._make_setting(precision, named_averages(average))
+            options |= own_options(lr_on_time, eta_decay) | group_options(self._setting.averages)
+            super().__init__(params, options)
             check_aliases(self.param_groups, gradients, module)
             facts = argument_facts(arguments, self.param_groups, 0)
         self._agreement.require_equal("the arguments of the optimizer", facts)
@@ -530,6 +531,9 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
     @refused_during_swap()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads a state dict of this class or of ``torch.optim.ASGD``. Collective.
+
+        Parameters are matched by name, group by group, where both sides have names (``param_names`` in the groups,
+        of ``model.named_parameters()``), and otherwise by position. Names are taken where the optimizer has none.
 
         Args:
             state_dict: the result of ``state_dict()``, of ``full_state_dict()`` on rank 0, which every rank must pass,

@@ -312,6 +312,11 @@ def test_WRAPPER_NAMES():
     assert run_ranks(1, names_of_wrappers)[0] == private().WRAPPER_NAMES == WRAPPERS
 
 
+def test_without_wrappers():
+    name = "module._orig_mod.blocks.0._fsdp_wrapped_module.up._checkpoint_wrapped_module.weight"
+    assert private().without_wrappers(name) == "module.blocks.0.up.weight"
+
+
 def use_fsdp1(rank):
     torch.manual_seed(0)
     module = FullyShardedDataParallel(nn.Linear(4, 4), device_id="cpu", use_orig_params=True)

@@ -89,6 +89,7 @@ def check_last_group(groups: Groups, ranks: Sequence[int]) -> None:
     Raises:
         ValueError, TypeError: naming the option or the parameter.
     """
+    _check_implementation(groups[-1])
     h = Hyperparameters.of(groups[-1])
     if h.device_lr is not None:
         replace(h, lr=h.device_lr.item())  # steps leave its value on the device, so it is validated only here
@@ -102,6 +103,20 @@ def check_last_group(groups: Groups, ranks: Sequence[int]) -> None:
                 reaches[mesh] = set(mesh_ranks(mesh)) <= set(ranks) and mesh.get_coordinate() is not None
             _check_dtensor(name, param, ranks, reaches[mesh])
     _check_memory(groups)
+
+
+def _check_implementation(group: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` where a group asks for an implementation of torch.optim.ASGD that does not exist here."""
+    if group["foreach"] not in (None, False):
+        raise ValueError(
+            f"foreach={group['foreach']!r}: a step here updates many parameters at once anyway, with the bits of "
+            "torch.optim.ASGD(foreach=False), from which foreach=True differs. Leave it out"
+        )
+    if group["differentiable"] is not False:
+        raise ValueError(
+            f"differentiable={group['differentiable']!r}: autograd does not record a step here, since it writes to the "
+            "memory of parameters. Use torch.optim.ASGD to differentiate through steps"
+        )
 
 
 def _check_parameter(name: str, param: Tensor) -> None:

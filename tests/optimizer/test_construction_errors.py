@@ -102,6 +102,23 @@ def test_unknown_options() -> None:
     run_alone(alone)
 
 
+def test_options_of_torch_that_choose_an_implementation() -> None:
+    def alone() -> None:
+        optimizer = ShardedASGD(make_parameters(PLAIN), foreach=False, differentiable=False)
+        optimizer.add_param_group({"params": make_parameters([Spec((3,))]), "foreach": None})
+        assert [group["foreach"] for group in optimizer.param_groups] == [False, None]
+        for option, said in {"foreach": "foreach=False", "differentiable": "torch.optim.ASGD"}.items():
+            for build in (
+                lambda option=option: ShardedASGD(make_parameters(PLAIN), **{option: True}),
+                lambda option=option: optimizer.add_param_group({"params": make_parameters(PLAIN), option: True}),
+            ):
+                text = message_of(build, ValueError)
+                assert f"{option}=True" in text and said in text
+        assert len(optimizer.param_groups) == 2
+
+    run_alone(alone)
+
+
 def test_params_that_are_no_parameters() -> None:
     def alone() -> None:
         p = make_parameters(PLAIN[:1])[0]
@@ -308,10 +325,15 @@ DISAGREEMENTS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
         "lr",
     ),
     "a bad lr on one rank": (lambda: ShardedASGD(named(plain())), lambda: ShardedASGD(named(plain()), lr=NAN), "nan"),
-    "an unknown option on one rank": (
+    "an option on one rank that is refused": (
         lambda: ShardedASGD(named(plain())),
         lambda: ShardedASGD(named(plain()), foreach=True),
         "foreach",
+    ),
+    "an unknown option on one rank": (
+        lambda: ShardedASGD(named(plain())),
+        lambda: ShardedASGD(named(plain()), momentum=0.9),
+        "momentum",
     ),
     "a lazy module that has run on one rank only": (
         lambda: ShardedASGD(lazy(run=True).named_parameters()),

@@ -28,7 +28,7 @@ from tests.support.oracle import (
     random_gradients,
     same_bits,
 )
-from tests.support.ranks import Sent, run_alone, run_ranks
+from tests.support.ranks import Sent, message_of, run_alone, run_ranks
 
 SPECS = [*MIXED, Spec((37,), torch.bfloat16), Spec((3, 50)), Spec((2, 3), torch.float16)]
 OPTIONS: dict[str, Any] = {"lr": 0.05, "lambd": 0.01, "t0": 3, "bucket_bytes": 300}
@@ -520,6 +520,96 @@ def test_options_of_the_groups_come_from_the_state_dict() -> None:
                 assert ours[key] == theirs[key]
 
     run_ranks(2, ranks)
+
+
+def named_pair(order: str, prefix: str = "", value: float = 0.0) -> list[tuple[str, torch.nn.Parameter]]:
+    """Parameters of one shape, by name; ``order`` is of their names."""
+    return [(prefix + name, torch.nn.Parameter(torch.full((40,), value))) for name in order]
+
+
+def trained_pair(params: list[tuple[str, torch.nn.Parameter]], kind: Callable[..., Any]) -> Any:
+    """An optimizer after some steps, in which the average of each parameter depends on its name."""
+    optimizer = kind(params, lr=0.1, t0=0, lambd=0)
+    for _ in range(4):
+        for name, param in params:
+            param.grad = torch.full_like(param, float(ord(name[-1])))
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_state_is_matched_by_the_names_of_parameters(world_size: int) -> None:
+    """In another order, also with names of wrappers; without names on one side by position, and they are taken."""
+
+    def ranks(rank: int) -> None:
+        sources = {"torch": trained_pair(named_pair("abc"), torch.optim.ASGD).state_dict()}
+        full: list[Any] = [trained_pair(named_pair("abc"), ShardedASGD).full_state_dict()]
+        if dist.is_initialized():
+            dist.broadcast_object_list(full, src=0)
+        sources |= {"ours": full[0], "pieces": trained_pair(named_pair("abc"), ShardedASGD).state_dict()}
+        for form, saved in sources.items():
+            kept = copy.deepcopy(saved)
+            for prefix in ("", "module.", "module._orig_mod."):
+                params = named_pair("cab" if form != "pieces" else "abc", prefix)
+                optimizer = ShardedASGD(params, lr=0.1, t0=0, lambd=0)
+                optimizer.load_state_dict(saved)
+                loaded = optimizer.full_state_dict()
+                for index, (name, _) in enumerate(params if rank == 0 else []):
+                    expected = full[0]["state"]["abc".index(name[-1])]
+                    assert same_dict(loaded["state"][index], expected), (form, name)
+                assert optimizer.param_groups[0]["param_names"] == [name for name, _ in params]
+            nameless = ShardedASGD([param for _, param in named_pair("xyz")], lr=0.1)
+            nameless.load_state_dict(saved)
+            assert nameless.param_groups[0]["param_names"] == ["a", "b", "c"]
+            again = ShardedASGD(named_pair("cab"), lr=0.1)
+            bare = {
+                **saved,
+                "param_groups": [{k: v for k, v in saved["param_groups"][0].items() if k != "param_names"}],
+            }
+            again.load_state_dict(bare)
+            by_position = again.full_state_dict()
+            assert rank or same_dict(by_position["state"], full[0]["state"]), form
+            assert form == "pieces" or same_dict(saved, kept)
+
+    run_ranks(world_size, ranks) if world_size > 1 else run_alone(ranks, 0)
+
+
+def test_names_that_do_not_match_are_an_error_that_says_them() -> None:
+    def ranks(rank: int) -> list[str]:
+        saved = trained_pair(named_pair("abc"), torch.optim.ASGD).state_dict()
+        other = ShardedASGD(named_pair("abd"), lr=0.1)
+        before = other.full_state_dict()
+        texts = [message_of(lambda: other.load_state_dict(saved), ValueError)]
+        saved["param_groups"][0]["param_names"] = ["a", "b"]
+        texts.append(message_of(lambda: other.load_state_dict(saved), ValueError))
+        assert same_dict(other.full_state_dict(), before)
+        return texts
+
+    first, second = run_ranks(2, ranks)
+    assert first == second
+    assert "no parameter 'd'" in first[0] and "'c' instead" in first[0] and "param_names" in first[0]
+    assert "2 'param_names' for 3 parameters" in first[1]
+
+
+def test_names_made_by_torchs_functions_are_in_the_optimizers_order() -> None:
+    """``set_optimizer_state_dict`` reorders ``params`` and state, and leaves ``param_names`` as saved."""
+
+    def alone() -> None:
+        class Pair(torch.nn.Module):
+            def __init__(self, order: str) -> None:
+                super().__init__()
+                for name, param in named_pair(order):
+                    self.register_parameter(name, param)
+
+        first, second = Pair("ab"), Pair("ba")
+        source = trained_pair(list(first.named_parameters()), ShardedASGD)
+        target = ShardedASGD(second.named_parameters(), lr=0.1)
+        set_optimizer_state_dict(second, target, get_optimizer_state_dict(first, source))
+        for name in "ab":
+            one, other = getattr(first, name), getattr(second, name)
+            assert torch.equal(source.state[one]["ax"], target.state[other]["ax"]), name
+
+    run_alone(alone)
 
 
 def test_a_tensor_lr_is_copied_from_the_state_dict() -> None:
