@@ -108,6 +108,9 @@ Checkpoints read its local shards. torch exports the class from a private module
 aten = torch.ops.aten
 """Namespace of the operators that ``__torch_dispatch__`` gets to see."""
 
+DEVICE_OF: Any = torch.ops.prim.device.default
+"""The operator by which ``Tensor.device`` asks a subclass that was made with ``dispatch_device=True``."""
+
 FOREACH_ZERO_ = aten._foreach_zero_.default
 """The operator by which ``optimizer.zero_grad(set_to_none=False)`` zeroes all gradients at once."""
 

@@ -250,6 +250,20 @@ def test_FOREACH_ZERO_():
     assert private().FOREACH_ZERO_ in record.seen
 
 
+def test_DEVICE_OF():
+    asked = []
+
+    class OnMeta(Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            asked.append(func)
+            return torch.device("cpu")
+
+    tensor = private().make_wrapper_subclass(OnMeta, (2,), device="meta", dispatch_device=True)
+    assert tensor.device == torch.device("cpu") and not tensor.is_meta
+    assert set(asked) == {private().DEVICE_OF}
+
+
 def test_TO_COPY():
     with Recorded() as record:
         torch.ones(2).to(torch.float64)

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from dist_asgd._torch_private import TO_COPY, aten, disabled_torch_function, make_wrapper_subclass
+from dist_asgd._torch_private import DEVICE_OF, TO_COPY, aten, disabled_torch_function, make_wrapper_subclass
 from dist_asgd.boxes import Box
+from dist_asgd.sharding.no_memory import name_of, needs_memory
 from dist_asgd.sharding.placement import Placement
 
 
@@ -43,7 +44,9 @@ class StatePiece(Tensor):
 
     @staticmethod
     def __new__(cls, local: Tensor, start: int, placement: Placement, rank_local: bool = False) -> StatePiece:
-        piece = make_wrapper_subclass(cls, placement.whole, dtype=local.dtype, device=local.device)
+        # torch takes a tensor on the meta device for no other's data or storage, so that p.data = piece raises. With a
+        # real device it would give p a null pointer. dispatch_device makes piece.device that of the values.
+        piece = make_wrapper_subclass(cls, placement.whole, dtype=local.dtype, device="meta", dispatch_device=True)
         piece.local, piece.start, piece.placement, piece.rank_local = local, start, placement, rank_local
         return piece
 
@@ -108,8 +111,16 @@ class StatePiece(Tensor):
         raise ValueError(f"this rank holds no block of {index.fqn} at offset {index.offset}")
 
     @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if needs_memory(func, args):
+            raise _needs_whole(name_of(func), args)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         piece = args[0]
+        if func is DEVICE_OF:
+            return piece.local.device
         if func in (aten.detach.default, aten.alias.default):
             return piece.like(piece.local)
         if func in (aten.clone.default, TO_COPY, aten.new_empty.default, aten.empty_like.default):
@@ -124,11 +135,15 @@ class StatePiece(Tensor):
             if same_piece:
                 piece.local.copy_(other.local)
                 return piece
-        raise NotImplementedError(
-            f"{func} needs the whole tensor, and each rank holds a piece of it (here {_first_piece(args)!r}). "
-            "with optimizer.averaged_parameters() puts the average into the parameters; full_state_dict(), called on "
-            "every rank, gathers whole tensors on rank 0"
-        )
+        raise _needs_whole(func, args)
+
+
+def _needs_whole(func: Any, args: Any) -> NotImplementedError:
+    return NotImplementedError(
+        f"{func} needs the whole tensor, and each rank holds a piece of it (here {_first_piece(args)!r}). "
+        "with optimizer.averaged_parameters() puts the average into the parameters; full_state_dict(), called on "
+        "every rank, gathers whole tensors on rank 0"
+    )
 
 
 class ScalarCopy(Tensor):
