@@ -183,17 +183,15 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         options: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "weight_decay": weight_decay}
         options |= {"t0": t0 if t0 is not None else 1e6 if average is None else 0, "maximize": maximize}
         options |= {"foreach": foreach, "differentiable": differentiable, "capturable": capturable}
-        Joinable.__init__(self)
         # Connect the ranks first, then check on all of them, compare, and build the buckets.
+        self._set_up(arguments, module)
         group = default_group(process_group)
-        self._arguments, self._modules, self._swap_guard = arguments, ParallelModules(module), SwapGuard()
-        self._buckets: list[list[Bucket]] = []  # one list for each param group
         self._connect(group, Agreement(group), module)
         with self._agreement.together("ShardedASGD()"):
             check_arguments(**arguments, module=module, unknown=unknown)
             self._setting = self._make_setting(precision, named_averages(average))
-            options |= own_options(lr_on_time, eta_decay) | group_options(self._setting.averages)
-            super().__init__(params, options)
+            further = own_options(lr_on_time, eta_decay) | group_options(self._setting.averages)
+            super().__init__(params, options | further)
             check_aliases(self.param_groups, gradients, module)
             facts = argument_facts(arguments, self.param_groups, 0)
         self._agreement.require_equal("the arguments of the optimizer", facts)
@@ -569,6 +567,12 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         )
 
     # Internals -------------------------------------------------------------------------------------------------------
+
+    def _set_up(self, arguments: dict[str, Any], module: nn.Module | None) -> None:
+        """Makes all that needs neither ranks nor parameters."""
+        Joinable.__init__(self)
+        self._arguments, self._modules, self._swap_guard = arguments, ParallelModules(module), SwapGuard()
+        self._buckets: list[list[Bucket]] = []  # one list for each param group
 
     def _connect(self, group: dist.ProcessGroup | None, agreement: Agreement, module: nn.Module | None) -> None:
         """Connects the ranks of ``group``, and makes all that needs no parameters. Collective."""
