@@ -431,6 +431,7 @@ class ShardedASGD(torch.optim.Optimizer):
     def _connect(self, group: dist.ProcessGroup | None, arguments: dict[str, Any], module: nn.Module | None) -> None:
         """Connects the ranks of ``group``, and makes all that needs no parameters. Collective."""
         agreement = self._agreement = Agreement(group)
+        self.process_group = group  # checkpoints keep the state for each group of ranks
         self._arguments = arguments
         self._buckets: list[list[Bucket]] = []  # one list for each param group
         self._reducer, self._forward_waits = Reducer(), ForwardWaits(module)
