@@ -115,7 +115,8 @@ class Checkpointer:
                 it, and raises its error on every rank.
 
         Raises:
-            CheckpointError: on every rank, if a rank fails to write. Older checkpoints stay as they were.
+            CheckpointError: on every rank: parameters or state of optimizers differ between ranks that save them under
+                one name and not in a ``PerRank``, or a rank fails to write. Older checkpoints stay as they were.
             ValueError, TypeError: an argument is invalid, ``step`` or ``wait`` differ between ranks, or ``state`` has
                 something that a checkpoint cannot hold.
         """
