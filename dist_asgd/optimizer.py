@@ -446,7 +446,7 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
     @property
     def join_process_group(self) -> dist.ProcessGroup | None:
         """The ranks of the optimizer."""
-        return self._process_group
+        return self.process_group
 
     # State dicts -----------------------------------------------------------------------------------------------------
 
@@ -576,7 +576,8 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
 
     def _connect(self, group: dist.ProcessGroup | None, agreement: Agreement, module: nn.Module | None) -> None:
         """Connects the ranks of ``group``, and makes all that needs no parameters. Collective."""
-        self._agreement, self._process_group, arguments = agreement, group, self._arguments
+        self._agreement, arguments = agreement, self._arguments
+        self.process_group = group  # checkpoints keep the state for each group of ranks
         self._reducer, self._forward_waits = Reducer(), ForwardWaits(module)
         self._built_for = BuiltFor(arguments["gradients"], self._forward_waits)
         self._reducer.still_fits = self._built_for.fits
@@ -637,7 +638,7 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         if self._built_for.final or self._swap_guard.active:
             return
         self.synchronize()
-        late = initialized_since(self._process_group is None)
+        late = initialized_since(self.process_group is None)
         with self._step_agreement.together(operation) as values:
             if not self._built_for.fits():
                 self._modules.reshard()

@@ -17,7 +17,8 @@ from dist_asgd.averages.kinds import Average
 from dist_asgd.averages.options import by_suffix
 from dist_asgd.buckets.gradient_tensors import GradientSync
 from dist_asgd.comm.collectives import Collectives
-from dist_asgd.comm.digest import digest
+from dist_asgd.comm.consensus import fingerprint
+from dist_asgd.comm.digests import digests
 from dist_asgd.comm.process_groups import SeparateGroups
 from dist_asgd.sharding.layout import BucketLayout
 from dist_asgd.sharding.placement import Placement
@@ -161,9 +162,9 @@ class Bucket(ABC):
         """Records that the values of the parameters are equal on all ``copy_ranks`` now."""
         self._known_writes = self._writes()
 
-    def digest(self) -> Tensor:
-        """Returns a digest of the parameters' values on this rank: 0-dim, int64."""
-        return digest(torch.stack([digest(local_of(param)) for param in self.params]))
+    def digest(self) -> int:
+        """Returns a digest of the parameters' values on this rank."""
+        return fingerprint(digests([local_of(param).detach() for param in self.params]))
 
     def _count_own_write(self) -> None:
         # Autograd refuses a backward through old values by the version of a parameter, which kernels do not count.

@@ -22,7 +22,7 @@ from dist_asgd.buckets.base import Bucket, BucketOptions, describe, require_dens
 from dist_asgd.buckets.gradient_tensors import GradientPiece
 from dist_asgd.buckets.packing import Batches, Packer
 from dist_asgd.comm.collectives import Collectives, Reduction, Transfer
-from dist_asgd.comm.digest import digest
+from dist_asgd.comm.digests import digests
 from dist_asgd.kernels.dispatch import FlatSlice, PartsSlice, UpdateSlice
 from dist_asgd.kernels.scan import LayoutScan, ParameterPlaces
 from dist_asgd.kernels.tensor_list import Gradients, as_real
@@ -113,8 +113,8 @@ class ReplicatedBucket(Bucket):
                 self._attach(param, self.placements[position], self.layout.spans[position])
                 self._known_writes -= 1  # the new memory may have other values
 
-    def digest(self) -> Tensor:
-        return digest(self.buffer)
+    def digest(self) -> int:
+        return digests([self.buffer])[0]
 
     def start_gather(self, exact: bool = False) -> None:
         self._count_own_write()

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from dist_asgd.buckets.base import Bucket
 from dist_asgd.comm.consensus import Agreement
-from dist_asgd.comm.digest import digest
+from dist_asgd.comm.digests import digests
 from dist_asgd.sharding.shard_views import local_of
 from dist_asgd.step.validation import some_of
 
@@ -37,8 +35,8 @@ def require_same_values(agreement: Agreement, buckets: Sequence[Bucket], *, writ
         shared = {name: bucket for name, bucket in shared.items() if name in wanted}
     for bucket in shared.values():
         bucket.wait()
-    digests = {name: (bucket.copy_ranks[0], int(bucket.digest())) for name, bucket in shared.items()}
-    different = set(_differences(agreement.gather(digests)))
+    found = {name: (bucket.copy_ranks[0], bucket.digest()) for name, bucket in shared.items()}
+    different = set(_differences(agreement.gather(found)))
     if different:
         _raise_different(agreement, [bucket for name, bucket in shared.items() if name in different])
     for bucket in shared.values():
@@ -49,7 +47,7 @@ def _raise_different(agreement: Agreement, buckets: Sequence[Bucket]) -> None:
     """Raises the error, which names the parameters of ``buckets`` that differ. Collective."""
     own: Digests = {}
     for bucket in buckets:
-        numbers = torch.stack([digest(local_of(param)) for param in bucket.params]).tolist()
+        numbers = digests([local_of(param) for param in bucket.params])
         own |= {name: (bucket.copy_ranks[0], number) for name, number in zip(bucket.names, numbers, strict=True)}
     different = _differences(agreement.gather(own))
     first, other = next(iter(different.values()))
@@ -64,8 +62,8 @@ def _raise_different(agreement: Agreement, buckets: Sequence[Bucket]) -> None:
 def _differences(everyone: Sequence[Digests]) -> dict[str, tuple[int, int]]:
     """Returns, for each name whose values differ, the first rank that has it and the first one that differs from it."""
     different: dict[str, tuple[int, int]] = {}
-    for rank, digests in enumerate(everyone):
-        for name, (first, number) in digests.items():
+    for rank, found in enumerate(everyone):
+        for name, (first, number) in found.items():
             if number != everyone[first].get(name, (first, number))[1]:
                 different.setdefault(name, (first, rank))
     return different
