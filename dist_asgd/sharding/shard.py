@@ -216,6 +216,20 @@ class Shard:
         param = self.parameters.read(where) if self._raw is None else self._raw[where]
         return param if self.master is None else current_master(self.master[where], param, self.rounding.dtype)
 
+    def _iterate_of(self, position: int) -> Tensor:
+        """Returns the piece of one parameter as trained: its own memory, or its master's, as a step would read it.
+
+        1-D. While averages are swapped in, it may be a copy.
+        """
+        where, piece = self._where(position), self.pieces.get(position)
+        if piece is None or self._raw is not None:
+            return self._iterate(where)
+        param = self.parameters.view_of(piece)
+        if self.master is None:
+            return param
+        master = self.master[where]
+        return current_master(master, param, self.rounding.dtype, out=master)
+
     # State dicts -----------------------------------------------------------------------------------------------------
 
     def scalars(self, h: Hyperparameters) -> list[Scalars]:
@@ -241,39 +255,35 @@ class Shard:
     def state_of(self, position: int) -> dict[str, Tensor]:
         """Returns the state tensors of one parameter by torch's names: pieces, or whole with one rank.
 
-        Tensors of averages that have started share memory with the shard.
+        They share memory with the shard, except averages that have not started: pieces of these borrow the memory of
+        the parameter or its master until they are written to, and whole ones are copies.
         """
-        where = self._where(position)
+        where, iterate = self._where(position), self._iterate_of(position)
         state = {}
         for suffix, average in self.averages.items():
-            ax = self._iterate(where).to(self.average_dtype, copy=True) if average is None else average[where]
-            state[f"ax{suffix}"] = self._as_piece(ax, position)
+            if average is not None:
+                state[f"ax{suffix}"] = self._as_piece(average[where], position)
+                continue
+            is_whole = self.layout.world_size == 1
+            ax = state[f"ax{suffix}"] = self._as_piece(iterate.to(self.average_dtype, copy=is_whole), position)
+            if isinstance(ax, StatePiece):
+                ax.borrowed = True
         if self.master is not None:
-            state["master"] = self._as_piece(self._iterate(where), position)
+            state["master"] = self._as_piece(iterate, position)
         return state
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the state tensors of the shard (1-D) by torch's names.
-
-        All are copies, except averages that have started.
-        """
-        state = {
-            f"ax{suffix}": self.average_copy(suffix) if average is None else average
-            for suffix, average in self.averages.items()
-        }
-        if self.master is not None:
-            state["master"] = self._iterate()
-        return state
+        """Returns the state tensors of the shard (1-D) by torch's names, which may share memory: for reading only."""
+        iterate = self._iterate()
+        averages = self.averages.items()
+        state = {f"ax{suffix}": iterate.to(self.average_dtype) if ax is None else ax for suffix, ax in averages}
+        return state if self.master is None else state | {"master": iterate}
 
     def writes_scalars(self, position: int) -> bool:
         """Whether this rank writes the scalars of a parameter to checkpoints: the owner of its first element does."""
         placement, piece = self.placements[position], self.pieces.get(position)
         has_first = piece is not None and piece.start == 0 and not any(placement.offsets)
         return has_first or not math.prod(placement.whole)
-
-    def piece_of(self, flat: Tensor, position: int) -> Tensor:
-        """Returns the part of ``flat`` (1-D, a tensor of the shard) that is one parameter's; whole with one rank."""
-        return self._as_piece(flat[self._where(position)], position)
 
     def _where(self, position: int) -> slice:
         """Returns where one parameter lies in the shard; an empty slice if it lies in other shards."""

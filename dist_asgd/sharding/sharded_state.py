@@ -29,11 +29,14 @@ class StatePiece(Tensor):
         local: the elements ``[start, start + len(local))`` of this rank's block of the parameter, in memory order.
         start: position of the piece in the block.
         placement: the block: its position in the whole tensor, and its memory order.
+        borrowed: whether ``local`` is the memory of something else, such as the parameter whose average has not
+            started. It becomes a copy before it is written to.
     """
 
     local: Tensor  # 1-D, dtype of the average or master, may be empty
     start: int
     placement: Placement
+    borrowed: bool = False
 
     @staticmethod
     def __new__(cls, local: Tensor, start: int, placement: Placement) -> StatePiece:
@@ -74,7 +77,13 @@ class StatePiece(Tensor):
             for index, (box, _) in enumerate(self._blocks())
         ]
 
+    def _own(self) -> None:
+        """Makes borrowed memory a copy, which may be written to."""
+        if self.borrowed:
+            self.local, self.borrowed = self.local.clone(), False
+
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        self._own()  # DCP asks for this list in order to load into the blocks
         return [_chunk(box) for box, _ in self._blocks()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
@@ -87,6 +96,7 @@ class StatePiece(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         piece = args[0]
         if func in (aten.detach.default, aten.alias.default):
+            piece._own()  # else one of the two could be written to and not the other
             return StatePiece(piece.local, piece.start, piece.placement)
         if func in (aten.clone.default, TO_COPY, aten.new_empty.default, aten.empty_like.default):
             kwargs = {key: value for key, value in (kwargs or {}).items() if key != "memory_format"}
@@ -98,6 +108,7 @@ class StatePiece(Tensor):
             if func is aten.equal.default:
                 return same_piece and torch.equal(piece.local, other.local)
             if same_piece:
+                piece._own()
                 piece.local.copy_(other.local)
                 return piece
         raise NotImplementedError(
