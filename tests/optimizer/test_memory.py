@@ -47,12 +47,14 @@ def state_dict_figures(rank: int, dtype: torch.dtype, sharded: bool) -> tuple[in
     model(torch.ones(1, 512, dtype=dtype)).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
-    optimizer.state_dict()  # the first one loads code
-    start = memory.reset_peak()
-    kept = optimizer.state_dict()
-    peak = memory.peak_resident() - start
-    assert len(kept["state"]) == 16
-    return share, peak
+    peaks = []
+    for _ in range(3):  # the first one loads code, and the kernel may take pages back meanwhile
+        start = memory.reset_peak()
+        kept = optimizer.state_dict()
+        peaks.append(memory.peak_resident() - start)
+        assert len(kept["state"]) == 16
+        del kept
+    return share, min(peaks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
