@@ -201,12 +201,11 @@ def _bucket_state(bucket: Bucket, group: Mapping[str, Any], begun: bool) -> dict
     shard, state = bucket.shard, {}
     of_bucket = enumerate(shard.scalars(Hyperparameters.of(group)))
     with_state = [(position, one) for position, one in of_bucket if has_state(bucket, position, one.step, begun)]
-    tensors = shard.tensors() if with_state else {}
     for position, scalars in with_state:
         entry = scalar_tensors(scalars, bucket)
         if not shard.writes_scalars(position):
             entry = {key: ScalarCopy(value) for key, value in entry.items()}
-        state[position] = entry | {key: shard.piece_of(flat, position) for key, flat in tensors.items()}
+        state[position] = entry | shard.state_of(position)
     return state
 
 

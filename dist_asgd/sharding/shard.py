@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -82,6 +83,7 @@ class Shard:
         self.average_dtype = precision.average(self.dtype)
         self.averages: dict[str, Tensor | None] = dict.fromkeys(kinds)  # 1-D, average_dtype
         self._lent: dict[str, tuple[Tensor, Tensor]] = {}  # averages by suffix, with what state dicts have of them
+        self._borrowers: list[weakref.ref[StatePiece]] = []  # pieces that share memory of parameters or masters
         self._made: set[str] = set()  # suffixes of averages that exist only because the state was read
         self._capturable, self._kinds = precision.capturable, tuple(kinds.values())
         if self._capturable:
@@ -198,6 +200,7 @@ class Shard:
 
     def save_parameters(self) -> None:
         """Copies the parameters, which ``swap_out`` then restores."""
+        self._copy_lent()
         self._raw = self.parameters.copy()
 
     def swap_in(self, suffix: str) -> None:
@@ -224,6 +227,20 @@ class Shard:
     def _trained(self, where: slice) -> Tensor:
         """Returns the parameters as trained (1-D, possibly themselves), also while averages are swapped in."""
         return self.parameters.read(where) if self._raw is None else self._raw[where]
+
+    def _iterate_of(self, position: int) -> Tensor:
+        """Returns the piece of one parameter as trained: its own memory, or its master's, as a step would read it.
+
+        1-D. While averages are swapped in, it may be a copy.
+        """
+        where, piece = self._where(position), self.pieces.get(position)
+        if piece is None or self._raw is not None:
+            return self._iterate(where)
+        param = self.parameters.view_of(piece)
+        if self.master is None:
+            return param
+        master = self.master[where]
+        return current_master(master, param, self.rounding.dtype, out=master)
 
     # State dicts -----------------------------------------------------------------------------------------------------
 
@@ -325,18 +342,35 @@ class Shard:
                 self._writable(suffix)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the state tensors of the shard (1-D) by torch's names, as they are now.
+        """Returns the state tensors of the shard (1-D) by torch's names, which may share memory: for reading only."""
+        iterate = self._iterate()
+        averages = self.averages.items()
+        state = {f"ax{suffix}": iterate.to(self.average_dtype) if ax is None else ax for suffix, ax in averages}
+        return state if self.master is None else state | {"master": iterate}
 
-        Those of averages that have started share memory with the shard until the next step, which copies them if they
-        are still in use. All others are copies.
+    def state_of(self, position: int) -> dict[str, Tensor]:
+        """Returns the state tensors of one parameter by torch's names, as they are now: pieces, or whole with one rank.
+
+        They share memory with the shard until it changes; what is still in use then is copied. Whole masters, and
+        whole averages that have not started, are copies.
         """
+        where, iterate = self._where(position), self._iterate_of(position)
         state = {
-            f"ax{suffix}": self.average_copy(suffix) if average is None else self._lend(suffix, average)
+            f"ax{suffix}": self._borrow(iterate.to(self.average_dtype), position)
+            if average is None
+            else self._as_piece(self._lend(suffix, average)[where], position)
             for suffix, average in self.averages.items()
         }
-        if self.master is not None:
-            state["master"] = self._iterate()
-        return state
+        return state if self.master is None else state | {"master": self._borrow(iterate, position)}
+
+    def _borrow(self, local: Tensor, position: int) -> Tensor:
+        """Returns a state tensor with the values of ``local`` (1-D), which is memory that changes in place."""
+        if self.layout.world_size == 1:
+            return self._as_piece(local.clone(), position)
+        piece = self._piece(local, position)
+        piece.borrowed = True
+        self._borrowers.append(weakref.ref(piece))
+        return piece
 
     def _lend(self, suffix: str, average: Tensor) -> Tensor:
         if self._capturable or not len(average):  # CUDA graphs hold the address: a step cannot leave the memory
@@ -347,7 +381,11 @@ class Shard:
         return self._lent[suffix][1]
 
     def _copy_lent(self) -> None:
-        """Copies averages that a state dict still holds, before they change: a state dict is of one moment."""
+        """Copies what a state dict still holds, before it changes: a state dict is of one moment."""
+        for reference in self._borrowers:
+            if (piece := reference()) is not None:
+                piece.own()
+        self._borrowers.clear()
         for suffix, (average, lent) in self._lent.items():
             if self.averages[suffix] is average and has_other_users(lent):
                 self.averages[suffix] = average.clone()
@@ -359,19 +397,18 @@ class Shard:
         has_first = piece is not None and piece.start == 0 and not any(placement.offsets)
         return has_first or not math.prod(placement.whole)
 
-    def piece_of(self, flat: Tensor, position: int) -> Tensor:
-        """Returns the part of ``flat`` (1-D, a tensor of the shard) that is one parameter's; whole with one rank."""
-        return self._as_piece(flat[self._where(position)], position)
-
     def _where(self, position: int) -> slice:
         """Returns where one parameter lies in the shard; an empty slice if it lies in other shards."""
         piece = self.pieces.get(position)
         return slice(0, 0) if piece is None else slice(piece.shard_start, piece.shard_stop)
 
     def _as_piece(self, local: Tensor, position: int) -> Tensor:
-        piece = self.pieces.get(position)
         if self.layout.world_size == 1:
             return self.parameters.wrap(position, self.placements[position].view(local))
+        return self._piece(local, position)
+
+    def _piece(self, local: Tensor, position: int) -> StatePiece:
+        piece = self.pieces.get(position)
         return StatePiece(local, 0 if piece is None else piece.start, self.placements[position])
 
     def check_state(self, position: int, state: Mapping[str, Any]) -> None:
@@ -382,6 +419,7 @@ class Shard:
 
     def load_state(self, states: Mapping[int, Mapping[str, Any]]) -> None:
         """Loads states that ``check_state`` has passed, by position; parameters without one start without state."""
+        self._copy_lent()
         scalars = [self._scalars_in(states[p]) if p in states else self._fresh for p in range(len(self.placements))]
         self._set_runs(merge_runs([Run(p, p + 1, value) for p, value in enumerate(scalars)]))
         averages = {suffix: self.average_copy(suffix) for suffix in self.averages if states}

@@ -35,12 +35,15 @@ class StatePiece(Tensor):
         start: position of the piece in the block.
         placement: the block: its position in the whole tensor, and its memory order.
         rank_local: whether the user knows that the piece is this rank's alone, and may pickle it.
+        borrowed: whether ``local`` is the memory of something else, such as the parameter whose average has not
+            started. It becomes a copy before it is written to.
     """
 
     local: Tensor  # 1-D, dtype of the average or master, may be empty
     start: int
     placement: Placement
     rank_local: bool
+    borrowed: bool = False
 
     @staticmethod
     def __new__(cls, local: Tensor, start: int, placement: Placement, rank_local: bool = False) -> StatePiece:
@@ -73,6 +76,7 @@ class StatePiece(Tensor):
         return StatePiece, (self.local.clone(), self.start, self.placement, self.rank_local)
 
     def __copy__(self) -> StatePiece:
+        self.own()
         return self.like(self.local)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StatePiece:
@@ -101,7 +105,13 @@ class StatePiece(Tensor):
             for index, (box, _) in enumerate(self._blocks())
         ]
 
+    def own(self) -> None:
+        """Makes borrowed memory a copy, which may be written to."""
+        if self.borrowed:
+            self.local, self.borrowed = self.local.clone(), False
+
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        self.own()  # DCP asks for this list in order to load into the blocks
         return [_chunk(box) for box, _ in self._blocks()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
@@ -122,6 +132,7 @@ class StatePiece(Tensor):
         if func is DEVICE_OF:
             return piece.local.device
         if func in (aten.detach.default, aten.alias.default):
+            piece.own()  # else one of the two could be written to and not the other
             return piece.like(piece.local)
         if func in (aten.clone.default, TO_COPY, aten.new_empty.default, aten.empty_like.default):
             kwargs = {key: value for key, value in (kwargs or {}).items() if key != "memory_format"}
@@ -133,6 +144,7 @@ class StatePiece(Tensor):
             if func is aten.equal.default:
                 return same_piece and torch.equal(piece.local, other.local)
             if same_piece:
+                piece.own()
                 piece.local.copy_(other.local)
                 return piece
         raise _needs_whole(func, args)
@@ -184,12 +196,14 @@ class ScalarCopy(Tensor):
 def rank_local(state: Any) -> Any:
     """Returns ``state`` with pieces that may be pickled, for a file that this rank alone writes and loads.
 
-    The file loads on the rank that wrote it, on as many ranks and under the placements of then. Tensors are not copied.
+    The file loads on the rank that wrote it, on as many ranks and under the placements of then. Masters, and
+    averages that have not started, are copied.
 
     Args:
         state: ``optimizer.state_dict()``, or dicts, lists and tuples with such state dicts in them.
     """
     if isinstance(state, StatePiece):
+        state.own()
         return StatePiece(state.local, state.start, state.placement, rank_local=True)
     if isinstance(state, Mapping):
         return {key: rank_local(value) for key, value in state.items()}

@@ -120,6 +120,24 @@ def test_a_part_of_a_tensor_may_go_to_another_process_of_this_rank():
     assert (sent.local.tolist(), sent.start, sent.rank_local) == ([0.0, 1.0, 2.0, 3.0], 2, False)
 
 
+def test_borrowed_memory_is_copied_before_it_is_written_to():
+    lent = torch.zeros(6)
+    pieces = [StatePiece(lent, 1, Placement.of(torch.empty(4, 2))) for _ in range(3)]
+    for piece in pieces:
+        piece.borrowed = True
+    pieces[0].copy_(StatePiece(torch.ones(6), 1, pieces[0].placement))
+    for chunk in pieces[1].__create_chunk_list__():  # as DCP does to load
+        pieces[1].__get_tensor_shard__(MetadataIndex("name", chunk.offsets)).fill_(1)
+    alias = pieces[2].detach()
+    alias.copy_(StatePiece(torch.ones(6), 1, alias.placement))
+    assert not lent.any()
+    assert [piece.local.tolist() for piece in pieces] == [[1.0] * 6] * 3
+    saved = StatePiece(lent, 1, pieces[0].placement)
+    saved.borrowed = True
+    for item in saved.__create_write_items__("name", saved):
+        assert saved.__get_tensor_shard__(item.index).untyped_storage().data_ptr() == lent.data_ptr(), "saved in place"
+
+
 def test_operators_on_a_state_piece_say_what_to_use():
     with pytest.raises(NotImplementedError, match="full_state_dict"):
         StatePiece(torch.ones(2), 0, Placement.of(torch.empty(4))).sum()
