@@ -72,9 +72,9 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
     ``torch.optim.ASGD(foreach=False)`` bit for bit in fp32, fp64 and complex dtypes.
 
     Collective calls, which every rank must make in the same order and with the same arguments: the constructor,
-    ``step``, ``add_param_group``, ``clip_grad_norm_``, ``restart_averaging``, ``load_state_dict``, ``full_state_dict``
-    and ``averaged_parameters``, and ``unscale_`` of a ``torch.amp.GradScaler``. ``start_averaging`` sends nothing, but
-    every rank must call it.
+    ``step``, ``add_param_group``, ``clip_grad_norm_``, ``restart_averaging``, ``load_state_dict``, ``full_state_dict``,
+    ``consolidate_state_dict`` and ``averaged_parameters``, and ``unscale_`` of a ``torch.amp.GradScaler``.
+    ``start_averaging`` and writes to ``state`` send nothing, but every rank must make them.
 
     Source: B. T. Polyak and A. B. Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control
     Optim. 30(4), 1992, as implemented in ``torch.optim.ASGD``; S. Rajbhandari et al., "ZeRO: Memory optimizations
