@@ -62,20 +62,13 @@ def test_the_stand_in_refuses_what_it_cannot_answer() -> None:
         assert grad is not None
         assert isinstance(grad, torch.Tensor) and not grad.is_sparse and grad.device == params[3].device
         for wrong in (
-            lambda: grad + 1,
-            lambda: grad.norm(),
-            lambda: grad.sum().item(),
             lambda: grad.view(-1)[0],
-            lambda: grad.add_(torch.ones(257)),
-            lambda: torch.nn.utils.clip_grad_norm_(params, 1.0),
+            lambda: grad.numpy(),
+            lambda: torch.zeros(257).copy_(grad),
             lambda: dist.all_reduce(grad),
         ):
             text = message_of(wrong, RuntimeError, TypeError, NotImplementedError)
             assert "gradient" in text.lower() and ("piece" in text or "shard" in text or "ShardedASGD" in text), text
-        text = message_of(
-            lambda: torch.nn.utils.clip_grad_norm_(params, 1.0), RuntimeError, TypeError, NotImplementedError
-        )
-        assert "clip_grad_norm_" in text, text
         assert "grad" in repr(grad).lower() or "shard" in repr(grad).lower()  # can be printed
         optimizer.step()
 
