@@ -103,15 +103,16 @@ def test_alone_there_is_nothing_to_reduce() -> None:
     run_alone(alone)
 
 
-def test_what_a_stand_in_does_not_support_raises() -> None:
-    """Writing to it would be lost; zeroing is supported in every form."""
+def test_zeroing_after_other_writes_is_zero() -> None:
+    """What needs the whole gradient raises and writes nothing."""
 
     def ranks(rank: int) -> None:
         pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0, lambd=0.1)
         pair.backward(random_gradients(PLAIN, 2, 0))
         grads = [p.grad for p in pair.params]
-        for write in (lambda g: g.copy_(torch.zeros_like(pair.params[0])), lambda g: g.mul_(2), lambda g: g.fill_(0)):
+        for write in (lambda g: g.cumsum_(0), lambda g: g.__setitem__(0, 1.0), lambda g: g.resize_(3)):
             assert "clip_grad_norm_" in message_of(lambda write=write: write(grads[0]), RuntimeError)
+        grads[0].copy_(torch.ones_like(pair.params[0])).mul_(2)
         torch._foreach_zero_(grads)
         pair.oracle.zero_grad(set_to_none=False)
         pair.step()
