@@ -24,6 +24,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, _runtime_utils
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils import _pytree
 
 # The autograd engine -------------------------------------------------------------------------------------------------
 
@@ -116,6 +117,15 @@ FOREACH_ZERO_ = aten._foreach_zero_.default
 
 TO_COPY = aten._to_copy.default
 """The operator that ``Tensor.to()`` becomes below autograd where it makes a copy."""
+
+is_mutable: Callable[[Any], bool] = operator.attrgetter("_schema.is_mutable")
+"""Returns whether an operator writes to one of its arguments."""
+
+tree_map: Callable[..., Any] = _pytree.tree_map
+"""Returns nested lists, tuples and dicts, such as an operator's arguments, with a function applied to each leaf."""
+
+tree_leaves: Callable[..., list[Any]] = _pytree.tree_leaves
+"""Returns the leaves of nested lists, tuples and dicts."""
 
 foreach_mul_: Callable[..., None] = torch._foreach_mul_
 """Multiplies each tensor of a list by one 0-dim tensor, in place and in one kernel.

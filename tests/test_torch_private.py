@@ -50,6 +50,8 @@ STATIC = [
     "torch.distributed.checkpoint.filesystem._StorageInfo",
     "torch._utils._rebuild_tensor_v2",
     "torch._utils._rebuild_tensor_v3",
+    "torch.utils._pytree.tree_map",
+    "torch.utils._pytree.tree_leaves",
 ]
 # Attributes that only objects have, and marks: the tests of what they are used for fail where one is gone.
 DYNAMIC = {
@@ -64,6 +66,7 @@ DYNAMIC = {
     "_optimizer_load_state_dict_post_hooks",
     "_param_fqn",
     "_params",
+    "_schema",
     "_shapes",
     "_shard_param_infos",
     "_strides",
@@ -268,6 +271,19 @@ def test_TO_COPY():
     with Recorded() as record:
         torch.ones(2).to(torch.float64)
     assert private().TO_COPY in record.seen
+
+
+def test_is_mutable():
+    is_mutable, aten = private().is_mutable, private().aten
+    assert is_mutable(aten.mul_.Tensor) and not is_mutable(aten.mul.Tensor)
+
+
+def test_tree_map():
+    assert private().tree_map(lambda leaf: leaf + 1, ([1, {"a": 2}], 3)) == ([2, {"a": 3}], 4)
+
+
+def test_tree_leaves():
+    assert private().tree_leaves(([1, {"a": 2}], 3)) == [1, 2, 3]
 
 
 def test_foreach_mul_():
