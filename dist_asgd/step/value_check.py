@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dist_asgd.buckets.base import Bucket
-from dist_asgd.comm.consensus import Agreement
+from dist_asgd.comm.consensus import Agreement, fingerprint
 from dist_asgd.comm.digests import digests
 from dist_asgd.sharding.shard_views import local_of
 from dist_asgd.step.validation import some_of
@@ -30,6 +30,8 @@ def require_same_values(agreement: Agreement, buckets: Sequence[Bucket], *, writ
     """
     shared = {bucket.names[0]: bucket for bucket in buckets if bucket.copy_ranks}
     if written_only:
+        if _all_wrote_alike(agreement, [bucket for bucket in shared.values() if bucket.was_written]):
+            return
         written = agreement.gather([name for name, bucket in shared.items() if bucket.was_written])
         wanted = set().union(*written)
         shared = {name: bucket for name, bucket in shared.items() if name in wanted}
@@ -41,6 +43,18 @@ def require_same_values(agreement: Agreement, buckets: Sequence[Bucket], *, writ
         _raise_different(agreement, [bucket for name, bucket in shared.items() if name in different])
     for bucket in shared.values():
         bucket.note_equal_values()
+
+
+def _all_wrote_alike(agreement: Agreement, written: Sequence[Bucket]) -> bool:
+    """Whether every rank has written to the same buckets and they are equal now, found by one exchange. Collective."""
+    for bucket in written:
+        bucket.wait()
+    code = fingerprint([(bucket.names[0], bucket.digest()) for bucket in written])
+    high, minus_low = agreement.maximum("the comparison of parameters", [code, -code])
+    if high == -minus_low:
+        for bucket in written:
+            bucket.note_equal_values()
+    return high == -minus_low
 
 
 def _raise_different(agreement: Agreement, buckets: Sequence[Bucket]) -> None:
