@@ -186,8 +186,9 @@ def fsdp1_slices(module: FullyShardedDataParallel) -> Iterator[tuple[Tensor, Ten
         return
     layouts = zip(flat_param._shapes, flat_param._strides, strict=True)
     for param, layout, info in zip(flat_param._params, layouts, flat_param._shard_param_infos, strict=True):
-        start, last = (info.intra_param_start_idx, info.intra_param_end_idx) if info.in_shard else (0, -1)
-        yield param, torch.empty_strided(*layout, device="meta"), slice(start, last + 1)
+        first, last = info.intra_param_start_idx, info.intra_param_end_idx  # None for a slice without elements
+        where = slice(0, 0) if first is None or last is None else slice(first, last + 1)
+        yield param, torch.empty_strided(*layout, device="meta"), where
 
 
 def fsdp2_parameters(module: FSDPModule) -> list[Any]:

@@ -320,14 +320,14 @@ class Shard:
                 master = state.get("master")
                 self.master[where].copy_(self.parameters.read(where) if master is None else self._cut(master, position))
         for suffix, kept in self.averages.items():
-            average = averages.get(suffix)
+            loaded = averages.get(suffix)
             if self._capturable and kept is not None:
-                kept.copy_(self._iterate() if average is None else average)  # CUDA graphs hold the address
+                kept.copy_(self._iterate() if loaded is None else loaded)  # CUDA graphs hold the address
                 continue
             # An average that has not started is dropped to save its memory, unless it differs from the parameters.
-            if average is not None and not self.has_average(suffix):
-                average = None if torch.equal(average, self._iterate().to(average.dtype)) else average
-            self.averages[suffix] = average
+            if loaded is not None and not self.has_average(suffix):
+                loaded = None if torch.equal(loaded, self._iterate().to(loaded.dtype)) else loaded
+            self.averages[suffix] = loaded
 
     def _scalars_in(self, state: Mapping[str, Any]) -> Scalars:
         mu, *further = (float(state.get(f"mu{suffix}", 1)) for suffix in self.averages)
