@@ -428,14 +428,14 @@ class Shard:
         for position in self.pieces:
             self._load_tensors(position, states.get(position, {}), averages)
         for suffix, kept in self.averages.items():
-            average = averages.get(suffix)
+            loaded = averages.get(suffix)
             if self._capturable and kept is not None:
-                kept.copy_(self._iterate() if average is None else average)  # CUDA graphs hold the address
+                kept.copy_(self._iterate() if loaded is None else loaded)  # CUDA graphs hold the address
                 continue
             # An average that has not started is dropped to save its memory, unless it differs from the parameters.
-            if average is not None and not self.has_average(suffix):
-                average = None if torch.equal(average, self._iterate().to(average.dtype)) else average
-            self.averages[suffix] = average
+            if loaded is not None and not self.has_average(suffix):
+                loaded = None if torch.equal(loaded, self._iterate().to(loaded.dtype)) else loaded
+            self.averages[suffix] = loaded
 
     def _load_tensors(self, position: int, state: Mapping[str, Any], averages: Mapping[str, Tensor]) -> None:
         """Copies the tensors of one parameter's ``state`` to ``averages`` and the master."""
