@@ -170,7 +170,6 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         t0 = t0 if t0 is not None else 1e6 if average is None else 0
         options: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
         options |= {"maximize": maximize, **TORCH_OPTIONS, "capturable": capturable}
-        Joinable.__init__(self)
         # Connect the ranks first, then check on all of them, compare, and build the buckets.
         self._connect(default_group(process_group), arguments, module)
         with self._agreement.together("ShardedASGD()"):
@@ -485,6 +484,7 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
 
     def _connect(self, group: dist.ProcessGroup | None, arguments: dict[str, Any], module: nn.Module | None) -> None:
         """Connects the ranks of ``group``, and makes all that needs no parameters. Collective."""
+        Joinable.__init__(self)
         agreement = self._agreement = Agreement(group)
         self._arguments, self._process_group = arguments, group
         self._buckets: list[list[Bucket]] = []  # one list for each param group
