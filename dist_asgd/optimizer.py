@@ -177,12 +177,15 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         module: nn.Module | None = None,
         **unknown: NoReturn,  # refused in the body, where every rank hears of it
     ) -> None:
+        # Arguments that are no options of param groups. Every rank must pass equal ones.
         precision = Precision(master_weights, average_dtype, wire_dtype, stochastic_rounding, capturable)
         arguments: dict[str, Any] = {"gradients": gradients, "find_unused_parameters": find_unused_parameters}
         arguments |= {"bucket_bytes": bucket_bytes, "shard_replicas": shard_replicas, **asdict(precision)}
-        options: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "weight_decay": weight_decay}
-        options |= {"t0": t0 if t0 is not None else 1e6 if average is None else 0, "maximize": maximize}
-        options |= {"foreach": foreach, "differentiable": differentiable, "capturable": capturable}
+        # Defaults of the param groups.
+        t0 = t0 if t0 is not None else 1e6 if average is None else 0
+        options: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
+        options |= {"maximize": maximize, "foreach": foreach, "differentiable": differentiable}
+        options |= {"capturable": capturable}
         # Connect the ranks first, then check on all of them, compare, and build the buckets.
         self._set_up(arguments, module)
         group = default_group(process_group)
