@@ -177,17 +177,14 @@ class ShardedASGD(torch.optim.Optimizer):
         t0 = t0 if t0 is not None else 1e6 if average is None else 0
         options: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
         options |= {"maximize": maximize, **TORCH_OPTIONS, "capturable": capturable}
-        # Connect the ranks first, then check on all of them, compare, and build the buckets.
-        group = default_group(process_group)
-        self._arguments, self._modules, self._swap_guard = arguments, ParallelModules(module), SwapGuard()
-        self._buckets: list[list[Bucket]] = []  # one list for each param group
-        self._consolidated: dict[str, Any] | None = None  # what the next state_dict() returns; None: pieces
-        self._connect(group, Agreement(group), module)
+        # Connect the ranks, then check on all of them, compare, and build the buckets.
+        self._begin(default_group(process_group), arguments, module)
         with self._agreement.together("ShardedASGD()"):
             check_arguments(**arguments, module=module, unknown=unknown)
-            averages = named_averages(average)
-            self._setting = self._make_setting(precision, averages)
-            super().__init__(params, options | own_options(lr_on_time, eta_decay) | group_options(averages))
+            self._setting = self._make_setting(precision, named_averages(average))
+            super().__init__(
+                params, options | own_options(lr_on_time, eta_decay) | group_options(self._setting.averages)
+            )
             check_aliases(self.param_groups, gradients, module)
             facts = argument_facts(arguments, self.param_groups, 0)
         self._agreement.require_equal("the arguments of the optimizer", facts)
@@ -477,6 +474,13 @@ class ShardedASGD(torch.optim.Optimizer):
         )
 
     # Internals -------------------------------------------------------------------------------------------------------
+
+    def _begin(self, group: dist.ProcessGroup | None, arguments: dict[str, Any], module: nn.Module | None) -> None:
+        """Connects the ranks of ``group``, before anything is checked. Collective."""
+        self._arguments, self._modules, self._swap_guard = arguments, ParallelModules(module), SwapGuard()
+        self._buckets: list[list[Bucket]] = []  # one list for each param group
+        self._consolidated: dict[str, Any] | None = None  # what the next state_dict() returns; None: pieces
+        self._connect(group, Agreement(group), module)
 
     def _connect(self, group: dist.ProcessGroup | None, agreement: Agreement, module: nn.Module | None) -> None:
         """Connects the ranks of ``group``, and makes all that needs no parameters. Collective."""
