@@ -143,6 +143,8 @@ class ShardedASGD(torch.optim.Optimizer):
             ranks; the same error on every rank.
     """
 
+    _consolidated: dict[str, Any] | None  # what the next state_dict() returns; None: pieces
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -173,8 +175,7 @@ class ShardedASGD(torch.optim.Optimizer):
         precision = Precision(master_weights, average_dtype, wire_dtype, stochastic_rounding, capturable)
         arguments: dict[str, Any] = {"gradients": gradients, "find_unused_parameters": find_unused_parameters}
         arguments |= {"bucket_bytes": bucket_bytes, "shard_replicas": shard_replicas, **asdict(precision)}
-        # Defaults of the param groups.
-        t0 = t0 if t0 is not None else 1e6 if average is None else 0
+        t0 = t0 if t0 is not None else 1e6 if average is None else 0  # this and options: defaults of the param groups
         options: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
         options |= {"maximize": maximize, **TORCH_OPTIONS, "capturable": capturable}
         # Connect the ranks, then check on all of them, compare, and build the buckets.
@@ -182,9 +183,8 @@ class ShardedASGD(torch.optim.Optimizer):
         with self._agreement.together("ShardedASGD()"):
             check_arguments(**arguments, module=module, unknown=unknown)
             self._setting = self._make_setting(precision, named_averages(average))
-            super().__init__(
-                params, options | own_options(lr_on_time, eta_decay) | group_options(self._setting.averages)
-            )
+            own = own_options(lr_on_time, eta_decay) | group_options(self._setting.averages)
+            super().__init__(params, options | own)
             check_aliases(self.param_groups, gradients, module)
             facts = argument_facts(arguments, self.param_groups, 0)
         self._agreement.require_equal("the arguments of the optimizer", facts)
@@ -479,7 +479,7 @@ class ShardedASGD(torch.optim.Optimizer):
         """Connects the ranks of ``group``, before anything is checked. Collective."""
         self._arguments, self._modules, self._swap_guard = arguments, ParallelModules(module), SwapGuard()
         self._buckets: list[list[Bucket]] = []  # one list for each param group
-        self._consolidated: dict[str, Any] | None = None  # what the next state_dict() returns; None: pieces
+        self._consolidated = None
         self._connect(group, Agreement(group), module)
 
     def _connect(self, group: dist.ProcessGroup | None, agreement: Agreement, module: nn.Module | None) -> None:
