@@ -23,6 +23,7 @@ import torch
 from benchmarks.table import print_table, write_json_lines
 from dist_asgd.kernels.cpu import native_update
 from dist_asgd.kernels.scan import LayoutScan
+from dist_asgd.kernels.tensor_list import UpdateKind
 from tests.support.faults import (
     CHECKS,
     find,
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("faults.jsonl"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    native_update(torch.float32, torch.float32, False, torch.float32, False)  # compiled once, for all ranks
+    native_update(UpdateKind(torch.float32, torch.float32, False, torch.float32, False))  # compiled once, for all ranks
     LayoutScan.of([], [], torch.zeros(0))
     found = find(arguments.faults, arguments.seed)
     print(f"{len(found)} faults, seed {arguments.seed}\n")

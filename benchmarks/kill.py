@@ -35,6 +35,7 @@ from benchmarks.table import print_table
 from dist_asgd.checkpoint.saving import rendezvous
 from dist_asgd.kernels.cpu import native_update
 from dist_asgd.kernels.scan import LayoutScan
+from dist_asgd.kernels.tensor_list import UpdateKind
 from tests.support.kill import (
     FAULTS,
     Place,
@@ -130,7 +131,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("kill.jsonl"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    native_update(torch.float32, torch.float32, False, torch.float32, False)  # compiled once, for all ranks
+    native_update(UpdateKind(torch.float32, torch.float32, False, torch.float32, False))  # compiled once, for all ranks
     LayoutScan.of([], [], torch.zeros(0))
     with places(arguments.store) as make_place:
         in_parallel(arguments.jobs, arguments.kills, arguments.seed, make_place, arguments.json)

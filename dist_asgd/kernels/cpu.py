@@ -16,7 +16,7 @@ import torch
 from dist_asgd.asgd.rounding import compute_dtype
 from dist_asgd.kernels.c_library import compile_library
 from dist_asgd.kernels.selfcheck import matches_operators, warn_once
-from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList
+from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList, UpdateKind
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno")
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -63,22 +63,16 @@ class NativeUpdate:
 
 
 @functools.cache
-def native_update(
-    param: torch.dtype, grad: torch.dtype, has_master: bool, rounded: torch.dtype, stochastic: bool
-) -> NativeUpdate | None:
-    """Returns the compiled update of these dtypes, or None if it cannot be had or has other bits than the operators.
+def native_update(kind: UpdateKind) -> NativeUpdate | None:
+    """Returns the compiled update of a kind, or None if it cannot be had or has other bits than the operators.
 
-    The first call with a combination of arguments runs the C compiler; a message is logged, or a warning if it fails.
-
-    Args:
-        param, grad: real dtypes of parameters and gradients.
-        rounded: the dtype to which parameters are rounded (``Rounding.dtype``).
-        stochastic: whether that rounding is stochastic (``Rounding.seed`` is not None).
+    The first call with a kind runs the C compiler; a message is logged, or a warning if it fails.
     """
+    param, grad, rounded = kind.param, kind.grad, kind.rounded
     if param not in DTYPES or grad not in (param, compute_dtype(param)) or rounded not in DTYPES:
         return None
-    types = [f"-DPARAM={DTYPES[param]}", f"-DGRAD={DTYPES[grad]}", f"-DMASTER={int(has_master)}"]
-    types += [f"-DROUNDED={DTYPES[rounded]}", f"-DSTOCHASTIC={int(stochastic)}"]
+    types = [f"-DPARAM={DTYPES[param]}", f"-DGRAD={DTYPES[grad]}", f"-DMASTER={int(kind.has_master)}"]
+    types += [f"-DROUNDED={DTYPES[rounded]}", f"-DSTOCHASTIC={int(kind.stochastic)}"]
     library = compile_library("cpu.c", [*FLAGS, *types], f"the update of {param} parameters in one pass over memory")
     if library is None:
         return None
@@ -86,7 +80,7 @@ def native_update(
     function.argtypes = [address, address, address, address, count, address, address, address, count]
     function.restype = None
     update = NativeUpdate(function)
-    if not matches_operators(update, torch.device("cpu"), param, grad, has_master, rounded, stochastic):
+    if not matches_operators(update, torch.device("cpu"), kind):
         warn_once(f"the compiled update of {param} differs from PyTorch's operators on this CPU")
         return None
     return update

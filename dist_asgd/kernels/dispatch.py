@@ -19,7 +19,7 @@ from dist_asgd.asgd.rule import low_precision_step_
 from dist_asgd.asgd.schedule import AnyScalars, DeviceScalars, Hyperparameters
 from dist_asgd.kernels.cpu import native_update
 from dist_asgd.kernels.selfcheck import matches_operators, warn_once
-from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList, as_real
+from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList, UpdateKind, as_real
 
 # Elements, for each thread, of a block that CPU operators work on. Parameter, gradient, average and temporaries of a
 # block (512 KiB each in fp32) stay in a core's cache between the operators, which is twice as fast as passes over whole
@@ -59,37 +59,31 @@ def fused_update(
     dtype = compute_dtype(param)
     if average not in (None, dtype) or grad not in (param, dtype) or device.type not in FORMS:
         return None
-    return FORMS[device.type](device, param, grad, has_master, rounding.dtype, rounding.seed is not None)
+    kind = UpdateKind(param, grad, has_master, rounding.dtype, rounding.seed is not None)
+    return FORMS[device.type](device, kind)
 
 
 @functools.cache
-def _on_gpu(
-    device: torch.device,
-    param: torch.dtype,
-    grad: torch.dtype,
-    has_master: bool,
-    rounded: torch.dtype,
-    stochastic: bool,
-) -> FusedUpdate | None:
+def _on_gpu(device: torch.device, kind: UpdateKind) -> FusedUpdate | None:
     from dist_asgd.kernels.gpu import triton_update  # here, since importing Triton takes as long as importing PyTorch
 
-    update = triton_update(param, grad, rounded)
+    update = triton_update(kind.param, kind.grad, kind.rounded)
     if update is None:
         warn_once("Triton is not installed, or has no update of these dtypes")
         return None
     try:
-        works = matches_operators(update, device, param, grad, has_master, rounded, stochastic)
+        works = matches_operators(update, device, kind)
     except Exception as error:  # of any type: no C compiler for Triton's launcher, an unknown GPU, ...
         warn_once(f"Triton's update does not run on {device}", repr(error))
         return None
     if not works:
-        warn_once(f"Triton's update of {param} differs from PyTorch's operators on {device}")
+        warn_once(f"Triton's update of {kind.param} differs from PyTorch's operators on {device}")
     return update if works else None
 
 
 # For each device type, the function that makes its one-pass update.
 FORMS: dict[str, Callable[..., FusedUpdate | None]] = {
-    "cpu": lambda device, *dtypes: native_update(*dtypes),
+    "cpu": lambda device, kind: native_update(kind),
     "cuda": _on_gpu,
 }
 
@@ -112,11 +106,12 @@ def can_capture(
 
     The arguments are those of ``can_fuse``.
     """
-    param, stochastic = param.to_real(), rounding.seed is not None
+    param = param.to_real()
     fused = fused_update(device, param, param, average.to_real(), has_master, rounding)
     if fused is None or not fused.takes_device_scalars:
         return False
-    works = matches_operators(fused, device, param, param, has_master, rounding.dtype, stochastic, on_device=True)
+    kind = UpdateKind(param, param, has_master, rounding.dtype, rounding.seed is not None)
+    works = matches_operators(fused, device, kind, on_device=True)
     if not works:
         warn_once(f"Triton's update of {param} with scalars on {device} differs from PyTorch's operators")
     return works

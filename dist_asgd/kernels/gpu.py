@@ -326,11 +326,8 @@ def _numbers(h: Hyperparameters, scalars: AnyScalars) -> dict[str, Any]:
     else:
         known, averages = scalars, "becomes" if scalars.mu == 1 else "moves"
     numbers = double_bits(h.lambd, known.eta, known.mu, h.weight_decay)
-    return {
-        **arguments,
-        **dict(zip(("lambd", "eta", "mu", "weight_decay"), numbers, strict=True)),
-        "AVERAGES": averages,
-    }
+    arguments |= zip(("lambd", "eta", "mu", "weight_decay"), numbers, strict=True)
+    return arguments | {"AVERAGES": averages}
 
 
 @functools.cache

@@ -58,7 +58,8 @@ class DeviceTables:
         if is_captured(self._device):
             return self._captured(addresses)
         if self._device.type == "cuda" and not self._spares:
-            self._spares.append(self._pair())
+            host = self._pinned(torch.zeros(self._count, dtype=torch.int64))
+            self._spares.append((host, torch.empty_like(host, device=self._device)))
         if self._sent is None or self._sent[0] != addresses:
             values = self._pinned(torch.frombuffer(addresses, dtype=torch.int64))
             self._sent = (addresses, values.to(self._device, non_blocking=True))
@@ -79,10 +80,6 @@ class DeviceTables:
         self._of_graphs.append((host, device))
         host.copy_(torch.frombuffer(addresses, dtype=torch.int64))
         return device.copy_(host, non_blocking=True)
-
-    def _pair(self) -> tuple[Tensor, Tensor]:
-        host = self._pinned(torch.zeros(self._count, dtype=torch.int64))
-        return host, torch.empty_like(host, device=self._device)
 
     def _pinned(self, values: Tensor) -> Tensor:
         return values.pin_memory() if self._device.type == "cuda" else values

@@ -11,7 +11,7 @@ import torch
 from dist_asgd.asgd.rounding import Rounding, compute_dtype
 from dist_asgd.asgd.rule import low_precision_step_
 from dist_asgd.asgd.schedule import DeviceScalars, Hyperparameters, Scalars
-from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList
+from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList, UpdateKind
 
 # Elements on which each combination of options is compared: several vectors of PyTorch's operators and a remainder.
 CHECKED = 211
@@ -21,44 +21,33 @@ _warned: set[str] = set()
 
 
 def matches_operators(
-    update: Callable[..., None],
-    device: torch.device,
-    param: torch.dtype,
-    grad: torch.dtype,
-    has_master: bool,
-    rounded: torch.dtype,
-    stochastic: bool,
-    on_device: bool = False,
+    update: Callable[..., None], device: torch.device, kind: UpdateKind, on_device: bool = False
 ) -> bool:
     """Returns whether ``update`` gives the bits of ``low_precision_step_`` under all combinations of options.
 
     Args:
-        update: a ``FusedUpdate`` (kernels/dispatch.py) for the dtypes that follow.
+        update: a ``FusedUpdate`` (kernels/dispatch.py) of this ``kind``.
         device: where the test tensors lie.
-        param, grad: dtypes of parameters and gradients.
-        has_master: whether there are masters.
-        rounded: the dtype to which parameters are rounded (``Rounding.dtype``).
-        stochastic: whether that rounding is stochastic (``Rounding.seed`` is not None).
         on_device: whether ``update`` is given ``DeviceScalars`` instead of ``Scalars``.
     """
-    rounding = Rounding(rounded, 1234 if stochastic else None, 5)
-    generator, dtype = torch.Generator().manual_seed(0), compute_dtype(param)
+    rounding = Rounding(kind.rounded, 1234 if kind.stochastic else None, 5)
+    generator, dtype = torch.Generator().manual_seed(0), compute_dtype(kind.param)
     combinations = itertools.product((False, True), (0.0, 0.1), (False, True), (1.0, 0.3))
     for maximize, weight_decay, averages, mu in combinations:
         h = Hyperparameters(lr=0.1, lambd=0.1, alpha=0.75, t0=0.0, weight_decay=weight_decay, maximize=maximize)
         scalars = Scalars(3, *torch.tensor([0.07, mu], dtype=torch.float32).tolist())  # a device keeps fp32
         values = torch.randn(4, CHECKED, dtype=torch.float64, generator=generator).to(device, dtype)
         first, second, average, other = values
-        p, g = first.to(param), second.to(grad)
-        p = torch.where(second > 0, p, p.to(rounding.dtype).to(param))  # some are already rounded
+        p, g = first.to(kind.param), second.to(kind.grad)
+        p = torch.where(second > 0, p, p.to(rounding.dtype).to(kind.param))  # some are already rounded
         # Half of the masters belong to their parameters; the other half are out of date, and must be replaced.
         master = torch.where(other > 0, p.to(dtype), other)
         own, expected = ([tensor.clone() for tensor in (p, average, master)] for _ in range(2))
         given = DeviceScalars.of(scalars, device) if on_device else scalars
-        state = (own[1] if averages else None, own[2] if has_master else None)
+        state = (own[1] if averages else None, own[2] if kind.has_master else None)
         update(TensorList.of(own[:1]), Gradients.of([g]), SliceStep(*state, h, given, rounding))
         p, average, master = expected
-        state = (average if averages else None, master if has_master else None)
+        state = (average if averages else None, master if kind.has_master else None)
         expected_rounding = rounding.at(rounding.first, scalars) if on_device else rounding
         low_precision_step_(p, g, *state, h, scalars, expected_rounding)
         if not all(map(torch.equal, own, expected)):

@@ -1,10 +1,11 @@
-"""Arguments of an update kernel: lists of tensors with their addresses, and what a step does to them."""
+"""Arguments of an update kernel: lists of tensors with their addresses, and what a step does to them, of which kind."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,6 +77,19 @@ class SliceStep:
     h: Hyperparameters
     scalars: AnyScalars
     rounding: Rounding  # its ``first`` is the number of the element at index 0 of average and master
+
+
+class UpdateKind(NamedTuple):
+    """Real dtypes and options for which one form of the update is compiled and checked.
+
+    It is a tuple, since every step makes some and looks them up.
+    """
+
+    param: torch.dtype
+    grad: torch.dtype
+    has_master: bool
+    rounded: torch.dtype  # the dtype to which parameters are rounded (``Rounding.dtype``)
+    stochastic: bool  # whether that rounding is stochastic (``Rounding.seed`` is not None)
 
 
 def as_real(flat: Tensor) -> Tensor:

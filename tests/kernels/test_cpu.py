@@ -19,7 +19,7 @@ from dist_asgd.asgd.rounding import Rounding, compute_dtype
 from dist_asgd.asgd.rule import low_precision_step_
 from dist_asgd.asgd.schedule import Hyperparameters, Scalars
 from dist_asgd.kernels.cpu import native_update
-from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList
+from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList, UpdateKind
 from tests.support.oracle import MIXED, PLAIN, Pair, make_parameters, random_gradients
 from tests.support.ranks import run_alone, run_ranks
 
@@ -50,7 +50,7 @@ def scattered(dtype: torch.dtype, generator: torch.Generator) -> list[torch.Tens
 def test_one_pass_has_the_bits_of_the_operators(
     param: torch.dtype, grad: torch.dtype, has_master: bool, rounding: Rounding, threads: int
 ) -> None:
-    update = native_update(param, grad, has_master, rounding.dtype, rounding.seed is not None)
+    update = native_update(UpdateKind(param, grad, has_master, rounding.dtype, rounding.seed is not None))
     if update is None:
         pytest.skip("NO C COMPILER HERE, or one that makes other bits: the update in one pass was not tested")
 
@@ -87,8 +87,8 @@ def test_one_pass_has_the_bits_of_the_operators(
 
 
 def test_without_a_fitting_dtype_there_is_none() -> None:
-    assert native_update(torch.float32, torch.float16, False, torch.float32, False) is None
-    assert native_update(torch.complex64, torch.complex64, False, torch.complex64, False) is None
+    assert native_update(UpdateKind(torch.float32, torch.float16, False, torch.float32, False)) is None
+    assert native_update(UpdateKind(torch.complex64, torch.complex64, False, torch.complex64, False)) is None
 
 
 def test_addresses_are_those_of_the_elements() -> None:

@@ -37,7 +37,7 @@ class LocalStore:
         with self._requests.once("create", path):
             make_folders(os.path.dirname(target))
             with removing(temporary_path(target)) as temporary:
-                with new_file(temporary) as file:
+                with io.FileIO(temporary, "x") as file:
                     write_all(file, data)
                     os.fsync(file)
                 link(temporary, target, data)
@@ -50,7 +50,7 @@ class LocalStore:
             with self._requests.once("write", path):
                 make_folders(os.path.dirname(target))
                 temporary = stack.enter_context(removing(temporary_path(target)))
-                file = stack.enter_context(new_file(temporary))
+                file = stack.enter_context(io.FileIO(temporary, "x"))
             flusher = stack.enter_context(Flusher(file))
             for chunk in chunks:  # outside of once(): the caller's own errors pass unchanged
                 with self._requests.once("write", path):
@@ -75,15 +75,12 @@ class LocalStore:
 
     def sizes(self, path: str) -> dict[str, int]:
         found: dict[str, int] = {}
-        folders = [""]
-        while folders:
-            folder = folders.pop()
-            for name, size in self.entries("/".join(filter(None, (path, folder)))).items():
-                inner = f"{folder}/{name}" if folder else name
-                if size is None:
-                    folders.append(inner)
-                else:
-                    found[inner] = size
+        for name, size in self.entries(path).items():
+            if size is not None:
+                found[name] = size
+                continue
+            below = self.sizes(f"{path}/{name}" if path else name)
+            found |= {f"{name}/{inner}": size for inner, size in below.items()}
         return found
 
     def remove(self, path: str) -> None:
@@ -147,11 +144,6 @@ def sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def new_file(path: str) -> io.FileIO:
-    """Opens a new file for writing without a buffer; raises FileExistsError where the file exists."""
-    return io.FileIO(path, "x")
-
-
 @contextlib.contextmanager
 def removing(path: str) -> Iterator[str]:
     """Yields ``path`` and removes the file there, if there is one, at the end of the block."""
@@ -209,7 +201,7 @@ def link(temporary: str, target: str, data: bytes) -> None:
         if error.errno not in NO_LINKS:
             raise
         # Without hard links the create is exclusive, too, but a reader may see a part of the file.
-        with new_file(target) as file:
+        with io.FileIO(target, "x") as file:
             write_all(file, data)
             os.fsync(file)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from dist_asgd.checkpoint.storage.azure import AzureStore
 from dist_asgd.checkpoint.storage.connection import Connection
@@ -25,8 +25,10 @@ from dist_asgd.checkpoint.storage.rename import RenamedStore
 from dist_asgd.checkpoint.storage.retry import Requests
 from dist_asgd.checkpoint.storage.s3 import S3Store
 from dist_asgd.checkpoint.storage.sftp import SftpStore
-from dist_asgd.checkpoint.storage.store import Store
 from dist_asgd.checkpoint.storage.url import LOCAL, Target, parse_url
+
+# The methods serve the requests of ``Storage``, whose methods of like names document them; paths are checked.
+Store: TypeAlias = LocalStore | RemoteStore
 
 STORES: tuple[type[RemoteStore], ...] = (S3Store, GcsStore, AzureStore, SftpStore, MemoryStore)
 

@@ -21,7 +21,7 @@ OWNER = "distasgdowner"
 
 
 class RemoteStore(ABC):
-    """The files below one URL of a remote store: a ``Store`` whose subclasses know how each kind of store is changed.
+    """The files below one URL of a remote store: subclasses know how each kind of store is changed.
 
     All methods raise ``StorageError`` for a request that fails for good, and may be called by several threads at once.
 

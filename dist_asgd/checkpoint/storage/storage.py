@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from dist_asgd.checkpoint.storage.registry import store_of, target_of
+from dist_asgd.checkpoint.storage.registry import Store, store_of, target_of
 from dist_asgd.checkpoint.storage.retry import StorageError
-from dist_asgd.checkpoint.storage.store import BytesLike, Store
+from dist_asgd.checkpoint.storage.store import BytesLike
 from dist_asgd.checkpoint.storage.url import checked_path
 
 __all__ = ["Storage", "StorageError"]

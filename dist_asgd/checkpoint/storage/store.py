@@ -1,46 +1,15 @@
-"""Declares the requests that a store serves, names of temporary files, and times in fsspec's infos."""
+"""Declares what all stores have in common: bytes, names of temporary files, and times in fsspec's infos."""
 
 from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable
 from datetime import datetime, timezone
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 BytesLike: TypeAlias = bytes | bytearray | memoryview
 
 TIMES = ("LastModified", "last_modified", "updated", "mtime", "created")  # keys of s3fs, adlfs, gcsfs, sftp, memory
-
-
-class Store(Protocol):
-    """The requests that ``Storage`` makes; its methods of like names (storage/storage.py) document them.
-
-    Paths are relative to the store's URL and checked.
-
-    Attributes:
-        is_local: whether the operating system caches what was read, so that reading it again costs nothing.
-    """
-
-    is_local: bool
-
-    def create(self, path: str, data: bytes) -> None: ...
-
-    def write(self, path: str, chunks: Iterable[BytesLike]) -> int: ...
-
-    def read_range(self, path: str, start: int, stop: int | None) -> bytes: ...  # None: to the end of the file
-
-    def entries(self, path: str) -> dict[str, int | None]: ...
-
-    def sizes(self, path: str) -> dict[str, int]: ...
-
-    def remove(self, path: str) -> None: ...
-
-    def remove_tree(self, path: str) -> None: ...
-
-    def abort_uploads(self, prefix: str, older_than: float) -> int: ...
-
-    def modified(self, path: str) -> float | None: ...
 
 
 def temporary_path(path: str) -> str:
