@@ -99,6 +99,7 @@ class ReplicatedBucket(Bucket):
         self._reductions: deque[tuple[int, Reduction]] = deque()  # under way, oldest first, each with its pass
         self._changes: deque[tuple[int, Callable[[], None]]] = deque()  # of gradients, each after so many reductions
         self._begun = self._done = 0  # numbers of reductions
+        self.changes: list[str] = []  # what the user has done to gradients since the last step
         self._gather: Transfer | None = None
         self._received: Tensor | None = None  # 1-D, wire dtype: the result of _gather, if it is not the buffer
         self._packer = Packer(layout, self.placements, self.buffer)
@@ -312,12 +313,14 @@ class ReplicatedBucket(Bucket):
     def drop_gradient(self) -> None:
         """Frees the averaged gradients without waiting; results of reductions under way are discarded."""
         self.grad = None
+        self.changes.clear()
         for piece in self.gradient_pieces:
             piece.contributed, piece.first_pass, piece.pending = False, DROPPED, None
 
     def zero_gradient(self, gradient: GradientPiece) -> None:
         """Sets one gradient to zero without waiting; results of reductions under way are discarded for it."""
         if gradient.is_read:
+            self.note_change(gradient.position, "zero_()")
             self.in_order(gradient, lambda: gradient.part.zero_())
         elif gradient.first_pass != UNREDUCED:
             gradient.first_pass = (self.gradient_sync.passes if self.gradient_sync else 0) + 1
@@ -355,6 +358,9 @@ class ReplicatedBucket(Bucket):
         else:
             unless_dropped()
 
+    def note_change(self, position: int, change: str) -> None:
+        self.changes.append(f"{change} on {self.names[position]!r}")
+
     def _take_up(self, position: int, grad: GradientPiece) -> GradientPiece:
         """Makes the values of ``grad``, which an operator made and the user assigned, those of the bucket's gradient.
 
@@ -376,6 +382,7 @@ class ReplicatedBucket(Bucket):
             if part is not None and grad.made_values is not None:
                 part.copy_(grad.made_values)
 
+        self.note_change(position, grad.made_by)
         self.in_order(piece, take_up)
         piece.pending, piece.contributed = grad.pending, grad.contributed
         self.params[position].grad = piece
@@ -420,6 +427,7 @@ class ReplicatedBucket(Bucket):
         self.wait()
         if self.reduces:
             self.finish_reduce()
+            self.changes.clear()
         self.shard.update(h, active, self._reduced_slices if self.reduces else self._plain_slices, scaling)
         self.release_gradients()
 

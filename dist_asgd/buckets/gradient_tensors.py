@@ -79,6 +79,9 @@ class PieceOwner(GradientOwner, Protocol):
     def in_order(self, gradient: GradientPiece, change: Callable[[], object]) -> None:
         """Calls ``change`` when the reductions of the gradient that are under way are complete. No communication."""
 
+    def note_change(self, position: int, change: str) -> None:
+        """Notes how the user has changed a gradient, which must be the same on every rank. No communication."""
+
     def finish_reduce(self) -> None:
         """Waits for the reductions under way."""
 
@@ -103,6 +106,7 @@ class GradientPiece(Tensor):
         pending: a gradient of this rank that is not reduced yet; None if there is none.
         made_values: this rank's part of what an operator made, 1-D; None in the gradient that the bucket holds.
         is_made: whether an operator made the piece.
+        made_by: the operators that made the piece, with their numbers, in words.
         is_read: whether an operator was called on the gradient, so that changes have to keep their order.
     """
 
@@ -114,6 +118,7 @@ class GradientPiece(Tensor):
 
     made_values: Tensor | None
     is_made: bool
+    made_by: str
     is_read: bool
 
     @staticmethod
@@ -123,7 +128,7 @@ class GradientPiece(Tensor):
         piece.position = position
         # The reference is weak, so that a gradient that outlives its optimizer does not keep the optimizer's memory.
         piece._owner, piece.contributed, piece.first_pass, piece.pending = weakref.ref(owner), False, 0, None
-        piece.made_values, piece.is_made, piece.is_read = None, False, False
+        piece.made_values, piece.is_made, piece.made_by, piece.is_read = None, False, "", False
         return piece
 
     @classmethod

@@ -87,6 +87,7 @@ def _change(kind: type[Any], func: Any, args: Any, kwargs: Any) -> Tensor:
         func(piece.pending, *args[1:], **kwargs)
         if piece.holds_unreduced_only:
             return piece
+    piece.owner.note_change(piece.position, _in_words(kind, func, (args[1:], kwargs)))
     rest, named = _parts(kind, piece, (args[1:], kwargs))
     piece.owner.in_order(piece, lambda: func(piece.part, *_values(kind, rest), **_values(kind, named)))
     return piece
@@ -103,11 +104,29 @@ def _new(kind: type[Any], first: Any, func: Any, args: Any, kwargs: Any) -> Tens
     )
     result = kind.made_from(first, first.dtype if dtype == first.owner.part_dtype and "dtype" not in kwargs else dtype)
 
+    result.made_by = _in_words(kind, func, (args, kwargs))
+
     def fill() -> None:
         result.made_values = func(*_values(kind, positional), **_values(kind, named))
 
     first.owner.in_order(first, fill)
     return result
+
+
+def _in_words(kind: type[Any], func: Any, arguments: Any) -> str:
+    """Returns an operator and the numbers it is given, by which ranks compare what they do to gradients.
+
+    The values of tensors on other devices than the CPU, and of whole tensors, are left out: reading them takes long.
+    """
+    numbers = []
+    for leaf in tree_leaves(arguments):
+        if isinstance(leaf, kind):
+            numbers += [leaf.made_by] if leaf.made_by else []
+        elif not isinstance(leaf, Tensor):
+            numbers.append(repr(leaf))
+        elif leaf.device.type == "cpu" and not leaf.ndim:
+            numbers.append(repr(leaf.item()))
+    return f"{func.overloadpacket.__name__}({', '.join(numbers)})"
 
 
 def _reduce(piece: Any, func: Any, rest: Any, kwargs: Any) -> Tensor:

@@ -142,19 +142,62 @@ def test_torchs_clipping_by_norm_counts_all_ranks() -> None:
 
 
 def test_a_change_waits_for_no_rank_and_a_norm_of_one_rank_is_an_error_on_all() -> None:
-    def ranks(rank: int) -> str:
+    def ranks(rank: int) -> tuple[str, str]:
         params = make_parameters(PLAIN)
         optimizer = ShardedASGD(named(params), lr=0.1, find_unused_parameters=True)
         if rank == 0:
             backward(params, random_gradients(PLAIN, 2, 0)[0])
             for p in params:
                 p.grad.mul_(2)  # type: ignore[union-attr]
-        optimizer.step()  # rank 1 joins here
+        first = quick_message(optimizer.step, ValueError)  # rank 1 joins here, and has not doubled its part
         optimizer.zero_grad()
         backward(params, random_gradients(PLAIN, 2, 1)[rank])
-        return quick_message((lambda: params[3].grad.norm()) if rank else optimizer.step, RuntimeError)  # type: ignore[union-attr]
+        return first, quick_message((lambda: params[3].grad.norm()) if rank else optimizer.step, RuntimeError)  # type: ignore[union-attr]
 
-    one_message(run_ranks(2, ranks), "vector_norm of the gradient of 'layer3.weight'", "step()")
+    changes, meetings = zip(*run_ranks(2, ranks), strict=True)
+    one_message(list(changes), "change 1 of reduced gradients", "mul_(2) on 'layer")
+    one_message(list(meetings), "vector_norm of the gradient of 'layer3.weight'", "step()")
+
+
+def by_own_tokens(params: Sequence[Any], rank: int) -> None:
+    for p in params:
+        p.grad.mul_(1 / (rank + 3))
+
+
+def assigned(params: Sequence[Any], rank: int) -> None:
+    for p in params:
+        p.grad = p.grad * 2.0 / torch.tensor(rank + 3.0)
+
+
+def one_rank_only(params: Sequence[Any], rank: int) -> None:
+    if rank:
+        torch.nn.utils.clip_grad_value_(params, 0.05)
+
+
+def zeroed_later(params: Sequence[Any], rank: int) -> None:
+    params[0].grad.mul_(2)
+    if rank:
+        params[0].grad.zero_()
+
+
+def test_ranks_that_change_gradients_differently_are_told() -> None:
+    """Each rank changes its own part, so that the parameters would become a mixture of both."""
+
+    def ranks(rank: int) -> list[str]:
+        texts = []
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=1)
+        for change in (by_own_tokens, assigned, one_rank_only, zeroed_later):
+            backward(pair.params, random_gradients(PLAIN, 2, 0)[rank])
+            change(pair.params, rank)
+            before = [p.detach().clone() for p in pair.params]
+            texts.append(quick_message(pair.optimizer.step, ValueError))
+            assert all(map(same_bits, pair.params, before))
+            pair.optimizer.zero_grad()
+        pair.train(range(4))
+        return texts
+
+    for texts in zip(*run_ranks(2, ranks), strict=True):
+        one_message(list(texts), "of reduced gradients", "rank 0", "rank 1")
 
 
 def test_gradients_that_were_dropped_or_are_not_reduced_are_refused() -> None:
