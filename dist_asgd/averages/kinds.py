@@ -57,7 +57,7 @@ class Average(ABC):
 
 @dataclass(frozen=True)
 class Uniform(Average):
-    """The mean of all iterates from ``t0`` on: the average of torch.optim.ASGD, and the default.
+    """The mean of all iterates from step ``t0 + 2`` on: the average of torch.optim.ASGD, and the default.
 
     Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992.
     """

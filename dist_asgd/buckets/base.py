@@ -101,8 +101,9 @@ class Bucket(ABC):
             of a parameter, and no gradient.
         copy_ranks: the ranks that hold copies of the blocks of the parameters, this rank included; empty if no other
             does. Where they share optimizer state, a step would mix copies that differ.
-        compared_ranks: ranks whose gradients must be equal without any collective that makes them so; empty if there
-            are none. ``step/gradient_check.py`` compares them.
+        compared_ranks: ranks whose gradients must be equal though no collective of the optimizer makes them so: with
+            ``gradients="reduced"``, and for replicas on other meshes. Empty if there are none.
+            ``step/gradient_check.py`` compares them.
         params, names: the parameters and their names, in the order of ``layout.spans``.
         positions: the position of each parameter in ``params``, by ``id``.
         wire: the dtype in which parameters are sent.
@@ -143,7 +144,7 @@ class Bucket(ABC):
         self.shard = Shard(
             parameters, layout, self.placements, rank, precision, rounding, kinds, any(self.requires_grad())
         )
-        self._known_writes = self._writes()  # of those, how many the optimizer has made or the ranks have compared
+        self._known_writes = self._writes()  # writes that the optimizer has made or ranks have compared
 
     def requires_grad(self) -> list[bool]:
         return [param.requires_grad for param in self.params]

@@ -227,7 +227,7 @@ class PlacedBucket(Bucket):
         self._count_own_write()
         if self.collectives is None:
             return
-        if len(self._in_flight) == MAX_IN_FLIGHT:  # one more where another rank does not come
+        if len(self._in_flight) == MAX_IN_FLIGHT:  # PATIENCE allows one more if a rank does not come
             self._in_flight[0].wait(PATIENCE)
         received = torch.empty(self.layout.numel, dtype=self.dtype if exact else self.wire, device=self.device)
         own = received[self.shard.start : self.shard.stop]

@@ -97,8 +97,10 @@ class ReplicatedBucket(Bucket):
             for position, param in enumerate(self.params if reduces else ())
         ]
         self._reductions: deque[tuple[int, Reduction]] = deque()  # under way, oldest first, each with its pass
-        self._changes: deque[tuple[int, Callable[[], None]]] = deque()  # of gradients, each after so many reductions
-        self._begun = self._done = 0  # numbers of reductions
+        self._changes: deque[tuple[int, Callable[[], None]]] = (
+            deque()
+        )  # changes of gradients; each waits for that many reductions
+        self._begun = self._done = 0  # how many reductions were started, and how many are complete
         self.changes: list[str] = []  # what the user has done to gradients since the last step
         self._gather: Transfer | None = None
         self._received: Tensor | None = None  # 1-D, wire dtype: the result of _gather, if it is not the buffer

@@ -132,7 +132,9 @@ class Reducer:
 
     def gradient_ready(self, index: int, position: int) -> None:
         """Hook: backward has accumulated the gradient of parameter ``position`` of bucket ``index``."""
-        if not (self.enabled and self._fits and self.buckets[index].holds(position)):  # or another optimizer has it now
+        if not (
+            self.enabled and self._fits and self.buckets[index].holds(position)
+        ):  # another optimizer may have taken it
             return
         if any(at_end() is None for at_end in self._ends):
             # The engine has dropped the callback of an earlier backward without calling it: that backward failed, and

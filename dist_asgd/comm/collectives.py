@@ -47,7 +47,7 @@ class HostTransfer:
     """Several gloo collectives under way that are waited for as one."""
 
     works: Sequence[dist.Work]
-    groups: SeparateGroups  # of the works
+    groups: SeparateGroups  # has the process groups that ``works`` run in
 
     def wait(self) -> None:
         with self.groups.using():

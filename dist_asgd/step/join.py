@@ -23,7 +23,7 @@ from dist_asgd.comm.consensus import Agreement
 from dist_asgd.kernels.tensor_list import as_real
 from dist_asgd.step.validation import Groups
 
-Options = list[dict[str, Any]]  # of each param group
+Options = list[dict[str, Any]]  # the options of each param group
 Shared = tuple[Options, list[list[bool]]]  # the options, and by bucket which gradients exist
 
 

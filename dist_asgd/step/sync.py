@@ -40,7 +40,7 @@ MAX_COMPARISONS = 100
 
 STEP = "step()"  # name of the operation that takes a step
 
-FAILED = 2  # what a rank says of its part of an exchange: it raised. 1: somebody wrote to its parameters; 0: neither
+NOTHING, WRITTEN, FAILED = range(3)  # news of a rank: somebody wrote to its parameters, or its checks raised
 
 Flags = dict[Bucket, list[bool]]  # one flag for each parameter of each bucket
 
@@ -162,7 +162,13 @@ class StepAgreement:
             error = caught
         written = not replaces_state and any(bucket.was_written for bucket in self._buckets)
         history = 0 if replaces_state else self.history
-        mine = [self._reducer.passes, FAILED if error is not None else written, history, -history, *values]
+        mine = [
+            self._reducer.passes,
+            FAILED if error is not None else WRITTEN if written else NOTHING,
+            history,
+            -history,
+            *values,
+        ]
         try:
             maxima = self.agreement.maximum(operation, mine)
         except RuntimeError as failure:
@@ -182,7 +188,7 @@ class StepAgreement:
                 "frozen or had gradients, were not the same on every rank: what they have computed does not belong "
                 "together. Load an earlier state"
             )
-        if news:
+        if news == WRITTEN:
             require_same_values(self.agreement, self._buckets, written_only=True)
 
     def agree_on(self, operation: str, groups: Groups | None = None, buckets: Sequence[Bucket] = ()) -> None:
@@ -263,7 +269,7 @@ class StepAgreement:
     def _compare_gradients(self, buckets: Sequence[Bucket], plan: StepPlan) -> None:
         """Compares gradients that ranks must have alike, until a comparison proves that they do. Collective."""
         some = any(map(any, plan.active.values()))
-        agrees = any(bucket.agrees_before_step for bucket in buckets)  # not where this rank has no rows of replicas
+        agrees = any(bucket.agrees_before_step for bucket in buckets)  # a rank without rows of replicas does not
         samples, found, agree = zip(*self.agreement.gather((gradient_sample(buckets), some, agrees)), strict=True)
         self._agrees_always = any(agree)
         self._comparisons += 1

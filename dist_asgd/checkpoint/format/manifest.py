@@ -27,7 +27,7 @@ from dist_asgd.checkpoint.format.manifest_rules import (
     check_paths,
 )
 
-NAME = "manifest.json"
+NAME = "manifest.json"  # the file whose creation commits a checkpoint
 STOCK = ".metadata"  # the file that torch.distributed.checkpoint reads
 
 FORMAT = "dist_asgd checkpoint"

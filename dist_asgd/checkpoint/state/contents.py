@@ -40,7 +40,7 @@ class Contents:
     # The optimizer's key, and the global ranks that share it, of entries with Sharing.SUBGROUP.
     subgroups: dict[str, tuple[str, tuple[int, ...]]]
     facts: dict[str, str]  # what must be equal on all ranks besides entries, by what errors call it
-    steps: dict[str, StepsTaken]  # of optimizers, by their keys
+    steps: dict[str, StepsTaken]  # what each optimizer has done, by its key
 
 
 @dataclass(frozen=True, slots=True)
