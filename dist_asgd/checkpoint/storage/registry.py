@@ -27,7 +27,7 @@ from dist_asgd.checkpoint.storage.s3 import S3Store
 from dist_asgd.checkpoint.storage.sftp import SftpStore
 from dist_asgd.checkpoint.storage.url import LOCAL, Target, parse_url
 
-# A store serves the requests of ``Storage``, whose methods of the same names document them, and gets checked paths only.
+# A store serves the requests of ``Storage``, whose methods of the same names document them. It gets checked paths only.
 Store: TypeAlias = LocalStore | RemoteStore
 
 STORES: tuple[type[RemoteStore], ...] = (S3Store, GcsStore, AzureStore, SftpStore, MemoryStore)
