@@ -23,8 +23,8 @@ import torch
 from dist_asgd._torch_private import rebuild_tensor_v2, rebuild_tensor_v3
 
 PAYLOAD_ALIGNMENT = 64  # bytes: torch, too, starts payloads on multiples of it, counted from the archive's start
-# Sizes and offsets from here on are in a zip64 field, and this number stands in their usual field.
-IN_ZIP64 = 2**32 - 1
+LONG = 2**32 - 1  # bytes from which on sizes and offsets take the zip64 forms
+IN_ZIP64 = 2**32 - 1  # stands in the usual field of a size or offset that is in a zip64 field
 
 # The dtypes with a storage class of their own, all from before torch 2. Later dtypes are saved as untyped bytes and the
 # dtype (torch/storage.py, _new_dtypes), because torch makes no new storage classes.
@@ -74,7 +74,7 @@ class ArchiveRecord:
     def directory_entry(self) -> bytes:
         """Returns the record's entry in the directory at the end of the archive."""
         sizes = [self.nbytes, self.nbytes] if self._is_long else []
-        longs = sizes + ([self.offset] if self.offset >= IN_ZIP64 else [])
+        longs = sizes + ([self.offset] if self.offset >= LONG else [])
         extra = struct.pack(f"<2H{len(longs)}Q", 1, 8 * len(longs), *longs) if longs else b""
         common = self._common(self.crc32, IN_ZIP64 if sizes else self.nbytes)
         rest = struct.pack("<5H2L", len(self.name), len(extra), 0, 0, 0, 0, _shortened(self.offset))
@@ -82,10 +82,10 @@ class ArchiveRecord:
 
     @property
     def _is_long(self) -> bool:
-        return self.nbytes >= IN_ZIP64
+        return self.nbytes >= LONG
 
     def _common(self, crc32: int, size: int) -> bytes:
-        version = 45 if self._is_long or self.offset >= IN_ZIP64 else 20
+        version = 45 if self._is_long or self.offset >= LONG else 20
         date = 0x21  # 1 January 1980, the earliest date of zip
         return struct.pack("<5H3L", version, 8 if self.crc_follows else 0, 0, 0, date, crc32, size, size)
 
@@ -95,7 +95,7 @@ def directory(records: Sequence[ArchiveRecord], at: int) -> bytes:
     entries = b"".join(record.directory_entry() for record in records)
     count, size = len(records), len(entries)
     longer = b""
-    if count >= 0xFFFF or max(at, size) >= IN_ZIP64:
+    if count >= 0xFFFF or max(at, size) >= LONG:
         longer = b"PK\x06\x06" + struct.pack("<Q2H2L4Q", 44, 45, 45, 0, 0, count, count, size, at)
         longer += b"PK\x06\x07" + struct.pack("<LQL", 0, at + size, 1)
     counts = [min(count, 0xFFFF)] * 2
@@ -105,7 +105,7 @@ def directory(records: Sequence[ArchiveRecord], at: int) -> bytes:
 
 def _shortened(number: int) -> int:
     """Returns the content of a 32-bit field for a size or offset."""
-    return min(number, IN_ZIP64)
+    return IN_ZIP64 if number >= LONG else number
 
 
 def beginning(description: bytes) -> tuple[bytes, list[ArchiveRecord]]:
