@@ -98,10 +98,9 @@ def verify_checkpoint(storage: Storage, directory: str, report: ProgressCallback
             faults += problem
         else:
             faults.append(Fault(STOCK, "", f"it does not have the sha256 that {NAME} has of it"))
-    if stock is not None:
-        faults += _check_stock_agrees(manifest, stock)
     parts = [part for part in _parts(manifest, stock) if part.place[0] in present]
-    faults += _check_coverage(manifest, parts, present) if stock is not None else []
+    if stock is not None:
+        faults += [*_check_stock_agrees(manifest, stock), *_check_coverage(manifest, parts, present)]
     return sorted(faults + _check_bytes(storage, directory, parts, report))
 
 
