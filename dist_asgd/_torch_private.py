@@ -19,10 +19,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import _composable_state, _functional_collectives
 from torch.distributed._shard import sharded_tensor
+from torch.distributed.algorithms.join import Joinable
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, _runtime_utils
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils import _pytree
 
 # The autograd engine -------------------------------------------------------------------------------------------------
 
@@ -61,6 +63,16 @@ disabled_torch_function: Any = torch._C._disabled_torch_function_impl
 torch documents the value for this use, under this name only.
 """
 
+
+def has_other_users(tensor: Tensor) -> bool:
+    """Returns whether the storage of ``tensor`` is also that of another tensor, such as a view.
+
+    No public name tells it. CUDA graph trees of torch.compile ask the same of storages.
+    """
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) > 2  # the tensor and ``storage`` itself
+
+
 # DTensors and their relatives ----------------------------------------------------------------------------------------
 
 local_tensor: Callable[[DTensor], Tensor] = operator.attrgetter("_local_tensor")
@@ -97,11 +109,23 @@ Checkpoints read its local shards. torch exports the class from a private module
 aten = torch.ops.aten
 """Namespace of the operators that ``__torch_dispatch__`` gets to see."""
 
+DEVICE_OF: Any = torch.ops.prim.device.default
+"""The operator by which ``Tensor.device`` asks a subclass that was made with ``dispatch_device=True``."""
+
 FOREACH_ZERO_ = aten._foreach_zero_.default
 """The operator by which ``optimizer.zero_grad(set_to_none=False)`` zeroes all gradients at once."""
 
 TO_COPY = aten._to_copy.default
 """The operator that ``Tensor.to()`` becomes below autograd where it makes a copy."""
+
+is_mutable: Callable[[Any], bool] = operator.attrgetter("_schema.is_mutable")
+"""Returns whether an operator writes to one of its arguments."""
+
+tree_map: Callable[..., Any] = _pytree.tree_map
+"""Returns nested lists, tuples and dicts, such as an operator's arguments, with a function applied to each leaf."""
+
+tree_leaves: Callable[..., list[Any]] = _pytree.tree_leaves
+"""Returns the leaves of nested lists, tuples and dicts."""
 
 foreach_mul_: Callable[..., None] = torch._foreach_mul_
 """Multiplies each tensor of a list by one 0-dim tensor, in place and in one kernel.
@@ -138,6 +162,14 @@ WRAPPER_NAMES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wra
 
 State dicts of the unwrapped module lack these names. With another name, torch would make other keys for checkpoints.
 """
+
+
+def without_wrappers(name: str) -> str:
+    """Returns the name of a parameter without the parts of ``WRAPPER_NAMES``.
+
+    The "module" of DistributedDataParallel stays.
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPER_NAMES)
 
 
 modules_with_state: Iterable[nn.Module] | None = getattr(_composable_state, "_module_state_mapping", None)
@@ -258,6 +290,14 @@ def set_takes_scaled_gradients(optimizer: Optimizer, takes: bool) -> None:
     step, which is right as well, and waits for the device.
     """
     optimizer._step_supports_amp_scaling = takes  # type: ignore[attr-defined]
+
+
+def is_first_joinable(joinable: Joinable) -> bool:
+    """Whether ``torch.distributed.algorithms.join.Join`` has been given ``joinable`` first, or alone.
+
+    The first one makes the collectives of ``Join``; which one it is, ``Join`` tells by this name only.
+    """
+    return bool(joinable._join_config.is_first_joinable)
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Joinable
 
 from dist_asgd._torch_private import (
     load_state_dict_post_hooks,
@@ -30,27 +31,33 @@ from dist_asgd.comm.consensus import Agreement
 from dist_asgd.comm.process_groups import default_group
 from dist_asgd.sharding.precision import Precision
 from dist_asgd.state_dict import (
-    TORCH_OPTIONS,
-    StateView,
     full_state_dict,
     passed_through,
     plan_load,
     sharded_state_dict,
     state_for_all,
 )
+from dist_asgd.state_view import StateView
 from dist_asgd.step.clip import clip_
 from dist_asgd.step.consistency import argument_facts
 from dist_asgd.step.cuda_graphs import scaling_of
 from dist_asgd.step.forward_wait import ForwardWaits
+from dist_asgd.step.join import StepJoin
 from dist_asgd.step.param_groups import add_agreed, add_checked
 from dist_asgd.step.rebuild import BuiltFor, check_rebuild, steps_loaded, value_facts
 from dist_asgd.step.sync import STEP, StepAgreement, update_and_gather
-from dist_asgd.step.validation import check_arguments, check_state_dict, initialized_since, parameter_names
+from dist_asgd.step.validation import (
+    check_aliases,
+    check_arguments,
+    check_state_dict,
+    initialized_since,
+    parameter_names,
+)
 from dist_asgd.swap import NOT_BOTH, SwapGuard, refused_during_swap, restart_averaging, start_averaging, swapped
 from dist_asgd.wrappers import ParallelModules
 
 
-class ShardedASGD(torch.optim.Optimizer):
+class ShardedASGD(torch.optim.Optimizer, Joinable):
     """``torch.optim.ASGD`` with its state and its update sharded over the ranks of a process group.
 
     Runs on one rank or on thousands, and on three kinds of parameters, which it tells apart by itself:
@@ -65,9 +72,9 @@ class ShardedASGD(torch.optim.Optimizer):
     ``torch.optim.ASGD(foreach=False)`` bit for bit in fp32, fp64 and complex dtypes.
 
     Collective calls, which every rank must make in the same order and with the same arguments: the constructor,
-    ``step``, ``add_param_group``, ``clip_grad_norm_``, ``restart_averaging``, ``load_state_dict``, ``full_state_dict``
-    and ``averaged_parameters``, and ``unscale_`` of a ``torch.amp.GradScaler``. ``start_averaging`` sends nothing, but
-    every rank must call it.
+    ``step``, ``add_param_group``, ``clip_grad_norm_``, ``restart_averaging``, ``load_state_dict``, ``full_state_dict``,
+    ``consolidate_state_dict`` and ``averaged_parameters``, and ``unscale_`` of a ``torch.amp.GradScaler``.
+    ``start_averaging`` and writes to ``state`` send nothing, but every rank must make them.
 
     Source: B. T. Polyak and A. B. Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control
     Optim. 30(4), 1992, as implemented in ``torch.optim.ASGD``; S. Rajbhandari et al., "ZeRO: Memory optimizations
@@ -76,8 +83,10 @@ class ShardedASGD(torch.optim.Optimizer):
     Args:
         params (iterable): tensors, (name, tensor) pairs, or dicts (param groups) of either, as ``torch.optim`` takes
             them. Floating-point (not fp8) or complex leaf tensors with dense memory. ``model.named_parameters()`` gives
-            messages and checkpoints the names of parameters. Plain parameters move into flat buckets, so build
-            the optimizer after ``model.to(...)``, ``fully_shard(...)`` and any other change of the parameters.
+            messages and checkpoints the names of parameters. Plain parameters move into flat buckets, so that other
+            users of their memory (NumPy arrays, detached tensors) keep the old values; shared memory is refused. Until
+            the first step the model may still be moved, cast, wrapped or sharded. New parameters that this makes are
+            found by ``module``, or in the param groups if they were put there.
         lr (float or 1-element Tensor, >= 0, default 1e-2): learning rate. After s steps the step size is
             ``eta = lr / (1 + eta_decay * lr * s) ** alpha``. This option and the ones up to ``eta_decay`` are defaults
             of the param groups, each of which may have its own.
@@ -125,14 +134,20 @@ class ShardedASGD(torch.optim.Optimizer):
             can hold ``step()`` and GradScaler never makes the host wait. For one rank, or for DTensors, which then do
             not share state; with torch's average only. A replay reads an ``lr`` that is a tensor on the GPU; any other
             change of options or state (``start_averaging()``, loading) takes a new capture.
+        foreach (None or False), differentiable (False): options of ``torch.optim.ASGD`` that choose its implementation.
+            They change nothing here. True is an error.
         module (nn.Module or None, default None): the model. With it, ``step()`` returns while plain parameters are
             still being gathered, modules wait for them before their forward, and ``synchronize()`` must be called
-            before parameters are read elsewhere. ``averaged_parameters()`` and ``no_sync()`` need it under FSDP.
+            before parameters are read elsewhere. ``averaged_parameters()`` and ``no_sync()`` need it under FSDP, and
+            so does a ``fully_shard`` or ``parallelize_module`` after the optimizer was built.
 
     Raises:
         TypeError, ValueError: for arguments that are out of range, that do not fit together or that differ between
             ranks; the same error on every rank.
     """
+
+    _consolidated: dict[str, Any] | None = None  # what the next state_dict() returns; None: one with pieces
+    _join: StepJoin | None = None  # set by join_hook()
 
     def __init__(
         self,
@@ -157,6 +172,8 @@ class ShardedASGD(torch.optim.Optimizer):
         stochastic_rounding: bool = False,
         shard_replicas: bool = True,
         capturable: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
         module: nn.Module | None = None,
         **unknown: NoReturn,  # refused in the body, where every rank hears of it
     ) -> None:
@@ -167,22 +184,37 @@ class ShardedASGD(torch.optim.Optimizer):
         # Defaults of the param groups.
         t0 = t0 if t0 is not None else 1e6 if average is None else 0
         options: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
-        options |= {"maximize": maximize, **TORCH_OPTIONS, "capturable": capturable}
+        options |= {"maximize": maximize, "foreach": foreach, "differentiable": differentiable}
+        options |= {"capturable": capturable}
         # Connect the ranks first, then check on all of them, compare, and build the buckets.
+        self._set_up(arguments, module)
         group = default_group(process_group)
-        self._arguments, self._modules, self._swap_guard = arguments, ParallelModules(module), SwapGuard()
-        self._buckets: list[list[Bucket]] = []  # one list for each param group
-        self._consolidated: dict[str, Any] | None = None  # what the next state_dict() returns; None: pieces
         self._connect(group, Agreement(group), module)
         with self._agreement.together("ShardedASGD()"):
             check_arguments(**arguments, module=module, unknown=unknown)
-            averages = named_averages(average)
-            self._setting = self._make_setting(precision, averages)
-            super().__init__(params, options | own_options(lr_on_time, eta_decay) | group_options(averages))
+            self._setting = self._make_setting(precision, named_averages(average))
+            further = own_options(lr_on_time, eta_decay) | group_options(self._setting.averages)
+            super().__init__(params, options | further)
+            check_aliases(self.param_groups, gradients, module)
             facts = argument_facts(arguments, self.param_groups, 0)
         self._agreement.require_equal("the arguments of the optimizer", facts)
         self._build_buckets(first=0)
-        self.state = StateView(self.param_groups, self._buckets)  # type: ignore[assignment]
+        self._state = StateView(self.param_groups, self._buckets)
+
+    @property  # type: ignore[override]
+    def state(self) -> StateView:
+        """The state of each parameter, by torch's names; on several ranks, ``ax`` and ``master`` are pieces.
+
+        Tensors in it are live. What is written to it takes effect, or raises ``ValueError``; every rank must write the
+        same. Setting it replaces the state of all parameters: an empty dict starts all of them anew.
+        """
+        return self._state
+
+    @state.setter
+    def state(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        if self._buckets:  # else it is the constructor of torch.optim.Optimizer, which sets an empty one
+            self._consolidated = None
+            self._state.replace(states)
 
     @refused_during_swap()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -203,9 +235,10 @@ class ShardedASGD(torch.optim.Optimizer):
         first = len(self.param_groups)
         self.synchronize()
         self._step_agreement.agree_on("add_param_group()", self.param_groups, self._all_buckets())
-        add_agreed(self, param_group, self._setting, self._agreement, self._arguments)
+        add_agreed(self, param_group, self._setting, self._agreement, self._arguments, self._forward_waits.module)
         self._build_buckets(first)
 
+    @torch.compiler.disable  # here and below: collectives and checks of the ranks are no part of a compiled graph
     @refused_during_swap()
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -233,13 +266,22 @@ class ShardedASGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
         self._consolidated = None
+        if self._join is not None:
+            self._join.prepare_step()
         self._take_up_changes(STEP)
+
         # Check, agree with the other ranks on what the step does, and finish reducing the gradients.
         plan = self._step_agreement.agree_and_reduce(STEP, self.param_groups, self._all_buckets())
-        self._step_agreement.warn_of_unused(plan)
         self._built_for.final = True
         self._reducer.settle()
+        self._step_agreement.warn_of_unused(plan)
+        if self._join is not None:
+            self._join.scale_gradients()
 
         # Update this rank's shard of each bucket, and start its all-gather.
         update_and_gather(plan, self._buckets, scaling_of(self))
@@ -248,8 +290,8 @@ class ShardedASGD(torch.optim.Optimizer):
         for bucket in self._all_buckets():
             if not self._forward_waits.covers(bucket):
                 bucket.wait()
-        return loss
 
+    @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients, as in torch; the memory of reduced gradients is freed. Not collective.
 
@@ -262,6 +304,7 @@ class ShardedASGD(torch.optim.Optimizer):
             for bucket in self._reducer.buckets:
                 bucket.drop_gradient()
 
+    @torch.compiler.disable
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scales all gradients in place so that their common norm is at most ``max_norm``. Collective.
@@ -369,6 +412,45 @@ class ShardedASGD(torch.optim.Optimizer):
         for bucket in self._all_buckets():
             bucket.wait()
 
+    # Uneven inputs (torch.distributed.algorithms.join) ---------------------------------------------------------------
+
+    def join_hook(self, *, divide_by_initial_world_size: bool = True, **_: Any) -> StepJoin:
+        """Returns the hook by which ``torch.distributed.algorithms.join.Join`` lets ranks have unequally many inputs.
+
+        Every rank must take one step in each iteration: a rank that has no more inputs takes the steps of the others
+        with them. Use ``Join([optimizer])`` with ``gradients="local"`` and ``Join([ddp_model, optimizer])`` with
+        ``gradients="reduced"``.
+
+        Args:
+            divide_by_initial_world_size: True: a rank without inputs counts as gradients of zeros. False: the mean is
+                over the other ranks.
+
+        Raises:
+            RuntimeError: a parameter is a DTensor or a slice.
+        """
+        alive = weakref.proxy(self)  # the hook, which the optimizer holds, must not keep it alive
+        self._join = StepJoin(
+            alive,
+            self.param_groups,
+            self._all_buckets(),
+            self._agreement,
+            self._reducer,
+            find_unused=self._arguments["find_unused_parameters"],
+            divide_by_initial_world_size=divide_by_initial_world_size,
+            shadow=lambda: alive._take_step(),
+        )
+        return self._join
+
+    @property
+    def join_device(self) -> torch.device:
+        """Device of the first parameter."""
+        return self._all_buckets()[0].device
+
+    @property
+    def join_process_group(self) -> dist.ProcessGroup | None:
+        """The ranks of the optimizer."""
+        return self.process_group
+
     # State dicts -----------------------------------------------------------------------------------------------------
 
     @refused_during_swap(NOT_BOTH)
@@ -376,6 +458,8 @@ class ShardedASGD(torch.optim.Optimizer):
         """Returns torch's state dict, in which ``ax`` and ``master`` are this rank's pieces. Sends nothing.
 
         ``step``, ``eta`` and ``mu`` are 0-dim tensors on the CPU. With one rank, ``ax`` and ``master`` are whole.
+        Later steps do not change what it returned. Pieces can be copied, and not pickled: ``full_state_dict()`` and
+        ``consolidate_state_dict()`` return what can, and so does ``dist_asgd.pieces.rank_local`` for this rank alone.
         ``torch.distributed.checkpoint`` saves the dict and loads it on any number of ranks. With torch's
         ``get_optimizer_state_dict``, the dict is keyed by parameter names, and stays sharded even where a full state
         dict is asked for; ``full_state_dict()`` returns one.
@@ -398,6 +482,8 @@ class ShardedASGD(torch.optim.Optimizer):
         # What has changed before the first step is taken up by collective calls; until then it is the former state.
         groups = self.param_groups if self._built_for.final else self._built_for.former_groups()
         state_dict = state_dict or sharded_state_dict(groups, self._buckets)
+        if not (self._built_for.final or self._built_for.fits() or steps_loaded(self._all_buckets())):
+            state_dict["state"] = {}  # pieces of the former buckets, which hold no training
         return passed_through(state_dict_post_hooks(self), self, state_dict)
 
     def steps_taken(self) -> tuple[tuple[int, ...], int]:
@@ -431,7 +517,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
         Code that knows ``ZeroRedundancyOptimizer`` (Lightning, for one) calls it on every rank before rank ``to`` saves
         ``state_dict()``. Later calls of ``state_dict()`` return pieces again, and so does the next one if a step, a
-        load or another change of the state comes first.
+        load or a new param group comes first.
 
         Args:
             to: the rank among the ranks of the optimizer that gets the state, the same on every rank.
@@ -446,6 +532,9 @@ class ShardedASGD(torch.optim.Optimizer):
     @refused_during_swap()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads a state dict of this class or of ``torch.optim.ASGD``. Collective.
+
+        Parameters are matched by name, group by group, where both sides have names (``param_names`` in the groups,
+        of ``model.named_parameters()``), and otherwise by position. Names are taken where the optimizer has none.
 
         Args:
             state_dict: the result of ``state_dict()``, of ``full_state_dict()`` on rank 0, which every rank must pass,
@@ -482,15 +571,22 @@ class ShardedASGD(torch.optim.Optimizer):
 
     # Internals -------------------------------------------------------------------------------------------------------
 
+    def _set_up(self, arguments: dict[str, Any], module: nn.Module | None) -> None:
+        """Makes all that needs neither ranks nor parameters."""
+        Joinable.__init__(self)
+        self._arguments, self._modules, self._swap_guard = arguments, ParallelModules(module), SwapGuard()
+        self._buckets: list[list[Bucket]] = []  # one list for each param group
+
     def _connect(self, group: dist.ProcessGroup | None, agreement: Agreement, module: nn.Module | None) -> None:
         """Connects the ranks of ``group``, and makes all that needs no parameters. Collective."""
-        self._agreement, self._alone, arguments = agreement, group is None, self._arguments
+        self._agreement, arguments = agreement, self._arguments
+        self.process_group = group  # checkpoints keep the state for each group of ranks
         self._reducer, self._forward_waits = Reducer(), ForwardWaits(module)
         self._built_for = BuiltFor(arguments["gradients"], self._forward_waits)
         self._reducer.still_fits = self._built_for.fits
         find_unused = arguments["find_unused_parameters"]
         self._step_agreement = StepAgreement(
-            agreement, self._reducer, self._forward_waits, find_unused=find_unused, alone=self._alone
+            agreement, self._reducer, self._forward_waits, find_unused=find_unused, alone=group is None
         )
         capturable = arguments["capturable"]  # a step in a CUDA graph can have no all-gather among replicas
         groups = self._groups = agreement.separate_groups()
@@ -545,7 +641,7 @@ class ShardedASGD(torch.optim.Optimizer):
         if self._built_for.final or self._swap_guard.active:
             return
         self.synchronize()
-        late = initialized_since(self._alone)
+        late = initialized_since(self.process_group is None)
         with self._step_agreement.together(operation) as values:
             if not self._built_for.fits():
                 self._modules.reshard()
@@ -555,6 +651,7 @@ class ShardedASGD(torch.optim.Optimizer):
 
     def _rebuild(self, operation: str, group: dist.ProcessGroup | None) -> None:
         """Builds the buckets again, for ``group`` if that is not None. Collective; changes nothing where it raises."""
+        module = self._forward_waits.module
         for bucket in self._reducer.buckets:
             bucket.detach_placeholders()
         former, groups = self._built_for.former_groups(), self._built_for.current_groups()
@@ -562,11 +659,11 @@ class ShardedASGD(torch.optim.Optimizer):
         # Check on all ranks, and compare.
         agreement = self._agreement if group is None else Agreement(group)
         with agreement.together(operation):
-            facts = check_rebuild(groups, former, buckets, agreement.ranks, self._arguments)
-        agreement.require_equal("the arguments of the optimizer", facts)
+            facts = check_rebuild(groups, former, buckets, agreement.ranks, self._arguments, module)
+        agreement.require_equal("the model, which was changed after the optimizer was built", facts)
         (any_gradient,) = agreement.maximum(operation, [any(param.grad is not None for param in params)])
         if any_gradient and self._arguments["gradients"] == "local":  # then building would copy rank 0's parameters
-            agreement.require_equal("what their gradients are of", value_facts(groups))
+            agreement.require_equal("the parameters that their gradients are of", value_facts(groups))
         # Keep the state that was loaded, and put other buckets in the place of the former ones.
         state = None
         if steps_loaded(buckets):
@@ -578,7 +675,7 @@ class ShardedASGD(torch.optim.Optimizer):
         for part in (self._reducer, self._forward_waits, self._step_agreement, self._built_for):
             part.clear()
         if group is not None:
-            self._connect(group, agreement, self._forward_waits.module)
+            self._connect(group, agreement, module)
             self._setting = self._make_setting(self._setting.precision, self._setting.averages)
         self._build_buckets(first=0)
         if state is not None:

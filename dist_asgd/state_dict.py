@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dist_asgd._torch_private import without_wrappers
 from dist_asgd.asgd.schedule import Hyperparameters, Scalars, scalar_dtype
 from dist_asgd.averages.options import average_of, same_averages
 from dist_asgd.buckets.base import Bucket
@@ -26,50 +27,7 @@ GroupBuckets = list[list[Bucket]]  # the buckets of each group
 
 # Options of torch.optim.ASGD that choose its implementation. Param groups have them so that torch.optim.ASGD can load
 # their state dicts. Only ``capturable`` has a meaning here, and all groups have the optimizer's.
-TORCH_OPTIONS = {"foreach": None, "differentiable": False, "capturable": False}
-
-
-class StateView(Mapping[Tensor, dict[str, Any]]):
-    """``optimizer.state``: a read-only mapping of parameters to torch's state of each, made from shards on demand.
-
-    As in torch, a parameter without state has no entry, and ``state[param]`` is empty.
-
-    Args:
-        groups: ``optimizer.param_groups``.
-        buckets: the buckets of each group.
-    """
-
-    def __init__(self, groups: Groups, buckets: GroupBuckets) -> None:
-        self._groups, self._buckets = groups, buckets
-
-    def __getitem__(self, param: Tensor) -> dict[str, Any]:
-        for group, buckets in zip(self._groups, self._buckets, strict=True):
-            for bucket in buckets:
-                position = bucket.positions.get(id(param))
-                if position is not None:
-                    if not _has_state(bucket, position, bucket.shard.step_of(position), _has_stepped(self._buckets)):
-                        return {}
-                    scalars = bucket.shard.scalars_of(position, Hyperparameters.of(group))
-                    return {**_scalar_tensors(scalars, bucket), **bucket.shard.state_of(position)}
-        raise KeyError(param)
-
-    def __contains__(self, param: object) -> bool:
-        return any(param is other for other in self)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        with_state = _parameters_with_state(self._groups, self._buckets)
-        return (param for group in self._groups for param in group["params"] if id(param) in with_state)
-
-    def __len__(self) -> int:
-        return len(_parameters_with_state(self._groups, self._buckets))
-
-    def __bool__(self) -> bool:
-        """True also where no parameter has state.
-
-        torch's ``get_optimizer_state_dict`` runs a fake step for a false state, which would change the training
-        (pytorch#164929).
-        """
-        return True
+TORCH_OPTIONS = {"foreach", "differentiable", "capturable"}
 
 
 def sharded_state_dict(groups: Groups, buckets: GroupBuckets) -> dict[str, Any]:
@@ -79,7 +37,7 @@ def sharded_state_dict(groups: Groups, buckets: GroupBuckets) -> dict[str, Any]:
         groups: ``optimizer.param_groups``.
         buckets: the buckets of each group.
     """
-    ids, begun = _parameter_ids(groups), _has_stepped(buckets)
+    ids, begun = _parameter_ids(groups), has_stepped(buckets)
     state = {}
     for group, of_group in zip(groups, buckets, strict=True):
         for bucket in of_group:
@@ -119,7 +77,7 @@ def full_state_dict(groups: Groups, buckets: GroupBuckets, agreement: Agreement,
                     owned += [(index, key, number, piece, placement) for key, number in numbers.items()]
                 if agreement.rank == to:
                     whole = {key: placement.new_whole(flat.dtype) for key, flat in tensors.items()}
-                    state[index] = {**_scalar_tensors(scalars, bucket), **whole}
+                    state[index] = {**scalar_tensors(scalars, bucket), **whole}
     for pieces, found in agreement.collect(owned, flats, to):
         for index, key, number, piece, placement in pieces:
             placement.fill(state[index][key], piece.start, found[number][piece.shard_start : piece.shard_stop])
@@ -160,6 +118,7 @@ class StateDictLoad:
         facts: Facts = []
         for number, (group, options) in enumerate(zip(self.groups, self.options, strict=True)):
             facts += option_facts(Hyperparameters.of({**group, **options}), number)
+            facts.append((f"names of the parameters of group {number}", repr(options.get("param_names"))))
         for bucket, states in self.states:
             if bucket.presharded:  # a rank has state only of slices that have elements
                 continue
@@ -185,7 +144,7 @@ class StateDictLoad:
 def plan_load(
     groups: Groups, buckets: GroupBuckets, state_dict: Mapping[str, Any], slices: Mapping[int, tuple[Placement, slice]]
 ) -> StateDictLoad:
-    """Validates a state dict and matches it with parameters, by their order in the groups. Changes nothing.
+    """Validates a state dict and matches it with parameters, by name or by their order in the groups. Changes nothing.
 
     Args:
         groups: ``optimizer.param_groups``.
@@ -206,6 +165,7 @@ def plan_load(
     if not (isinstance(saved_groups, (list, tuple)) and all(isinstance(group, Mapping) for group in saved_groups)):
         raise TypeError("'param_groups' of the state dict must be a list of dicts")
     keys = _saved_ids(groups, saved_groups)
+    _refuse_reordered_slices(keys, saved_groups, buckets)
     strangers = saved_state.keys() - {key for of_group in keys for key in of_group}
     if strangers:
         some = some_of(sorted(strangers, key=repr))
@@ -217,7 +177,7 @@ def plan_load(
         if saved_state.get(key)
     }
     _check_averages(groups, saved_groups, states.values())
-    options = [_loaded_options(group, saved) for group, saved in zip(groups, saved_groups, strict=True)]
+    options = [_loaded_options(n, *pair) for n, pair in enumerate(zip(groups, saved_groups, strict=True))]
     plans = []
     for bucket in (bucket for of_group in buckets for bucket in of_group):
         plan = {p: states[id(param)] for p, param in enumerate(bucket.params) if id(param) in states}
@@ -240,17 +200,16 @@ def _bucket_state(bucket: Bucket, group: Mapping[str, Any], begun: bool) -> dict
     """
     shard, state = bucket.shard, {}
     of_bucket = enumerate(shard.scalars(Hyperparameters.of(group)))
-    with_state = [(position, one) for position, one in of_bucket if _has_state(bucket, position, one.step, begun)]
-    tensors = shard.tensors() if with_state else {}
+    with_state = [(position, one) for position, one in of_bucket if has_state(bucket, position, one.step, begun)]
     for position, scalars in with_state:
-        entry = _scalar_tensors(scalars, bucket)
+        entry = scalar_tensors(scalars, bucket)
         if not shard.writes_scalars(position):
             entry = {key: ScalarCopy(value) for key, value in entry.items()}
-        state[position] = entry | {key: shard.piece_of(flat, position) for key, flat in tensors.items()}
+        state[position] = entry | shard.state_of(position)
     return state
 
 
-def _has_state(bucket: Bucket, position: int, steps: int, begun: bool) -> bool:
+def has_state(bucket: Bucket, position: int, steps: int, begun: bool) -> bool:
     """Whether a parameter has state: it has taken ``steps`` steps, or no parameter has, and it is to be trained.
 
     Before the first step, torch's ``get_optimizer_state_dict`` makes state for parameters that are to be trained, by a
@@ -265,23 +224,23 @@ def _has_state(bucket: Bucket, position: int, steps: int, begun: bool) -> bool:
     return steps > 0 or (param.requires_grad and not begun)
 
 
-def _has_stepped(buckets: GroupBuckets) -> bool:
+def has_stepped(buckets: GroupBuckets) -> bool:
     return any(bucket.shard.has_stepped() for of_group in buckets for bucket in of_group)
 
 
-def _parameters_with_state(groups: Groups, buckets: GroupBuckets) -> set[int]:
+def parameters_with_state(groups: Groups, buckets: GroupBuckets) -> set[int]:
     """Returns the ``id`` of each parameter that has state."""
-    begun = _has_stepped(buckets)
+    begun = has_stepped(buckets)
     return {
         id(bucket.params[position])
         for group, of_group in zip(groups, buckets, strict=True)
         for bucket in of_group
         for position, scalars in enumerate(bucket.shard.scalars(Hyperparameters.of(group)))
-        if _has_state(bucket, position, scalars.step, begun)
+        if has_state(bucket, position, scalars.step, begun)
     }
 
 
-def _scalar_tensors(scalars: Scalars, bucket: Bucket) -> dict[str, Tensor]:
+def scalar_tensors(scalars: Scalars, bucket: Bucket) -> dict[str, Tensor]:
     """Returns scalars as 0-dim CPU tensors in torch's dtype; a step beyond fp32's integers is in fp64."""
     dtype = scalar_dtype()
     return {
@@ -300,7 +259,8 @@ def _parameter_ids(groups: Groups) -> dict[int, int]:
 
 
 def _exported_groups(groups: Groups, ids: Mapping[int, int]) -> list[dict[str, Any]]:
-    return [{**group, "params": [ids[id(param)] for param in group["params"]]} for group in groups]
+    copied = [{key: value.clone() if isinstance(value, Tensor) else value for key, value in g.items()} for g in groups]
+    return [{**group, "params": [ids[id(param)] for param in group["params"]]} for group in copied]
 
 
 def _saved_ids(groups: Groups, saved: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
@@ -320,7 +280,73 @@ def _saved_ids(groups: Groups, saved: Sequence[Mapping[str, Any]]) -> list[list[
                 f"parameter group {index} of the state dict has {len(other['params'])} parameters, "
                 f"that of the optimizer {len(group['params'])}"
             )
-    return [list(group["params"]) for group in saved]
+    return [_ids_by_name(index, *pair) for index, pair in enumerate(zip(groups, saved, strict=True))]
+
+
+def _ids_by_name(number: int, group: Mapping[str, Any], saved: Mapping[str, Any]) -> list[Any]:
+    """Returns the saved ids of group ``number`` in the order of the optimizer's parameters.
+
+    By name where both sides have names, which may have those of wrappers in them; otherwise by position.
+
+    Raises ``ValueError`` where the names are not the optimizer's.
+    """
+    ids, own, found = list(saved["params"]), group.get("param_names"), _saved_names(number, saved)
+    if not own or not found:
+        return ids
+    own, found = ([without_wrappers(name).removeprefix("module.") for name in names] for names in (own, found))
+    missing, unknown = ([name for name in a if name not in set(b)] for a, b in ((own, found), (found, own)))
+    if own == found or len(set(own)) < len(own) or (unknown and _has_named_ids(saved)):
+        return ids
+    if missing or unknown:
+        instead = f", and has {some_of(unknown)} instead" if unknown else ""
+        raise ValueError(
+            f"parameter group {number} of the state dict has no parameter {some_of(missing)}{instead}. Parameters are "
+            "matched by name, in whatever order. To match them by position, take 'param_names' out of the state dict's "
+            "groups"
+        )
+    by_name = dict(zip(found, ids, strict=True))
+    return [by_name[name] for name in own]
+
+
+def _refuse_reordered_slices(
+    keys: Sequence[Sequence[Any]], saved: Sequence[Mapping[str, Any]], buckets: GroupBuckets
+) -> None:
+    """Raises ``ValueError`` where FSDP1's slices were saved in another order than the optimizer has them in.
+
+    ``FullyShardedDataParallel.optim_state_dict_to_load`` puts state into the optimizer's order and leaves
+    ``param_names`` as saved, so these do not tell which state is whose.
+    """
+    for number, (own, group, of_group) in enumerate(zip(keys, saved, buckets, strict=True)):
+        if own != list(group["params"]) and any(bucket.presharded for bucket in of_group):
+            raise ValueError(
+                f"parameter group {number} of the state dict names the parameters of FSDP1 in another order than the "
+                "optimizer. If its state is in the optimizer's order, as FSDP's optim_state_dict_to_load() puts it, "
+                "take 'param_names' out of the state dict's groups"
+            )
+
+
+def _has_named_ids(saved: Mapping[str, Any]) -> bool:
+    """Whether the ids of a saved group are names of parameters in their module, as torch's state dict functions make.
+
+    The optimizer may have been given other names.
+    """
+    return all(isinstance(key, str) for key in saved["params"])
+
+
+def _saved_names(number: int, saved: Mapping[str, Any]) -> list[str] | None:
+    """Returns the names of a saved group's parameters in the order of their ids; None if it has none.
+
+    Raises ``ValueError`` where the group has another number of names than of parameters.
+    """
+    if saved["params"] and _has_named_ids(saved):  # param_names may then be in another order
+        return list(saved["params"])
+    names = saved.get("param_names")
+    if names and not (len(names) == len(saved["params"]) and all(isinstance(name, str) for name in names)):
+        raise ValueError(
+            f"parameter group {number} of the state dict has {len(names)} 'param_names' for {len(saved['params'])} "
+            "parameters: it must have a name for each, or none"
+        )
+    return list(names) if names else None
 
 
 def _cut_to_slice(state: Mapping[str, Any], whole: Placement, where: slice) -> dict[str, Any]:
@@ -347,11 +373,13 @@ def _check_averages(groups: Groups, saved: Sequence[Mapping[str, Any]], states: 
             )
 
 
-def _loaded_options(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+def _loaded_options(number: int, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a copy of the saved options that ``group`` takes over. Raises ``ValueError`` for one out of range."""
     kept = {"params", "param_names", "average", "restarted", *TORCH_OPTIONS}
     options = copy.deepcopy({key: value for key, value in saved.items() if key not in kept})
     options |= {"restarted": saved.get("restarted", False)} if "restarted" in group else {}
+    if not group.get("param_names") and (names := _saved_names(number, saved)):
+        options["param_names"] = names
     Hyperparameters.of({**group, **options})  # raises where they are out of range
     return options
 

@@ -20,6 +20,7 @@ FLOORS = [
     {"buckets", "pieces", "wrappers"},
     {"step"},
     {"swap", "state_dict"},
+    {"state_view"},
     {"optimizer"},
     {"__init__"},
     {"cli"},
@@ -37,7 +38,7 @@ CHECKPOINT_FLOORS = [
 ]
 BELOW_CHECKPOINT = {"_torch_private", "boxes", "comm", "averages"}
 ABOVE_CHECKPOINT = {"__init__", "cli", "__main__"}
-MAX_FUNCTION_LINES = 45
+MAX_FUNCTION_LINES = 35
 
 
 def module_of(path: Path) -> str:
@@ -92,13 +93,11 @@ def package_imports(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def functions(path: Path) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, int]]:
-    """Every function with its number of lines, without its docstring."""
+    """Every function with its number of lines, without its signature and its docstring."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = node.end_lineno - node.lineno + 1
-            if ast.get_docstring(node) is not None:
-                lines -= node.body[0].end_lineno - node.body[0].lineno + 1
-            yield node, lines
+            body = node.body[ast.get_docstring(node) is not None :]
+            yield node, body[-1].end_lineno - body[0].lineno + 1 if body else 0
 
 
 def name_of(path: Path) -> str:
@@ -153,7 +152,7 @@ def test_only_kernels_import_triton(path):
 def test_functions_are_small(path):
     for function, lines in functions(path):
         assert lines <= MAX_FUNCTION_LINES, (
-            f"{name_of(path)}:{function.lineno} {function.name} has {lines} lines without its docstring, "
+            f"{name_of(path)}:{function.lineno} {function.name} has {lines} lines without signature and docstring, "
             f"more than {MAX_FUNCTION_LINES}: give a part of it a name and a function of its own."
         )
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -30,6 +31,7 @@ STATIC = [
     "torch._C._disabled_torch_function_impl",
     "torch.autograd.Variable._execution_engine",
     "torch.Tensor._make_wrapper_subclass",
+    "torch._C._storage_Use_Count",
     "torch.distributed.tensor.DTensor._local_tensor",
     "torch.distributed._functional_collectives.AsyncCollectiveTensor",
     "torch.distributed._shard.sharded_tensor.ShardedTensor",
@@ -48,18 +50,23 @@ STATIC = [
     "torch.distributed.checkpoint.filesystem._StorageInfo",
     "torch._utils._rebuild_tensor_v2",
     "torch._utils._rebuild_tensor_v3",
+    "torch.utils._pytree.tree_map",
+    "torch.utils._pytree.tree_leaves",
 ]
 # Attributes that only objects have, and marks: the tests of what they are used for fail where one is gone.
 DYNAMIC = {
+    "_cdata",
     "_fsdp_flattened",
     "_fsdp_param_group",
     "_fsdp_param_groups",
     "_handle",
     "_is_root",
+    "_join_config",
     "_modules",
     "_optimizer_load_state_dict_post_hooks",
     "_param_fqn",
     "_params",
+    "_schema",
     "_shapes",
     "_shard_param_infos",
     "_strides",
@@ -149,6 +156,17 @@ def test_queue_callback():
     assert order == ["gradient", "gradient", "end", "end"]
 
 
+def test_has_other_users():
+    tensor = torch.zeros(6)
+    lent = torch.from_dlpack(tensor)
+    assert not private().has_other_users(lent)
+    for use in (lambda: lent[2:], lent.detach, lambda: lent[:4].view(2, 2)[1], lambda: torch.from_dlpack(lent[:])):
+        used = use()
+        assert private().has_other_users(lent) and not private().has_other_users(torch.zeros(6))
+        del used
+        assert not private().has_other_users(lent)
+
+
 def test_make_wrapper_subclass():
     class Wrapper(Tensor):
         @classmethod
@@ -235,10 +253,37 @@ def test_FOREACH_ZERO_():
     assert private().FOREACH_ZERO_ in record.seen
 
 
+def test_DEVICE_OF():
+    asked = []
+
+    class OnMeta(Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            asked.append(func)
+            return torch.device("cpu")
+
+    tensor = private().make_wrapper_subclass(OnMeta, (2,), device="meta", dispatch_device=True)
+    assert tensor.device == torch.device("cpu") and not tensor.is_meta
+    assert set(asked) == {private().DEVICE_OF}
+
+
 def test_TO_COPY():
     with Recorded() as record:
         torch.ones(2).to(torch.float64)
     assert private().TO_COPY in record.seen
+
+
+def test_is_mutable():
+    is_mutable, aten = private().is_mutable, private().aten
+    assert is_mutable(aten.mul_.Tensor) and not is_mutable(aten.mul.Tensor)
+
+
+def test_tree_map():
+    assert private().tree_map(lambda leaf: leaf + 1, ([1, {"a": 2}], 3)) == ([2, {"a": 3}], 4)
+
+
+def test_tree_leaves():
+    assert private().tree_leaves(([1, {"a": 2}], 3)) == [1, 2, 3]
 
 
 def test_foreach_mul_():
@@ -295,6 +340,11 @@ def names_of_wrappers(rank):
 
 def test_WRAPPER_NAMES():
     assert run_ranks(1, names_of_wrappers)[0] == private().WRAPPER_NAMES == WRAPPERS
+
+
+def test_without_wrappers():
+    name = "module._orig_mod.blocks.0._fsdp_wrapped_module.up._checkpoint_wrapped_module.weight"
+    assert private().without_wrappers(name) == "module.blocks.0.up.weight"
 
 
 def use_fsdp1(rank):
@@ -409,6 +459,25 @@ def test_set_takes_scaled_gradients(takes):
     scaler.scale(param.sum()).backward()
     scaler.step(optimizer)
     assert seen == [4.0 if takes else 1.0]
+
+
+def test_is_first_joinable():
+    class Joined(Joinable):
+        join_device, join_process_group = torch.device("cpu"), None
+
+        def __init__(self):
+            super().__init__()
+
+        def join_hook(self, **kwargs):
+            return JoinHook()
+
+    def ranks(rank):
+        first, second = Joined(), Joined()
+        assert not private().is_first_joinable(first)
+        Join([first, second])
+        assert private().is_first_joinable(first) and not private().is_first_joinable(second)
+
+    run_ranks(1, ranks)
 
 
 def test_StorageInfo():

@@ -17,7 +17,8 @@ from dist_asgd.averages.kinds import Average
 from dist_asgd.averages.options import by_suffix
 from dist_asgd.buckets.gradient_tensors import GradientSync
 from dist_asgd.comm.collectives import Collectives
-from dist_asgd.comm.digest import digest
+from dist_asgd.comm.consensus import fingerprint
+from dist_asgd.comm.digests import digests
 from dist_asgd.comm.process_groups import SeparateGroups
 from dist_asgd.sharding.layout import BucketLayout
 from dist_asgd.sharding.placement import Placement
@@ -161,9 +162,9 @@ class Bucket(ABC):
         """Records that the values of the parameters are equal on all ``copy_ranks`` now."""
         self._known_writes = self._writes()
 
-    def digest(self) -> Tensor:
-        """Returns a digest of the parameters' values on this rank: 0-dim, int64."""
-        return digest(torch.stack([digest(local_of(param)) for param in self.params]))
+    def digest(self) -> int:
+        """Returns a digest of the parameters' values on this rank."""
+        return fingerprint(digests([local_of(param).detach() for param in self.params]))
 
     def _count_own_write(self) -> None:
         # Autograd refuses a backward through old values by the version of a parameter, which kernels do not count.
@@ -253,8 +254,21 @@ def require_same(name: str, found: Tensor, dtype: torch.dtype, device: torch.dev
     if describe(found) != expected:
         raise RuntimeError(
             f"parameter {name!r} has become {describe(found)}; the optimizer was built for {expected}. "
-            "Convert and shard the model (model.to(...), fully_shard(...)) before building the optimizer, or build it "
-            "again"
+            "Convert and shard the model (model.to(...), fully_shard(...)) before the optimizer's first step, or build "
+            "it again"
+        )
+
+
+def require_private(name: str, param: Tensor) -> None:
+    """Raises ``ValueError`` where parameter ``name``, which moves into a bucket, is in memory of several processes.
+
+    GPU memory always counts as shared in torch, so only CPU memory is asked.
+    """
+    if param.device.type == "cpu" and param.is_shared():
+        raise ValueError(
+            f"parameter {name!r} is in shared memory (share_memory()), and it moves into a bucket here, so that other "
+            "processes would not see it train. Processes that share one model (Hogwild) need torch.optim.ASGD; to "
+            "train a copy, build the optimizer for a model that has not been shared"
         )
 
 

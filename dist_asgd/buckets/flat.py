@@ -10,8 +10,9 @@ ZeRO: Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054.
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,10 +20,10 @@ from torch import Tensor
 from dist_asgd.asgd.rounding import compute_dtype
 from dist_asgd.asgd.schedule import Hyperparameters, Scaling
 from dist_asgd.buckets.base import Bucket, BucketOptions, describe, require_dense, require_same
-from dist_asgd.buckets.gradient_tensors import GradientPiece
+from dist_asgd.buckets.gradient_tensors import DROPPED, UNREDUCED, GradientPiece
 from dist_asgd.buckets.packing import Batches, Packer
 from dist_asgd.comm.collectives import Collectives, Reduction, Transfer
-from dist_asgd.comm.digest import digest
+from dist_asgd.comm.digests import digests
 from dist_asgd.kernels.dispatch import FlatSlice, PartsSlice, UpdateSlice
 from dist_asgd.kernels.scan import LayoutScan, ParameterPlaces
 from dist_asgd.kernels.tensor_list import Gradients, as_real
@@ -30,10 +31,6 @@ from dist_asgd.sharding.layout import BucketLayout, Span
 from dist_asgd.sharding.placement import Placement
 from dist_asgd.sharding.scalar_runs import Run
 from dist_asgd.sharding.shard_views import FlatParameters
-
-# Values of ``GradientPiece.first_pass`` above every number of a pass: for a gradient that was dropped, and for one that
-# no pass has reduced yet.
-DROPPED, UNREDUCED = 2**62, 2**61
 
 
 class ReplicatedBucket(Bucket):
@@ -89,8 +86,20 @@ class ReplicatedBucket(Bucket):
         self._scanned: Gradients | None = None  # between find_gradients() and update()
         self._owned = list(self.shard.pieces.values())
         self.grad: Tensor | None = None  # 1-D, indexed as the shard, compute dtype
-        self.gradient_pieces = [GradientPiece(self, i, param) for i, param in enumerate(self.params)] if reduces else []
+        self.absent = self.buffer.new_full((), math.nan)
+        # Pieces have their parameters' strides, as autograd wants of gradients, and versions of their own.
+        self.gradient_pieces = [
+            GradientPiece(
+                self,
+                position,
+                param.new_empty(0).set_(param.untyped_storage(), param.storage_offset(), param.size(), param.stride()),
+            )
+            for position, param in enumerate(self.params if reduces else ())
+        ]
         self._reductions: deque[tuple[int, Reduction]] = deque()  # under way, oldest first, each with its pass
+        self._changes: deque[tuple[int, Callable[[], None]]] = deque()  # of gradients, each after so many reductions
+        self._begun = self._done = 0  # numbers of reductions
+        self.changes: list[str] = []  # what the user has done to gradients since the last step
         self._gather: Transfer | None = None
         self._received: Tensor | None = None  # 1-D, wire dtype: the result of _gather, if it is not the buffer
         self._packer = Packer(layout, self.placements, self.buffer)
@@ -108,13 +117,18 @@ class ReplicatedBucket(Bucket):
         for position, (name, param) in enumerate(zip(self.names, self.params, strict=True)):
             if not self.holds(position):
                 require_same(name, param, self.dtype, self.device, self.placements[position].shape)
+                if param.data_ptr() == self.absent.data_ptr():
+                    raise RuntimeError(
+                        f"parameter {name!r} was set to what was computed from p.grad, of which each rank has a piece "
+                        "only: use step(), or whole gradients (no_sync())"
+                    )
                 if not leaves_shared:
                     _refuse_shared_memory(name, param)
                 self._attach(param, self.placements[position], self.layout.spans[position])
                 self._known_writes -= 1  # the new memory may have other values
 
-    def digest(self) -> Tensor:
-        return digest(self.buffer)
+    def digest(self) -> int:
+        return digests([self.buffer])[0]
 
     def start_gather(self, exact: bool = False) -> None:
         self._count_own_write()
@@ -189,6 +203,7 @@ class ReplicatedBucket(Bucket):
         for position, (name, param) in enumerate(zip(self.names, self.params, strict=True)):
             grad = param.grad
             if isinstance(grad, GradientPiece):
+                grad = self._take_up(position, grad)
                 self._check_piece(name, position, grad)
                 grad = grad.pending
             if grad is None or self.fits(position, grad):
@@ -202,8 +217,9 @@ class ReplicatedBucket(Bucket):
     def _check_piece(self, name: str, position: int, piece: GradientPiece) -> None:
         if not (self.gradient_pieces and piece is self.gradient_pieces[position]):
             raise RuntimeError(
-                f"the gradient of parameter {name!r} was reduced by another ShardedASGD that has the parameter "
-                "as well: use one of them, and drop gradients (zero_grad()) when you change over"
+                f"the gradient of parameter {name!r} was made of one that was dropped, or was reduced by another "
+                "ShardedASGD that has the parameter as well: use one of them, and drop gradients (zero_grad()) when "
+                "you change over"
             )
         if piece.first_pass == DROPPED:
             raise RuntimeError(
@@ -234,6 +250,8 @@ class ReplicatedBucket(Bucket):
         """
         grads: list[Tensor | None] = []
         for position, (param, piece) in enumerate(zip(self.params, self.gradient_pieces, strict=True)):
+            if type(param.grad) is GradientPiece and param.grad is not piece:
+                self._take_up(position, param.grad)
             goes_on = param.grad is piece
             grad = piece.pending if goes_on else param.grad
             usable = param.dtype == self.dtype and self.fits(position, param if grad is None else grad)
@@ -243,7 +261,7 @@ class ReplicatedBucket(Bucket):
             grads.append(grad)
             piece.pending = None
             if not goes_on or piece.first_pass == UNREDUCED:
-                piece.contributed, piece.first_pass = False, number
+                piece.contributed, piece.first_pass, piece.is_read = False, number, False
             piece.contributed |= grad is not None
             if grad is not None or param.requires_grad:
                 param.grad = piece
@@ -252,6 +270,7 @@ class ReplicatedBucket(Bucket):
             self._packer.pack(range(len(grads)), grads, 0, source)
             dtype = compute_dtype(self.dtype.to_real())
             self._reductions.append((number, self.collectives.start_reduce(as_real(source), dtype)))
+            self._begun += 1
 
     def reduces_within(self, seconds: float) -> bool:
         """Waits for the oldest reduction under way, at most ``seconds``, and returns whether it is complete."""
@@ -261,7 +280,12 @@ class ReplicatedBucket(Bucket):
         """Waits for the oldest reduction under way, if any, and adds its result to the gradients that hold its pass."""
         if not self._reductions:
             return
-        number, reduction = self._reductions.popleft()
+        self._add_result(*self._reductions.popleft())
+        self._done += 1
+        while self._changes and self._changes[0][0] <= self._done:
+            self._changes.popleft()[1]()
+
+    def _add_result(self, number: int, reduction: Reduction) -> None:
         total = reduction.finish()
         if self.dtype.is_complex:
             total = torch.view_as_complex(total.view(-1, 2))
@@ -289,17 +313,80 @@ class ReplicatedBucket(Bucket):
     def drop_gradient(self) -> None:
         """Frees the averaged gradients without waiting; results of reductions under way are discarded."""
         self.grad = None
+        self.changes.clear()
         for piece in self.gradient_pieces:
             piece.contributed, piece.first_pass, piece.pending = False, DROPPED, None
 
     def zero_gradient(self, gradient: GradientPiece) -> None:
         """Sets one gradient to zero without waiting; results of reductions under way are discarded for it."""
-        if gradient.first_pass != UNREDUCED:
+        if gradient.is_read:
+            self.note_change(gradient.position, "zero_()")
+            self.in_order(gradient, lambda: gradient.part.zero_())
+        elif gradient.first_pass != UNREDUCED:
             gradient.first_pass = (self.gradient_sync.passes if self.gradient_sync else 0) + 1
         gradient.pending = None if gradient.pending is None else torch.zeros_like(gradient.pending)
         piece = self.shard.pieces.get(gradient.position)
-        if piece is not None and self.grad is not None:
+        if piece is not None and self.grad is not None and not gradient.is_read:
             self.grad[piece.shard_start : piece.shard_stop].zero_()
+
+    # What operators on gradients ask for (``buckets/piece_operators.py``) ---------------------------------------------
+
+    @property
+    def part_dtype(self) -> torch.dtype:
+        return compute_dtype(self.dtype)
+
+    def part(self, position: int) -> Tensor | None:
+        if self.grad is None:
+            return None
+        piece = self.shard.pieces.get(position)
+        return self.grad[:0] if piece is None else self.grad[piece.shard_start : piece.shard_stop]
+
+    def part_of(self, position: int, whole: Tensor) -> Tensor:
+        piece, flat = self.shard.pieces.get(position), self._packer.flat(position, whole)
+        return flat[:0] if piece is None else flat[piece.start : piece.stop]
+
+    def in_order(self, gradient: GradientPiece, change: Callable[[], object]) -> None:
+        piece, begun = self.gradient_pieces[gradient.position], gradient.first_pass
+        piece.is_read = True
+
+        def unless_dropped() -> None:
+            if piece.first_pass == begun and self.grad is not None:
+                change()
+
+        if self._reductions:
+            self._changes.append((self._begun, unless_dropped))
+        else:
+            unless_dropped()
+
+    def note_change(self, position: int, change: str) -> None:
+        self.changes.append(f"{change} on {self.names[position]!r}")
+
+    def _take_up(self, position: int, grad: GradientPiece) -> GradientPiece:
+        """Makes the values of ``grad``, which an operator made and the user assigned, those of the bucket's gradient.
+
+        Returns the ``p.grad`` of the parameter from now on: ``grad`` itself where it is no such gradient.
+        """
+        piece = self.gradient_pieces[position] if self.gradient_pieces else grad
+        if (
+            not grad.is_made
+            or grad.owner is not self
+            or grad.position != position
+            or self.params[position].grad is not grad
+        ):
+            return grad
+        if grad.first_pass != piece.first_pass:
+            return grad
+
+        def take_up() -> None:
+            part = self.part(position)
+            if part is not None and grad.made_values is not None:
+                part.copy_(grad.made_values)
+
+        self.note_change(position, grad.made_by)
+        self.in_order(piece, take_up)
+        piece.pending, piece.contributed = grad.pending, grad.contributed
+        self.params[position].grad = piece
+        return piece
 
     def gradient_tensors(self) -> list[Tensor]:
         """Returns the gradients that are attached to parameters: whole, or with ``reduces`` this rank's shard of them.
@@ -308,6 +395,9 @@ class ReplicatedBucket(Bucket):
         """
         if not self.reduces:
             return [param.grad for param in self.params if param.grad is not None]
+        for position, param in enumerate(self.params):
+            if isinstance(param.grad, GradientPiece):
+                self._take_up(position, param.grad)
         self.finish_reduce()
         pairs = list(zip(self.params, self.gradient_pieces, strict=True))
         pending = [piece.pending for param, piece in pairs if param.grad is piece]
@@ -337,6 +427,7 @@ class ReplicatedBucket(Bucket):
         self.wait()
         if self.reduces:
             self.finish_reduce()
+            self.changes.clear()
         self.shard.update(h, active, self._reduced_slices if self.reduces else self._plain_slices, scaling)
         self.release_gradients()
 

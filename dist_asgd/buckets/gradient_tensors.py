@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,8 +17,13 @@ from dist_asgd._torch_private import (
     aten,
     current_graph_task_id,
     local_tensor,
-    make_wrapper_subclass,
 )
+from dist_asgd.buckets import piece_operators
+from dist_asgd.sharding.no_memory import name_of, needs_memory
+
+# Values of ``GradientPiece.first_pass`` above every number of a pass: for a gradient that was dropped, and for one that
+# no pass has reduced yet.
+DROPPED, UNREDUCED = 2**62, 2**61
 
 
 class GradientSync(Protocol):
@@ -53,17 +58,45 @@ class GradientOwner(Protocol):
 class PieceOwner(GradientOwner, Protocol):
     """The bucket of a parameter as a ``GradientPiece`` sees it."""
 
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    absent: Tensor  # 0-dim, NaN: the memory of gradients that operators make
+
+    @property
+    def part_dtype(self) -> torch.dtype:
+        """The dtype of the averaged gradients."""
+
     def zero_gradient(self, gradient: GradientPiece) -> None:
         """Sets one gradient to zero. No communication."""
+
+    def part(self, position: int) -> Tensor | None:
+        """Returns this rank's part of an averaged gradient, 1-D, maybe empty; None where the gradient was dropped."""
+
+    def part_of(self, position: int, whole: Tensor) -> Tensor:
+        """Returns this rank's part of ``whole``, a tensor of the shape of the parameter, 1-D."""
+
+    def in_order(self, gradient: GradientPiece, change: Callable[[], object]) -> None:
+        """Calls ``change`` when the reductions of the gradient that are under way are complete. No communication."""
+
+    def note_change(self, position: int, change: str) -> None:
+        """Notes how the user has changed a gradient, which must be the same on every rank. No communication."""
+
+    def finish_reduce(self) -> None:
+        """Waits for the reductions under way."""
 
 
 class GradientPiece(Tensor):
     """The ``p.grad`` of a parameter whose gradient was reduced over ranks: stands for the piece that this rank owns.
 
     The values are in the ``grad`` of ``owner``, the bucket. The tensor has the parameter's shape and dtype, and no
-    memory. It supports accumulation by another backward, zeroing, and ``GradScaler.unscale_``, which every rank must
-    call and in which every rank sees an inf of any rank. Setting ``p.grad`` to None drops it. Other operators need the
-    whole gradient and raise ``RuntimeError``.
+    memory for values. It supports accumulation by another backward, zeroing, and ``GradScaler.unscale_``, which every
+    rank must call and in which every rank sees an inf of any rank. Setting ``p.grad`` to None drops it.
+
+    Elementwise operators act on the pieces, without communication; every rank must call them alike. Those that return a
+    tensor return another ``GradientPiece``, with values of its own, which may be assigned to ``p.grad``. ``norm``,
+    ``sum``, ``max``, ``min``, ``all`` and ``any`` of all elements are collective, and return plain tensors that are
+    equal on every rank. Other operators need the whole gradient and raise ``RuntimeError``.
 
     Attributes:
         position: position of the parameter in its bucket.
@@ -71,6 +104,10 @@ class GradientPiece(Tensor):
         first_pass: number of the first reduction pass (see buckets/reducer.py) that the piece holds; above all passes
             for a piece that was dropped, or that holds no reduced gradient yet.
         pending: a gradient of this rank that is not reduced yet; None if there is none.
+        made_values: this rank's part of what an operator made, 1-D; None in the gradient that the bucket holds.
+        is_made: whether an operator made the piece.
+        made_by: the operators that made the piece, with their numbers, in words.
+        is_read: whether an operator was called on the gradient, so that changes have to keep their order.
     """
 
     _owner: weakref.ref[PieceOwner]
@@ -79,13 +116,46 @@ class GradientPiece(Tensor):
     first_pass: int
     pending: Tensor | None  # shape of the parameter
 
+    made_values: Tensor | None
+    is_made: bool
+    made_by: str
+    is_read: bool
+
     @staticmethod
-    def __new__(cls, owner: PieceOwner, position: int, param: Tensor) -> GradientPiece:
-        piece = make_wrapper_subclass(cls, param.shape, strides=param.stride(), dtype=param.dtype, device=param.device)
+    def __new__(cls, owner: PieceOwner, position: int, memory: Tensor) -> GradientPiece:
+        # No operator reads the memory. Without any, p.data = p.grad would end the process.
+        piece = memory.as_subclass(cls)
         piece.position = position
         # The reference is weak, so that a gradient that outlives its optimizer does not keep the optimizer's memory.
         piece._owner, piece.contributed, piece.first_pass, piece.pending = weakref.ref(owner), False, 0, None
+        piece.made_values, piece.is_made, piece.made_by, piece.is_read = None, False, "", False
         return piece
+
+    @classmethod
+    def made_from(cls, source: GradientPiece, dtype: torch.dtype) -> GradientPiece:
+        """Returns a piece for the result of an operator on ``source``, without values yet."""
+        made = cls(source.owner, source.position, source.owner.absent.to(dtype).expand(source.shape))
+        made.contributed, made.first_pass, made.is_made = source.contributed, source.first_pass, True
+        return made
+
+    @property
+    def holds_unreduced_only(self) -> bool:
+        """Whether the piece stands for a gradient of this rank alone."""
+        return self.first_pass == UNREDUCED
+
+    @property
+    def part(self) -> Tensor:
+        """This rank's part of the values, 1-D."""
+        part = self.made_values if self.is_made else self.owner.part(self.position)
+        if part is None or self.first_pass == DROPPED:
+            raise RuntimeError("this gradient was dropped by zero_grad(): run another backward")
+        return part
+
+    def no_values(self) -> Tensor:
+        """Returns an empty tensor of the dtype of the values, 1-D."""
+        low = self.is_made and self.dtype != self.owner.part_dtype and self.made_values is not None
+        dtype = self.made_values.dtype if low and self.made_values is not None else self.owner.part_dtype
+        return torch.empty(0, dtype=dtype, device=self.device)
 
     @property
     def owner(self) -> PieceOwner:
@@ -102,7 +172,10 @@ class GradientPiece(Tensor):
         # __torch_dispatch__ would be too late: a DTensor in one list with the piece might get there first.
         if func is amp_unscale_:
             return unscale_(*args)
-        return super().__torch_function__(func, types, args, kwargs)
+        if needs_memory(func, args):
+            raise _needs_whole(name_of(func))
+        with torch.DisableTorchFunctionSubclass():  # else torch makes every result an instance of this class
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -114,10 +187,11 @@ class GradientPiece(Tensor):
             elif piece.pending.layout is torch.strided:  # a sparse one stays, for the check before the step
                 piece.pending = piece.pending + grad.detach()
             return piece
-        if func in (aten.zero_.default, FOREACH_ZERO_):
+        made = isinstance(args[0], GradientPiece) and args[0].is_made
+        if func in (aten.zero_.default, FOREACH_ZERO_) and not made:
             several = isinstance(args[0], (list, tuple))
             for grad in args[0] if several else [args[0]]:
-                if isinstance(grad, GradientPiece):
+                if isinstance(grad, GradientPiece) and not grad.is_made:
                     grad.owner.zero_gradient(grad)
                 else:
                     grad.zero_()
@@ -129,12 +203,25 @@ class GradientPiece(Tensor):
             if args[0].owner.gradient_sync is not None:
                 args[0].owner.gradient_sync.warn_reduced_twice()
             return args[0]
-        raise RuntimeError(
-            f"{func} needs a whole gradient, and gradients='local' leaves each rank a piece of the reduced one. To "
-            "clip by norm, or to log the norm, use the optimizer's clip_grad_norm_(), which returns it (max_norm="
-            "math.inf changes nothing). Whatever else reads gradients needs them whole: inside no_sync(), or under "
-            "DistributedDataParallel with gradients='reduced'. Drop them (zero_grad()) before you convert the model"
-        )
+        if in_backward:
+            raise RuntimeError(
+                "DistributedDataParallel, or another hook of backward, reads a gradient that gradients='local' has "
+                f"reduced already ({func}). Under DistributedDataParallel, also where Accelerate or a Trainer wraps "
+                "the model, pass gradients='reduced' to ShardedASGD"
+            )
+        result = piece_operators.apply(cls, func, args, kwargs or {})
+        if result is NotImplemented:
+            raise _needs_whole(func)
+        return result
+
+
+def _needs_whole(func: Any) -> RuntimeError:
+    return RuntimeError(
+        f"{func} needs a whole gradient, and gradients='local' leaves each rank a piece of the reduced one. "
+        "Elementwise operators and norms of all elements work, and the optimizer's clip_grad_norm_() clips by norm. "
+        "Whatever else reads gradients needs them whole: inside no_sync(), or under DistributedDataParallel with "
+        "gradients='reduced'. Drop them (zero_grad()) before you convert the model"
+    )
 
 
 class PlacedGradient(DTensor):

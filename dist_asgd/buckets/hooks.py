@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -19,15 +20,20 @@ def register_hook(param: Tensor, method: Callable[..., None], *arguments: Any) -
     weak = weakref.WeakMethod(method)
 
     def hook(param: Tensor) -> None:
-        alive = weak()
-        if alive is not None:
-            alive(*arguments)
+        _call(weak, arguments)
 
     frozen = not param.requires_grad
     param.requires_grad_(True)
     handle = param.register_post_accumulate_grad_hook(hook)
     param.requires_grad_(not frozen)
     return handle
+
+
+@torch.compiler.disable  # compiled autograd would trace the hook, whose collectives and counts are no part of a graph
+def _call(weak: weakref.WeakMethod[Callable[..., None]], arguments: Sequence[Any]) -> None:
+    method = weak()
+    if method is not None:
+        method(*arguments)
 
 
 def remove_hooks(hooks: Sequence[RemovableHandle]) -> None:

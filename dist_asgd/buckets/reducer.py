@@ -36,6 +36,7 @@ class Reducer:
         passes: number of passes that this rank has begun.
         still_fits: whether the buckets fit the model, asked before each pass; None once they stay. Where they do not,
             gradients are left to ``step()``, which builds the buckets again.
+        before_pass: called before backward opens a pass; None for nothing.
     """
 
     def __init__(self) -> None:
@@ -44,6 +45,7 @@ class Reducer:
         self.passes = 0
         self.still_fits: Callable[[], bool] | None = None
         self._fits = True
+        self.before_pass: Callable[[], None] | None = None
         self._skipped: list[bool] = []  # by bucket: whether all ranks skip it, as it is frozen
         self._missing: list[int] = []  # by bucket: number of gradients that the open pass waits for
         self._arrived: list[bytearray] = []  # by bucket and position: whether the open pass has the gradient
@@ -97,6 +99,12 @@ class Reducer:
             self._in_flight.popleft().finish_oldest_reduce()
         self._patience = PATIENCE
 
+    def run_pass(self) -> None:
+        """Runs one pass without a backward, and does not wait for its reductions. Collective."""
+        self.close_pass()
+        self._open_pass()
+        self.close_pass()
+
     def reduce_now(self) -> None:
         """Runs one pass over all buckets, for gradients without a hook: assigned, or from ``no_sync()``. Collective."""
         self.passes += 1
@@ -134,6 +142,8 @@ class Reducer:
             self._fits = self.still_fits is None or self.still_fits()
             if not self._fits:
                 return
+            if self.before_pass is not None:
+                self.before_pass()
             self._open_pass()
         self._expect_end_of_backward()
         # Buckets start before this gradient counts, so that later hooks of the parameter (DDP) still find the gradient.
@@ -191,6 +201,7 @@ class _EndOfBackward:
     def __init__(self, reducer: Reducer) -> None:
         self._reducer = weakref.ref(reducer)
 
+    @torch.compiler.disable  # compiled autograd calls it while dynamo still looks for code to compile
     def __call__(self) -> None:
         reducer = self._reducer()
         if reducer is not None:

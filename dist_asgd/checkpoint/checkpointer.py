@@ -115,8 +115,8 @@ class Checkpointer:
                 it, and raises its error on every rank.
 
         Raises:
-            CheckpointError: on every rank, if a rank fails to write, or if ranks of an optimizer have taken different
-                steps. Older checkpoints stay as they were.
+            CheckpointError: on every rank: parameters or state of optimizers differ between ranks that save them under
+                one name and not in a ``PerRank``, or a rank fails to write. Older checkpoints stay as they were.
             ValueError, TypeError: an argument is invalid, ``step`` or ``wait`` differ between ranks, or ``state`` has
                 something that a checkpoint cannot hold.
         """
@@ -201,9 +201,11 @@ class Checkpointer:
         self._finish_background("wait()")
 
     def close(self) -> None:
-        """Waits like ``wait``, then frees the buffer of this object. Collective."""
+        """Waits like ``wait``, then frees the buffer and the process group of this object. Collective."""
         self._finish_background("close()")
         self._buffer = None
+        if self._agreement.group is not None:
+            dist.destroy_process_group(self._agreement.group)
 
     def _finish_background(self, operation: str) -> None:
         """Waits for a save in the background, and raises its error on every rank. Collective."""
@@ -254,8 +256,7 @@ def save(
         state: as for ``Checkpointer.save``.
 
     Raises:
-        CheckpointError: on every rank: the directory is not empty, a rank failed to write, or ranks of an optimizer
-            have taken different steps.
+        CheckpointError: on every rank: the directory is not empty, or a rank failed to write.
         ValueError, TypeError: an argument is invalid, or ``state`` has something that a checkpoint cannot hold.
     """
     with agreement_of_all() as agreement:

@@ -37,13 +37,17 @@ def together(agreement: Agreement, operation: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_checkpoint_errors() -> Iterator[None]:
-    """Turns every ``Exception`` of the block into ``CheckpointError``, but for ``ValueError`` and ``TypeError``."""
+    """Turns every ``Exception`` of the block into ``CheckpointError``, but for ``ValueError`` and ``TypeError``.
+
+    An error without a message gets one that has its type and the line that raised it.
+    """
     try:
         yield
-    except (CheckpointError, ValueError, TypeError):
-        raise
     except Exception as error:
-        raise CheckpointError(error_text(error)) from error
+        kind = next((kind for kind in (ValueError, TypeError) if isinstance(error, kind)), CheckpointError)
+        if isinstance(error, kind) and str(error).strip():
+            raise
+        raise kind(error_text(error)) from error
 
 
 @contextlib.contextmanager

@@ -195,11 +195,11 @@ class Collectives:
             works += _start_messages(downward, outgoing, rank - distance, incoming, rank + distance)
         return HostTransfer(works, self.groups)
 
-    def broadcast(self, buffer: Tensor) -> None:
-        """Overwrites ``buffer``, of any shape and dtype, with rank 0's, and waits for that."""
+    def broadcast(self, buffer: Tensor, source: int = 0) -> None:
+        """Overwrites ``buffer``, of any shape and dtype, with the one of rank ``source``, and waits for that."""
         self.groups.count()
         with self.groups.using():
-            dist.broadcast(buffer, group=self.group, group_src=0)
+            dist.broadcast(buffer, group=self.group, group_src=source)
 
 
 def _start_messages(

@@ -26,7 +26,7 @@ def default_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     if dist.is_torchelastic_launched() and count != "1":
         warnings.warn(
             f"torchrun started {count} processes, but torch.distributed is not initialized: this optimizer trains this "
-            "process alone. Call torch.distributed.init_process_group() before building it",
+            "process alone. Call torch.distributed.init_process_group() before its first step",
             stacklevel=3,
         )
     return None

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_asgd._torch_private import has_other_users
 from dist_asgd.asgd.rounding import Rounding, compute_dtype, current_master
 from dist_asgd.asgd.rule import average_step_
 from dist_asgd.asgd.schedule import (
@@ -80,6 +82,9 @@ class Shard:
         self._raw: Tensor | None = None  # 1-D, copy of the parameters while averages are swapped in
         self.average_dtype = precision.average(self.dtype)
         self.averages: dict[str, Tensor | None] = dict.fromkeys(kinds)  # 1-D, average_dtype
+        self._lent: dict[str, tuple[Tensor, Tensor]] = {}  # averages by suffix, with what state dicts have of them
+        self._borrowers: list[weakref.ref[StatePiece]] = []  # pieces that share memory of parameters or masters
+        self._made: set[str] = set()  # suffixes of averages that exist only because the state was read
         self._capturable, self._kinds = precision.capturable, tuple(kinds.values())
         if self._capturable:
             self.averages = {suffix: self.average_copy(suffix) for suffix in kinds}
@@ -112,6 +117,8 @@ class Shard:
             scaling: the scale of the gradients, from GradScaler; only with ``capturable``.
         """
         self._make_master()
+        self._copy_lent()
+        self._drop_unwritten()
         runs = []
         for run, is_active in select_runs(self.runs, active):
             runs.append(self._step(run, h, slices, scaling) if is_active else run)
@@ -193,6 +200,7 @@ class Shard:
 
     def save_parameters(self) -> None:
         """Copies the parameters, which ``swap_out`` then restores."""
+        self._copy_lent()
         self._raw = self.parameters.copy()
 
     def swap_in(self, suffix: str) -> None:
@@ -213,8 +221,26 @@ class Shard:
 
         1-D. Without masters these may be the parameters themselves; with masters, a copy.
         """
-        param = self.parameters.read(where) if self._raw is None else self._raw[where]
+        param = self._trained(where)
         return param if self.master is None else current_master(self.master[where], param, self.rounding.dtype)
+
+    def _trained(self, where: slice) -> Tensor:
+        """Returns the parameters as trained (1-D, possibly themselves), also while averages are swapped in."""
+        return self.parameters.read(where) if self._raw is None else self._raw[where]
+
+    def _iterate_of(self, position: int) -> Tensor:
+        """Returns the piece of one parameter as trained: its own memory, or its master's, as a step would read it.
+
+        1-D. While averages are swapped in, it may be a copy.
+        """
+        where, piece = self._where(position), self.pieces.get(position)
+        if piece is None or self._raw is not None:
+            return self._iterate(where)
+        param = self.parameters.view_of(piece)
+        if self.master is None:
+            return param
+        master = self.master[where]
+        return current_master(master, param, self.rounding.dtype, out=master)
 
     # State dicts -----------------------------------------------------------------------------------------------------
 
@@ -238,32 +264,132 @@ class Shard:
     def _run_of(self, position: int) -> Run:
         return next(run for run in self.runs if run.first <= position < run.stop)
 
-    def state_of(self, position: int) -> dict[str, Tensor]:
-        """Returns the state tensors of one parameter by torch's names: pieces, or whole with one rank.
+    @property
+    def state_names(self) -> list[str]:
+        """The names of the state tensors of every parameter, as in torch."""
+        return [f"ax{suffix}" for suffix in self.averages] + ["master"] * (self.master is not None)
 
-        Tensors of averages that have started share memory with the shard.
+    def live(self, name: str, position: int) -> Tensor:
+        """Returns a state tensor of one parameter: a piece, or whole with one rank. Shares memory with the shard."""
+        return self._as_piece(self._live(name, self._where(position)), position)
+
+    def set_tensor(self, name: str, position: int, value: Tensor) -> None:
+        """Copies ``value``, which ``check_state`` has passed, to a state tensor of one parameter.
+
+        Raises:
+            ValueError: where the parameter is not the rounding of a ``value`` that is to be its master.
         """
-        where = self._where(position)
-        state = {}
-        for suffix, average in self.averages.items():
-            ax = self._iterate(where).to(self.average_dtype, copy=True) if average is None else average[where]
-            state[f"ax{suffix}"] = self._as_piece(ax, position)
-        if self.master is not None:
-            state["master"] = self._as_piece(self._iterate(where), position)
-        return state
+        if position not in self.pieces:
+            return
+        where, values = self._where(position), self._cut(value, position)
+        if name == "master":
+            param = self._trained(where)
+            if ((values.to(param.device, self.rounding.dtype) != param) & (param == param)).any():
+                raise ValueError("a master follows its parameter, which is not the rounding of it: write the parameter")
+        self._copy_lent()
+        self._live(name, where).copy_(values)
+
+    def set_scalars(self, position: int, values: Mapping[str, Any]) -> None:
+        """Sets the scalars of one parameter, by torch's names, all of which ``check_state`` has passed."""
+        self._set_scalars(position, self._scalars_in(values))
+
+    def load_parameter(self, position: int, state: Mapping[str, Any]) -> None:
+        """Loads the state of one parameter, which ``check_state`` has passed; an empty one starts it anew."""
+        self._copy_lent()
+        if state:
+            self._make_master()
+        where, averages = self._where(position), {suffix: self._writable(suffix) for suffix in self.averages}
+        self._set_scalars(position, self._scalars_in(state) if state else self._fresh)
+        if position in self.pieces:
+            self._load_tensors(position, state, averages)
+            for average in averages.values() if not state else ():
+                average[where].copy_(self._iterate(where))
+
+    def _live(self, name: str, where: slice) -> Tensor:
+        if name == "master" and self.master is not None:
+            master = self.master[where]
+            return current_master(master, self._trained(where), self.rounding.dtype, out=master)
+        return self._writable(name.removeprefix("ax"))[where]
+
+    def _writable(self, suffix: str) -> Tensor:
+        """Returns an average (1-D); one that has not started is made, and dropped again by the next step."""
+        average = self.averages[suffix]
+        if average is None:
+            average = self.averages[suffix] = self.average_copy(suffix)
+            self._made.add(suffix)
+        return average
+
+    def _drop_unwritten(self) -> None:
+        """Drops averages that were made for somebody to look at, and are the parameters still."""
+        for number, suffix in enumerate(self.averages) if self._made else ():
+            average = self.averages[suffix]
+            if suffix in self._made and average is not None and not _has_begun(self.runs, number):
+                same = torch.equal(average, self._iterate().to(average.dtype))
+                self.averages[suffix] = None if same else average
+        self._made.clear()
+
+    def _set_scalars(self, position: int, scalars: Scalars) -> None:
+        runs = []
+        for run in (replace(run, scalars=run.scalars.read()) for run in self.runs):
+            if run.first <= position < run.stop:
+                runs.append(replace(run, stop=position))
+                runs.append(Run(position, position + 1, scalars))
+                run = replace(run, first=position + 1)
+            runs.append(run)
+        self._set_runs(merge_runs(run for run in runs if run.first < run.stop))
+        for suffix, mu in zip(self.averages, scalars.mus, strict=True):
+            if mu != 1:
+                self._writable(suffix)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the state tensors of the shard (1-D) by torch's names.
+        """Returns the state tensors of the shard (1-D) by torch's names, which may share memory: for reading only."""
+        iterate = self._iterate()
+        averages = self.averages.items()
+        state = {f"ax{suffix}": iterate.to(self.average_dtype) if ax is None else ax for suffix, ax in averages}
+        return state if self.master is None else state | {"master": iterate}
 
-        All are copies, except averages that have started.
+    def state_of(self, position: int) -> dict[str, Tensor]:
+        """Returns the state tensors of one parameter by torch's names, as they are now: pieces, or whole with one rank.
+
+        They share memory with the shard until it changes; what is still in use then is copied. Whole masters, and
+        whole averages that have not started, are copies.
         """
+        where, iterate = self._where(position), self._iterate_of(position)
         state = {
-            f"ax{suffix}": self.average_copy(suffix) if average is None else average
+            f"ax{suffix}": self._borrow(iterate.to(self.average_dtype), position)
+            if average is None
+            else self._as_piece(self._lend(suffix, average)[where], position)
             for suffix, average in self.averages.items()
         }
-        if self.master is not None:
-            state["master"] = self._iterate()
-        return state
+        return state if self.master is None else state | {"master": self._borrow(iterate, position)}
+
+    def _borrow(self, local: Tensor, position: int) -> Tensor:
+        """Returns a state tensor with the values of ``local`` (1-D), which is memory that changes in place."""
+        if self.layout.world_size == 1:
+            return self._as_piece(local.clone(), position)
+        piece = self._piece(local, position)
+        piece.borrowed = True
+        self._borrowers.append(weakref.ref(piece))
+        return piece
+
+    def _lend(self, suffix: str, average: Tensor) -> Tensor:
+        if self._capturable or not len(average):  # CUDA graphs hold the address: a step cannot leave the memory
+            return average.clone()
+        if suffix not in self._lent or self._lent[suffix][0] is not average:
+            # The storage of its own tells those who hold a state dict from those who hold live tensors.
+            self._lent[suffix] = average, torch.from_dlpack(average)
+        return self._lent[suffix][1]
+
+    def _copy_lent(self) -> None:
+        """Copies what a state dict still holds, before it changes: a state dict is of one moment."""
+        for reference in self._borrowers:
+            if (piece := reference()) is not None:
+                piece.own()
+        self._borrowers.clear()
+        for suffix, (average, lent) in self._lent.items():
+            if self.averages[suffix] is average and has_other_users(lent):
+                self.averages[suffix] = average.clone()
+        self._lent.clear()
 
     def writes_scalars(self, position: int) -> bool:
         """Whether this rank writes the scalars of a parameter to checkpoints: the owner of its first element does."""
@@ -271,19 +397,18 @@ class Shard:
         has_first = piece is not None and piece.start == 0 and not any(placement.offsets)
         return has_first or not math.prod(placement.whole)
 
-    def piece_of(self, flat: Tensor, position: int) -> Tensor:
-        """Returns the part of ``flat`` (1-D, a tensor of the shard) that is one parameter's; whole with one rank."""
-        return self._as_piece(flat[self._where(position)], position)
-
     def _where(self, position: int) -> slice:
         """Returns where one parameter lies in the shard; an empty slice if it lies in other shards."""
         piece = self.pieces.get(position)
         return slice(0, 0) if piece is None else slice(piece.shard_start, piece.shard_stop)
 
     def _as_piece(self, local: Tensor, position: int) -> Tensor:
-        piece = self.pieces.get(position)
         if self.layout.world_size == 1:
             return self.parameters.wrap(position, self.placements[position].view(local))
+        return self._piece(local, position)
+
+    def _piece(self, local: Tensor, position: int) -> StatePiece:
+        piece = self.pieces.get(position)
         return StatePiece(local, 0 if piece is None else piece.start, self.placements[position])
 
     def check_state(self, position: int, state: Mapping[str, Any]) -> None:
@@ -294,30 +419,34 @@ class Shard:
 
     def load_state(self, states: Mapping[int, Mapping[str, Any]]) -> None:
         """Loads states that ``check_state`` has passed, by position; parameters without one start without state."""
+        self._copy_lent()
         scalars = [self._scalars_in(states[p]) if p in states else self._fresh for p in range(len(self.placements))]
         self._set_runs(merge_runs([Run(p, p + 1, value) for p, value in enumerate(scalars)]))
         averages = {suffix: self.average_copy(suffix) for suffix in self.averages if states}
         if states:
             self._make_master()
-        for position, piece in self.pieces.items():
-            state = states.get(position, {})
-            where = slice(piece.shard_start, piece.shard_stop)
-            for suffix, average in averages.items():
-                # An average that the state lacks has not started: its value is the one of the first average.
-                if (saved := state.get(f"ax{suffix}", state.get("ax"))) is not None:
-                    average[where].copy_(self._cut(saved, position))
-            if self.master is not None:
-                master = state.get("master")
-                self.master[where].copy_(self.parameters.read(where) if master is None else self._cut(master, position))
+        for position in self.pieces:
+            self._load_tensors(position, states.get(position, {}), averages)
         for suffix, kept in self.averages.items():
-            average = averages.get(suffix)
+            loaded = averages.get(suffix)
             if self._capturable and kept is not None:
-                kept.copy_(self._iterate() if average is None else average)  # CUDA graphs hold the address
+                kept.copy_(self._iterate() if loaded is None else loaded)  # CUDA graphs hold the address
                 continue
             # An average that has not started is dropped to save its memory, unless it differs from the parameters.
-            if average is not None and not self.has_average(suffix):
-                average = None if torch.equal(average, self._iterate().to(average.dtype)) else average
-            self.averages[suffix] = average
+            if loaded is not None and not self.has_average(suffix):
+                loaded = None if torch.equal(loaded, self._iterate().to(loaded.dtype)) else loaded
+            self.averages[suffix] = loaded
+
+    def _load_tensors(self, position: int, state: Mapping[str, Any], averages: Mapping[str, Tensor]) -> None:
+        """Copies the tensors of one parameter's ``state`` to ``averages`` and the master."""
+        where = self._where(position)
+        for suffix, average in averages.items():
+            # An average that the state lacks has not started: its value is the one of the first average.
+            if (saved := state.get(f"ax{suffix}", state.get("ax"))) is not None:
+                average[where].copy_(self._cut(saved, position))
+        if self.master is not None:
+            master = state.get("master")
+            self.master[where].copy_(self._trained(where) if master is None else self._cut(master, position))
 
     def _scalars_in(self, state: Mapping[str, Any]) -> Scalars:
         mu, *further = (float(state.get(f"mu{suffix}", 1)) for suffix in self.averages)

@@ -6,6 +6,7 @@ Both implement DCP's ``_Checkpointable`` protocol (``torch/distributed/checkpoin
 
 from __future__ import annotations
 
+import multiprocessing.reduction
 import pickle
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from dist_asgd._torch_private import TO_COPY, aten, disabled_torch_function, make_wrapper_subclass
+from dist_asgd._torch_private import DEVICE_OF, TO_COPY, aten, disabled_torch_function, make_wrapper_subclass
 from dist_asgd.boxes import Box
+from dist_asgd.sharding.no_memory import name_of, needs_memory
 from dist_asgd.sharding.placement import Placement
 
 
@@ -33,16 +35,21 @@ class StatePiece(Tensor):
         start: position of the piece in the block.
         placement: the block: its position in the whole tensor, and its memory order.
         rank_local: whether the user knows that the piece is this rank's alone, and may pickle it.
+        borrowed: whether ``local`` is the memory of something else, such as the parameter whose average has not
+            started. It becomes a copy before it is written to.
     """
 
     local: Tensor  # 1-D, dtype of the average or master, may be empty
     start: int
     placement: Placement
     rank_local: bool
+    borrowed: bool = False
 
     @staticmethod
     def __new__(cls, local: Tensor, start: int, placement: Placement, rank_local: bool = False) -> StatePiece:
-        piece = make_wrapper_subclass(cls, placement.whole, dtype=local.dtype, device=local.device)
+        # torch takes a tensor on the meta device for no other's data or storage, so that p.data = piece raises. With a
+        # real device it would give p a null pointer. dispatch_device makes piece.device that of the values.
+        piece = make_wrapper_subclass(cls, placement.whole, dtype=local.dtype, device="meta", dispatch_device=True)
         piece.local, piece.start, piece.placement, piece.rank_local = local, start, placement, rank_local
         return piece
 
@@ -63,9 +70,13 @@ class StatePiece(Tensor):
                 "Checkpointer. For files that each rank writes and loads by itself, pickle rank_local(state_dict) of "
                 "dist_asgd.pieces"
             )
-        return StatePiece, (self.local.clone(), self.start, self.placement)
+        return self._rebuilt_from()
+
+    def _rebuilt_from(self) -> tuple[Any, ...]:
+        return StatePiece, (self.local.clone(), self.start, self.placement, self.rank_local)
 
     def __copy__(self) -> StatePiece:
+        self.own()
         return self.like(self.local)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StatePiece:
@@ -94,7 +105,13 @@ class StatePiece(Tensor):
             for index, (box, _) in enumerate(self._blocks())
         ]
 
+    def own(self) -> None:
+        """Makes borrowed memory a copy, which may be written to."""
+        if self.borrowed:
+            self.local, self.borrowed = self.local.clone(), False
+
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        self.own()  # DCP asks for this list in order to load into the blocks
         return [_chunk(box) for box, _ in self._blocks()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
@@ -104,9 +121,18 @@ class StatePiece(Tensor):
         raise ValueError(f"this rank holds no block of {index.fqn} at offset {index.offset}")
 
     @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if needs_memory(func, args):
+            raise _needs_whole(name_of(func), args)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         piece = args[0]
+        if func is DEVICE_OF:
+            return piece.local.device
         if func in (aten.detach.default, aten.alias.default):
+            piece.own()  # else one of the two could be written to and not the other
             return piece.like(piece.local)
         if func in (aten.clone.default, TO_COPY, aten.new_empty.default, aten.empty_like.default):
             kwargs = {key: value for key, value in (kwargs or {}).items() if key != "memory_format"}
@@ -118,13 +144,18 @@ class StatePiece(Tensor):
             if func is aten.equal.default:
                 return same_piece and torch.equal(piece.local, other.local)
             if same_piece:
+                piece.own()
                 piece.local.copy_(other.local)
                 return piece
-        raise NotImplementedError(
-            f"{func} needs the whole tensor, and each rank holds a piece of it (here {_first_piece(args)!r}). "
-            "with optimizer.averaged_parameters() puts the average into the parameters; full_state_dict(), called on "
-            "every rank, gathers whole tensors on rank 0"
-        )
+        raise _needs_whole(func, args)
+
+
+def _needs_whole(func: Any, args: Any) -> NotImplementedError:
+    return NotImplementedError(
+        f"{func} needs the whole tensor, and each rank holds a piece of it (here {_first_piece(args)!r}). "
+        "with optimizer.averaged_parameters() puts the average into the parameters; full_state_dict(), called on "
+        "every rank, gathers whole tensors on rank 0"
+    )
 
 
 class ScalarCopy(Tensor):
@@ -165,12 +196,14 @@ class ScalarCopy(Tensor):
 def rank_local(state: Any) -> Any:
     """Returns ``state`` with pieces that may be pickled, for a file that this rank alone writes and loads.
 
-    The file loads on the rank that wrote it, on as many ranks and under the placements of then. Tensors are not copied.
+    The file loads on the rank that wrote it, on as many ranks and under the placements of then. Masters, and
+    averages that have not started, are copied.
 
     Args:
         state: ``optimizer.state_dict()``, or dicts, lists and tuples with such state dicts in them.
     """
     if isinstance(state, StatePiece):
+        state.own()
         return StatePiece(state.local, state.start, state.placement, rank_local=True)
     if isinstance(state, Mapping):
         return {key: rank_local(value) for key, value in state.items()}
@@ -186,6 +219,10 @@ def _first_piece(args: Any) -> Any:
 def _chunk(box: Box) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.sizes))
 
+
+# A pipe to another process of this rank is no file that outlives the run: async_save of torch.distributed.checkpoint
+# sends state dicts to its background process so.
+multiprocessing.reduction.register(StatePiece, StatePiece._rebuilt_from)
 
 # torch.load(weights_only=True), its default, takes only pickled classes that it was told of. Version 0.1 pickled both
 # under the name of another module.

@@ -51,28 +51,34 @@ def argument_facts(arguments: Mapping[str, object], groups: Groups, first: int) 
     return facts
 
 
-def step_facts(options: Sequence[Hyperparameters], parameters: Mapping[Bucket, Sequence[int]]) -> Facts:
+def step_facts(
+    options: Sequence[Hyperparameters], parameters: Mapping[Bucket, Sequence[int]], changes: Sequence[str]
+) -> Facts:
     """Returns what must be equal on every rank for a step, in words that name a difference.
 
     Args:
         options: options of each param group.
         parameters: for each bucket, an index of ``PARAMETER_FACTS`` for each of its parameters.
+        changes: what the user has done to gradients that are reduced already, in words.
     """
     facts = [fact for number, h in enumerate(options) for fact in option_facts(h, number)]
     for bucket, own in parameters.items():
         facts += [(f"parameter {name!r}", PARAMETER_FACTS[fact]) for name, fact in zip(bucket.names, own, strict=True)]
-    return facts
+    return facts + [(f"change {number} of reduced gradients", change) for number, change in enumerate(changes, 1)]
 
 
 def step_code(
-    options: Sequence[Hyperparameters], parameters: Mapping[Bucket, Sequence[int]], begun: Sequence[Sequence[int]]
+    options: Sequence[Hyperparameters],
+    parameters: Mapping[Bucket, Sequence[int]],
+    begun: Sequence[tuple[Sequence[int], Sequence[str]]],
 ) -> int:
     """Returns a fingerprint, below 2**32, of ``step_facts`` and ``begun``. Cheap enough for every step.
 
     Args:
         options: options of each param group. An ``lr`` on a GPU is left out, because reading it would wait for the GPU.
         parameters: for each bucket, an index of ``PARAMETER_FACTS`` for each of its parameters.
-        begun: for each bucket that reduces, the pass in which the gradient of each parameter was begun.
+        begun: for each bucket that reduces, the pass in which the gradient of each parameter was begun, and what the
+            user has done to the gradients since.
     """
     known = [h if h.device_lr is None else replace(h, lr=0.0) for h in options]
     values = [_values(h) for h in known]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 from dist_asgd.averages.options import check_average
@@ -12,7 +13,7 @@ from dist_asgd.buckets.base import BucketOptions
 from dist_asgd.comm.consensus import Agreement
 from dist_asgd.step.consistency import argument_facts
 from dist_asgd.step.cuda_graphs import check_capturable
-from dist_asgd.step.validation import check_last_group, drop_duplicates
+from dist_asgd.step.validation import check_aliases, check_last_group, drop_duplicates
 
 
 def add_checked(
@@ -42,11 +43,13 @@ def add_agreed(
     setting: BucketOptions,
     agreement: Agreement,
     arguments: Mapping[str, object],
+    module: nn.Module | None,
 ) -> None:
     """Adds a param group on every rank, or on none. Collective.
 
     Args:
         arguments: the arguments of the optimizer that must be equal on every rank.
+        module: the model; None if the optimizer was not given one.
 
     Raises:
         ValueError, TypeError: the same on every rank, where a check fails on a rank or ranks add different groups.
@@ -55,6 +58,7 @@ def add_agreed(
     try:
         with agreement.together("add_param_group()"):
             add_checked(optimizer, param_group, setting, agreement)
+            check_aliases(optimizer.param_groups[first:], str(arguments["gradients"]), module)
             facts = argument_facts(arguments, optimizer.param_groups, first)
         agreement.require_equal("the arguments of the optimizer", facts)
     except BaseException:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_asgd.buckets.base import Bucket
 from dist_asgd.buckets.gradient_tensors import GradientPiece
@@ -20,7 +20,7 @@ from dist_asgd.comm.consensus import Facts
 from dist_asgd.sharding.shard_views import local_of
 from dist_asgd.step.consistency import argument_facts
 from dist_asgd.step.forward_wait import ForwardWaits
-from dist_asgd.step.validation import Groups, check_last_group, parameter_names
+from dist_asgd.step.validation import Groups, check_aliases, check_last_group, parameter_names
 
 # Dtype, device and shape of this rank's block of a parameter, and whether it is sharded already.
 Kind = tuple[torch.dtype, torch.device, torch.Size, bool]
@@ -61,7 +61,7 @@ class BuiltFor:
     def current_groups(self) -> Groups:
         """Returns the param groups with the parameters that are to be trained now.
 
-        These are the ones that the group lists, except where the model now has another one in the place of one of them.
+        A group lists them. Where the model holds another parameter in the place of a listed one, it is the other.
         """
         replaced = self._forward_waits.replaced()
         return [
@@ -85,7 +85,12 @@ def steps_loaded(buckets: Iterable[Bucket]) -> int:
 
 
 def check_rebuild(
-    groups: Groups, former: Groups, buckets: Sequence[Bucket], ranks: Sequence[int], arguments: Mapping[str, object]
+    groups: Groups,
+    former: Groups,
+    buckets: Sequence[Bucket],
+    ranks: Sequence[int],
+    arguments: Mapping[str, object],
+    module: nn.Module | None,
 ) -> Facts:
     """Validates that buckets for ``groups`` can take the place of ``buckets``. Not collective.
 
@@ -94,6 +99,7 @@ def check_rebuild(
         former: the param groups, with the parameters that ``buckets`` were built for.
         ranks: the ranks of the optimizer, numbered as in the default process group.
         arguments: the arguments of the optimizer that must be equal on every rank.
+        module: the model; None if the optimizer was not given one.
 
     Returns:
         The facts that must be equal on every rank.
@@ -117,6 +123,7 @@ def check_rebuild(
                     "optimizer after the change"
                 )
         check_last_group(groups[: number + 1], ranks)
+    check_aliases(groups, str(arguments["gradients"]), module)
     if loaded and any(bucket.presharded for bucket in buckets):
         raise RuntimeError(
             "FSDP1's slices were changed after a state was loaded, and slices cannot move their state: change the "

@@ -243,7 +243,8 @@ class StepAgreement:
             values += [code, -code, any(bucket.has_unreduced() for bucket in reducing)]
         high, minus_low, any_unreduced = values
         if high != -minus_low:
-            self.agreement.require_equal("this step", step_facts(plan.options, facts))
+            changes = [change for bucket in reducing for change in bucket.changes]
+            self.agreement.require_equal("this step", step_facts(plan.options, facts, changes))
             raise RuntimeError(
                 "the gradients of different ranks were begun in different backwards, so they do not belong together: "
                 "ranks dropped them (zero_grad(), p.grad = ...) between different backwards, or only some did. Drop "
@@ -311,7 +312,7 @@ class StepAgreement:
         for bucket in buckets:
             present[bucket] = [True] * len(bucket.params) if bucket in found else bucket.check_gradients()
             if bucket.reduces and not self._find_unused and not all(present[bucket]):
-                require_gradients(bucket, present[bucket])
+                require_gradients(bucket, present[bucket], self._warned_reduced_twice)
         return present
 
     def _facts(self, bucket: Bucket, present: Sequence[bool]) -> list[int]:
@@ -328,7 +329,8 @@ class StepAgreement:
         """Returns a fingerprint of the step, equal on ranks that are to take the same step; 0 on a single rank."""
         if self.agreement.world_size == 1:
             return 0
-        return step_code(plan.options, facts, [bucket.first_passes(self.passes) for bucket in self._reducer.buckets])
+        begun = [(bucket.first_passes(self.passes), bucket.changes) for bucket in self._reducer.buckets]
+        return step_code(plan.options, facts, begun)
 
     def warn_of_unused(self, plan: StepPlan) -> None:
         """Warns, once, of parameters that have had no gradient for many steps; their module may have replaced them.

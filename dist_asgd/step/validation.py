@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch.nn.parameter import is_lazy
 
 from dist_asgd._torch_private import fsdp2_named_parameters, modules_with_state
 from dist_asgd.asgd.schedule import Hyperparameters
-from dist_asgd.buckets.base import Bucket
+from dist_asgd.buckets.base import Bucket, require_private
+from dist_asgd.buckets.local_tensors import is_placed
 from dist_asgd.buckets.replicas import mesh_ranks
 from dist_asgd.sharding.placement import Placement
 from dist_asgd.sharding.shard_views import local_of
@@ -87,6 +89,7 @@ def check_last_group(groups: Groups, ranks: Sequence[int]) -> None:
     Raises:
         ValueError, TypeError: naming the option or the parameter.
     """
+    _check_implementation(groups[-1])
     h = Hyperparameters.of(groups[-1])
     if h.device_lr is not None:
         replace(h, lr=h.device_lr.item())  # steps leave its value on the device, so it is validated only here
@@ -100,6 +103,20 @@ def check_last_group(groups: Groups, ranks: Sequence[int]) -> None:
                 reaches[mesh] = set(mesh_ranks(mesh)) <= set(ranks) and mesh.get_coordinate() is not None
             _check_dtensor(name, param, ranks, reaches[mesh])
     _check_memory(groups)
+
+
+def _check_implementation(group: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` where a group asks for an implementation of torch.optim.ASGD that does not exist here."""
+    if group["foreach"] not in (None, False):
+        raise ValueError(
+            f"foreach={group['foreach']!r}: a step here updates many parameters at once anyway, with the bits of "
+            "torch.optim.ASGD(foreach=False), from which foreach=True differs. Leave it out"
+        )
+    if group["differentiable"] is not False:
+        raise ValueError(
+            f"differentiable={group['differentiable']!r}: autograd does not record a step here, since it writes to the "
+            "memory of parameters. Use torch.optim.ASGD to differentiate through steps"
+        )
 
 
 def _check_parameter(name: str, param: Tensor) -> None:
@@ -140,18 +157,62 @@ def _check_dtensor(name: str, param: DTensor, ranks: Sequence[int], reachable: b
 
 def _check_memory(groups: Groups) -> None:
     """Raises ``ValueError`` where two parameters share memory, because each parameter gets memory of its own."""
-    spans = sorted(
-        (param.device.type, param.data_ptr(), param.data_ptr() + _dense_bytes(param), name)
+    named = [
+        (name, param)
         for number, group in enumerate(groups)
-        for name, param in zip(parameter_names(group, number), map(local_of, group["params"]), strict=True)
-        if param.numel()
-    )
+        for name, param in zip(parameter_names(group, number), group["params"], strict=True)
+    ]
+    spans = _spans(named)
     for (device, _, stop, name), (other_device, start, _, other) in itertools.pairwise(spans):
         if device == other_device and start < stop:
             raise ValueError(
                 f"parameters {name!r} and {other!r} share memory, and here each gets its own. To tie them, let their "
                 "modules hold the same Parameter (b.weight = a.weight, not b.weight.data = a.weight.data)"
             )
+
+
+def check_aliases(groups: Groups, gradients: str, module: torch.nn.Module | None) -> None:
+    """Raises ``ValueError`` where somebody else has the memory of a parameter that moves into a bucket.
+
+    Notices memory that processes share and, if the model is known, its buffers and other parameters. A NumPy array or a
+    tensor outside of the model cannot be told from a temporary one.
+
+    Args:
+        groups: ``optimizer.param_groups``.
+        gradients: the optimizer's option, "local", "reduced" or "sharded".
+        module: the model; None if the optimizer was not given one.
+    """
+    moved = [
+        (name, param)
+        for number, group in enumerate(groups)
+        for name, param in zip(parameter_names(group, number), group["params"], strict=True)
+        if not is_placed(param, gradients)
+    ]
+    for name, param in moved:
+        require_private(name, param)
+    known = {id(param) for group in groups for param in group["params"]}
+    tensors = [] if module is None else [*module.named_parameters(), *module.named_buffers()]
+    others = [pair for pair in tensors if id(pair[1]) not in known and not is_lazy(pair[1])]
+    starts = _spans(moved)
+    for device, start, stop, other in _spans(others) if moved else []:
+        first = max(bisect.bisect_right(starts, (device, start)) - 1, 0)
+        for moved_device, moved_start, moved_stop, name in starts[first : first + 2]:
+            if device == moved_device and start < moved_stop and moved_start < stop:
+                raise ValueError(
+                    f"parameter {name!r} shares memory with {other!r} of the module, which the optimizer does not "
+                    "have. It moves into a bucket here, and the other one would not follow: give one of them memory of "
+                    "its own (clone()), or let the modules hold the same Parameter"
+                )
+
+
+def _spans(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, int, int, str]]:
+    """Returns device type, first and last address and name of this rank's block of each tensor, sorted."""
+    local = [(name, local_of(tensor)) for name, tensor in named]
+    return sorted(
+        (tensor.device.type, tensor.data_ptr(), tensor.data_ptr() + _dense_bytes(tensor), name)
+        for name, tensor in local
+        if tensor.numel() and tensor.layout is torch.strided
+    )
 
 
 def _dense_bytes(param: Tensor) -> int:
@@ -206,12 +267,14 @@ def require_built_groups(alone: bool, groups: Groups, built: Sequence[Sequence[T
             )
 
 
-def require_gradients(bucket: Bucket, present: Sequence[bool]) -> None:
+def require_gradients(bucket: Bucket, present: Sequence[bool], under_ddp: bool) -> None:
     """Raises ``RuntimeError``, naming them, if parameters of ``bucket`` that are trained have no gradient.
 
     Args:
         present: for each parameter, whether this rank has a gradient.
+        under_ddp: whether DistributedDataParallel was seen to average gradients as well.
     """
+    ddp = "DistributedDataParallel averages the gradients: pass gradients='reduced' to ShardedASGD. " * under_ddp
     missing = [
         name
         for name, param, has in zip(bucket.names, bucket.params, present, strict=True)
@@ -219,10 +282,11 @@ def require_gradients(bucket: Bucket, present: Sequence[bool]) -> None:
     ]
     if missing:
         raise RuntimeError(
-            f"no gradient for parameter {some_of(missing)}. Where ranks may leave parameters unused, pass "
+            f"no gradient for parameter {some_of(missing)}. {ddp}Where ranks may leave parameters unused, pass "
             "find_unused_parameters=True; freeze those that are never used (requires_grad=False). If the model's "
             "parameters were replaced after the optimizer was built (fully_shard, parallelize_module, "
-            "load_state_dict(assign=True)), build it again"
+            "load_state_dict(assign=True)), pass module=, by which new ones are found until the first step, or build "
+            "it again"
         )
 
 
@@ -252,7 +316,7 @@ def require_not_sharded_since(buckets: Sequence[Bucket]) -> None:
             raise RuntimeError(
                 f"parameter {some_of([names[0] for names in replaced])} has no gradient, and its module has a DTensor "
                 "in its place: fully_shard was called after the optimizer was built, which replaces parameters. Build "
-                "the optimizer after that"
+                "the optimizer after that, or pass module=, by which it finds the new ones"
             )
 
 

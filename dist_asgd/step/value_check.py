@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from dist_asgd.buckets.base import Bucket
-from dist_asgd.comm.consensus import Agreement
-from dist_asgd.comm.digest import digest
+from dist_asgd.comm.consensus import Agreement, fingerprint
+from dist_asgd.comm.digests import digests
 from dist_asgd.sharding.shard_views import local_of
 from dist_asgd.step.validation import some_of
 
@@ -32,39 +30,54 @@ def require_same_values(agreement: Agreement, buckets: Sequence[Bucket], *, writ
     """
     shared = {bucket.names[0]: bucket for bucket in buckets if bucket.copy_ranks}
     if written_only:
+        if _all_wrote_alike(agreement, [bucket for bucket in shared.values() if bucket.was_written]):
+            return
         written = agreement.gather([name for name, bucket in shared.items() if bucket.was_written])
         wanted = set().union(*written)
         shared = {name: bucket for name, bucket in shared.items() if name in wanted}
     for bucket in shared.values():
         bucket.wait()
-    digests = {name: (bucket.copy_ranks[0], int(bucket.digest())) for name, bucket in shared.items()}
-    different = set(_differences(agreement.gather(digests)))
+    found = {name: (bucket.copy_ranks[0], bucket.digest()) for name, bucket in shared.items()}
+    different = set(_differences(agreement.gather(found)))
     if different:
         _raise_different(agreement, [bucket for name, bucket in shared.items() if name in different])
     for bucket in shared.values():
         bucket.note_equal_values()
 
 
+def _all_wrote_alike(agreement: Agreement, written: Sequence[Bucket]) -> bool:
+    """Whether every rank has written to the same buckets and they are equal now, found by one exchange. Collective."""
+    for bucket in written:
+        bucket.wait()
+    code = fingerprint([(bucket.names[0], bucket.digest()) for bucket in written])
+    high, minus_low = agreement.maximum("the comparison of parameters", [code, -code])
+    if high == -minus_low:
+        for bucket in written:
+            bucket.note_equal_values()
+    return high == -minus_low
+
+
 def _raise_different(agreement: Agreement, buckets: Sequence[Bucket]) -> None:
     """Raises the error, which names the parameters of ``buckets`` that differ. Collective."""
     own: Digests = {}
     for bucket in buckets:
-        numbers = torch.stack([digest(local_of(param)) for param in bucket.params]).tolist()
+        numbers = digests([local_of(param) for param in bucket.params])
         own |= {name: (bucket.copy_ranks[0], number) for name, number in zip(bucket.names, numbers, strict=True)}
     different = _differences(agreement.gather(own))
     first, other = next(iter(different.values()))
     raise RuntimeError(
         f"ranks {first} and {other} have different values of parameter {some_of(list(different))}, and a step would "
-        "mix them: it was written on some ranks only since the optimizer was built, as by load_state_dict() under "
-        "`if rank == 0:`. Write the same values on every rank, or load weights before building the optimizer"
+        "mix them. Either it was written on some ranks only since the optimizer was built, as by load_state_dict() "
+        "under `if rank == 0:`, or ranks began with different values, which only gradients='local' and "
+        "DistributedDataParallel make equal. Write the same values on every rank"
     )
 
 
 def _differences(everyone: Sequence[Digests]) -> dict[str, tuple[int, int]]:
     """Returns, for each name whose values differ, the first rank that has it and the first one that differs from it."""
     different: dict[str, tuple[int, int]] = {}
-    for rank, digests in enumerate(everyone):
-        for name, (first, number) in digests.items():
+    for rank, found in enumerate(everyone):
+        for name, (first, number) in found.items():
             if number != everyone[first].get(name, (first, number))[1]:
                 different.setdefault(name, (first, rank))
     return different

@@ -191,6 +191,17 @@ def test_whole_state_of_other_memory_orders_is_cut_as_fsdp1_cuts_the_parameter()
     run_ranks(2, ranks)
 
 
+def test_slices_named_in_another_order_are_refused() -> None:
+    def ranks(rank: int) -> str:
+        model, optimizer = build()
+        train(model, optimizer, range(2))
+        other = wrap(Model())
+        reordered = ShardedASGD(list(other.named_parameters())[::-1], module=other, **OPTIONS)
+        return quick_message(lambda: reordered.load_state_dict(optimizer.state_dict()))
+
+    one_message(run_ranks(2, ranks), "another order", "param_names")
+
+
 def test_averaging_starts_at_the_steps_of_parameters_that_other_ranks_have() -> None:
     """An empty slice counts every step, also those without a gradient of its parameter."""
 

@@ -62,20 +62,13 @@ def test_the_stand_in_refuses_what_it_cannot_answer() -> None:
         assert grad is not None
         assert isinstance(grad, torch.Tensor) and not grad.is_sparse and grad.device == params[3].device
         for wrong in (
-            lambda: grad + 1,
-            lambda: grad.norm(),
-            lambda: grad.sum().item(),
             lambda: grad.view(-1)[0],
-            lambda: grad.add_(torch.ones(257)),
-            lambda: torch.nn.utils.clip_grad_norm_(params, 1.0),
+            lambda: grad.numpy(),
+            lambda: torch.zeros(257).copy_(grad),
             lambda: dist.all_reduce(grad),
         ):
             text = message_of(wrong, RuntimeError, TypeError, NotImplementedError)
             assert "gradient" in text.lower() and ("piece" in text or "shard" in text or "ShardedASGD" in text), text
-        text = message_of(
-            lambda: torch.nn.utils.clip_grad_norm_(params, 1.0), RuntimeError, TypeError, NotImplementedError
-        )
-        assert "clip_grad_norm_" in text, text
         assert "grad" in repr(grad).lower() or "shard" in repr(grad).lower()  # can be printed
         optimizer.step()
 
@@ -110,15 +103,16 @@ def test_alone_there_is_nothing_to_reduce() -> None:
     run_alone(alone)
 
 
-def test_what_a_stand_in_does_not_support_raises() -> None:
-    """Writing to it would be lost; zeroing is supported in every form."""
+def test_zeroing_after_other_writes_is_zero() -> None:
+    """What needs the whole gradient raises and writes nothing."""
 
     def ranks(rank: int) -> None:
         pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0, lambd=0.1)
         pair.backward(random_gradients(PLAIN, 2, 0))
         grads = [p.grad for p in pair.params]
-        for write in (lambda g: g.copy_(torch.zeros_like(pair.params[0])), lambda g: g.mul_(2), lambda g: g.fill_(0)):
+        for write in (lambda g: g.cumsum_(0), lambda g: g.__setitem__(0, 1.0), lambda g: g.resize_(3)):
             assert "clip_grad_norm_" in message_of(lambda write=write: write(grads[0]), RuntimeError)
+        grads[0].copy_(torch.ones_like(pair.params[0])).mul_(2)
         torch._foreach_zero_(grads)
         pair.oracle.zero_grad(set_to_none=False)
         pair.step()

@@ -1,5 +1,6 @@
 """Live state as the contents of a checkpoint and back: resumed runs have the bits of runs without a stop."""
 
+import dataclasses
 import json
 import random
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from dist_asgd.checkpoint.format.json_values import Values, decode
 from dist_asgd.checkpoint.state.contents import Contents, contents_of, destination_of
 from dist_asgd.checkpoint.state.mismatches import Problems
 from dist_asgd.checkpoint.state.rng import RandomState
+from dist_asgd.checkpoint.state.sharing import Sharing
 from tests.support.fsdp1 import build as fsdp1_build
 from tests.support.fsdp1 import train as fsdp1_train
 from tests.support.layouts import Model, batch, build, give_gradients, named_parameters, place, train, whole
@@ -65,7 +67,7 @@ def _copied(contents: Contents) -> Contents:
         )
         for key, entry in contents.tensors.items()
     }
-    return Contents(tensors, contents.values, contents.paths, contents.varying)
+    return dataclasses.replace(contents, tensors=tensors)
 
 
 def load(state: Mapping[str, Any], saved: Saved, rank: int = 0, **options: Any) -> None:
@@ -401,7 +403,7 @@ def test_keys_are_those_of_torch_distributed_checkpoint() -> None:
             _, mapping = flatten_state_dict({"model": states[0], "optimizer": states[1]})
             assert contents.paths == mapping
             assert contents.tensors.keys() | contents.values.keys() == mapping.keys()
-            assert not contents.varying
+            assert set(contents.sharing.values()) == {Sharing.EQUAL}
 
     run_ranks(2, ranks)
 
@@ -484,7 +486,8 @@ class Loader:
 def test_objects_with_a_state_get_it_back_as_it_was() -> None:
     loader = Loader(3)
     saved = save({"deep": [{"loader": loader}]})
-    assert all(key in contents_of({"a": loader}).varying for key in ("a.shuffle", "a.epoch"))
+    sharing = contents_of({"a": loader}).sharing
+    assert sharing["a.shuffle"] is sharing["a.epoch"] is Sharing.VARYING
     fresh, other = Loader(5), Loader(6)
     other.state = {}
     for target in (fresh, other):

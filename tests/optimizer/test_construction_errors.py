@@ -102,6 +102,23 @@ def test_unknown_options() -> None:
     run_alone(alone)
 
 
+def test_options_of_torch_that_choose_an_implementation() -> None:
+    def alone() -> None:
+        optimizer = ShardedASGD(make_parameters(PLAIN), foreach=False, differentiable=False)
+        optimizer.add_param_group({"params": make_parameters([Spec((3,))]), "foreach": None})
+        assert [group["foreach"] for group in optimizer.param_groups] == [False, None]
+        for option, said in {"foreach": "foreach=False", "differentiable": "torch.optim.ASGD"}.items():
+            for build in (
+                lambda option=option: ShardedASGD(make_parameters(PLAIN), **{option: True}),
+                lambda option=option: optimizer.add_param_group({"params": make_parameters(PLAIN), option: True}),
+            ):
+                text = message_of(build, ValueError)
+                assert f"{option}=True" in text and said in text
+        assert len(optimizer.param_groups) == 2
+
+    run_alone(alone)
+
+
 def test_params_that_are_no_parameters() -> None:
     def alone() -> None:
         p = make_parameters(PLAIN[:1])[0]
@@ -308,10 +325,15 @@ DISAGREEMENTS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
         "lr",
     ),
     "a bad lr on one rank": (lambda: ShardedASGD(named(plain())), lambda: ShardedASGD(named(plain()), lr=NAN), "nan"),
-    "an unknown option on one rank": (
+    "an option on one rank that is refused": (
         lambda: ShardedASGD(named(plain())),
         lambda: ShardedASGD(named(plain()), foreach=True),
         "foreach",
+    ),
+    "an unknown option on one rank": (
+        lambda: ShardedASGD(named(plain())),
+        lambda: ShardedASGD(named(plain()), momentum=0.9),
+        "momentum",
     ),
     "a lazy module that has run on one rank only": (
         lambda: ShardedASGD(lazy(run=True).named_parameters()),
@@ -393,3 +415,39 @@ def test_a_rank_outside_of_the_process_group_is_told() -> None:
             assert "process_group" in text or "process group" in text
 
     run_ranks(2, ranks)
+
+
+# Memory that others have
+
+
+def test_parameters_in_shared_memory_are_refused_by_name() -> None:
+    """Other processes would not see them train, once they have moved into a bucket."""
+
+    def alone() -> None:
+        model = torch.nn.Linear(3, 2).share_memory()
+        text = message_of(lambda: ShardedASGD(model.named_parameters(), lr=0.1), ValueError)
+        assert "'weight'" in text and "shared memory" in text and "torch.optim.ASGD" in text
+        optimizer = ShardedASGD(torch.nn.Linear(3, 2).named_parameters(), lr=0.1)
+        late = [("late", torch.nn.Parameter(torch.ones(2).share_memory_()))]
+        assert "'late'" in message_of(lambda: optimizer.add_param_group({"params": late}), ValueError)
+        assert len(optimizer.param_groups) == 1
+        model = torch.nn.Linear(3, 2)
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.1)
+        model.to(torch.bfloat16).share_memory()
+        assert "shared memory" in message_of(optimizer.step, ValueError)
+
+    run_alone(alone)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "frozen parameter"])
+def test_memory_that_the_module_uses_under_another_name(kind: str) -> None:
+    def ranks(rank: int) -> str:
+        model = torch.nn.Linear(4, 4)
+        if kind == "buffer":
+            model.register_buffer("other", model.weight.detach()[1])
+        else:
+            model.other = torch.nn.Parameter(model.weight.detach(), requires_grad=False)
+        trained = [(name, param) for name, param in model.named_parameters() if name != "other"]
+        return quick_message(lambda: ShardedASGD(trained, lr=0.1, module=model), ValueError)
+
+    one_message(run_ranks(2, ranks), "'weight'", "'other'", "shares memory", "clone()")

@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dist_asgd import ShardedASGD
 from tests.support.failures import one_message, quick_message
-from tests.support.layouts import Model, batch, data_rank, named_parameters, place, whole
+from tests.support.layouts import Model, batch, data_rank, local, named_parameters, place, whole
 from tests.support.ranks import run_alone, run_ranks
 
 
@@ -49,6 +51,12 @@ def under(layout: str) -> Callable[[nn.Module], nn.Module]:
     return lambda model: place(layout, model)
 
 
+def fsdp1(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # FSDP1 warns that it is superseded
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
 CHANGES = {
     "bf16": Change(lambda model: model.to(torch.bfloat16)),
     "bf16, model given": Change(lambda model: model.to(torch.bfloat16), given=True),
@@ -62,6 +70,7 @@ CHANGES = {
     "fsdp, by groups": Change(under("fsdp"), "fsdp", replaces_groups=True),
     "bf16, then fsdp": Change(lambda model: place("fsdp", model.bfloat16()), "fsdp", given=True),
     "hsdp": Change(under("hsdp"), "hsdp", "reduced", given=True),
+    "fsdp1": Change(fsdp1, "fsdp", given=True),
     "tp": Change(under("tp"), "tp", "reduced", given=True),
     "tp, by groups": Change(under("tp"), "tp", "reduced", replaces_groups=True),
 }
@@ -89,6 +98,7 @@ def replace_groups(optimizer: ShardedASGD, model: nn.Module) -> None:
 
 
 def run(model: nn.Module, optimizer: ShardedASGD, layout: str, scheduler: Any) -> list[torch.Tensor]:
+    fsdp1 = isinstance(model, FullyShardedDataParallel)  # its full_state_dict() needs the wrapped model
     dtype = next(iter(named_parameters(model).values())).dtype
     for step in range(3):
         x, y = batch(step, *(data_rank(layout) if dist.is_initialized() else ()))
@@ -97,9 +107,9 @@ def run(model: nn.Module, optimizer: ShardedASGD, layout: str, scheduler: Any) -
         scheduler.step()
         optimizer.zero_grad()
     optimizer.synchronize()
-    state = optimizer.full_state_dict()
+    state = optimizer.state_dict() if fsdp1 else optimizer.full_state_dict()
     values = [value for entry in state["state"].values() for value in entry.values()] if state else []
-    return [*map(whole, model.parameters()), *values]
+    return [*map(whole, model.parameters()), *map(local, values)]
 
 
 def trained(change: Change, before: bool, state: Any = None, groups: int = 1) -> list[torch.Tensor]:
@@ -200,3 +210,69 @@ def test_ranks_that_began_with_other_weights_are_told() -> None:
         return quick_message(optimizer.step)
 
     one_message(run_ranks(2, ranks), "inside.weight", "rank 0", "rank 1", "gradients")
+
+
+def test_what_accelerate_does_with_a_new_optimizer() -> None:
+    """It takes the state dict and loads it again, between the change of the model and the first step."""
+
+    def ranks(rank: int) -> None:
+        for name, cuts in (("bf16", 25 * 2**20), ("float64", 512), ("fsdp", 512)):
+            results = []
+            for before in (True, False):
+                model, change = Model(), CHANGES[name]
+                called = model if before else change.apply(model)
+                optimizer = ShardedASGD(model.named_parameters(), lr=0.1, t0=1, bucket_bytes=cuts, module=model)
+                called = change.apply(model) if before else called
+                optimizer.load_state_dict(optimizer.state_dict())
+                assert optimizer.param_groups[0]["params"] == list(named_parameters(model).values())
+                scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (1 + n))
+                results.append(run(called, optimizer, change.layout, scheduler))
+            assert all(map(torch.equal, *results)), name
+
+    run_ranks(2, ranks)
+
+
+@pytest.mark.parametrize("call", ["step", "clip", "full_state_dict", "restart", "swap", "add"])
+def test_any_collective_call_takes_a_change_up(call: str) -> None:
+    def ranks(rank: int) -> None:
+        model = Model()
+        named = list(model.named_parameters())
+        optimizer = ShardedASGD(named[:-1], lr=0.1, find_unused_parameters=True)
+        model.double()
+        if call == "step":
+            optimizer.step()
+        elif call == "clip":
+            optimizer.clip_grad_norm_(1.0)
+        elif call == "full_state_dict":
+            optimizer.full_state_dict()
+        elif call == "restart":
+            optimizer.restart_averaging()
+        elif call == "swap":
+            with optimizer.averaged_parameters():
+                pass
+        else:
+            optimizer.add_param_group({"params": named[-1:]})
+        assert optimizer.state[named[0][1]]["ax"].dtype == torch.float64
+        assert all(param.dtype == torch.float64 for param in model.parameters())
+
+    run_ranks(2, ranks)
+
+
+def test_changes_that_cannot_be_taken_up() -> None:
+    """Gradients that were reduced into the former buckets, and what comes after the first step."""
+
+    def ranks(rank: int) -> str:
+        model = Model()
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.1)
+        x, y = batch(rank)
+        (model(x) - y).square().mean().backward()
+        model.inside.weight.data = torch.ones(10, 7, dtype=torch.float64)
+        text = quick_message(optimizer.step, RuntimeError)
+        assert "inside." in text and "zero_grad()" in text and "reduced before" in text
+        optimizer.zero_grad()
+        model.double()
+        run(model, optimizer, "zero", torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1.0))
+        model.float()
+        return quick_message(optimizer.step, RuntimeError)
+
+    one_message(run_ranks(2, ranks), "has become", "build it again")

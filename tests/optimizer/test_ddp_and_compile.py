@@ -1,5 +1,6 @@
 """Models wrapped in DistributedDataParallel or compiled by torch.compile."""
 
+import math
 import warnings
 
 import pytest
@@ -94,5 +95,43 @@ def test_a_compiled_model(overlap: bool) -> None:
         optimizer.synchronize()
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+    run_ranks(2, ranks, timeout=120)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_steps_and_compiled_autograd() -> None:
+    """Collectives, hooks and the callback at the end of backward stay out of what dynamo traces."""
+
+    def ranks(rank: int) -> None:
+        model, twin = (Messenger(width=5, depth=1) for _ in range(2))
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.3, t0=0, bucket_bytes=64)
+        reference = torch.optim.ASGD(twin.parameters(), lr=0.3, t0=0, foreach=False)
+
+        @torch.compile(backend="eager")
+        def finish() -> torch.Tensor:
+            norm = optimizer.clip_grad_norm_(math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+            return norm
+
+        torch._dynamo.config.compiled_autograd = True
+        compiled_backward = torch.compile(lambda loss: loss.backward(), backend="eager")
+        for step in range(3):
+            for p in twin.parameters():
+                p.grad = torch.zeros_like(p)
+            for part in range(2):  # the second one adds to gradients that are reduced already
+                compiled_backward((model(tokens_of(rank, 2 * step + part)) ** 2).mean())
+                each = [model_gradients(twin, tokens_of(r, 2 * step + part)) for r in range(2)]
+                for p, *grads in zip(twin.parameters(), *each, strict=True):
+                    p.grad += reduce_in_rank_order(grads)
+            if step == 1:
+                torch.compile(optimizer.step, backend="eager")()
+                optimizer.zero_grad()
+            else:
+                norm = torch.nn.utils.get_total_norm([p.grad for p in twin.parameters()])
+                torch.testing.assert_close(finish(), norm)
+            reference.step()
+        assert all(map(same_bits, model.parameters(), twin.parameters()))
 
     run_ranks(2, ranks, timeout=120)

@@ -187,17 +187,21 @@ def operators_of_a_step(layout: str, **options: Any) -> Operators:
 
 
 @pytest.mark.parametrize(("layout", "world_size"), [("fsdp", 2), ("fsdp", 3), ("hsdp", 2), ("hsdp", 4), ("fsdp+tp", 4)])
-def test_a_step_has_no_operator_on_dtensors_and_gathers_updated_slices_only(layout: str, world_size: int) -> None:
+def test_a_step_has_no_operator_on_dtensors_and_sends_an_agreement_and_updated_slices_only(
+    layout: str, world_size: int
+) -> None:
     def ranks(rank: int) -> None:
         operators = operators_of_a_step(layout)
         assert operators.on_dtensors == []
         if layout == "fsdp":
             assert operators.collectives == []
         else:
-            assert {name for name, _ in operators.collectives} == {"_allgather_base_"}, operators.collectives
+            agreement, *gathers = operators.collectives
+            assert agreement == ("allreduce_", 10)
+            assert {name for name, _ in gathers} == {"_allgather_base_"}, operators.collectives
             model, _ = build(layout)
             held = sum(param.to_local().numel() for param in model.parameters())
-            assert sum(numel for _, numel in operators.collectives) <= held + 16 * 8 + 4 * 64
+            assert sum(numel for _, numel in gathers) <= held + 16 * 8 + 4 * 64
 
     run_ranks(world_size, ranks)
 

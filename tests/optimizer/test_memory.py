@@ -7,7 +7,12 @@ import math
 from functools import partial
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
+from dist_asgd import ShardedASGD
 from tests.support import contestants, memory
 from tests.support.ranks import run_ranks
 
@@ -29,6 +34,36 @@ def figures(rank: int) -> dict[str, int]:
 
 def torch_figures(rank: int) -> dict[str, int]:
     return memory.measure(contestants.alone, PARAMETERS, WIDTH)
+
+
+def state_dict_figures(rank: int, dtype: torch.dtype, sharded: bool) -> tuple[int, int]:
+    """Bytes of the averages of this rank, and the growth of resident memory by a state dict before they start."""
+    memory.map_large_blocks()
+    model = nn.Sequential(*(nn.Linear(512, 512, bias=False, dtype=dtype) for _ in range(16)))
+    share = 4 * sum(param.numel() for param in model.parameters()) // dist.get_world_size()
+    if sharded:
+        fully_shard(model)
+    optimizer = ShardedASGD(model.named_parameters(), lr=1e-3, module=model if sharded else None)
+    model(torch.ones(1, 512, dtype=dtype)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    peaks = []
+    for _ in range(3):  # the first one loads code, and the kernel may take pages back meanwhile
+        start = memory.reset_peak()
+        kept = optimizer.state_dict()
+        peaks.append(memory.peak_resident() - start)
+        assert len(kept["state"]) == 16
+        del kept
+    return share, min(peaks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_dict_before_averaging_copies_no_parameter(dtype: torch.dtype) -> None:
+    """Pieces borrow the parameters' memory, or the masters'; whole averages, which DTensors have, are one copy."""
+    for _, peak in run_ranks(2, state_dict_figures, dtype, False):
+        assert peak < SLACK
+    for share, peak in run_ranks(2, state_dict_figures, dtype, True):
+        assert peak < share + SLACK
 
 
 def small(size: int) -> int:

@@ -88,12 +88,12 @@ def test_other_forms_of_the_state_dict(tmp_path: Path, way: str) -> None:
 
 @pytest.mark.parametrize("layout", WORLD_SIZES)
 def test_copies_of_the_state_dict_do_not_change_with_the_optimizer(tmp_path: Path, layout: str) -> None:
-    """deepcopy, torch.save, and dcp.async_save, which copies as well."""
+    """deepcopy, torch.save, and dcp.async_save, which copies as well; nor does the state dict itself."""
 
     def ranks(rank: int) -> None:
         model, optimizer = build(layout, **OPTIONS)
         train(model, optimizer, range(SAVED))
-        copied = copy.deepcopy(optimizer.state_dict())
+        held, copied = optimizer.state_dict(), copy.deepcopy(optimizer.state_dict())
         torch.save(rank_local(optimizer.state_dict()), tmp_path / f"{rank}.pt")
         saved = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         background = dist.new_group(backend="gloo")
@@ -107,6 +107,7 @@ def test_copies_of_the_state_dict_do_not_change_with_the_optimizer(tmp_path: Pat
             before, after = local(entry["ax"]), local(now[index]["ax"])
             assert same_bits(before, local(saved["state"][index]["ax"])), index
             assert not before.numel() or not same_bits(before, after), index
+            assert same_bits(before, local(held["state"][index]["ax"])), index
         load(rank, str(tmp_path), layout, [(layout, 2)], {})
 
     run_ranks(2, ranks)

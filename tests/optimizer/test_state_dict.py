@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from dist_asgd import ShardedASGD
 from dist_asgd.pieces import rank_local
@@ -28,7 +28,7 @@ from tests.support.oracle import (
     random_gradients,
     same_bits,
 )
-from tests.support.ranks import Sent, run_alone, run_ranks
+from tests.support.ranks import Sent, message_of, run_alone, run_ranks
 
 SPECS = [*MIXED, Spec((37,), torch.bfloat16), Spec((3, 50)), Spec((2, 3), torch.float16)]
 OPTIONS: dict[str, Any] = {"lr": 0.05, "lambd": 0.01, "t0": 3, "bucket_bytes": 300}
@@ -212,6 +212,45 @@ def test_a_sharded_save_gathers_no_tensor() -> None:
         assert sent.sizes and max(sent.sizes) < 4096
 
     run_ranks(2, ranks)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_state_dict_is_of_one_moment(world_size: int) -> None:
+    """Averages are copied for it, by the next step, only if it is still there then."""
+
+    def ranks(rank: int) -> None:
+        specs = [Spec((200, 3)), Spec((33,), torch.bfloat16), Spec((40,), torch.float64)]
+        pair = Pair(make_parameters(specs), lr=torch.tensor(0.05), t0=2, lambd=0.01)
+        optimizer, params = pair.optimizer, pair.params
+
+        def address() -> int:
+            ax = optimizer.state[params[0]]["ax"]
+            return getattr(ax, "local", ax).data_ptr()
+
+        kept = []
+        for step in range(8):
+            state = optimizer.state_dict()
+            kept.append((state, copy.deepcopy(state)))
+            if step == 6:
+                optimizer.param_groups[0]["lr"].fill_(0.02)
+                pair.oracle.optimizer.param_groups[0]["lr"].fill_(0.02)
+                optimizer.state[params[2]]["ax"] = torch.ones(40, dtype=torch.float64)
+                pair.oracle.optimizer.state[pair.oracle.params[2]]["ax"].fill_(1)
+            pair.backward(random_gradients(specs, world_size, step))
+            pair.step()
+            pair.zero_grad()
+            pair.check(step)
+        assert all(same_dict(state, copied) for state, copied in kept)
+        assert float(kept[-1][0]["state"][0]["mu"]) < 1, "averages have started"
+        for hold in (True, False):
+            before, held = address(), optimizer.state_dict()
+            if not hold:
+                del held
+            pair.backward(random_gradients(specs, world_size, 9))
+            pair.step()
+            assert (address() != before) == hold, "it copies where a state dict is held, and not elsewhere"
+
+    run_ranks(world_size, ranks)
 
 
 # The shape of a state dict
@@ -481,6 +520,96 @@ def test_options_of_the_groups_come_from_the_state_dict() -> None:
                 assert ours[key] == theirs[key]
 
     run_ranks(2, ranks)
+
+
+def named_pair(order: str, prefix: str = "", value: float = 0.0) -> list[tuple[str, torch.nn.Parameter]]:
+    """Parameters of one shape, by name; ``order`` is of their names."""
+    return [(prefix + name, torch.nn.Parameter(torch.full((40,), value))) for name in order]
+
+
+def trained_pair(params: list[tuple[str, torch.nn.Parameter]], kind: Callable[..., Any]) -> Any:
+    """An optimizer after some steps, in which the average of each parameter depends on its name."""
+    optimizer = kind(params, lr=0.1, t0=0, lambd=0)
+    for _ in range(4):
+        for name, param in params:
+            param.grad = torch.full_like(param, float(ord(name[-1])))
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_state_is_matched_by_the_names_of_parameters(world_size: int) -> None:
+    """In another order, also with names of wrappers; without names on one side by position, and they are taken."""
+
+    def ranks(rank: int) -> None:
+        sources = {"torch": trained_pair(named_pair("abc"), torch.optim.ASGD).state_dict()}
+        full: list[Any] = [trained_pair(named_pair("abc"), ShardedASGD).full_state_dict()]
+        if dist.is_initialized():
+            dist.broadcast_object_list(full, src=0)
+        sources |= {"ours": full[0], "pieces": trained_pair(named_pair("abc"), ShardedASGD).state_dict()}
+        for form, saved in sources.items():
+            kept = copy.deepcopy(saved)
+            for prefix in ("", "module.", "module._orig_mod."):
+                params = named_pair("cab" if form != "pieces" else "abc", prefix)
+                optimizer = ShardedASGD(params, lr=0.1, t0=0, lambd=0)
+                optimizer.load_state_dict(saved)
+                loaded = optimizer.full_state_dict()
+                for index, (name, _) in enumerate(params if rank == 0 else []):
+                    expected = full[0]["state"]["abc".index(name[-1])]
+                    assert same_dict(loaded["state"][index], expected), (form, name)
+                assert optimizer.param_groups[0]["param_names"] == [name for name, _ in params]
+            nameless = ShardedASGD([param for _, param in named_pair("xyz")], lr=0.1)
+            nameless.load_state_dict(saved)
+            assert nameless.param_groups[0]["param_names"] == ["a", "b", "c"]
+            again = ShardedASGD(named_pair("cab"), lr=0.1)
+            bare = {
+                **saved,
+                "param_groups": [{k: v for k, v in saved["param_groups"][0].items() if k != "param_names"}],
+            }
+            again.load_state_dict(bare)
+            by_position = again.full_state_dict()
+            assert rank or same_dict(by_position["state"], full[0]["state"]), form
+            assert form == "pieces" or same_dict(saved, kept)
+
+    run_ranks(world_size, ranks) if world_size > 1 else run_alone(ranks, 0)
+
+
+def test_names_that_do_not_match_are_an_error_that_says_them() -> None:
+    def ranks(rank: int) -> list[str]:
+        saved = trained_pair(named_pair("abc"), torch.optim.ASGD).state_dict()
+        other = ShardedASGD(named_pair("abd"), lr=0.1)
+        before = other.full_state_dict()
+        texts = [message_of(lambda: other.load_state_dict(saved), ValueError)]
+        saved["param_groups"][0]["param_names"] = ["a", "b"]
+        texts.append(message_of(lambda: other.load_state_dict(saved), ValueError))
+        assert same_dict(other.full_state_dict(), before)
+        return texts
+
+    first, second = run_ranks(2, ranks)
+    assert first == second
+    assert "no parameter 'd'" in first[0] and "'c' instead" in first[0] and "param_names" in first[0]
+    assert "2 'param_names' for 3 parameters" in first[1]
+
+
+def test_names_made_by_torchs_functions_are_in_the_optimizers_order() -> None:
+    """``set_optimizer_state_dict`` reorders ``params`` and state, and leaves ``param_names`` as saved."""
+
+    def alone() -> None:
+        class Pair(torch.nn.Module):
+            def __init__(self, order: str) -> None:
+                super().__init__()
+                for name, param in named_pair(order):
+                    self.register_parameter(name, param)
+
+        first, second = Pair("ab"), Pair("ba")
+        source = trained_pair(list(first.named_parameters()), ShardedASGD)
+        target = ShardedASGD(second.named_parameters(), lr=0.1)
+        set_optimizer_state_dict(second, target, get_optimizer_state_dict(first, source))
+        for name in "ab":
+            one, other = getattr(first, name), getattr(second, name)
+            assert torch.equal(source.state[one]["ax"], target.state[other]["ax"]), name
+
+    run_alone(alone)
 
 
 def test_a_tensor_lr_is_copied_from_the_state_dict() -> None:

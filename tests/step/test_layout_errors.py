@@ -1,5 +1,6 @@
 """What users get wrong with sharded models: one clear error on every rank, at construction or at the first step."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_asgd import ShardedASGD
 from tests.support.failures import one_message, quick_message
@@ -42,22 +44,14 @@ def parallelize(model: Model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shard", "gradients", "given"),
-    [
-        (shard, gradients, given)
-        for shard in (shard_fully, parallelize)
-        for gradients in ("local", "reduced")
-        for given in ("module", "no module")
-        if (shard, gradients, given) != (parallelize, "reduced", "no module")  # the next tests
-    ],
+    ("shard", "gradients"), [(shard_fully, "local"), (shard_fully, "reduced"), (parallelize, "local")]
 )
-def test_a_model_that_is_sharded_after_the_optimizer_was_built(
-    shard: Callable[[Model], None], gradients: str, given: str
-) -> None:
+def test_a_model_that_is_sharded_after_the_optimizer_was_built(shard: Callable[[Model], None], gradients: str) -> None:
+    """Without `module=` the new parameters are not found; tests/optimizer/test_construction_order.py has the rest."""
+
     def ranks(rank: int) -> str:
         model = Model()
-        module = model if given == "module" else None
-        optimizer = ShardedASGD(model.named_parameters(), lr=0.1, gradients=gradients, module=module)
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.1, gradients=gradients)
         shard(model)
         x, y = batch(0)
         (model(x) - y).square().mean().backward()
@@ -66,6 +60,34 @@ def test_a_model_that_is_sharded_after_the_optimizer_was_built(
     one_message(
         run_ranks(2, ranks), "after the optimizer was built", "fully_shard", "build it again|Build the optimizer"
     )
+
+
+@pytest.mark.parametrize("how", ["accumulates", "unused"])
+def test_errors_of_local_gradients_under_ddp_name_ddp_first(how: str) -> None:
+    def ranks(rank: int) -> str:
+        model = Model()
+        if how == "unused":
+            model.unused = nn.Linear(2, 2)
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.1)
+        wrapped = DistributedDataParallel(model, find_unused_parameters=how == "unused")
+        x, y = batch(0)
+
+        def go() -> None:
+            if how == "accumulates":
+                with wrapped.no_sync():
+                    (wrapped(x) - y).square().mean().backward()
+            (wrapped(x) - y).square().mean().backward()
+            optimizer.step()
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            text = quick_message(go)
+        ddp = text.index("DistributedDataParallel")
+        assert ddp < text.index("gradients='reduced'") and "clip" not in text
+        assert how == "accumulates" or ddp < text.index("find_unused_parameters")
+        return text
+
+    run_ranks(2, ranks)
 
 
 def test_parts_that_are_sharded_later_are_found_by_their_names() -> None:
@@ -119,19 +141,6 @@ def test_a_model_that_is_sharded_after_the_optimizer_was_built_is_warned_of_with
         return str(caught[0].message)
 
     one_message(run_ranks(2, ranks), "after the optimizer was built", "fully_shard", "build it again", "module=")
-
-
-def test_a_model_that_fsdp1_wraps_after_the_optimizer_was_built() -> None:
-    def ranks(rank: int) -> str:
-        model = Model()
-        optimizer = ShardedASGD(model.named_parameters(), lr=0.1, gradients="reduced")
-        wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-        x, y = batch(rank)
-        (wrapped(x) - y).square().mean().backward()
-        return quick_message(optimizer.step)
-
-    texts = run_ranks(2, ranks)
-    assert all("has become" in text and "build it" in text for text in texts), texts
 
 
 def test_a_first_step_without_gradients_does_nothing_as_in_torch() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 from dist_asgd.checkpoint.errors import CheckpointError, naming, together
 from dist_asgd.checkpoint.loading.sources import CheckpointSource
 from dist_asgd.checkpoint.progress import Progress
-from dist_asgd.checkpoint.state.contents import destination_of
+from dist_asgd.checkpoint.state.contents import Destination, destination_of
 from dist_asgd.checkpoint.state.mismatches import Problems
+from dist_asgd.checkpoint.state.tree import key_of
 from dist_asgd.comm.consensus import Agreement
 
 
@@ -28,11 +29,17 @@ def load_checkpoint(
     """
     with together(agreement, "load()"), naming(source.url):
         destination = destination_of(
-            state, source.tensors, source.values, source.paths, strict=strict, average=average, stock=source.is_stock
+            state,
+            source.tensors,
+            source.values,
+            source.paths,
+            source.owners,
+            viewers=source.viewers,
+            strict=strict,
+            average=average,
+            stock=source.is_stock,
         )
-    problems = Problems()
-    for found in agreement.gather(destination.problems):
-        problems = problems.merge(found)
+    problems = _problems_of_all(agreement, source, destination, strict)
     if problems:
         raise CheckpointError(f"{source.url} does not fit what it is loaded into\n{problems.message()}")
     wanted = [(key, entry) for key, entries in destination.tensors.items() for entry in entries]
@@ -53,6 +60,35 @@ def load_checkpoint(
                 shared.apply(progress)
     with together(agreement, "load()"), _told_as_partly_loaded(source.url):
         destination.finish()
+
+
+def _problems_of_all(
+    agreement: Agreement, source: CheckpointSource, destination: Destination, strict: bool
+) -> Problems:
+    """Returns the mismatches of all ranks together. Collective.
+
+    An entry is expected where any rank takes it. What ranks have saved of their own must be taken by one rank each.
+    """
+    viewers = {key_of(path): rank for path, rank in source.viewers.items()}
+    owners = {key: (viewers.get(key, agreement.rank), ranks) for key, ranks in destination.owners.items()}
+    problems, taken = Problems(), dict[str, set[int]]()
+    everyone = agreement.gather((destination.problems, owners))
+    for found, taken_by_rank in everyone:
+        problems = problems.merge(found)
+        for key, (rank, _) in taken_by_rank.items():
+            taken.setdefault(key, set()).add(rank)
+    if unexpected := list(problems.unexpected):
+        used = agreement.union([key in destination.used for key in unexpected])
+        for key in (key for key, is_used in zip(unexpected, used, strict=True) if is_used):
+            del problems.unexpected[key]
+    for key, ranks in taken.items() if strict else ():
+        left = sorted({owner for _, own in everyone if key in own for owner in own[key][1]} - ranks)
+        if left:
+            problems.unexpected[key] = (
+                f"ranks {left} have saved their own, and no rank takes it: load it on as many ranks, in process groups "
+                "like those at the save, or pass strict=False"
+            )
+    return problems
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,7 +32,8 @@ from dist_asgd.checkpoint.loading.reader import (
 )
 from dist_asgd.checkpoint.loading.spool import VerifiedRead
 from dist_asgd.checkpoint.loading.stock_reader import VerifiedItems, plan_items, read_objects
-from dist_asgd.checkpoint.state.tree import Path, key_of
+from dist_asgd.checkpoint.state.sharing import first_of, subgroup_of
+from dist_asgd.checkpoint.state.tree import Path, key_of, leaves
 from dist_asgd.checkpoint.stock.items import item_object
 from dist_asgd.checkpoint.stock.metadata import StockCheckpoint, read_stock_metadata
 from dist_asgd.checkpoint.storage.storage import Storage
@@ -57,6 +58,8 @@ class CheckpointSource(ABC):
     tensors: Mapping[str, SavedTensor]
     values: Mapping[str, Any]  # decoded at each access, which raises CheckpointError for a damaged value
     paths: Mapping[str, Path]  # of all entries; on a rank that did not save, also of entries that only others have
+    owners: Mapping[str, Sequence[int]]  # the ranks that have saved their own of an entry, by key
+    viewers: Mapping[Path, int]  # rank whose own entries are taken below a path, if it is not this rank
 
     @property
     def url(self) -> str:
@@ -99,7 +102,7 @@ class DcpSource(CheckpointSource):
 
 
 def open_source(
-    agreement: Agreement, storage: Storage, directory: str, names: Iterable[str], *, stock: bool, trust: bool
+    agreement: Agreement, storage: Storage, directory: str, state: Mapping[str, Any], *, stock: bool, trust: bool
 ) -> CheckpointSource:
     """Opens a checkpoint on all ranks. Collective; ``directory``, ``stock`` and ``trust`` must be equal on every rank.
 
@@ -107,7 +110,7 @@ def open_source(
 
     Args:
         directory: relative to ``storage``; "" if the storage is that of one checkpoint.
-        names: top-level names of the state that this rank loads; empty for everything.
+        state: what this rank loads; empty for everything.
         stock: whether a directory with ``.metadata`` and without ``manifest.json`` is read as a DCP checkpoint.
         trust: whether values of a DCP checkpoint are unpickled, which can run any code.
 
@@ -119,11 +122,12 @@ def open_source(
         opened = _opened(storage, directory, stock) if agreement.rank == 0 else (True, b"")
     has_manifest, data = broadcast_object(opened, agreement.group)
     if has_manifest:
-        return _own_source(storage, directory, read_manifest(data), agreement.rank)
+        with together(agreement, "load()"):
+            return _own_source(storage, directory, read_manifest(data), agreement.rank, viewers_of(state, agreement))
     with together(agreement, "load()"), naming(url):
         found = read_stock_metadata(data, trust)
         _check_stock(found, storage.sizes(directory) if agreement.rank == 0 else None)
-    asked = [set(names) for names in agreement.gather(list(names))]
+    asked = [set(names) for names in agreement.gather(list(map(str, state)))]
     everything = not all(asked)
     objects = {
         key: place
@@ -134,7 +138,7 @@ def open_source(
         read = read_objects(storage, directory, objects) if agreement.rank == 0 else {}
     values = Values(broadcast_object(read, agreement.group), lambda item, key: _value(item, key, trust))
     tensors = {key: tensor.saved for key, tensor in found.tensors.items()}
-    return DcpSource(storage, directory, tensors, values, found.paths, found)
+    return DcpSource(storage, directory, tensors, values, found.paths, {}, {}, found)
 
 
 def open_checkpoint(storage: Storage, directory: str) -> bytes:
@@ -180,20 +184,45 @@ def _verify_stock_files(storage: Storage, directory: str, manifest: Manifest) ->
             raise CheckpointError(f"{STOCK} is damaged: it does not have the sha256 that {NAME} has of it")
 
 
-def _own_source(storage: Storage, directory: str, manifest: Manifest, rank: int) -> OwnSource:
-    """Returns the source with the entries for ``rank``: entries of all ranks, and the rank's own ones."""
-    mine: dict[str, tuple[str, TensorRecord]] = {
-        key_of(record.path): (name, record) for name, record in manifest.tensors.items() if record.rank in (None, rank)
+def viewers_of(state: Mapping[str, Any], agreement: Agreement) -> dict[Path, int]:
+    """Returns the rank that saves for this one, by path, of optimizers on subgroups of the ranks."""
+    found = {
+        leaf.path: first_of(subgroup_of(leaf.value), agreement.ranks) for leaf in leaves(state) if not leaf.per_rank
     }
-    values = {key_of(record.path): record.encoded for record in manifest.values.values() if record.rank in (None, rank)}
+    return {path: rank for path, rank in found.items() if rank is not None}
+
+
+def _own_source(
+    storage: Storage, directory: str, manifest: Manifest, rank: int, viewers: Mapping[Path, int]
+) -> OwnSource:
+    """Returns the source with the entries for ``rank``: entries of all ranks, and the rank's own ones.
+
+    Args:
+        viewers: as in ``CheckpointSource``.
+    """
+
+    def is_mine(record: TensorRecord | ValueRecord) -> bool:
+        if record.rank is None:
+            return True
+        return record.rank == next((r for path, r in viewers.items() if record.path[: len(path)] == path), rank)
+
+    mine: dict[str, tuple[str, TensorRecord]] = {
+        key_of(record.path): (name, record) for name, record in manifest.tensors.items() if is_mine(record)
+    }
+    values = {key_of(record.path): record.encoded for record in manifest.values.values() if is_mine(record)}
     everyone: list[TensorRecord | ValueRecord] = [*manifest.tensors.values(), *manifest.values.values()]
     # Entries of other ranks are not missing on a rank that took part in the save. On a rank that did not, they are
     # listed here, so that strict loading reports them as missing.
     is_new = rank >= manifest.world_size
-    paths = {key_of(record.path): record.path for record in everyone if is_new or record.rank in (None, rank)}
+    paths = {key_of(record.path): record.path for record in everyone if is_new or is_mine(record)}
+    owners: dict[str, list[int]] = {}
+    for record in everyone:
+        if record.rank is not None:
+            owners.setdefault(key_of(record.path), []).append(record.rank)
     tensors = {key: record.saved for key, (_, record) in mine.items()}
     records = {key: name for key, (name, _) in mine.items()}
-    return OwnSource(storage, directory, tensors, Values(values, decode), paths, manifest, records)
+    found = Values(values, decode)
+    return OwnSource(storage, directory, tensors, found, paths, owners, viewers, manifest, records)
 
 
 def _check_stock(found: StockCheckpoint, sizes: Mapping[str, int] | None) -> None:

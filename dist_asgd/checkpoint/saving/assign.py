@@ -5,17 +5,15 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from dist_asgd.boxes import Box, cut, share, tiles
 from dist_asgd.checkpoint.errors import CheckpointError
+from dist_asgd.checkpoint.saving.differences import Differences
 
 MAX_ITEM_BYTES = 2**29  # an archive then needs no zip64 records, and large tensors are balanced over ranks
-# Parts of at most this many bytes are written by the lowest rank that has them: buffers of modules, such as running
-# statistics of batch norm, may differ between ranks, and all of them should come from one rank.
-FIRST_RANK_BYTES = 2**16
+FIRST_RANK_BYTES = 2**16  # parts of at most this many bytes are written by the lowest rank that has them
 ONE_WRITER_BYTES = 2**20  # blocks of at most this many bytes have one writer; larger ones are divided
 
 
@@ -26,6 +24,11 @@ class Offer:
     shape: tuple[int, ...]  # of the whole tensor
     dtype: torch.dtype
     boxes: tuple[Box, ...]  # in the whole tensor
+    digests: tuple[int, ...] = ()  # of each block; none if nobody compares them
+
+    def by_box(self) -> dict[Box, int]:
+        """Returns the digests by block."""
+        return dict(zip(self.boxes, self.digests, strict=True)) if self.digests else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +38,14 @@ class Assignment:
     boxes: list[tuple[str, Box, Box]] = field(default_factory=list)  # key, box to write, offered box that contains it
 
 
-def assign(offers: Sequence[Mapping[str, Offer]]) -> list[Assignment]:
+def assign(offers: Sequence[Mapping[str, Offer]], differences: Differences) -> list[Assignment]:
     """Returns by rank the boxes that it writes. Replicas of a block divide it among them. Not collective.
+
+    A tensor without digests is not divided: ranks may have different ones, and the lowest rank's is written.
 
     Args:
         offers: by rank, then by key.
+        differences: gets the tensors of which ranks offer a block with different digests.
 
     Raises:
         CheckpointError: ranks have different shapes or dtypes of a tensor, or their blocks do not make up the tensor.
@@ -50,6 +56,11 @@ def assign(offers: Sequence[Mapping[str, Offer]]) -> list[Assignment]:
         first = next(iter(by_rank.values()))
         holders = holders_of(key, first, by_rank)
         for box, ranks in holders.items():
+            if len(ranks) > 1:
+                if first.digests:
+                    differences.compare(key, {rank: by_rank[rank].by_box().get(box) for rank in ranks})
+                else:
+                    ranks = ranks[:1]
             for part in _parts(box, len(ranks), first.dtype.itemsize):
                 size = part.numel * first.dtype.itemsize
                 rank = load.least(ranks) if size > FIRST_RANK_BYTES else ranks[0]
@@ -123,16 +134,3 @@ class _BytesPerRank:
         while self._heap[0][0] != self._bytes[self._heap[0][1]]:  # the rank has got more since it was pushed
             heapq.heapreplace(self._heap, (self._bytes[self._heap[0][1]], self._heap[0][1]))
         return self._heap[0][1]
-
-
-def varying_keys(everyone: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Returns the keys whose values differ between ranks, or that some ranks do not have.
-
-    Args:
-        everyone: by rank, the values to compare, by key.
-    """
-    keys = {key for facts in everyone for key in facts}
-    return {key for key in keys if any(facts.get(key, _ABSENT) != everyone[0].get(key, _ABSENT) for facts in everyone)}
-
-
-_ABSENT = object()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor  # noqa: F401 registers its exit hook before ours: see the end
 
 from dist_asgd.checkpoint.errors import CheckpointError
+from dist_asgd.comm.consensus import error_text
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,9 @@ class BackgroundSave:
         self.wait()
         _running.discard(self)
         if self._error is not None:
-            raise CheckpointError(f"the last save, in the background, has failed: {self._error}") from self._error
+            raise CheckpointError(
+                f"the last save, in the background, has failed: {error_text(self._error)}"
+            ) from self._error
 
     def wait_and_log(self) -> None:
         """Waits for the work. Logs an error of the work, for callers that have nobody to raise it to."""

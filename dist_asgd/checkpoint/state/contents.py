@@ -6,8 +6,9 @@ tensors, and values that ``checkpoint/format/json_values.py`` can encode.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from dist_asgd.checkpoint.format.entries import SavedTensor, TensorEntry
 from dist_asgd.checkpoint.format.json_values import encode
 from dist_asgd.checkpoint.state.load_plan import OTHERS, Callback, LoadPlan, empty_cpu_tensor
 from dist_asgd.checkpoint.state.mismatches import Problems
+from dist_asgd.checkpoint.state.module_names import fqn_of, parameter_names
 from dist_asgd.checkpoint.state.modules import module_state, plan_module
 from dist_asgd.checkpoint.state.optimizer_names import named_optimizer
 from dist_asgd.checkpoint.state.optimizers import plan_optimizer
 from dist_asgd.checkpoint.state.rng import RandomState, warn_unchanged
+from dist_asgd.checkpoint.state.sharing import Sharing, subgroup_of
 from dist_asgd.checkpoint.state.steps import CountsSteps, StepsTaken
 from dist_asgd.checkpoint.state.tensor_blocks import is_sharded, to_save
 from dist_asgd.checkpoint.state.tree import Leaf, MappingKeys, Path, has_state, key_of, leaves, tree_of, with_types_of
@@ -33,9 +36,11 @@ class Contents:
     tensors: dict[str, TensorEntry]  # with the blocks that this rank saves; they are live memory
     values: dict[str, Any]  # encoded, so that json.dumps(..., allow_nan=False) accepts them
     paths: dict[str, Path]  # of all tensors and values, in the nested state
-    # Keys of entries that may differ between ranks: all but modules', optimizers', LR schedulers' and sharded tensors.
-    varying: frozenset[str]
-    steps: dict[str, StepsTaken] = field(default_factory=dict)  # of optimizers, by their keys
+    sharing: dict[str, Sharing]  # of all entries
+    # The optimizer's key, and the global ranks that share it, of entries with Sharing.SUBGROUP.
+    subgroups: dict[str, tuple[str, tuple[int, ...]]]
+    facts: dict[str, str]  # what must be equal on all ranks besides entries, by what errors call it
+    steps: dict[str, StepsTaken]  # of optimizers, by their keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,9 @@ class Destination:
     # where it is an average that is read into parameters.
     tensors: dict[str, list[TensorEntry]]
     problems: Problems  # mismatches found by this rank; nothing may be loaded if any rank has some
+    used: Collection[str]  # keys of entries that the state takes
+    # Ranks that have saved their own of what a leaf of the state takes, by the leaf's key.
+    owners: Mapping[str, Sequence[int]]
     callbacks: tuple[Callback, ...]  # for ``finish``, in order
 
     def finish(self) -> None:
@@ -65,13 +73,16 @@ def contents_of(state: Mapping[str, Any]) -> Contents:
 
     Raises:
         TypeError: for what a checkpoint cannot hold; the message has its key.
-        ValueError: where a parameter of an optimizer has no name, or two entries have the same key.
+        ValueError: where a parameter of an optimizer has no name, two entries have the same key, or a ``PerRank`` has
+            a tensor that is sharded over ranks.
     """
-    contents = Contents({}, {}, {}, frozenset())
-    varying = set()
+    contents = Contents({}, {}, {}, {}, {}, {}, {})
     for leaf in leaves(state):
         if isinstance(leaf.value, CountsSteps):
             contents.steps[key_of(leaf.path)] = leaf.value.steps_taken()
+        sharing_of = _sharing(leaf)
+        subgroup = subgroup_of(leaf.value)
+        names_with_state = []
         for part in _parts_to_save(leaf, state):
             key = key_of(part.path)
             if key in contents.paths:
@@ -79,13 +90,47 @@ def contents_of(state: Mapping[str, Any]) -> Contents:
             contents.paths[key] = part.path
             if isinstance(part.value, Tensor):
                 contents.tensors[key] = to_save(key, part.value)
+                if leaf.per_rank:
+                    _check_whole(key, contents.tensors[key])
             else:
                 value = part.value.keys if isinstance(part.value, MappingKeys) else part.value
                 contents.values[key] = encode(value, key)
-            shared = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
-            if not (isinstance(leaf.value, shared) or is_sharded(part.value)):
-                varying.add(key)
-    return Contents(contents.tensors, contents.values, contents.paths, frozenset(varying), contents.steps)
+            contents.sharing[key] = sharing_of(part)
+            if contents.sharing[key] is Sharing.SUBGROUP:
+                contents.subgroups[key] = key_of(leaf.path), subgroup
+            names_with_state.append(key)
+        if isinstance(leaf.value, torch.optim.Optimizer) and sharing_of(leaf) is Sharing.EQUAL:
+            fact = f"which state {key_of(leaf.path)} has"  # a rank may lack state that others have
+            contents.facts[fact] = repr(sorted(names_with_state))
+    return contents
+
+
+def _sharing(leaf: Leaf) -> Callable[[Leaf], Sharing]:
+    """Returns what tells the sharing of each part of ``leaf``."""
+    value = leaf.value
+    if leaf.per_rank:
+        return lambda part: Sharing.OWN
+    if isinstance(value, torch.optim.Optimizer):
+        return lambda part: Sharing.SUBGROUP if subgroup_of(value) else Sharing.EQUAL
+    if isinstance(value, nn.Module):
+        params = parameter_names(value).keys()
+        buffers = {fqn_of(value, name) for name, _ in value.named_buffers(remove_duplicate=False)}
+
+        def of_module(part: Leaf) -> Sharing:
+            name = key_of(part.path[len(leaf.path) :])
+            is_parameter = name in params or (is_sharded(part.value) and name not in buffers)  # FSDP1 renames its own
+            return Sharing.EQUAL if is_parameter else Sharing.FIRST
+
+        return of_module
+    return lambda part: Sharing.EQUAL if is_sharded(part.value) else Sharing.VARYING
+
+
+def _check_whole(key: str, entry: TensorEntry) -> None:
+    if sum(block.box.numel for block in entry.blocks) != math.prod(entry.shape):
+        raise ValueError(
+            f"{key} is in a PerRank and sharded over ranks: no rank has it whole. Give each group of ranks a name of "
+            "its own. ShardedASGD(process_group=...) keeps its state for each process group without PerRank"
+        )
 
 
 def destination_of(
@@ -93,7 +138,9 @@ def destination_of(
     saved: Mapping[str, SavedTensor],
     values: Mapping[str, Any],
     paths: Mapping[str, Path],
+    owners: Mapping[str, Sequence[int]] | None = None,
     *,
+    viewers: Collection[Path] = (),
     strict: bool = True,
     average: bool | str = False,
     stock: bool = False,
@@ -109,6 +156,8 @@ def destination_of(
         saved: the tensors that the checkpoint has for this rank, by key.
         values: the values that the checkpoint has for this rank, by key. Only those that are needed are looked up.
         paths: the paths of all entries of the checkpoint, by key, including entries that only other ranks have.
+        owners: the ranks that have saved their own, by key of the entry; None if there are no such entries.
+        viewers: paths of optimizers on subgroups of the ranks, which take what such a subgroup has saved.
         strict: whether entries that are missing or unexpected are problems.
         average: True to load into parameters the averages (``ax``) that the checkpoint's optimizer has of them, rounded
             once if they are wider; the name of one of several averages; False to load parameters.
@@ -119,12 +168,24 @@ def destination_of(
         TypeError: for live tensors that cannot be written to; the message has the key.
         ValueError: where a parameter of an optimizer has no name, or where averages that were asked for do not exist.
     """
-    plan = LoadPlan(saved, values, tree_of(paths), strict, stock)
+    plan = LoadPlan(saved, values, tree_of(paths), owners or {}, strict, stock)
+    owners_by_leaf: dict[str, Sequence[int]] = {}
     for leaf in leaves(state) if state else [Leaf((), state, None, None)]:
+        used, plan.used = plan.used, set()
         _plan_leaf(plan, leaf, state, average)
+        own = plan.owners_of_used()
+        if leaf.per_rank or leaf.path in viewers:
+            owners_by_leaf[key_of(leaf.path)] = own
+        elif own and (isinstance(leaf.value, (nn.Module, torch.optim.Optimizer)) or is_sharded(leaf.value)):
+            plan.problems.wrong_dtype[key_of(leaf.path)] = (
+                f"ranks {own} have saved their own: load it into PerRank(...), or into an optimizer on process groups "
+                "like those at the save"
+            )
+        used |= plan.used
+        plan.used = used
     plan.note_unexpected(set(map(str, state)))
     callbacks = [callback for _, callback in sorted(plan.callbacks, key=lambda item: item[0])]
-    return Destination(plan.fills, plan.problems, tuple(callbacks))
+    return Destination(plan.fills, plan.problems, plan.used, owners_by_leaf, tuple(callbacks))
 
 
 def _modules(state: Mapping[str, Any]) -> dict[Path, nn.Module]:

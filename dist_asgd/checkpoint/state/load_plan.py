@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ class LoadPlan:
     tensors: Mapping[str, SavedTensor]  # the checkpoint's tensors for this rank, by key
     values: Mapping[str, Any]  # the checkpoint's values for this rank, by key; an access may raise CheckpointError
     root: TreeNode  # of all the checkpoint's entries, including those that only other ranks have
+    owners: Mapping[str, Sequence[int]]  # the ranks that have saved their own of an entry, by key
     strict: bool  # whether missing and unexpected entries are problems
     is_stock: bool  # whether DCP took the state apart: then all keys are strings, and empty containers are left out
     fills: dict[str, list[TensorEntry]] = field(default_factory=dict)  # the destinations of each tensor, by key
@@ -66,8 +67,19 @@ class LoadPlan:
 
     def note_missing(self, key: str, text: str) -> None:
         """Adds the problem ``text`` for an entry that the checkpoint lacks, if the load is strict."""
-        if self.strict:
-            self.problems.missing[key] = text
+        if not self.strict:
+            return
+        own = next((ranks for name, ranks in self.owners.items() if f"{name}.".startswith(f"{key}.")), None)
+        if own:
+            text += (
+                f". Ranks {list(own)} have saved their own, and this rank has none there: load it on as many ranks, in "
+                "process groups like those at the save, or pass strict=False"
+            )
+        self.problems.missing[key] = text
+
+    def owners_of_used(self) -> list[int]:
+        """Returns the ranks that have saved their own of an entry that was used, ascending."""
+        return sorted({rank for key in self.used & self.owners.keys() for rank in self.owners[key]})
 
     def has_all(self, node: TreeNode) -> bool:
         """Returns whether there are entries at ``node`` or below, and this rank has them all."""

@@ -34,14 +34,6 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module if inner is None else unwrapped(inner)
 
 
-def without_wrappers(name: str) -> str:
-    """Returns ``name`` without the parts of ``WRAPPER_NAMES``, where no module is at hand for ``fqn_of``.
-
-    The "module" of DistributedDataParallel stays.
-    """
-    return ".".join(part for part in name.split(".") if part not in WRAPPER_NAMES)
-
-
 def parameter_names(module: nn.Module) -> dict[str, Tensor]:
     """Returns the module's parameters by name. A tied parameter is there under each of its names."""
     return {fqn_of(module, name): param for name, param in module.named_parameters(remove_duplicate=False)}

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel, StateDictType
 
-from dist_asgd._torch_private import is_fsdp1_slice
-from dist_asgd.checkpoint.state.module_names import is_fsdp1, parameter_owners, without_wrappers
+from dist_asgd._torch_private import is_fsdp1_slice, without_wrappers
+from dist_asgd.checkpoint.state.module_names import is_fsdp1, parameter_owners
 from dist_asgd.checkpoint.state.tree import Path, key_of
 
 

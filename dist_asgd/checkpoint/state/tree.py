@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
+from dist_asgd.checkpoint.state.sharing import PerRank
+
 Path = tuple[str | int, ...]
 
 
@@ -25,6 +27,7 @@ class Leaf:
     value: Any
     container: Any  # the dict or list that holds the value; None for the root of the state
     index: Any  # the key or index of the value in the container
+    per_rank: bool = False  # whether it is inside a ``PerRank``
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ def leaves(state: Any, path: Path = ()) -> Iterator[Leaf]:
     """Yields the leaves of nested ``state``, whose own path is ``path``. DCP gives the same paths.
 
     Mappings are taken apart, and lists that hold a mapping, a tensor, or an object with a state, also in inner lists.
-    An empty mapping is a leaf, unless it is the whole state.
+    An empty mapping is a leaf, unless it is the whole state. A ``PerRank`` is taken apart as its value would be.
 
     DCP turns all keys into strings. Here a mapping with other keys, or an ``OrderedDict`` or ``Counter``, is a leaf if
     it holds no tensor and no object with a state. If it holds any, it is taken apart; keys other than strings are then
@@ -129,17 +132,19 @@ def has_state(value: Any) -> bool:
     return isinstance(value, (nn.Module, Stateful))
 
 
-def _walk(path: Path, value: Any, container: Any, index: Any) -> Iterator[Leaf]:
-    if isinstance(value, Mapping) and not has_state(value) and _is_taken_apart(value, not path):
+def _walk(path: Path, value: Any, container: Any, index: Any, per_rank: bool = False) -> Iterator[Leaf]:
+    if isinstance(value, PerRank):
+        yield from _walk(path, value.value, vars(value), "value", True)
+    elif isinstance(value, Mapping) and not has_state(value) and _is_taken_apart(value, not path):
         if any(type(key) is not str for key in value):
-            yield Leaf(path, MappingKeys(tuple(value)), container, index)
+            yield Leaf(path, MappingKeys(tuple(value)), container, index, per_rank)
         for key, item in value.items():
-            yield from _walk((*path, str(key)), item, value, key)
+            yield from _walk((*path, str(key)), item, value, key, per_rank)
     elif isinstance(value, list) and _has_parts(value):
         for number, item in enumerate(value):
-            yield from _walk((*path, number), item, value, number)
+            yield from _walk((*path, number), item, value, number, per_rank)
     else:
-        yield Leaf(path, value, container, index)
+        yield Leaf(path, value, container, index, per_rank)
 
 
 def _is_taken_apart(value: Mapping[Any, Any], is_root: bool) -> bool:
@@ -153,7 +158,7 @@ def _is_taken_apart(value: Mapping[Any, Any], is_root: bool) -> bool:
 
 def _has_parts(value: list[Any]) -> bool:
     return any(
-        isinstance(item, (Mapping, Tensor)) or has_state(item) or (isinstance(item, list) and _has_parts(item))
+        isinstance(item, (Mapping, Tensor, PerRank)) or has_state(item) or (isinstance(item, list) and _has_parts(item))
         for item in value
     )
 
@@ -163,4 +168,4 @@ def _has_tensors(value: Any) -> bool:
         return any(_has_tensors(item) for item in value.values())
     if isinstance(value, list):
         return any(_has_tensors(item) for item in value)
-    return isinstance(value, Tensor) or has_state(value)
+    return isinstance(value, (Tensor, PerRank)) or has_state(value)
