@@ -104,34 +104,26 @@ class Batches:
         return self._planned[first, stop]
 
     def _plan(self, first: int, stop: int) -> list[Batch]:
+        low, high = (bisect.bisect_left(self._owned, at, key=lambda piece: piece.position) for at in (first, stop))
+        pieces = self._owned[low:high]
         if self._view_of is not None:
-            pieces = [piece for piece in self._owned if first <= piece.position < stop]
             return [Batch.of(pieces, self._view_of)] if pieces else []
         most, below = GATHER_TOGETHER * torch.get_num_threads(), GATHER_BELOW
         if self._device.type != "cpu":  # on a GPU an operator costs more than a copy
             most = below = self._layout.shard_numel
         batches: list[Batch] = []
         small: list[Piece] = []
-
-        def close() -> None:
-            if small:
-                batches.append(Batch.of(small))
-                small.clear()
-
-        for index in range(bisect.bisect_left(self._owned, first, key=lambda piece: piece.position), len(self._owned)):
-            piece = self._owned[index]
-            if piece.position >= stop:
-                break
+        for piece in pieces:
             numel = piece.stop - piece.start
-            if numel == self._layout.spans[piece.position].numel and numel < below:
+            is_small = numel == self._layout.spans[piece.position].numel and numel < below
+            if small and (not is_small or small[-1].shard_stop - small[0].shard_start >= most):
+                batches.append(Batch.of(small))
+                small = []
+            if is_small:
                 small.append(piece)
-                if piece.shard_stop - small[0].shard_start >= most:
-                    close()
             else:
-                close()
                 batches.append(Batch.of([piece]))
-        close()
-        return batches
+        return [*batches, Batch.of(small)] if small else batches
 
 
 class Packer:

@@ -149,7 +149,8 @@ class Reducer:
             self._open_pass()
         self._expect_end_of_backward()
         # Buckets start before this gradient counts, so that later hooks of the parameter (DDP) still find the gradient.
-        self._start_ready()
+        while self._next is not None and self._next < len(self.buckets) and self._missing[self._next] <= 0:
+            self._start_next()
         if not self._arrived[index][position]:
             self._arrived[index][position] = True
             self._missing[index] -= 1
@@ -159,10 +160,6 @@ class Reducer:
         self.passes += 1
         self._missing = [sum(param.requires_grad for param in bucket.params) for bucket in self.buckets]
         self._arrived = [bytearray(len(bucket.params)) for bucket in self.buckets]
-
-    def _start_ready(self) -> None:
-        while self._next is not None and self._next < len(self.buckets) and self._missing[self._next] <= 0:
-            self._start_next()
 
     def _start_next(self, with_gradients: bool = True) -> None:
         index = self._next or 0

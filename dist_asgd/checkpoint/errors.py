@@ -51,9 +51,9 @@ def only_checkpoint_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def naming(url: str) -> Iterator[None]:
-    """Puts the checkpoint's ``url`` in front of the message of a ``CheckpointError`` that the block raises."""
+def naming(what: str) -> Iterator[None]:
+    """Puts ``what``, such as a checkpoint's URL, in front of the message of a ``CheckpointError`` of the block."""
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(f"{url}: {error}") from error.__cause__
+        raise CheckpointError(f"{what}: {error}") from error.__cause__

@@ -89,15 +89,14 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             size = target.write(name, file_of(source, tensors))
     report = {"out": f"{target.url}/{name}", "bytes": size, "step": step, "tensors": len(tensors)}
-    unchanged = [tensor.name for tensor, before in zip(tensors, saved, strict=True) if tensor == before]
+    pairs = zip(tensors, saved, strict=True)
+    unchanged = [tensor.name for tensor, before in pairs if tensor == before] if use_averages else None
     entry = f"{arguments.entry or DEFAULT_ENTRY}."
     left_out = [] if arguments.keys else [key for key in source.manifest.values if key.startswith(entry)]
     if arguments.json:
-        write({**report, "not_averaged": unchanged if use_averages else None, "left_out": left_out})
+        write({**report, "not_averaged": unchanged, "left_out": left_out})
         return 0
-    not_averaged = (
-        f", {len(unchanged)} of them not averages: {_listed(unchanged)}" if unchanged and use_averages else ""
-    )
+    not_averaged = f", {len(unchanged)} of them not averages: {_listed(unchanged)}" if unchanged else ""
     of_step = "" if step is None else f" of step {step}"
     write(printable(f"{report['out']}: {len(tensors)} tensors{of_step}, {format_bytes(size)}{not_averaged}"))
     if left_out:

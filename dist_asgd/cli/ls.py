@@ -17,11 +17,7 @@ from dist_asgd.cli.urls import bytes_in, open_run
 
 HELP = "the checkpoints of a run: steps, sizes, age, number of ranks"
 COLUMNS = ("step", "size", "tensors", "ranks", "age", "state", "directory")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the run."""
-    add_run_arguments(parser)
+add_arguments = add_run_arguments
 
 
 def run(arguments: argparse.Namespace) -> int:

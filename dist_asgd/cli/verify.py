@@ -13,11 +13,7 @@ from dist_asgd.cli.output import format_bytes, printable, progress_bar, write
 from dist_asgd.cli.urls import find_checkpoint, storage_options
 
 HELP = "read every byte of a checkpoint and tell all that is wrong; stock DCP checkpoints, too"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the checkpoint."""
-    add_checkpoint_arguments(parser)
+add_arguments = add_checkpoint_arguments
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -32,16 +32,6 @@ MESSAGE = 2**20
 POLL = 0.0002  # seconds between two looks at a collective of a device
 
 
-class Transfer(Protocol):
-    """A collective that has been started and not yet waited for."""
-
-    def wait(self) -> None:
-        """Waits for the collective, or makes the device's current stream wait; raises ``RuntimeError`` if it failed."""
-
-    def completes_within(self, seconds: float) -> bool:
-        """Waits at most ``seconds``; returns whether the collective has completed, on its device too, or has failed."""
-
-
 @dataclass(frozen=True, slots=True)
 class HostTransfer:
     """Several gloo collectives under way that are waited for as one."""
@@ -50,11 +40,13 @@ class HostTransfer:
     groups: SeparateGroups  # has the process groups that ``works`` run in
 
     def wait(self) -> None:
+        """Waits for all; raises ``RuntimeError`` if one failed."""
         with self.groups.using():
             for work in self.works:
                 work.wait()
 
     def completes_within(self, seconds: float) -> bool:
+        """Waits at most ``seconds``; returns whether all have completed or failed."""
         deadline = time.monotonic() + seconds
         for work in self.works:
             left = deadline - time.monotonic()
@@ -68,20 +60,26 @@ class HostTransfer:
 
 @dataclass(frozen=True, slots=True)
 class DeviceTransfer:
-    """A collective of a device's backend under way; ``wait()`` makes the current stream wait, and not the host."""
+    """A collective of a device's backend under way."""
 
     work: dist.Work
 
     def wait(self) -> None:
+        """Makes the device's current stream wait, and not the host; raises ``RuntimeError`` if it failed."""
         self.work.wait()
 
     def completes_within(self, seconds: float) -> bool:
+        """Waits at most ``seconds``; returns whether the collective has completed, on its device too, or failed."""
         deadline = time.monotonic() + seconds
         while not self.work.is_completed():
             if time.monotonic() >= deadline:
                 return False
             time.sleep(POLL)
         return True
+
+
+# A collective that has been started and not yet waited for.
+Transfer: TypeAlias = HostTransfer | DeviceTransfer
 
 
 @dataclass(frozen=True, slots=True)

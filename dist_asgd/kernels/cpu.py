@@ -47,9 +47,8 @@ class NativeUpdate:
 
     def __call__(self, parts: TensorList, grads: Gradients, step: SliceStep) -> None:
         h, scalars = step.h, step.scalars
-        shrink = 1 - h.lambd * scalars.eta
         flags = (h.maximize, step.average is not None, step.rounding.seed or 0, step.rounding.first)
-        numbers = _Step(shrink, scalars.eta, scalars.mu, h.weight_decay, *flags)
+        numbers = _Step(1 - h.lambd * scalars.eta, scalars.eta, scalars.mu, h.weight_decay, *flags)
         tables = (parts.addresses, grads.addresses, parts.starts, parts.numels)
         threads = min(torch.get_num_threads(), max(1, parts.numel // GRAIN))
         self._function(

@@ -73,11 +73,9 @@ class BucketLayout:
         """Returns the pieces that ``rank`` owns: one for each parameter with elements in its shard, in order."""
         start, stop = self.shard(rank)
         first = bisect.bisect_right(self.spans, start, key=lambda span: span.stop)
+        last = bisect.bisect_left(self.spans, stop, key=lambda span: span.start)
         pieces = []
-        for position in range(first, len(self.spans)):
-            span = self.spans[position]
-            if span.start >= stop:
-                break
+        for position, span in enumerate(self.spans[first:last], first):
             low, high = max(span.start, start), min(span.stop, stop)
             if low < high:
                 pieces.append(Piece(position, low - span.start, high - span.start, low - start))

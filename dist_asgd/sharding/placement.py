@@ -83,10 +83,8 @@ class Placement:
         """Copies ``flat``, the elements of the block from ``start`` on, to their positions in ``whole``."""
         offset = 0
         for box in self.boxes(start, start + len(flat)):
-            part = whole
-            for dim, (first, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
-                part = part.narrow(dim, first, size)
-            part.copy_(self.box_view(flat[offset : offset + box.numel], box))
+            part = tuple(slice(first, first + size) for first, size in zip(box.offsets, box.sizes, strict=True))
+            whole[part].copy_(self.box_view(flat[offset : offset + box.numel], box))
             offset += box.numel
 
     def boxes(self, start: int, stop: int) -> list[Box]:
@@ -102,7 +100,4 @@ class Placement:
         return permuted.permute(self._unpermute(range(len(self.order))))
 
     def _unpermute(self, values: Sequence[int]) -> tuple[int, ...]:
-        result = [0] * len(self.order)
-        for value, dim in zip(values, self.order, strict=True):
-            result[dim] = value
-        return tuple(result)
+        return tuple(values[self.order.index(dim)] for dim in range(len(self.order)))

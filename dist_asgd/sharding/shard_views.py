@@ -1,12 +1,9 @@
-"""Access to the parameters of a shard, in one buffer (``FlatParameters``) or in separate tensors.
-
-``ShardParameters`` is the interface: positions in the shard count elements of one 1-D tensor, wherever they lie.
-"""
+"""Access to the parameters of a shard, in one buffer (``FlatParameters``) or in separate tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,8 +14,45 @@ from dist_asgd.sharding.layout import BucketLayout, Piece
 from dist_asgd.sharding.placement import Placement
 
 
+class FlatParameters:
+    """Parameters of a shard that lie in one 1-D tensor, ``shard``; between and after them is padding.
+
+    Positions count elements of ``shard``. Tensors that are returned may be the parameters themselves; only those of
+    ``view_of`` may be written to.
+    """
+
+    def __init__(self, shard: Tensor) -> None:
+        self.shard, self.dtype, self.device = shard, shard.dtype, shard.device
+
+    def read(self, where: slice = slice(None)) -> Tensor:
+        """Returns elements ``where``, 1-D."""
+        return self.shard[where]
+
+    def copy(self) -> Tensor:
+        """Returns a copy of all elements, 1-D."""
+        return self.shard.clone()
+
+    def view_of(self, piece: Piece) -> Tensor:
+        """Returns a 1-D contiguous view of the elements of ``piece``; writing to it changes the parameter."""
+        return self.shard[piece.shard_start : piece.shard_stop]
+
+    def write(self, where: slice, values: Tensor) -> None:
+        """Writes ``values`` (1-D) to elements ``where``, which begins and ends between parameters."""
+        self.shard[where].copy_(values)
+
+    def blocks(self, where: slice, size: int) -> Iterator[tuple[int, Tensor]]:
+        """Yields elements ``where`` in 1-D blocks of at most ``size``, each with its position in the shard."""
+        return numbered_blocks(self.shard[where], where.start, size)
+
+    def wrap(self, position: int, local: Tensor) -> Tensor:
+        """Returns ``local`` as the local tensor of a DTensor like the parameter; ``local`` itself for a plain one."""
+        return local
+
+
 class PlacedParameters:
-    """``ShardParameters`` that lie in the local tensors of ``params``, each in its own memory.
+    """Parameters of a shard that lie in the local tensors of ``params``, each in its own memory.
+
+    The methods do what those of ``FlatParameters`` do, as if the parameters lay in one tensor with padding.
 
     Attributes:
         local: local tensors of ``params``, without autograd history.
@@ -99,62 +133,13 @@ class PlacedParameters:
         return torch.zeros(numel, dtype=self.dtype, device=self.device)
 
 
+# The parameters of a shard, addressed as one 1-D tensor of ``layout.shard_numel`` elements, wherever they lie.
+ShardParameters: TypeAlias = FlatParameters | PlacedParameters
+
+
 def local_of(param: Tensor) -> Tensor:
     """Returns this rank's block of ``param`` without autograd history: the local tensor, or all of a plain tensor."""
     return local_tensor(param) if isinstance(param, DTensor) else param.detach()
-
-
-class ShardParameters(Protocol):
-    """The parameters of a shard, addressed as one 1-D tensor of ``layout.shard_numel`` elements with padding."""
-
-    dtype: torch.dtype  # dtype of the parameters
-    device: torch.device
-
-    def read(self, where: slice = slice(None)) -> Tensor:
-        """Returns elements ``where``, 1-D: possibly the parameters themselves, so callers must not write to them."""
-
-    def copy(self) -> Tensor:
-        """Returns a copy of all elements, 1-D."""
-
-    def view_of(self, piece: Piece) -> Tensor:
-        """Returns a 1-D contiguous view of the elements of ``piece``; writing to it changes the parameter."""
-
-    def write(self, where: slice, values: Tensor) -> None:
-        """Writes ``values`` (1-D) to elements ``where``, which begins and ends between parameters."""
-
-    def blocks(self, where: slice, size: int) -> Iterator[tuple[int, Tensor]]:
-        """Yields elements ``where`` in 1-D blocks of at most ``size``, each with its position in the shard.
-
-        Blocks may be the parameters themselves, so callers must not write to them.
-        """
-
-    def wrap(self, position: int, local: Tensor) -> Tensor:
-        """Returns ``local`` as the local tensor of a DTensor like the parameter; ``local`` itself for a plain one."""
-
-
-class FlatParameters:
-    """``ShardParameters`` in one 1-D tensor, ``shard``, of the dtype of the parameters."""
-
-    def __init__(self, shard: Tensor) -> None:
-        self.shard, self.dtype, self.device = shard, shard.dtype, shard.device
-
-    def read(self, where: slice = slice(None)) -> Tensor:
-        return self.shard[where]
-
-    def copy(self) -> Tensor:
-        return self.shard.clone()
-
-    def view_of(self, piece: Piece) -> Tensor:
-        return self.shard[piece.shard_start : piece.shard_stop]
-
-    def write(self, where: slice, values: Tensor) -> None:
-        self.shard[where].copy_(values)
-
-    def blocks(self, where: slice, size: int) -> Iterator[tuple[int, Tensor]]:
-        return numbered_blocks(self.shard[where], where.start, size)
-
-    def wrap(self, position: int, local: Tensor) -> Tensor:
-        return local
 
 
 def numbered_blocks(flat: Tensor, start: int, size: int) -> Iterator[tuple[int, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,17 +31,13 @@ def check_capturable(group: Mapping[str, Any], number: int, precision: Precision
     if not precision.capturable:
         return
     lr = Hyperparameters.of(group).device_lr
-    known: dict[tuple[torch.device, torch.dtype], bool] = {}
     for name, param in zip(parameter_names(group, number), group["params"], strict=True):
         if world_size > 1 and not isinstance(param, DTensor):
             raise ValueError(
                 f"capturable=True with {world_size} ranks is for DTensors (FSDP2, tensor parallelism), whose step() "
                 f"needs no other rank. Parameter {name!r} is none: ranks agree on its steps, which no CUDA graph holds"
             )
-        kind = param.device, param.dtype
-        if kind not in known:
-            known[kind] = _can_capture(*kind, precision)
-        if not known[kind]:
+        if not _can_capture(param.device, param.dtype, precision):
             raise ValueError(
                 "capturable=True needs parameters on a CUDA device, and dtypes that the Triton kernel updates there: "
                 "float32, float64, bfloat16, float16 or complex ones, averages in fp32 or wider parameters' own. "
@@ -50,6 +47,7 @@ def check_capturable(group: Mapping[str, Any], number: int, precision: Precision
             raise ValueError(f"lr is a tensor on {lr.device}, parameter {name!r} is on {param.device}: put lr there")
 
 
+@functools.cache
 def _can_capture(device: torch.device, dtype: torch.dtype, precision: Precision) -> bool:
     rounding = precision.rounding(dtype, travels=False, seed=0)
     has_master = precision.needs_master(dtype, rounding.dtype)

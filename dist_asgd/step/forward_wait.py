@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,9 +34,9 @@ class ForwardWaits:
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, remove_hooks, self._hooks)
         self._covered: set[int] = set()  # ids of the parameters that a hook waits for
-        # Module, attribute, full name, parameter: of plain parameters, and of the ones that are sharded already.
-        self._owned: list[tuple[nn.Module, str, str, nn.Parameter]] = []
-        self._owned_shards: list[tuple[nn.Module, str, str, nn.Parameter]] = []
+        # By the class of what may replace a parameter: module, attribute, full name and parameter. FSDP registers whole
+        # parameters during forward and backward, so that only DTensors count in the place of shards.
+        self._owned: defaultdict[Any, list[tuple[nn.Module, str, str, nn.Parameter]]] = defaultdict(list)
 
     def attach(self, buckets: Sequence[Bucket]) -> None:
         """Hooks the modules that have parameters in ``buckets``. torch.compile breaks its graph at each hook."""
@@ -44,45 +45,42 @@ class ForwardWaits:
         owner = {id(param): bucket for bucket in buckets for param in bucket.params}
         gathered = {bucket for bucket in buckets if bucket.may_gather_late}
         called = set(_called_members(self.module))
-        for submodule in self.module.modules():
+        for prefix, submodule in self.module.named_modules():
             needed = {owner[id(param)] for param in _parameters_read_by(submodule, called) if id(param) in owner}
             if needed & gathered:
                 # Prepended: the hooks of weight_norm and of pruning compute weights from parameters.
                 hook = submodule.register_forward_pre_hook(_WaitHook(needed & gathered), prepend=True)
                 self._hooks.append(hook)
-        if gathered:
-            self._hooks.append(self.module.register_state_dict_pre_hook(_WaitHook(gathered)))
-        for prefix, submodule in self.module.named_modules():
             for name, param in submodule.named_parameters(recurse=False):
                 bucket = owner.get(id(param))
-                if bucket is not None and bucket.may_gather_late:
+                if bucket is None:
+                    continue
+                if bucket.may_gather_late:
                     self._covered.add(id(param))
-                if bucket is not None:
-                    owned = self._owned if bucket.always_registered else self._owned_shards
-                    owned.append((submodule, name, f"{prefix}.{name}".lstrip("."), param))
+                owned = self._owned[nn.Parameter if bucket.always_registered else DTensor]
+                owned.append((submodule, name, f"{prefix}.{name}".lstrip("."), param))
+        if gathered:
+            self._hooks.append(self.module.register_state_dict_pre_hook(_WaitHook(gathered)))
 
     def clear(self) -> None:
         """Removes all hooks, before the buckets are built again."""
         remove_hooks(self._hooks)
         self._hooks.clear()
-        self._covered, self._owned, self._owned_shards = set(), [], []
+        self._covered.clear()
+        self._owned.clear()
 
     def replaced(self) -> dict[int, nn.Parameter]:
-        """Returns the parameters that the model holds now in the place of others, by the ``id`` of the former ones.
-
-        FSDP registers whole parameters during forward and backward, so that only DTensors count in the place of shards.
-        """
-        kinds = [(nn.Parameter, self._owned), (DTensor, self._owned_shards)]
+        """Returns the parameters that the model holds now in the place of others, by the ``id`` of the former ones."""
         found = [
             (param, getattr(submodule, attribute, param), kind)
-            for kind, owned in kinds
+            for kind, owned in self._owned.items()
             for submodule, attribute, _, param in owned
         ]
         return {id(param): new for param, new, kind in found if new is not param and isinstance(new, kind)}
 
     def check(self) -> None:
         """Raises ``RuntimeError`` where the model holds another parameter now than when ``attach`` hooked it."""
-        for submodule, attribute, name, param in self._owned:
+        for submodule, attribute, name, param in self._owned[nn.Parameter]:
             found = getattr(submodule, attribute, param)
             if found is not param and isinstance(found, nn.Parameter):
                 raise RuntimeError(

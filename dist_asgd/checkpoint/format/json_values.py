@@ -13,8 +13,8 @@ import re
 import reprlib
 import struct
 import sys
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, OrderedDict, UserDict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,8 +28,8 @@ _NUMPY_DTYPE = re.compile(r"[<>|=][biufcSUmM]\d{1,4}(\[\w{1,9}\])?")
 _TORCH_DTYPES = {dtype_name(value): value for value in vars(torch).values() if type(value) is torch.dtype}
 
 
-class Values(Mapping[str, Any]):
-    """A mapping whose values are decoded when they are asked for.
+class Values(UserDict[str, Any]):
+    """A dict whose values are decoded when they are asked for.
 
     So an entry that nobody takes may be damaged, or of a type that this process cannot decode.
 
@@ -39,19 +39,11 @@ class Values(Mapping[str, Any]):
     """
 
     def __init__(self, found: Mapping[str, Any], make: Callable[[Any, str], Any]) -> None:
-        self._found, self._make = found, make
+        super().__init__(found)
+        self._make = make
 
     def __getitem__(self, key: str) -> Any:
-        return self._make(self._found[key], key)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._found
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
-
-    def __len__(self) -> int:
-        return len(self._found)
+        return self._make(self.data[key], key)
 
 
 def encode(value: Any, name: str) -> Any:

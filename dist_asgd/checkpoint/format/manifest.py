@@ -93,6 +93,11 @@ class Item:
         end = blocks.stop * self.block
         return start, self.start + end if end < self.size else self.stop
 
+    def block_ranges(self, most: int) -> list[range]:
+        """Returns the numbers of all blocks in ranges of at most ``most`` bytes of payload, or of a single block."""
+        count, step = -(-self.size // self.block), max(1, most // self.block)
+        return [range(start, min(start + step, count)) for start in range(0, max(count, 1), step)]
+
     def damages(self, blocks: range, data: memoryview) -> Iterator[tuple[int, int]]:
         """Yields the bytes ``[start, stop)`` of the file that do not have their checksum.
 
@@ -178,9 +183,8 @@ def key_of_rank(key: str, rank: int) -> str:
 
 def write_manifest(manifest: Manifest) -> bytes:
     """Returns the bytes of ``manifest.json``, whose last member is the SHA-256 of the file with zeros in that place."""
-    record: dict[str, Any] = {"format": FORMAT, "version": VERSION, "reader": READER}
-    record |= {"step": manifest.step, "world_size": manifest.world_size, "created": manifest.created}
-    record |= {"versions": dict(manifest.versions)}
+    record: dict[str, Any] = {"format": FORMAT, "version": VERSION, "reader": READER, "step": manifest.step}
+    record |= {"world_size": manifest.world_size, "created": manifest.created, "versions": dict(manifest.versions)}
     record["files"] = {
         name: {"size": file.size} | ({} if file.sha256 is None else {"sha256": file.sha256})
         for name, file in manifest.files.items()
@@ -235,7 +239,7 @@ def _manifest(record: Any) -> Manifest:
     reader = _count(record.get("reader"), "reader")
     if reader > VERSION:
         raise FormatError(f"it asks for a reader of version {reader}, and this is version {VERSION}: upgrade dist_asgd")
-    files = {_file_name(name): _file(value, name) for name, value in _members(record, "files")}
+    files = {name: _file(value, name) for name, value in _members(record, "files")}
     items = tuple(_item(value, files) for value in _typed(record.get("items"), list, "items"))
     if STOCK not in files or files[STOCK].sha256 is None:
         raise FormatError(f"it has no sha256 of {STOCK}")
@@ -280,13 +284,9 @@ def _list_of(value: Any, convert: Callable[[Any, str], T], what: str) -> tuple[T
     return tuple(convert(entry, what) for entry in _typed(value, list, what))
 
 
-def _file_name(name: str) -> str:
+def _file(value: Any, name: str) -> FileRecord:
     if not _FILE.fullmatch(name):
         raise FormatError(f"{name!r} is no name of a file of a checkpoint")
-    return name
-
-
-def _file(value: Any, name: str) -> FileRecord:
     value = _typed(value, dict, f"file {name}")
     sha256 = value.get("sha256")
     if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):

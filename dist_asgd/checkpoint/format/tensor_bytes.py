@@ -70,9 +70,7 @@ def memory_of(data: Tensor) -> Iterator[memoryview]:
 
 def narrowed(data: Tensor, box: Box) -> Tensor:
     """Returns the view of ``data``, of any number of dims, that holds the elements of ``box``."""
-    for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
-        data = data.narrow(dim, offset, size)
-    return data
+    return data[tuple(slice(offset, offset + size) for offset, size in zip(box.offsets, box.sizes, strict=True))]
 
 
 def memory(tensor: Tensor) -> memoryview:

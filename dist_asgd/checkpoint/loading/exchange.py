@@ -8,8 +8,10 @@ No rank ever holds a whole tensor.
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -17,10 +19,10 @@ from torch import Tensor
 
 from dist_asgd.boxes import Box, cut_to_extents, extent, intersection, strides, within
 from dist_asgd.checkpoint.errors import only_checkpoint_errors, together
-from dist_asgd.checkpoint.format.manifest import Manifest, in_directory
+from dist_asgd.checkpoint.format.manifest import Manifest
 from dist_asgd.checkpoint.format.tensor_bytes import memory, narrowed
 from dist_asgd.checkpoint.loading.ranges import READ_BYTES
-from dist_asgd.checkpoint.loading.reader import ChunkPart, ChunkRead, RangeRequest, blocks_of, verify_request
+from dist_asgd.checkpoint.loading.reader import ChunkPart, ChunkRead, RangeRequest, blocks_of, read_verified
 from dist_asgd.checkpoint.loading.spool import Spool
 from dist_asgd.checkpoint.progress import Progress
 from dist_asgd.checkpoint.storage.storage import Storage
@@ -33,25 +35,13 @@ READ_OVERHEAD = 1.05  # bytes that a rank would read by itself, over bytes that 
 
 @dataclass(frozen=True, slots=True)
 class RemotePart:
-    """A ``ChunkPart`` of any rank, as it is described to the other ranks."""
+    """A part of a chunk that any rank needs or reads, as it is described to the other ranks."""
 
-    key: str
-    item: int  # index into Manifest.items
-    sizes: tuple[int, ...]  # of the chunk
-    itemsize: int  # bytes of an element
-    box: Box  # the part, in the coordinates of the chunk
-
-
-@dataclass(frozen=True, slots=True)
-class SharedRead:
-    """A piece of a chunk that one rank reads for all."""
-
-    reader: int  # rank
     key: str  # of one of the tensors that use the item, for error messages
     item: int  # index into Manifest.items
     sizes: tuple[int, ...]  # of the chunk
     itemsize: int  # bytes of an element
-    box: Box  # the piece, in the coordinates of the chunk
+    box: Box  # the part, in the coordinates of the chunk
 
 
 def split_shared(
@@ -68,11 +58,8 @@ def split_shared(
     """
     sparse = [part for part in parts if agreement.world_size > 1 and _reads_more(part)]
     everyone = agreement.gather([RemotePart(p.key, p.item, p.sizes, p.data.element_size(), p.box) for p in sparse])
-    ranks_of: dict[int, set[int]] = {}
-    for rank, wanted in enumerate(everyone):
-        for part in wanted:
-            ranks_of.setdefault(part.item, set()).add(rank)
-    alone = {item for item, ranks in ranks_of.items() if len(ranks) == 1}
+    ranks_of = Counter(item for wanted in everyone for item in {part.item for part in wanted})
+    alone = {item for item, ranks in ranks_of.items() if ranks == 1}
     shared = [part for part in sparse if part.item not in alone]
     chosen = {id(part) for part in shared}
     own = [part for part in parts if id(part) not in chosen]
@@ -86,8 +73,8 @@ def _reads_more(part: ChunkPart) -> bool:
     return sum(stop - start for start, stop in extents) > READ_OVERHEAD * part.box.numel
 
 
-def plan_shared_reads(everyone: Sequence[Sequence[RemotePart]]) -> list[SharedRead]:
-    """Cuts all that is shared into reads of at most ``EXCHANGE_BYTES``, and assigns them to ranks in turn.
+def plan_shared_reads(everyone: Sequence[Sequence[RemotePart]]) -> list[RemotePart]:
+    """Cuts all that is shared into reads of at most ``EXCHANGE_BYTES``, which ranks take in turn.
 
     Not collective: every rank computes equal reads from equal arguments.
 
@@ -95,11 +82,11 @@ def plan_shared_reads(everyone: Sequence[Sequence[RemotePart]]) -> list[SharedRe
         everyone: by rank, its shared parts.
     """
     by_item = _by_item([part for wanted in everyone for part in wanted])
-    reads: list[SharedRead] = []
-    for item, numbered in sorted(by_item.items()):
+    reads: list[RemotePart] = []
+    for _, numbered in sorted(by_item.items()):
         first, bounds = numbered[0][1], _bounding_box([part.box for _, part in numbered])
         for box in cut_to_extents(bounds, first.sizes, max(1, EXCHANGE_BYTES // first.itemsize)):
-            reads.append(SharedRead(len(reads) % len(everyone), first.key, item, first.sizes, first.itemsize, box))
+            reads.append(replace(first, box=box))
     return reads
 
 
@@ -147,18 +134,19 @@ class SharedParts(Spool):
         Raises:
             CheckpointError: on every rank: bytes are damaged, or a rank failed.
         """
-        at_once = EXCHANGES_AHEAD * agreement.world_size
+        ranks = range(agreement.world_size)
+        at_once = EXCHANGES_AHEAD * len(ranks)
         for first in range(0, len(self._reads), at_once):
-            reads = self._reads[first : first + at_once]
+            by_reader = [self._reads[first : first + at_once][rank :: len(ranks)] for rank in ranks]
             with together(agreement, "load()"):
-                by_rank = self._read_and_pack(reads, agreement.rank)
-                counts = [self._exchanged_bytes(reads, rank, agreement.rank) for rank in range(agreement.world_size)]
+                by_rank = self._read_and_pack(by_reader[agreement.rank])
+                counts = [self._exchanged_bytes(reads, agreement.rank) for reads in by_reader]
                 received = torch.empty(sum(counts), dtype=torch.uint8, device="cpu")
             with only_checkpoint_errors():
                 sizes = [part.numel() for part in by_rank]
                 dist.all_to_all_single(received, torch.cat(by_rank), counts, sizes, group=agreement.group)
             with together(agreement, "load()"):
-                self._keep(reads, received, agreement)
+                self._keep(by_reader, received, agreement.rank)
             progress.add(received.numel())
 
     def apply(self, progress: Progress) -> None:
@@ -170,26 +158,22 @@ class SharedParts(Spool):
             narrowed(part.data, within(box, part.box)).copy_(buffer)
             progress.add(buffer.nbytes)
 
-    def _overlaps(self, read: SharedRead, rank: int) -> Iterator[tuple[int, Box]]:
+    def _overlaps(self, read: RemotePart, rank: int) -> Iterator[tuple[int, Box]]:
         """Yields (number of a shared part of ``rank``, the box of the chunk that the part and the read have)."""
         for number, wanted in self._everyone[rank].get(read.item, ()):
             box = intersection(read.box, wanted.box)
             if box is not None:
                 yield number, box
 
-    def _exchanged_bytes(self, reads: Sequence[SharedRead], reader: int, rank: int) -> int:
-        """Returns how many bytes ``rank`` receives from ``reader``."""
-        of_reader = (read for read in reads if read.reader == reader)
-        return sum(box.numel * read.itemsize for read in of_reader for _, box in self._overlaps(read, rank))
+    def _exchanged_bytes(self, reads: Sequence[RemotePart], rank: int) -> int:
+        """Returns how many bytes of ``reads`` are for ``rank``."""
+        return sum(box.numel * read.itemsize for read in reads for _, box in self._overlaps(read, rank))
 
-    def _read_and_pack(self, reads: Sequence[SharedRead], reader: int) -> list[Tensor]:
+    def _read_and_pack(self, own: Sequence[RemotePart]) -> list[Tensor]:
         """Reads and verifies the reads of this rank; returns for each rank the bytes that it needs (1-D, uint8)."""
-        own = [read for read in reads if read.reader == reader]
         requests = [self._request(read) for read in own]
-        ranges = [(in_directory(self._directory, request.file), request.start, request.stop) for request in requests]
         parts: list[dict[int, list[Tensor]]] = [{} for _ in self._everyone]  # by rank, then by index into own
-        for index, data in self._storage.read_ranges(ranges):
-            verify_request(requests[index], data)
+        for index, data in read_verified(self._storage, self._directory, requests):
             elements = _elements(own[index], requests[index], data)
             for rank, of_rank in enumerate(parts):
                 boxes = (within(box, own[index].box) for _, box in self._overlaps(own[index], rank))
@@ -197,23 +181,22 @@ class SharedParts(Spool):
         nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
         return [torch.cat([nothing, *(x for index in sorted(of_rank) for x in of_rank[index])]) for of_rank in parts]
 
-    def _request(self, read: SharedRead) -> RangeRequest:
+    def _request(self, read: RemotePart) -> RangeRequest:
         item = self._manifest.items[read.item]
         blocks = blocks_of(read.box, read.sizes, read.itemsize, item)
         chunk_read = ChunkRead(read.key, item, read.sizes, read.box, torch.empty(0, device="cpu"), blocks)
         return RangeRequest(*chunk_read.place, (chunk_read,))
 
-    def _keep(self, reads: Sequence[SharedRead], received: Tensor, agreement: Agreement) -> None:
+    def _keep(self, by_reader: Sequence[Sequence[RemotePart]], received: Tensor, rank: int) -> None:
         """Spools the received bytes, and records where each box lies, in the order in which readers packed them."""
         position = self._append(memory(received))
-        for reader in range(agreement.world_size):
-            for read in (read for read in reads if read.reader == reader):
-                for number, box in self._overlaps(read, agreement.rank):
-                    self._received.append((self._parts[number], box, position))
-                    position += box.numel * read.itemsize
+        for read in itertools.chain.from_iterable(by_reader):
+            for number, box in self._overlaps(read, rank):
+                self._received.append((self._parts[number], box, position))
+                position += box.numel * read.itemsize
 
 
-def _elements(read: SharedRead, request: RangeRequest, data: bytes) -> Tensor:
+def _elements(read: RemotePart, request: RangeRequest, data: bytes) -> Tensor:
     """Returns the elements of the read as bytes: uint8, shape (*sizes of its box, bytes of an element).
 
     Args:

@@ -102,9 +102,7 @@ def plan_value_reads(manifest: Manifest) -> list[RangeRequest]:
     used = {chunk.item for tensor in manifest.tensors.values() for chunk in tensor.chunks}
     requests = []
     for item in (item for index, item in enumerate(manifest.items) if index not in used):
-        step, count = max(1, READ_BYTES // item.block), -(-item.size // item.block)
-        for first in range(0, count, step):
-            blocks = range(first, min(first + step, count))
+        for blocks in item.block_ranges(READ_BYTES):
             read = ChunkRead("values", item, (item.size,), whole((item.size,)), torch.empty(0, device="cpu"), blocks)
             requests.append(RangeRequest(*read.place, (read,)))
     return requests
@@ -150,7 +148,7 @@ class VerifiedBlocks(VerifiedRead):
             progress.add(len(data))
 
     def _read(self) -> Iterator[tuple[int, bytes]]:
-        return _verified(self._storage, self._directory, self._requests)
+        return read_verified(self._storage, self._directory, self._requests)
 
     def _spooled(self) -> Iterator[tuple[int, bytes]]:
         for index, position in self._positions.items():
@@ -163,12 +161,12 @@ def read_into(storage: Storage, directory: str, requests: Sequence[RangeRequest]
     Raises:
         CheckpointError: bytes are damaged. The tensors are filled in part then, so they must not be live state.
     """
-    for index, data in _verified(storage, directory, requests):
+    for index, data in read_verified(storage, directory, requests):
         _copy(requests[index], data)
 
 
-def _verified(storage: Storage, directory: str, requests: Sequence[RangeRequest]) -> Iterator[tuple[int, bytes]]:
-    """Yields (index of a request, its verified bytes), in any order."""
+def read_verified(storage: Storage, directory: str, requests: Sequence[RangeRequest]) -> Iterator[tuple[int, bytes]]:
+    """Yields (index of a request, its bytes), in any order. Raises ``CheckpointError`` where bytes are damaged."""
     ranges = [(in_directory(directory, request.file), request.start, request.stop) for request in requests]
     for index, data in storage.read_ranges(ranges):
         verify_request(requests[index], data)

@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from dist_asgd.checkpoint.errors import CheckpointError, naming, together
 from dist_asgd.checkpoint.format.entries import SavedTensor, TensorEntry
@@ -51,6 +51,8 @@ class CheckpointSource(ABC):
     own has such a key, too, and is the one of this rank.
     """
 
+    is_stock: ClassVar[bool]  # DCP flattened the state: then all keys of dicts are strings, and empty dicts are missing
+
     storage: Storage
     directory: str  # relative to the storage; "" if the storage is that of one checkpoint
     tensors: Mapping[str, SavedTensor]
@@ -64,11 +66,6 @@ class CheckpointSource(ABC):
         """The URL of the checkpoint, without credentials."""
         return in_directory(self.storage.url, self.directory)
 
-    @property
-    @abstractmethod
-    def is_stock(self) -> bool:
-        """Whether DCP flattened the state: then all keys of dicts are strings, and empty dicts are missing."""
-
     @abstractmethod
     def plan_reads(self, agreement: Agreement, wanted: Destinations) -> tuple[VerifiedRead, SharedParts | None]:
         """Returns what fills ``wanted``: the reads of this rank, and the parts that ranks share, if any. Collective."""
@@ -78,12 +75,10 @@ class CheckpointSource(ABC):
 class OwnSource(CheckpointSource):
     """A checkpoint of this library."""
 
+    is_stock = False
+
     manifest: Manifest
     records: Mapping[str, str]  # key -> key in the manifest, which names the rank of a rank's own entry
-
-    @property
-    def is_stock(self) -> bool:
-        return False
 
     def plan_reads(self, agreement: Agreement, wanted: Destinations) -> tuple[VerifiedRead, SharedParts | None]:
         own, shared = chunk_parts(self.manifest, [(self.records[key], entry) for key, entry in wanted]), None
@@ -98,11 +93,9 @@ class OwnSource(CheckpointSource):
 class DcpSource(CheckpointSource):
     """A checkpoint that stock ``torch.distributed.checkpoint`` wrote."""
 
-    found: StockCheckpoint
+    is_stock = True
 
-    @property
-    def is_stock(self) -> bool:
-        return True
+    found: StockCheckpoint
 
     def plan_reads(self, agreement: Agreement, wanted: Destinations) -> tuple[VerifiedRead, SharedParts | None]:
         return VerifiedItems(self.storage, self.directory, plan_items(self.found.tensors, wanted)), None
@@ -256,7 +249,5 @@ def _check_stock(found: StockCheckpoint, sizes: Mapping[str, int] | None) -> Non
 
 
 def _value(item: bytes, key: str, trust: bool) -> Any:
-    try:
+    with naming(repr(key)):
         return item_object(item, trust)
-    except CheckpointError as error:
-        raise CheckpointError(f"{key!r}: {error}") from error

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from dist_asgd.boxes import Box, boxes, intersection, strides, whole, within
-from dist_asgd.checkpoint.errors import CheckpointError
+from dist_asgd.checkpoint.errors import CheckpointError, naming
 from dist_asgd.checkpoint.format.dcp_metadata import StoredObject
-from dist_asgd.checkpoint.format.entries import SavedTensor, TensorEntry
+from dist_asgd.checkpoint.format.entries import Block, SavedTensor, TensorEntry
 from dist_asgd.checkpoint.format.manifest import in_directory
 from dist_asgd.checkpoint.format.tensor_bytes import memory, narrowed
 from dist_asgd.checkpoint.loading.ranges import GAP, READ_BYTES, ByteRange, FileRange, range_of, read_joined
@@ -34,26 +34,24 @@ READS_AHEAD = 4  # pieces of a large item that are read at once
 
 
 @dataclass(frozen=True, slots=True)
-class ItemPart:
-    """The part of an item that fills one block of a live tensor, or some of it."""
-
-    box: Box  # in the coordinates of the chunk
-    data: Tensor  # view of the live tensor that the part is copied to; shape: the box's sizes
-
-
-@dataclass(frozen=True, slots=True)
 class StockItem:
     """An item with everything that a rank needs of it."""
 
     key: str
     place: ByteRange
     saved: SavedTensor  # shape and dtype of the chunk
-    parts: list[ItemPart] = field(default_factory=list)
+    parts: list[Block] = field(default_factory=list)  # in the coordinates of the chunk; views of live tensors
 
     @property
     def is_large(self) -> bool:
         """Whether it is read in pieces of ``READ_BYTES``."""
         return self.place[2] - self.place[1] > READ_BYTES
+
+    @property
+    def damage(self) -> str:
+        """The beginning of an error's message."""
+        name, start, stop = self.place
+        return f"{name} is damaged: bytes {start} to {stop}, of {self.key!r}"
 
 
 def plan_items(tensors: Mapping[str, StockTensor], wanted: Iterable[tuple[str, TensorEntry]]) -> list[StockItem]:
@@ -73,7 +71,7 @@ def plan_items(tensors: Mapping[str, StockTensor], wanted: Iterable[tuple[str, T
                 if common is not None:
                     item = items.setdefault((place, saved), StockItem(key, place, saved))
                     data = narrowed(block.data, within(common, block.box))
-                    item.parts.append(ItemPart(within(common, chunk.box), data))
+                    item.parts.append(Block(within(common, chunk.box), data))
     return sorted(items.values(), key=lambda item: item.place)
 
 
@@ -152,21 +150,16 @@ def read_objects(storage: Storage, directory: str, objects: Mapping[str, StoredO
 
 
 def _small_item(item: StockItem, data: bytes) -> Tensor:
-    try:
+    with naming(item.damage):
         return item_tensor(data, item.saved.dtype, item.saved.shape)
-    except CheckpointError as error:
-        raise _damaged(item, error) from error
 
 
 def _large_item(storage: Storage, directory: str, item: StockItem) -> Iterator[tuple[Box, Tensor]]:
     """Yields (box of the chunk, its elements) while it reads an item in bounded memory; verifies it at the end."""
     name, start, stop = item.place
     path = in_directory(directory, name)
-    with FileRange(storage, path, start, stop) as raw:
-        try:
-            layout = item_layout(cast(BinaryIO, io.BufferedReader(raw)), stop - start, item.saved)
-        except CheckpointError as error:
-            raise _damaged(item, error) from error
+    with FileRange(storage, path, start, stop) as raw, naming(item.damage):
+        layout = item_layout(cast(BinaryIO, io.BufferedReader(raw)), stop - start, item.saved)
     order = _dense_order(item.saved.shape, layout.strides)
     if order is None:  # torch never writes such items: it copies a tensor that has gaps in its memory first
         ((_, data),) = storage.read_ranges([(path, start, stop)])
@@ -179,7 +172,7 @@ def _large_item(storage: Storage, directory: str, item: StockItem) -> Iterator[t
         yield from _boxes_in(item.saved, layout, order, at, data)
         at += len(data)
     if crc != layout.crc32:
-        raise _damaged(item, f"its elements do not have the CRC-32 that was saved with them{CRC_HINT}")
+        raise CheckpointError(f"{item.damage}: its elements do not have the CRC-32 that was saved with them{CRC_HINT}")
 
 
 def _pieces(storage: Storage, path: str, start: int, stop: int) -> Iterator[bytes]:
@@ -224,8 +217,3 @@ def _boxes_in(
         part = elements[low - start : low - start + box.numel].view(box.sizes)
         yield Box(tuple(box.offsets[n] for n in back), tuple(box.sizes[n] for n in back)), part.permute(back)
         low += box.numel
-
-
-def _damaged(item: StockItem, error: object) -> CheckpointError:
-    name, start, stop = item.place
-    return CheckpointError(f"{name} is damaged: bytes {start} to {stop}, of {item.key!r}: {error}")

@@ -22,6 +22,7 @@ from dist_asgd.checkpoint.stock.metadata import StockCheckpoint, read_stock_meta
 from dist_asgd.checkpoint.storage.storage import Storage
 
 ProgressCallback = Callable[[int, int], None]  # bytes verified since the last call, bytes in all
+Damage = tuple[str, int, int, str, str]  # file, start, stop, what is wrong, key
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -46,10 +47,10 @@ class ItemBlocks:
         """The bytes to read: the blocks, with the item's head or tail where they are its first or last."""
         return self.item.file, *self.item.reach(self.blocks)
 
-    def damages(self, data: bytes) -> Iterator[tuple[int, int, str]]:
-        """Yields (start and stop in the file, what is wrong) for damaged parts of ``data``, the bytes at ``place``."""
-        for start, stop in self.item.damages(self.blocks, memoryview(data)):
-            yield start, stop, f"do not have the checksum that {NAME} has of them"
+    def damages(self, file: BinaryIO) -> Iterator[Damage]:
+        """Yields the damaged parts of ``file``, which has the bytes at ``place``."""
+        for start, stop in self.item.damages(self.blocks, memoryview(file.read())):
+            yield self.item.file, start, stop, f"do not have the checksum that {NAME} has of them", self.key
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +61,16 @@ class StockArchive:
     place: ByteRange
     expected: SavedTensor | None  # shape and dtype of a tensor's chunk; None for a value
 
-    def damages(self, data: bytes) -> Iterator[tuple[int, int, str]]:
-        """Yields (start and stop in the file, what is wrong) if ``data``, the bytes at ``place``, are damaged."""
-        return self.damages_of(io.BytesIO(data))
-
-    def damages_of(self, file: BinaryIO) -> Iterator[tuple[int, int, str]]:
-        """Like ``damages``, from a file object that has the bytes at ``place``."""
-        _, start, stop = self.place
+    def damages(self, file: BinaryIO) -> Iterator[Damage]:
+        """Yields the damage of ``file``, which has the bytes at ``place``, if there is any."""
+        name, start, stop = self.place
         try:
             check_item(file, stop - start, self.expected)
         except CheckpointError as error:
-            yield start, stop, f"are no sound item: {error}"
+            yield name, start, stop, f"are no sound item: {error}", self.key
 
 
 Verifiable = ItemBlocks | StockArchive
-Damage = tuple[str, int, int, str, str]  # file, start, stop, what is wrong, key
 
 
 def verify_checkpoint(storage: Storage, directory: str, report: ProgressCallback) -> list[Fault]:
@@ -102,10 +98,9 @@ def verify_checkpoint(storage: Storage, directory: str, report: ProgressCallback
             faults += problem
         else:
             faults.append(Fault(STOCK, "", f"it does not have the sha256 that {NAME} has of it"))
-    if stock is not None:
-        faults += _check_stock_agrees(manifest, stock)
     parts = [part for part in _parts(manifest, stock) if part.place[0] in present]
-    faults += _check_coverage(manifest, parts, present) if stock is not None else []
+    if stock is not None:
+        faults += [*_check_stock_agrees(manifest, stock), *_check_coverage(manifest, parts, present)]
     return sorted(faults + _check_bytes(storage, directory, parts, report))
 
 
@@ -184,10 +179,7 @@ def _parts(manifest: Manifest, stock: StockCheckpoint | None) -> list[Verifiable
     keys = {chunk.item: key for key, tensor in manifest.tensors.items() for chunk in tensor.chunks}
     parts: list[Verifiable] = []
     for number, item in enumerate(manifest.items):
-        count = -(-item.size // item.block)
-        step = max(1, READ_BYTES // item.block)
-        for start in range(0, max(count, 1), step):
-            parts.append(ItemBlocks(keys.get(number, ""), item, range(start, min(start + step, count))))
+        parts += [ItemBlocks(keys.get(number, ""), item, blocks) for blocks in item.block_ranges(READ_BYTES)]
     if stock is not None:
         whole = [item for number, item in enumerate(manifest.items) if number not in keys]  # these hold values
         parts += [part for part in _archives(stock) if part.expected is None and not _is_in(part, whole)]
@@ -234,15 +226,13 @@ def _check_bytes(
     damages: list[Damage] = []
     small = [part for part in parts if not _is_large(part)]
     for index, data in read_joined(storage, directory, [part.place for part in small], READ_BYTES):
-        part = small[index]
-        damages += [(part.place[0], low, high, text, part.key) for low, high, text in part.damages(data)]
+        damages += small[index].damages(io.BytesIO(data))
         report(len(data), total)
     for part in parts:
         if isinstance(part, StockArchive) and _is_large(part):
             name, start, stop = part.place
             with FileRange(storage, in_directory(directory, name), start, stop) as raw:
-                file = cast(BinaryIO, io.BufferedReader(raw, READ_BYTES))
-                damages += [(name, low, high, text, part.key) for low, high, text in part.damages_of(file)]
+                damages += part.damages(cast(BinaryIO, io.BufferedReader(raw, READ_BYTES)))
             report(stop - start, total)
     return _merged(sorted(damages))
 

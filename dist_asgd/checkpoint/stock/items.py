@@ -11,7 +11,6 @@ import contextlib
 import io
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -60,12 +59,12 @@ def item_tensor(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor
     for name in ("data.pkl", "data/0"):
         if name not in records:
             raise CheckpointError(f"the item has no record {name}: it is no tensor that torch.save wrote")
-    found = _description(bytes(records["data.pkl"]))
+    found = _description(records["data.pkl"])
     _check_description(found, dtype, tuple(shape), len(records["data/0"]))
     return _tensor(found, _payload(records, "data/0"))
 
 
-def _payload(records: Mapping[str, memoryview], name: str) -> Tensor:
+def _payload(records: Mapping[str, bytes], name: str) -> Tensor:
     """Returns a copy of the record ``name`` as a 1-D uint8 tensor."""
     _check_order(records.get("byteorder"))
     data = bytearray(records[name])
@@ -79,7 +78,7 @@ def _tensor(found: _Description, payload: Tensor) -> Tensor:
     return payload.view(found.dtype).as_strided(found.shape, found.strides, found.offset)
 
 
-def _tensor_of(call: Call, records: Mapping[str, memoryview], payloads: dict[str, Tensor]) -> Tensor | None:
+def _tensor_of(call: Call, records: Mapping[str, bytes], payloads: dict[str, Tensor]) -> Tensor | None:
     """Returns the tensor that a call in a pickled value would make, or None for any other call.
 
     Tensors that shared a storage share memory again: ``payloads`` holds the payload of each record that was used.
@@ -109,7 +108,7 @@ def item_object(data: bytes, trust: bool = False) -> Any:
         raise CheckpointError("the item has no record data.pkl: it is no value that torch.save wrote")
     if not trust:
         payloads: dict[str, Tensor] = {}
-        return plain_value(bytes(records["data.pkl"]), lambda call: _tensor_of(call, records, payloads), _ALLOWED)
+        return plain_value(records["data.pkl"], lambda call: _tensor_of(call, records, payloads), _ALLOWED)
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
     except Exception as error:  # code that is run by unpickling may raise anything
@@ -196,8 +195,8 @@ def _archive(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
         raise CheckpointError(f"the item is no zip archive, as torch.save makes them ({error})") from error
 
 
-def _check_order(record: bytes | memoryview | None) -> None:
-    if record is not None and bytes(record) != b"little":
+def _check_order(record: bytes | None) -> None:
+    if record not in (None, b"little"):
         raise CheckpointError(
             "the item was saved on a big-endian machine: load and save it by torch on a little-endian"
         )
@@ -271,22 +270,13 @@ def _storage(storage: Call) -> tuple[str, str]:
     raise CheckpointError("the elements of the item are not where torch.save stores them")
 
 
-def _verified_records(data: bytes) -> dict[str, memoryview]:
+def _verified_records(data: bytes) -> dict[str, bytes]:
     """Returns the bytes of each record of an item by its name, after a comparison with its CRC-32.
 
     The names are without the first folder, which is the name that ``torch.save`` gave to the archive.
     """
     with _archive(io.BytesIO(data)) as archive:
-        entries = _entries(archive, len(data))
-    records: dict[str, memoryview] = {}
-    for name, entry in entries.items():
-        start = _start_of_data(entry, data[entry.header_offset : entry.header_offset + _LOCAL_HEADER], len(data))
-        records[name] = memoryview(data)[start : start + entry.file_size]
-        if zlib.crc32(records[name]) != entry.CRC:
-            raise CheckpointError(
-                f"{short(entry.filename)} in the item does not have the CRC-32 that was saved with it{CRC_HINT}"
-            )
-    return records
+        return {name: archive.read(entry) for name, entry in _entries(archive, len(data)).items()}
 
 
 def _entries(archive: zipfile.ZipFile, length: int) -> dict[str, zipfile.ZipInfo]:

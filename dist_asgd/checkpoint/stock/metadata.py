@@ -97,7 +97,11 @@ def read_stock_metadata(data: bytes, trust: bool = False, *, committed: bool = F
     for key, entry in described.items():
         _expect(key, str, "a key of state_dict_metadata")
         if isinstance(entry, Call) and entry.name == f"{_METADATA}.BytesStorageMetadata":
-            objects[key] = _object_place(places, key)
+            if (key, None) not in places:
+                raise CheckpointError(
+                    f"{key!r}: the metadata does not say where it is stored: a writer failed at saving"
+                )
+            objects[key] = places[key, None]
             continue
         tensor = _fields(entry, "TensorStorageMetadata", f"the entry of {key!r}")
         budget -= len(_expect(tensor.get("chunks"), list, f"chunks of {key!r}"))
@@ -181,13 +185,6 @@ def _places(storage: Mapping[Any, Any]) -> _Places:
             _count(place.get("length"), f"length in {where}"),
         )
     return places
-
-
-def _object_place(places: _Places, key: str) -> StoredObject:
-    place = places.get((key, None))
-    if place is None:
-        raise CheckpointError(f"{key!r}: the metadata does not say where it is stored: a writer failed at saving")
-    return place
 
 
 def _path(value: Any, where: str) -> str:

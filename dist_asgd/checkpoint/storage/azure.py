@@ -58,7 +58,7 @@ class AzureStore(RemoteStore):
                 if properties.metadata.get(OWNER) != owner:
                     raise
 
-        self._retry("create", path, request)
+        self.retry("create", path, request)
 
     def write(self, path: str, chunks: Iterable[BytesLike]) -> int:
         def put(data: io.BytesIO) -> None:
@@ -71,12 +71,12 @@ class AzureStore(RemoteStore):
             def send(blob: Any) -> Any:
                 return blob.upload_blob(data.getvalue(), overwrite=True, metadata=METADATA)
 
-            self._retry("write", path, lambda: self.call(path, send))
+            self.retry("write", path, lambda: self.call(path, send))
 
         return upload(chunks, put, lambda: AzureBlocks(self, path))
 
     def remove_files(self, paths: list[str]) -> None:
-        remove_each(paths, lambda path: self._retry("remove", path, lambda: self._remove(path)))
+        remove_each(paths, lambda path: self.retry("remove", path, lambda: self._remove(path)))
 
     def _remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -85,7 +85,7 @@ class AzureStore(RemoteStore):
     def remove_folders(self, paths: list[str]) -> None:
         """Removes the empty blobs that stand for folders in accounts with a hierarchical namespace."""
         for path in paths:
-            self._retry("remove", path, functools.partial(self._remove, path))
+            self.retry("remove", path, functools.partial(self._remove, path))
 
     def call(self, path: str, ask: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
         """Returns what ``ask`` returns for the client of the blob at ``path``, tried once.
@@ -113,9 +113,7 @@ class AzureBlocks:
     """The blocks of one blob, which nobody sees before they are committed."""
 
     def __init__(self, store: AzureStore, path: str) -> None:
-        self._path = path
-        self._retry = store.requests.retry
-        self._call = store.call
+        self._store, self._path = store, path
         self._upload = secrets.token_hex(8)  # tells this writer's blocks from those of another writer of the same blob
 
     def _name(self, number: int) -> str:
@@ -126,7 +124,7 @@ class AzureBlocks:
         def stage(blob: Any) -> Any:
             return blob.stage_block(self._name(number), rewound(data), length=length(data))
 
-        self._retry("write", self._path, lambda: self._call(self._path, stage))
+        self._store.retry("write", self._path, lambda: self._store.call(self._path, stage))
 
     def finish(self, parts: int, size: int) -> None:
         from azure.storage.blob import BlobBlock
@@ -136,7 +134,7 @@ class AzureBlocks:
         def commit(blob: Any) -> Any:
             return blob.commit_block_list(names, metadata=METADATA)
 
-        self._retry("write", self._path, lambda: self._call(self._path, commit))
+        self._store.retry("write", self._path, lambda: self._store.call(self._path, commit))
 
     def abort(self) -> None:
         """Does nothing: Azure drops blocks that are not committed within a week."""

@@ -49,16 +49,16 @@ class GcsStore(RemoteStore):
                 if fs.info(whole).get("metadata", {}).get(OWNER) != owner:
                     raise
 
-        self._retry("create", path, request)
+        self.retry("create", path, request)
 
     def write(self, path: str, chunks: Iterable[BytesLike]) -> int:
         """Sends the parts of a resumable upload one after another, which is the only order that Google takes."""
         pieces = split_into_parts(chunks, PART)
         piece, following = next(pieces, io.BytesIO()), next(pieces, None)
         if following is None and length(piece) <= LONGEST_PUT:
-            self._retry("write", path, lambda: self._put(path, piece))
+            self.retry("write", path, lambda: self._put(path, piece))
             return length(piece)
-        session = self._retry("write", path, lambda: self._begin(path))
+        session = self.retry("write", path, lambda: self._begin(path))
         sent = 0
         try:
             while following is not None:
@@ -100,7 +100,7 @@ class GcsStore(RemoteStore):
             if total == "*" and answer.get("Range") != expected:
                 raise StorageError(f"could not write {path}: expected the answer {expected}, got {answer.get('Range')}")
 
-        self._retry("write", path, request)
+        self.retry("write", path, request)
         return length(piece)
 
     def remove_files(self, paths: list[str]) -> None:

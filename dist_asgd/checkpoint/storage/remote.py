@@ -27,7 +27,7 @@ class RemoteStore(ABC):
 
     Attributes:
         backend: what is special about the store and its driver.
-        requests: runs requests with retries.
+        retry: runs a request with retries (``Requests.retry``).
     """
 
     is_local = False
@@ -35,8 +35,7 @@ class RemoteStore(ABC):
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self.requests = connection.requests
-        self._retry = connection.requests.retry
+        self.retry = connection.requests.retry
         self._once = connection.requests.once
 
     @abstractmethod
@@ -78,20 +77,20 @@ class RemoteStore(ABC):
                     return b""
                 raise
 
-        return self._retry("read", path, request)
+        return self.retry("read", path, request)
 
     def entries(self, path: str) -> dict[str, int | None]:
-        found = self._relative(path, self._ask("ls", path))
+        found = self._relative(path, self._listed("ls", path))
         return {name: None if info["type"] == "directory" else info["size"] for name, info in found.items()}
 
     def sizes(self, path: str) -> dict[str, int]:
-        return {name: info["size"] for name, info in self._relative(path, self._ask("find", path)).items()}
+        return {name: info["size"] for name, info in self._relative(path, self._listed("find", path)).items()}
 
     def remove(self, path: str) -> None:
         self.remove_files([path])
 
     def remove_tree(self, path: str) -> None:
-        infos = self._ask("find", path, withdirs=True)
+        infos = self._listed("find", path, withdirs=True)
         if not infos:  # ``path`` may be a file, which some drivers do not find below itself
             self.remove_files([path])
         relative = self._connection.relative_path
@@ -100,26 +99,26 @@ class RemoteStore(ABC):
         self.remove_folders(sorted(folders, reverse=True))
 
     def modified(self, path: str) -> float | None:
-        infos = self._ask("find", path) or self._ask("info", path)
+        infos = self._listed("find", path) or self._ask(path, lambda fs, whole: [fs.info(whole)])
         times = (time_of(info) for info in infos if info["type"] != "directory")
         return max((moment for moment in times if moment is not None), default=None)
 
-    def _ask(self, method: str, path: str, **arguments: Any) -> list[dict[str, Any]]:
-        """Returns fsspec's infos of what ``ls`` or ``find`` lists below ``path``, or ``info`` of ``path`` itself.
+    def _listed(self, method: str, path: str, **arguments: Any) -> list[dict[str, Any]]:
+        """Returns fsspec's infos of what ``ls`` or ``find`` lists below ``path``; [] where nothing is."""
+        return self._ask(path, lambda fs, whole: infos_in(getattr(fs, method)(whole, detail=True, **arguments), whole))
 
-        Returns [] where nothing is.
-        """
+    def _ask(self, path: str, ask: Callable[[Any, str], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Returns what ``ask`` returns for the file system and its name of ``path``; [] where nothing is."""
         whole = self._connection.full_path(path)
-        arguments |= {} if method == "info" else {"detail": True}
 
         def request() -> list[dict[str, Any]]:
             fs = self._connection.fs()
             fs.invalidate_cache(whole)
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                return infos_in(getattr(fs, method)(whole, **arguments), whole, itself=method == "info")
+                return ask(fs, whole)
             return []
 
-        return self._retry("list", path, request)
+        return self.retry("list", path, request)
 
     def _relative(self, path: str, infos: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Returns infos by their paths relative to ``path``, without placeholders of folders and temporary files."""
@@ -136,20 +135,17 @@ class RemoteStore(ABC):
             with contextlib.suppress(FileNotFoundError):
                 getattr(self._connection.fs(), method)(self._connection.full_path(path))
 
-        self._retry("remove", path, request)
+        self.retry("remove", path, request)
 
 
-def infos_in(answer: Any, whole: str, itself: bool) -> list[dict[str, Any]]:
+def infos_in(answer: Any, whole: str) -> list[dict[str, Any]]:
     """Returns the infos of files and folders in an answer of fsspec.
 
     Args:
-        answer: what the file system's ``ls``, ``find`` or ``info`` has returned.
+        answer: what the file system's ``ls`` or ``find`` has returned.
         whole: the file system's name of the folder that was listed. Infos of names that are not below it are left out,
             because some drivers list a file as its own content, and others return nonsense for it.
-        itself: whether ``answer`` is that of ``info``, about ``whole`` itself.
     """
-    if itself:
-        return [answer]
     found = answer.values() if isinstance(answer, dict) else answer
     infos = [info for info in found if isinstance(info, dict) and "name" in info]
     return [info for info in infos if info["name"].rstrip("/").startswith(f"{whole}/")]

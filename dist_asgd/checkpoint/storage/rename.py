@@ -37,13 +37,13 @@ class RenamedStore(RemoteStore):
                     if number == 1 or fs.cat_file(target) != data:
                         raise
 
-        self._retry("create", path, request)
+        self.retry("create", path, request)
 
     def write(self, path: str, chunks: Iterable[BytesLike]) -> int:
         """Writes a temporary file and renames it. A lost connection is an error: ``chunks`` cannot be read twice."""
         count = 0
         with self._temporary(path) as temporary:
-            file = self._retry("write", path, lambda: self._open_new(temporary))
+            file = self.retry("write", path, lambda: self._open_new(temporary))
             try:
                 for chunk in chunks:  # outside of _once: the caller's own errors pass unchanged
                     with self._once("write", path):
@@ -61,7 +61,7 @@ class RenamedStore(RemoteStore):
     def abort_uploads(self, prefix: str, older_than: float) -> int:
         """Removes old temporary files, and returns their number."""
         whole = self._connection.full_path(prefix)
-        found = self._retry("list", prefix, lambda: self._connection.fs().find(whole, detail=True))
+        found = self.retry("list", prefix, lambda: self._connection.fs().find(whole, detail=True))
         latest = time.time() - older_than
         old = [name for name, info in found.items() if is_temporary(name) and (time_of(info) or latest + 1) <= latest]
         self.remove_files([self._connection.relative_path(name) for name in old])
@@ -71,7 +71,7 @@ class RenamedStore(RemoteStore):
     def _temporary(self, path: str) -> Iterator[str]:
         """Yields a new name beside ``path``, whose folder it makes; removes the file of that name at the end."""
         temporary = self._connection.full_path(temporary_path(path))
-        self._retry("write", path, lambda: self._make_folder(temporary.rpartition("/")[0]))
+        self.retry("write", path, lambda: self._make_folder(temporary.rpartition("/")[0]))
         try:
             yield temporary
         finally:

@@ -66,18 +66,18 @@ class S3Store(RemoteStore):
                 if self.call("head_object", path).get("Metadata", {}).get(OWNER) != owner:
                     raise FileExistsError from error
 
-        self._retry("create", path, request)
+        self.retry("create", path, request)
 
     def write(self, path: str, chunks: Iterable[BytesLike]) -> int:
         def put(data: io.BytesIO) -> None:
-            self._retry("write", path, lambda: self.call("put_object", path, Body=rewound(data)))
+            self.retry("write", path, lambda: self.call("put_object", path, Body=rewound(data)))
 
         return upload(chunks, put, lambda: S3Multipart(self, path))
 
     def remove_files(self, paths: list[str]) -> None:
         for start in range(0, len(paths), MAX_DELETES):
             batch = paths[start : start + MAX_DELETES]
-            self._retry("remove", batch[0], functools.partial(self._delete, batch))
+            self.retry("remove", batch[0], functools.partial(self._delete, batch))
 
     def _delete(self, paths: list[str]) -> None:
         if len(paths) == 1:
@@ -91,7 +91,7 @@ class S3Store(RemoteStore):
 
     def remove_folders(self, paths: list[str]) -> None:
         """Deletes placeholders of empty folders, which SeaweedFS keeps; AWS has no folders."""
-        if self._retry("list", paths[-1], lambda: self._is_listed(paths[-1])):
+        if self.retry("list", paths[-1], lambda: self._is_listed(paths[-1])):
             self.remove_files([f"{path}/" for path in paths])
 
     def _is_listed(self, path: str) -> bool:
@@ -104,10 +104,10 @@ class S3Store(RemoteStore):
         bucket, key = self._connection.bucket_and_key(prefix)
         latest = time.time() - older_than
         below = f"{key}/" if key else ""
-        found = self._retry("list uploads below", prefix, lambda: self._uploads(bucket, below))
+        found = self.retry("list uploads below", prefix, lambda: self._uploads(bucket, below))
         old = [(upload["Key"], upload["UploadId"]) for upload in found if upload["Initiated"].timestamp() <= latest]
         for name, upload_id in old:
-            self._retry("abort an upload below", prefix, functools.partial(self._abort, bucket, name, upload_id))
+            self.retry("abort an upload below", prefix, functools.partial(self._abort, bucket, name, upload_id))
         return len(old)
 
     def _uploads(self, bucket: str, prefix: str) -> list[dict[str, Any]]:
@@ -137,9 +137,7 @@ class S3Multipart:
     """A multipart upload of S3: its parts are invisible, but stored and paid for, until it is finished or aborted."""
 
     def __init__(self, store: S3Store, path: str) -> None:
-        self._path = path
-        self._retry = store.requests.retry
-        self._request = store.call
+        self._path, self._retry, self._request = path, store.retry, store.call
         self._etags: dict[int, str] = {}
         self._id = self._retry("write", path, lambda: self._request("create_multipart_upload", path))["UploadId"]
 
