@@ -85,6 +85,13 @@ class ReplicatedBucket(Bucket):
         self._scan = LayoutScan.of(shapes, strides, self.buffer)
         self._scanned: Gradients | None = None  # between find_gradients() and update()
         self._owned = list(self.shard.pieces.values())
+        self._prepare_reductions()
+        self._gather: Transfer | None = None
+        self._received: Tensor | None = None  # 1-D, wire dtype: the result of _gather, if it is not the buffer
+        self._packer = Packer(layout, self.placements, self.buffer)
+        self._batches = Batches(self._owned, layout, self.device, parameters.view_of if self.shard.fuses else None)
+
+    def _prepare_reductions(self) -> None:
         self.grad: Tensor | None = None  # 1-D, indexed as the shard, compute dtype
         self.absent = self.buffer.new_full((), math.nan)
         # Pieces have their parameters' strides, as autograd wants of gradients, and versions of their own.
@@ -94,18 +101,12 @@ class ReplicatedBucket(Bucket):
                 position,
                 param.new_empty(0).set_(param.untyped_storage(), param.storage_offset(), param.size(), param.stride()),
             )
-            for position, param in enumerate(self.params if reduces else ())
+            for position, param in enumerate(self.params if self.reduces else ())
         ]
         self._reductions: deque[tuple[int, Reduction]] = deque()  # under way, oldest first, each with its pass
-        self._changes: deque[tuple[int, Callable[[], None]]] = (
-            deque()
-        )  # changes of gradients; each waits for that many reductions
+        self._changes: deque[tuple[int, Callable[[], None]]] = deque()  # each waits for that many reductions
         self._begun = self._done = 0  # how many reductions were started, and how many are complete
         self.changes: list[str] = []  # what the user has done to gradients since the last step
-        self._gather: Transfer | None = None
-        self._received: Tensor | None = None  # 1-D, wire dtype: the result of _gather, if it is not the buffer
-        self._packer = Packer(layout, self.placements, self.buffer)
-        self._batches = Batches(self._owned, layout, self.device, parameters.view_of if self.shard.fuses else None)
 
     # Parameters ------------------------------------------------------------------------------------------------------
 

@@ -161,16 +161,10 @@ class StepAgreement:
         except BaseException as caught:
             error = caught
         written = not replaces_state and any(bucket.was_written for bucket in self._buckets)
+        news = FAILED if error is not None else WRITTEN if written else NOTHING
         history = 0 if replaces_state else self.history
-        mine = [
-            self._reducer.passes,
-            FAILED if error is not None else WRITTEN if written else NOTHING,
-            history,
-            -history,
-            *values,
-        ]
         try:
-            maxima = self.agreement.maximum(operation, mine)
+            maxima = self.agreement.maximum(operation, [self._reducer.passes, news, history, -history, *values])
         except RuntimeError as failure:
             if isinstance(failure, DifferentOperations):  # whose first value is the number of passes, on every rank
                 self._reducer.catch_up(failure.values[0])
