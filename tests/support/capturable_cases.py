@@ -137,7 +137,7 @@ def takes_what_gradscaler_knows(device):
 def loads_and_is_loaded(device):
     """torch's state dicts of either kind, and back; the memory that a captured graph has stays where it is."""
     ours, theirs, optimizer, twin = pair(device, lr=torch.tensor(0.1, device=device))
-    lr, average = optimizer.param_groups[0]["lr"], optimizer.state_dict()["state"][1]["ax"]
+    lr, average = optimizer.param_groups[0]["lr"], optimizer.state[ours[1]]["ax"]
     for step in range(6):
         give_gradients(step, theirs)
         twin.step()
@@ -150,7 +150,7 @@ def loads_and_is_loaded(device):
         optimizer.load_state_dict(state)
         assert optimizer.param_groups[0]["capturable"] is True
         assert optimizer.param_groups[0]["lr"] is lr and float(lr) == twin.param_groups[0]["lr"]
-        assert optimizer.state_dict()["state"][1]["ax"].data_ptr() == average.data_ptr()
+        assert optimizer.state[ours[1]]["ax"].data_ptr() == average.data_ptr()
         for step in range(6, 9):
             give_gradients(step, ours, theirs)
             optimizer.step()
@@ -202,12 +202,15 @@ def forgets_averages(device):
     ours, theirs, optimizer, twin = pair(device)
     for step in range(STEPS):
         if step == 6:
-            average = optimizer.state_dict()["state"][1]["ax"]
+            average = optimizer.state[ours[1]]["ax"]
             optimizer.restart_averaging()
             twin.param_groups[0]["t0"] = 6.0
             state = optimizer.state_dict()["state"]
             assert all(torch.equal(state[index]["ax"], param.detach()) for index, param in enumerate(ours))
-            assert all(entry["mu"] == 1 for entry in state.values()) and average.data_ptr() == state[1]["ax"].data_ptr()
+            assert (
+                all(entry["mu"] == 1 for entry in state.values())
+                and average.data_ptr() == optimizer.state[ours[1]]["ax"].data_ptr()
+            )
         give_gradients(step, ours, theirs)
         optimizer.step()
         twin.step()

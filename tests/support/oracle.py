@@ -255,16 +255,22 @@ class Pair:
                 state["ax"].copy_(self.oracle.params[index])
 
     def restart(self) -> None:
-        """Go on as a new process does: new parameters, and a new optimizer that loaded the old one's state."""
+        """Go on as a new process does: new parameters, and a new optimizer that loaded the old one's state.
+
+        Parameters are frozen after the optimizer is built, as they were: each rank's pieces fit equal buckets only.
+        """
         self.zero_grad()
         state = self.optimizer.state_dict()
-        fresh = {id(p): torch.nn.Parameter(p.detach().clone(), p.requires_grad) for p in self.params}
+        fresh = {id(p): torch.nn.Parameter(p.detach().clone()) for p in self.params}
+        frozen = [fresh[id(p)] for p in self.params if not p.requires_grad]
         groups = [
             {"params": [(name, fresh[id(p)]) for name, p in zip(group["param_names"], group["params"], strict=True)]}
             for group in self.optimizer.param_groups
         ]
         self.params = [fresh[id(p)] for p in self.params]
         self.optimizer = ShardedASGD(groups, **self.options)
+        for p in frozen:
+            p.requires_grad_(False)
         self.optimizer.load_state_dict(state)
 
     def check_parameters(self, where: object = "") -> None:
