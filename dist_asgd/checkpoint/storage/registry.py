@@ -1,12 +1,7 @@
-"""Chooses the store that serves a URL, by the URL's protocol.
+"""Chooses the store that serves a URL, by the URL's protocol. CONTRIBUTING.md tells how to add a store.
 
-To add a store:
-
-1. Write storage/<store>.py with a subclass of ``RemoteStore`` (object stores) or ``RenamedStore`` (folders, a rename).
-2. Give the class an attribute ``backend``, a ``Backend`` that says all that is special about the store.
-3. Import the driver inside functions only: importing it takes a second, and most users have one driver of several.
-4. Add the class to ``STORES`` below.
-5. Name the packages of the driver as an extra in pyproject.toml, and let tests/checkpoint/test_storage.py run on it.
+A store's module imports its driver inside functions only: importing one takes a second, and most users have one of
+several.
 """
 
 from __future__ import annotations
