@@ -62,6 +62,9 @@ class StateView(MutableMapping[Tensor, MutableMapping[str, Any]]):
         """
         return True
 
+    def __reduce__(self) -> Any:
+        return dict, ({param: dict(self[param]) for param in self},)
+
     def _require_parameters(self, params: Iterable[Tensor]) -> None:
         known = {id(param) for group in self._groups for param in group["params"]}
         if any(id(param) not in known for param in params):

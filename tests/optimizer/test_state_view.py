@@ -3,6 +3,7 @@
 import collections
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -200,11 +201,13 @@ def test_a_master_follows_its_parameter() -> None:
     run_ranks(2, ranks)
 
 
-def test_copies_of_an_entry_are_plain_dicts() -> None:
+def test_copies_of_the_state_are_plain_dicts() -> None:
     def ranks(rank: int) -> None:
         params = make_parameters(SPECS)
         optimizer = ShardedASGD(named(params), lr=0.1, t0=0)
         entry = optimizer.state[params[PARAM]]
+        unpickled = pickle.loads(pickle.dumps(optimizer.state))
+        assert type(unpickled) is dict and [list(state) for state in unpickled.values()] == [list(entry)] * len(params)
         for copied in (copy.deepcopy(entry), optimizer.state.pop(params[PARAM])):
             assert type(copied) is dict and type(copied["step"]) is torch.Tensor
             assert torch.equal(copied["ax"], params[PARAM]) and copied["ax"].data_ptr() != entry["ax"].data_ptr()
