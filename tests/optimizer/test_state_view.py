@@ -5,12 +5,14 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dist_asgd import EMA, ShardedASGD, Uniform
+from dist_asgd import EMA, ShardedASGD, Uniform, save
+from dist_asgd.checkpoint import CheckpointError
 from dist_asgd.sharding.sharded_state import StatePiece
 from tests.support.layouts import build, local, named_parameters, train
 from tests.support.oracle import Pair, Spec, make_parameters, named, random_gradients, same_bits
@@ -218,3 +220,29 @@ def test_copies_of_the_state_are_plain_dicts() -> None:
                 share()
 
     run_ranks(1, ranks)
+
+
+def test_other_writes_on_one_rank_are_refused_by_the_next_call(tmp_path: Path) -> None:
+    def write_mu(optimizer: Any, p: torch.Tensor) -> None:
+        optimizer.state[p]["mu"].mul_(0.3)
+
+    def ranks(rank: int) -> None:
+        params = make_parameters(SPECS)
+        optimizer = ShardedASGD(named(params), lr=0.1, t0=0)
+        sharded = optimizer.state_dict()
+        writes = [write_mu, lambda optimizer, p: optimizer.state.pop(p), lambda optimizer, _: optimizer.state.clear()]
+        for write in writes:
+            write(optimizer, params[PARAM])
+            optimizer.full_state_dict()  # every rank has written it
+            if rank == 1:
+                write(optimizer, params[PARAM])
+            for refused in (
+                optimizer.full_state_dict,
+                lambda: save(str(tmp_path), {"optimizer": optimizer}),
+                optimizer.step,
+            ):
+                with pytest.raises((RuntimeError, CheckpointError), match=r"optimizer\.state"):
+                    refused()
+            optimizer.load_state_dict(sharded)
+
+    run_ranks(2, ranks)
