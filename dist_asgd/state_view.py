@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from dist_asgd._torch_private import aten, make_wrapper_subclass
+from dist_asgd._torch_private import make_wrapper_subclass
 from dist_asgd.asgd.schedule import Hyperparameters
 from dist_asgd.buckets.base import Bucket
 from dist_asgd.state_dict import GroupBuckets, has_state, has_stepped, parameters_with_state, scalar_tensors
@@ -218,7 +218,9 @@ class ParameterState(MutableMapping[str, Any]):
 
 
 class LiveScalar(Tensor):
-    """A 0-dim CPU tensor that is ``step``, ``eta`` or ``mu`` of one parameter at any time.
+    """A CPU tensor of one element that is ``step``, ``eta`` or ``mu`` of one parameter at any time.
+
+    It is 0-dim, and its views have other shapes.
 
     The optimizer keeps these numbers once for each run of parameters, so there is no memory that such a tensor could
     share. Operators read the number of now, and make plain tensors; operators that write to it set the number.
@@ -228,14 +230,14 @@ class LiveScalar(Tensor):
     key: str
 
     @staticmethod
-    def __new__(cls, entry: ParameterState, key: str) -> LiveScalar:
-        scalar = make_wrapper_subclass(cls, (), dtype=entry.scalars()[key].dtype, device=torch.device("cpu"))
+    def __new__(cls, entry: ParameterState, key: str, shape: Sequence[int] = ()) -> LiveScalar:
+        scalar = make_wrapper_subclass(cls, shape, dtype=entry.scalars()[key].dtype, device=torch.device("cpu"))
         scalar.entry, scalar.key = entry, key
         return scalar
 
     def plain(self) -> Tensor:
         """Returns a plain tensor with the number of now."""
-        return self.entry.scalars()[self.key]
+        return self.entry.scalars()[self.key].view(self.shape)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return repr(self.plain())
@@ -252,7 +254,7 @@ class LiveScalar(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        self.entry[self.key] = value
+        self.entry[self.key] = value.reshape(())
 
     def __dlpack__(self, **options: Any) -> Any:
         raise BufferError(f"{self.key} has no memory to share: take item(), or clone() it")
@@ -268,8 +270,6 @@ class LiveScalar(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        if func in (aten.detach.default, aten.alias.default):
-            return cls(args[0].entry, args[0].key)
         known: dict[int, tuple[LiveScalar, Tensor]] = {}
 
         def plain(value: Any) -> Any:
@@ -282,7 +282,9 @@ class LiveScalar(Tensor):
         result = func(*args, **kwargs)
         for scalar, value in known.values():
             if value != before[id(scalar)]:  # the operator has written to it
-                scalar.entry[scalar.key] = value
+                scalar.entry[scalar.key] = value.reshape(())
+            if func.is_view and isinstance(result, Tensor) and result.numel() == 1 and result.dtype == scalar.dtype:
+                return cls(scalar.entry, scalar.key, result.shape)
             result = scalar if result is value else result
         return result
 

@@ -46,6 +46,7 @@ WRITES: dict[str, Callable[[Any, torch.Tensor], Any]] = {
     "mu.data": lambda optimizer, p: optimizer.state[p]["mu"].data.fill_(0.3),
     "mu.data =": lambda optimizer, p: setattr(optimizer.state[p]["mu"], "data", torch.tensor(0.3)),
     "mu = in place": lambda optimizer, p: optimizer.state[p]["mu"].__setitem__(..., 0.25),
+    "a view of mu": lambda optimizer, p: optimizer.state[p]["mu"].view(1)[None].mul_(0.5),
     "mu =": set_item("mu", 0.125),
     "step.add_": lambda optimizer, p: optimizer.state[p]["step"].add_(7),
     "step by foreach": lambda optimizer, p: torch._foreach_add_([optimizer.state[p]["step"]], 7),
