@@ -199,14 +199,18 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
             facts = argument_facts(arguments, self.param_groups, 0)
         self._agreement.require_equal("the arguments of the optimizer", facts)
         self._build_buckets(first=0)
-        self._state = StateView(self.param_groups, self._buckets)
+        alive = weakref.proxy(self)
+        self._state = StateView(
+            self.param_groups, self._buckets, lambda written: alive._step_agreement.note_writes(written)
+        )
 
     @property  # type: ignore[override]
     def state(self) -> StateView:
         """The state of each parameter, by torch's names; on several ranks, ``ax`` and ``master`` are pieces.
 
         Tensors in it are live. What is written to it takes effect, or raises ``ValueError``; every rank must write the
-        same. Setting it replaces the state of all parameters: an empty dict starts all of them anew.
+        same. The next collective call compares that, but for the values of tensors. Setting it replaces the state of
+        all parameters: an empty dict starts all of them anew.
         """
         return self._state
 
@@ -550,7 +554,7 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         """
         self._consolidated = None
         self._complete_parameters()
-        self._take_up_changes("load_state_dict()")
+        self._take_up_changes("load_state_dict()", replaces_state=True)
         with self._step_agreement.together("load_state_dict()", replaces_state=True):
             self._step_agreement.check_groups(self.param_groups)
             self._step_agreement.check_parameters(self._all_buckets())
@@ -625,7 +629,7 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         self.synchronize()
         self._modules.drop_copies()
 
-    def _take_up_changes(self, operation: str) -> None:
+    def _take_up_changes(self, operation: str, *, replaces_state: bool = False) -> None:
         """Builds the buckets again where the model or the ranks are not what they were built for. Collective.
 
         Does so until the first step only. Parameters that were moved, cast, wrapped, sharded or replaced in
@@ -633,6 +637,7 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
 
         Args:
             operation: the user's call.
+            replaces_state: whether it loads a state, so that it may follow writes that differed.
 
         Raises:
             ValueError, TypeError, RuntimeError: the same on every rank, where what there is now is bad or differs
@@ -642,7 +647,7 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
             return
         self.synchronize()
         late = initialized_since(self.process_group is None)
-        with self._step_agreement.together(operation) as values:
+        with self._step_agreement.together(operation, replaces_state=replaces_state) as values:
             if not self._built_for.fits():
                 self._modules.reshard()
             values.append(late or not self._built_for.fits())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from dist_asgd._torch_private import aten, make_wrapper_subclass
+from dist_asgd._torch_private import make_wrapper_subclass
 from dist_asgd.asgd.schedule import Hyperparameters
 from dist_asgd.buckets.base import Bucket
 from dist_asgd.state_dict import GroupBuckets, has_state, has_stepped, parameters_with_state, scalar_tensors
@@ -16,7 +16,7 @@ from dist_asgd.step.validation import Groups
 
 
 class StateView(MutableMapping[Tensor, MutableMapping[str, Any]]):
-    """``optimizer.state``. Nothing in it is collective, so every rank must write the same.
+    """``optimizer.state``. Nothing in it is collective, so every rank must write the same, as the next call compares.
 
     As in torch, a parameter without state has no entry, and ``state[param]`` is empty. Deleting an entry, or setting an
     empty one, starts the state of the parameter anew.
@@ -24,17 +24,18 @@ class StateView(MutableMapping[Tensor, MutableMapping[str, Any]]):
     Args:
         groups: ``optimizer.param_groups``.
         buckets: the buckets of each group.
+        note: called with what was written, in terms that are equal on every rank; ranks compare it in their next call.
     """
 
-    def __init__(self, groups: Groups, buckets: GroupBuckets) -> None:
-        self._groups, self._buckets = groups, buckets
+    def __init__(self, groups: Groups, buckets: GroupBuckets, note: Callable[[Sequence[object]], None]) -> None:
+        self._groups, self._buckets, self._note = groups, buckets, note
 
     def __getitem__(self, param: Tensor) -> ParameterState:
         for group, buckets in zip(self._groups, self._buckets, strict=True):
             for bucket in buckets:
                 position = bucket.positions.get(id(param))
                 if position is not None:
-                    return ParameterState(bucket, position, group, self._buckets)
+                    return ParameterState(bucket, position, group, self._buckets, self._note)
         raise KeyError(param)
 
     def __setitem__(self, param: Tensor, state: Mapping[str, Any]) -> None:
@@ -61,6 +62,9 @@ class StateView(MutableMapping[Tensor, MutableMapping[str, Any]]):
         (pytorch#164929).
         """
         return True
+
+    def __reduce__(self) -> Any:
+        return dict, ({param: dict(self[param]) for param in self},)
 
     def _require_parameters(self, params: Iterable[Tensor]) -> None:
         known = {id(param) for group in self._groups for param in group["params"]}
@@ -99,6 +103,8 @@ class StateView(MutableMapping[Tensor, MutableMapping[str, Any]]):
                 _check(bucket, position, state)
         for bucket, plan in plans:
             bucket.shard.load_state(plan)
+        states_by_place = [(bucket, p, plan.get(p, {})) for bucket, plan in plans for p in range(len(bucket.params))]
+        self._note([written for place in states_by_place for written in _written(*place)])
 
 
 class ParameterState(MutableMapping[str, Any]):
@@ -109,8 +115,16 @@ class ParameterState(MutableMapping[str, Any]):
     again, as in torch; and any tensor from before the state was loaded or replaced.
     """
 
-    def __init__(self, bucket: Bucket, position: int, group: Mapping[str, Any], buckets: GroupBuckets) -> None:
+    def __init__(
+        self,
+        bucket: Bucket,
+        position: int,
+        group: Mapping[str, Any],
+        buckets: GroupBuckets,
+        note: Callable[[Sequence[object]], None],
+    ) -> None:
         self._bucket, self._position, self._group, self._buckets = bucket, position, group, buckets
+        self._note = note
 
     def _exists(self) -> bool:
         steps = self._bucket.shard.step_of(self._position)
@@ -148,6 +162,7 @@ class ParameterState(MutableMapping[str, Any]):
         _check(bucket, position, {**self, **scalars, key: value})
         if key not in scalars:
             bucket.shard.set_tensor(key, position, value)
+            self._note(_written(bucket, position, {key: value}))
             return
         number = float(torch.as_tensor(value).to("cpu", torch.float64 if key == "step" else scalars[key].dtype))
         if number != float(scalars[key]):
@@ -158,6 +173,7 @@ class ParameterState(MutableMapping[str, Any]):
                     f"{key} = {number:g} of parameter {self._name!r} would not last: step is a whole number, and eta "
                     "comes from the group's lr before the first step, and always with lr_on_time=True"
                 )
+            self._note(_written(bucket, position, {key: number}))
 
     def __delitem__(self, key: str) -> NoReturn:
         raise ValueError(f"{key!r} cannot be deleted from the state of a parameter; clear() starts all of it anew")
@@ -194,6 +210,7 @@ class ParameterState(MutableMapping[str, Any]):
         if state:
             _check(self._bucket, self._position, state)
         self._bucket.shard.load_parameter(self._position, state)
+        self._note(_written(self._bucket, self._position, state))
 
     @property
     def _name(self) -> str:
@@ -201,7 +218,9 @@ class ParameterState(MutableMapping[str, Any]):
 
 
 class LiveScalar(Tensor):
-    """A 0-dim CPU tensor that is ``step``, ``eta`` or ``mu`` of one parameter at any time.
+    """A CPU tensor of one element that is ``step``, ``eta`` or ``mu`` of one parameter at any time.
+
+    It is 0-dim, and its views have other shapes.
 
     The optimizer keeps these numbers once for each run of parameters, so there is no memory that such a tensor could
     share. Operators read the number of now, and make plain tensors; operators that write to it set the number.
@@ -211,14 +230,14 @@ class LiveScalar(Tensor):
     key: str
 
     @staticmethod
-    def __new__(cls, entry: ParameterState, key: str) -> LiveScalar:
-        scalar = make_wrapper_subclass(cls, (), dtype=entry.scalars()[key].dtype, device=torch.device("cpu"))
+    def __new__(cls, entry: ParameterState, key: str, shape: Sequence[int] = ()) -> LiveScalar:
+        scalar = make_wrapper_subclass(cls, shape, dtype=entry.scalars()[key].dtype, device=torch.device("cpu"))
         scalar.entry, scalar.key = entry, key
         return scalar
 
     def plain(self) -> Tensor:
         """Returns a plain tensor with the number of now."""
-        return self.entry.scalars()[self.key]
+        return self.entry.scalars()[self.key].view(self.shape)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return repr(self.plain())
@@ -235,7 +254,7 @@ class LiveScalar(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        self.entry[self.key] = value
+        self.entry[self.key] = value.reshape(())
 
     def __dlpack__(self, **options: Any) -> Any:
         raise BufferError(f"{self.key} has no memory to share: take item(), or clone() it")
@@ -251,8 +270,6 @@ class LiveScalar(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        if func in (aten.detach.default, aten.alias.default):
-            return cls(args[0].entry, args[0].key)
         known: dict[int, tuple[LiveScalar, Tensor]] = {}
 
         def plain(value: Any) -> Any:
@@ -265,7 +282,9 @@ class LiveScalar(Tensor):
         result = func(*args, **kwargs)
         for scalar, value in known.values():
             if value != before[id(scalar)]:  # the operator has written to it
-                scalar.entry[scalar.key] = value
+                scalar.entry[scalar.key] = value.reshape(())
+            if func.is_view and isinstance(result, Tensor) and result.numel() == 1 and result.dtype == scalar.dtype:
+                return cls(scalar.entry, scalar.key, result.shape)
             result = scalar if result is value else result
         return result
 
@@ -275,3 +294,13 @@ def _check(bucket: Bucket, position: int, state: Mapping[str, Any]) -> None:
         bucket.shard.check_state(position, state)
     except ValueError as error:
         raise ValueError(f"the state of parameter {bucket.names[position]!r} {error}") from None
+
+
+def _written(bucket: Bucket, position: int, state: Mapping[str, Any]) -> list[object]:
+    """Returns what was written to the state of a parameter, without values of tensors, of which ranks take pieces.
+
+    Nothing for slices of FSDP1, as ranks whose slice is empty have no state to write to.
+    """
+    scalars = [key for key in state if key in ("step", "eta") or key.startswith("mu")]
+    values = dict.fromkeys(state, 0.0) | {key: float(state[key]) for key in scalars}
+    return [] if bucket.presharded else [(bucket.names[position], sorted(values.items()))]

@@ -92,7 +92,7 @@ class StepAgreement:
         self._buckets: list[Bucket] = []
         self._started = False  # whether the ranks have agreed on a step since the last group was added
         self._agrees_always = False  # whether a rank needs an exchange before every step; known when started
-        self.history = 0  # fingerprint of the steps that were taken without an exchange
+        self.history = 0  # fingerprint of writes to the state, and of the steps that were taken without an exchange
         self._steps = 0  # steps taken; a parameter without a gradient in all of them has never had one
         self._without: Counter[str] = Counter()  # consecutive steps without a gradient, by name of the parameter
         self._warned_reduced_twice = self._warned_unused = False
@@ -179,8 +179,8 @@ class StepAgreement:
         if high != -minus_low:
             raise RuntimeError(
                 f"before {operation}, ranks took different steps, as their options (lr, ...), or which parameters were "
-                "frozen or had gradients, were not the same on every rank: what they have computed does not belong "
-                "together. Load an earlier state"
+                "frozen or had gradients, or writes to optimizer.state, were not the same on every rank: what they "
+                "have computed does not belong together. Load an earlier state"
             )
         if news == WRITTEN:
             require_same_values(self.agreement, self._buckets, written_only=True)
@@ -275,6 +275,11 @@ class StepAgreement:
         reducing = {bucket: own for bucket, own in flags.items() if bucket.reduces}
         union = iter(self.agreement.union([flag for own in reducing.values() for flag in own]))
         return flags | {bucket: [next(union) for _ in own] for bucket, own in reducing.items()}
+
+    def note_writes(self, written: Sequence[object]) -> None:
+        """Takes what was written to the optimizer's state on this rank for a part of the step that follows."""
+        if written:
+            self.history = fingerprint((self.history, written))
 
     def forget_steps(self) -> None:
         """Forgets the steps that were taken: a state that all ranks have loaded has replaced what they computed."""

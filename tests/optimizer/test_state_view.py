@@ -3,13 +3,16 @@
 import collections
 import copy
 import math
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dist_asgd import EMA, ShardedASGD, Uniform
+from dist_asgd import EMA, ShardedASGD, Uniform, save
+from dist_asgd.checkpoint import CheckpointError
 from dist_asgd.sharding.sharded_state import StatePiece
 from tests.support.layouts import build, local, named_parameters, train
 from tests.support.oracle import Pair, Spec, make_parameters, named, random_gradients, same_bits
@@ -43,6 +46,7 @@ WRITES: dict[str, Callable[[Any, torch.Tensor], Any]] = {
     "mu.data": lambda optimizer, p: optimizer.state[p]["mu"].data.fill_(0.3),
     "mu.data =": lambda optimizer, p: setattr(optimizer.state[p]["mu"], "data", torch.tensor(0.3)),
     "mu = in place": lambda optimizer, p: optimizer.state[p]["mu"].__setitem__(..., 0.25),
+    "a view of mu": lambda optimizer, p: optimizer.state[p]["mu"].view(1)[None].mul_(0.5),
     "mu =": set_item("mu", 0.125),
     "step.add_": lambda optimizer, p: optimizer.state[p]["step"].add_(7),
     "step by foreach": lambda optimizer, p: torch._foreach_add_([optimizer.state[p]["step"]], 7),
@@ -200,11 +204,13 @@ def test_a_master_follows_its_parameter() -> None:
     run_ranks(2, ranks)
 
 
-def test_copies_of_an_entry_are_plain_dicts() -> None:
+def test_copies_of_the_state_are_plain_dicts() -> None:
     def ranks(rank: int) -> None:
         params = make_parameters(SPECS)
         optimizer = ShardedASGD(named(params), lr=0.1, t0=0)
         entry = optimizer.state[params[PARAM]]
+        unpickled = pickle.loads(pickle.dumps(optimizer.state))
+        assert type(unpickled) is dict and [list(state) for state in unpickled.values()] == [list(entry)] * len(params)
         for copied in (copy.deepcopy(entry), optimizer.state.pop(params[PARAM])):
             assert type(copied) is dict and type(copied["step"]) is torch.Tensor
             assert torch.equal(copied["ax"], params[PARAM]) and copied["ax"].data_ptr() != entry["ax"].data_ptr()
@@ -215,3 +221,29 @@ def test_copies_of_an_entry_are_plain_dicts() -> None:
                 share()
 
     run_ranks(1, ranks)
+
+
+def test_other_writes_on_one_rank_are_refused_by_the_next_call(tmp_path: Path) -> None:
+    def write_mu(optimizer: Any, p: torch.Tensor) -> None:
+        optimizer.state[p]["mu"].mul_(0.3)
+
+    def ranks(rank: int) -> None:
+        params = make_parameters(SPECS)
+        optimizer = ShardedASGD(named(params), lr=0.1, t0=0)
+        sharded = optimizer.state_dict()
+        writes = [write_mu, lambda optimizer, p: optimizer.state.pop(p), lambda optimizer, _: optimizer.state.clear()]
+        for write in writes:
+            write(optimizer, params[PARAM])
+            optimizer.full_state_dict()  # every rank has written it
+            if rank == 1:
+                write(optimizer, params[PARAM])
+            for refused in (
+                optimizer.full_state_dict,
+                lambda: save(str(tmp_path), {"optimizer": optimizer}),
+                optimizer.step,
+            ):
+                with pytest.raises((RuntimeError, CheckpointError), match=r"optimizer\.state"):
+                    refused()
+            optimizer.load_state_dict(sharded)
+
+    run_ranks(2, ranks)

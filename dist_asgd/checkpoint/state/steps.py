@@ -34,9 +34,9 @@ def require_same_steps(
             other, expected = first.setdefault((key, ranks), (rank, taken))
             if taken != expected:
                 raise CheckpointError(
-                    f"{key}: ranks {other} and {rank} took different steps: one of them left out a step(), or had "
-                    "another lr or other gradients in it. What they have computed does not belong together, so it is "
-                    f"not saved. {_last_good(latest)}"
+                    f"{key}: ranks {other} and {rank} took different steps: one of them left out a step(), had another "
+                    "lr or other gradients in it, or wrote to optimizer.state. What they have computed does not belong "
+                    f"together, so it is not saved. {_last_good(latest)}"
                 )
 
 
