@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -219,6 +220,33 @@ def test_errors_are_raised_at_once_and_on_every_rank() -> None:
     clamped, cast, pickled, *dropped, unreduced = first
     assert "clamp" in clamped and "ComplexFloat" in cast and "needs a whole gradient" in pickled
     assert all("was dropped by zero_grad()" in message for message in dropped) and "rank 0" in unreduced
+
+
+@pytest.mark.parametrize(
+    "drops", [lambda o: o.zero_grad(), lambda o: setattr(o.param_groups[0]["params"][0], "grad", None)]
+)
+def test_a_gradient_that_was_kept_does_not_become_the_next_one(drops: Callable[[ShardedASGD], Any]) -> None:
+    """As in torch, where it would keep its values; here it has none any more, and says so."""
+
+    def ranks(rank: int) -> None:
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=1)
+        pair.backward(random_gradients(PLAIN, 2, 0))
+        kept = pair.params[0].grad
+        assert kept is not None
+        kept.mul_(2)  # may still wait for the reduction when the gradient is dropped
+        drops(pair.optimizer)
+        pair.zero_grad()
+        pair.backward(random_gradients(PLAIN, 2, 1))
+        grad = pair.params[0].grad
+        assert grad is not None
+        for use in (kept.norm, lambda: kept.mul_(2), lambda: grad.add_(kept)):
+            assert "was dropped by zero_grad()" in message_of(use)
+        kept.zero_()
+        pair.step()
+        pair.zero_grad()
+        pair.check("after all")
+
+    run_ranks(2, ranks)
 
 
 def test_what_needs_the_whole_gradient_still_raises() -> None:
