@@ -423,7 +423,7 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
 
         Every rank must take one step in each iteration: a rank that has no more inputs takes the steps of the others
         with them. Use ``Join([optimizer])`` with ``gradients="local"`` and ``Join([ddp_model, optimizer])`` with
-        ``gradients="reduced"``.
+        ``gradients="reduced"``. Gradients that the optimizer has averaged must not be changed then.
 
         Args:
             divide_by_initial_world_size: True: a rank without inputs counts as gradients of zeros. False: the mean is

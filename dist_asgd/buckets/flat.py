@@ -11,6 +11,7 @@ ZeRO: Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054.
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -31,6 +32,9 @@ from dist_asgd.sharding.layout import BucketLayout, Span
 from dist_asgd.sharding.placement import Placement
 from dist_asgd.sharding.scalar_runs import Run
 from dist_asgd.sharding.shard_views import FlatParameters
+
+# References to an object in a list that nothing else refers to, as `enumerate(map(sys.getrefcount, list))` counts them.
+_UNHELD = next(map(sys.getrefcount, [object()]))
 
 
 class ReplicatedBucket(Bucket):
@@ -94,14 +98,8 @@ class ReplicatedBucket(Bucket):
     def _prepare_reductions(self) -> None:
         self.grad: Tensor | None = None  # 1-D, indexed as the shard, compute dtype
         self.absent = self.buffer.new_full((), math.nan)
-        # Pieces have their parameters' strides, as autograd wants of gradients, and versions of their own.
         self.gradient_pieces = [
-            GradientPiece(
-                self,
-                position,
-                param.new_empty(0).set_(param.untyped_storage(), param.storage_offset(), param.size(), param.stride()),
-            )
-            for position, param in enumerate(self.params if self.reduces else ())
+            self._new_piece(position) for position in range(len(self.params) if self.reduces else 0)
         ]
         self._reductions: deque[tuple[int, Reduction]] = deque()  # under way, oldest first, each with its pass
         self._changes: deque[tuple[int, Callable[[], None]]] = deque()  # each waits for that many reductions
@@ -244,6 +242,21 @@ class ReplicatedBucket(Bucket):
             if param.grad is piece and piece.first_pass == UNREDUCED:
                 param.grad, piece.pending = piece.pending, None
 
+    def _new_piece(self, position: int) -> GradientPiece:
+        # Pieces have their parameters' strides, as autograd wants of gradients, and versions of their own.
+        param, memory = self.params[position], self.buffer.new_empty(0)
+        memory.set_(param.untyped_storage(), param.storage_offset(), param.size(), param.stride())
+        return GradientPiece(self, position, memory)
+
+    def _leave_dropped_pieces(self) -> None:
+        """Leaves pieces that were dropped to whoever still holds them, as the next gradient is not theirs."""
+        pieces = self.gradient_pieces
+        for position, references in enumerate(map(sys.getrefcount, pieces)):
+            held = references > _UNHELD and self.params[position].grad is not pieces[position]
+            if held and self.holds(position):
+                pieces[position].first_pass, pieces[position].pending = DROPPED, None
+                pieces[position] = self._new_piece(position)
+
     def start_reduce(self, number: int, with_gradients: bool = True) -> None:
         """Moves this rank's gradients into one buffer, frees them and starts their reduction. Collective.
 
@@ -251,6 +264,7 @@ class ReplicatedBucket(Bucket):
             number: the number of the pass.
             with_gradients: False to contribute zeros and keep this rank's gradients.
         """
+        self._leave_dropped_pieces()
         grads: list[Tensor | None] = []
         for position, (param, piece) in enumerate(zip(self.params, self.gradient_pieces, strict=True)):
             if type(param.grad) is GradientPiece and param.grad is not piece:
@@ -322,6 +336,8 @@ class ReplicatedBucket(Bucket):
 
     def zero_gradient(self, gradient: GradientPiece) -> None:
         """Sets one gradient to zero without waiting; results of reductions under way are discarded for it."""
+        if gradient is not self.gradient_pieces[gradient.position]:  # it was dropped
+            return
         if gradient.is_read:
             self.note_change(gradient.position, "zero_()")
             self.in_order(gradient, lambda: gradient.part.zero_())

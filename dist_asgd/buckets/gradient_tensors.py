@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -41,6 +42,9 @@ class GradientSync(Protocol):
     def agree_on(self, operation: str) -> None:
         """Finishes the reductions of all ranks before ``operation``, a call of the user. Collective."""
 
+    def together(self, operation: str) -> contextlib.AbstractContextManager[object]:
+        """Does what ``agree_on`` does after a block; an error that it raises on one rank is raised on all."""
+
     def warn_reduced_twice(self) -> None:
         """Warns that DistributedDataParallel reduces gradients as well."""
 
@@ -61,6 +65,7 @@ class PieceOwner(GradientOwner, Protocol):
     @property
     def names(self) -> tuple[str, ...]: ...
 
+    gradient_pieces: list[GradientPiece]
     absent: Tensor  # 0-dim, NaN: the memory of gradients that operators make
 
     @property
@@ -105,6 +110,7 @@ class GradientPiece(Tensor):
             for a piece that was dropped, or that holds no reduced gradient yet.
         pending: a gradient of this rank that is not reduced yet; None if there is none.
         made_values: this rank's part of what an operator made, 1-D; None in the gradient that the bucket holds.
+        made_dtype: the dtype that ``made_values`` have or will have; None in the gradient that the bucket holds.
         is_made: whether an operator made the piece.
         made_by: the operators that made the piece, with their numbers, in words.
         is_read: whether an operator was called on the gradient, so that changes have to keep their order.
@@ -117,6 +123,7 @@ class GradientPiece(Tensor):
     pending: Tensor | None  # shape of the parameter
 
     made_values: Tensor | None
+    made_dtype: torch.dtype | None
     is_made: bool
     made_by: str
     is_read: bool
@@ -129,13 +136,15 @@ class GradientPiece(Tensor):
         # The reference is weak, so that a gradient that outlives its optimizer does not keep the optimizer's memory.
         piece._owner, piece.contributed, piece.first_pass, piece.pending = weakref.ref(owner), False, 0, None
         piece.made_values, piece.is_made, piece.made_by, piece.is_read = None, False, "", False
+        piece.made_dtype = None
         return piece
 
     @classmethod
-    def made_from(cls, source: GradientPiece, dtype: torch.dtype) -> GradientPiece:
-        """Returns a piece for the result of an operator on ``source``, without values yet."""
+    def made_from(cls, source: GradientPiece, dtype: torch.dtype, made_dtype: torch.dtype) -> GradientPiece:
+        """Returns a piece of ``dtype`` for the result of an operator on ``source``, without values yet."""
         made = cls(source.owner, source.position, source.owner.absent.to(dtype).expand(source.shape))
         made.contributed, made.first_pass, made.is_made = source.contributed, source.first_pass, True
+        made.made_dtype = made_dtype
         return made
 
     @property
@@ -148,14 +157,22 @@ class GradientPiece(Tensor):
         """This rank's part of the values, 1-D."""
         part = self.made_values if self.is_made else self.owner.part(self.position)
         if part is None or self.first_pass == DROPPED:
-            raise RuntimeError("this gradient was dropped by zero_grad(): run another backward")
+            raise _dropped()
         return part
+
+    def require_alive(self) -> None:
+        """Raises ``RuntimeError`` where the gradient was dropped, or the one that it was made of."""
+        if self.first_pass == DROPPED or self.first_pass != self.owner.gradient_pieces[self.position].first_pass:
+            raise _dropped()
 
     def no_values(self) -> Tensor:
         """Returns an empty tensor of the dtype of the values, 1-D."""
-        low = self.is_made and self.dtype != self.owner.part_dtype and self.made_values is not None
-        dtype = self.made_values.dtype if low and self.made_values is not None else self.owner.part_dtype
+        dtype = self.owner.part_dtype if self.made_dtype is None else self.made_dtype
         return torch.empty(0, dtype=dtype, device=self.device)
+
+    def has_dtype(self, values: Tensor) -> bool:
+        """Whether the values of the piece have the dtype of ``values``."""
+        return self.no_values().dtype == values.dtype
 
     @property
     def owner(self) -> PieceOwner:
@@ -166,6 +183,9 @@ class GradientPiece(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"GradientPiece(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise _needs_whole("pickling")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -213,6 +233,12 @@ class GradientPiece(Tensor):
         if result is NotImplemented:
             raise _needs_whole(func)
         return result
+
+
+def _dropped() -> RuntimeError:
+    return RuntimeError(
+        "this gradient, or the one that it was made of, was dropped by zero_grad(): run another backward"
+    )
 
 
 def _needs_whole(func: Any) -> RuntimeError:

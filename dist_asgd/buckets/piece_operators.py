@@ -25,15 +25,17 @@ _ELEMENTWISE = frozenset(
 # Elementwise operators for which f(a) + f(b) is f(a + b), so that they may act on a part that is not reduced yet.
 _LINEAR = frozenset({aten.mul_, aten.div_, aten.neg_})
 
-# Operators that take one number from all elements, each with the number that stands for no elements.
-_REDUCTIONS: dict[Any, float] = {
-    aten.all.default: True,
-    aten.any.default: False,
-    aten.linalg_vector_norm.default: 0,
-    aten.max.default: -math.inf,
-    aten.min.default: math.inf,
-    aten.sum.default: 0,
-}
+# Operators that take one number from all elements.
+_REDUCTIONS = frozenset(
+    {
+        aten.all.default,
+        aten.any.default,
+        aten.linalg_vector_norm.default,
+        aten.max.default,
+        aten.min.default,
+        aten.sum.default,
+    }
+)
 
 
 def apply(kind: type[Any], func: Any, args: Any, kwargs: Any) -> Any:
@@ -80,6 +82,7 @@ def _each(func: Any, name: str, args: Any, kwargs: Any) -> Any:
 def _change(kind: type[Any], func: Any, args: Any, kwargs: Any) -> Tensor:
     """Applies an operator that works in place to the gradient ``args[0]``."""
     piece = args[0]
+    _require_alive(kind, (args, kwargs))
     if piece.pending is not None:
         others = [leaf for leaf in tree_leaves((args[1:], kwargs)) if isinstance(leaf, kind)]
         if others or not (piece.holds_unreduced_only or func.overloadpacket in _LINEAR):
@@ -89,20 +92,25 @@ def _change(kind: type[Any], func: Any, args: Any, kwargs: Any) -> Tensor:
             return piece
     piece.owner.note_change(piece.position, _in_words(kind, func, (args[1:], kwargs)))
     rest, named = _parts(kind, piece, (args[1:], kwargs))
+    # On no elements first: bad arguments raise here on every rank, and not where a rank completes the reduction.
+    func(piece.no_values(), *_values(kind, rest, empty=True), **_values(kind, named, empty=True))
     piece.owner.in_order(piece, lambda: func(piece.part, *_values(kind, rest), **_values(kind, named)))
     return piece
 
 
-def _new(kind: type[Any], first: Any, func: Any, args: Any, kwargs: Any) -> Tensor:
+def _new(kind: type[Any], first: Any, func: Any, args: Any, kwargs: Any) -> Any:
     """Returns a gradient in parts that an operator makes."""
+    _require_alive(kind, (args, kwargs))
     for piece in tree_leaves((args, kwargs)):
         if isinstance(piece, kind) and piece.pending is not None:
             _raise_unreduced(piece, func)
     positional, named = _parts(kind, first, (args, kwargs))
-    dtype = (
-        kwargs.get("dtype") or func(*_values(kind, positional, empty=True), **_values(kind, named, empty=True)).dtype
-    )
-    result = kind.made_from(first, first.dtype if dtype == first.owner.part_dtype and "dtype" not in kwargs else dtype)
+    empty = func(*_values(kind, positional, empty=True), **_values(kind, named, empty=True))
+    if not isinstance(empty, Tensor):
+        return NotImplemented
+    # The values of a gradient in low precision are wider than its dtype, which the result has as well.
+    alike = [leaf.dtype for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, kind) and leaf.has_dtype(empty)]
+    result = kind.made_from(first, alike[0] if alike and "dtype" not in kwargs else empty.dtype, empty.dtype)
 
     result.made_by = _in_words(kind, func, (args, kwargs))
 
@@ -133,13 +141,14 @@ def _reduce(piece: Any, func: Any, rest: Any, kwargs: Any) -> Tensor:
     """Returns the number that ``func`` takes from the gradient of all ranks. Collective."""
     owner = piece.owner
     operation = f"{func.overloadpacket.__name__} of the gradient of {owner.names[piece.position]!r}"
-    owner.gradient_sync.agree_on(operation)
+    with owner.gradient_sync.together(operation):
+        _require_alive(type(piece), piece)
+        if piece.pending is not None:
+            _raise_unreduced(piece, func)
     owner.finish_reduce()
-    if piece.pending is not None:
-        _raise_unreduced(piece, func)
     own = piece.part
     if not own.numel():
-        own = own.new_full((1,), _REDUCTIONS[func])
+        own = own.new_full((1,), _of_nothing(func, own.dtype, rest))
     mine = func(own, *rest, **kwargs).reshape(1)
     raw = mine.view(torch.uint8) if mine.dtype is torch.bool else mine
     of_ranks = [torch.empty_like(raw) for _ in range(dist.get_world_size(owner.group))]
@@ -148,6 +157,25 @@ def _reduce(piece: Any, func: Any, rest: Any, kwargs: Any) -> Tensor:
     if func is aten.linalg_vector_norm.default and rest and rest[0] == 0:
         return every.sum()  # the norm of order 0 counts
     return func(every, *rest, **kwargs)  # type: ignore[no-any-return]
+
+
+def _of_nothing(func: Any, dtype: torch.dtype, rest: Any) -> float:
+    """Returns the element of ``dtype`` that changes no result of the reduction ``func``."""
+    if func in (aten.max.default, aten.min.default):
+        low, high = (False, True) if dtype is torch.bool else (-math.inf, math.inf)
+        if not (dtype.is_floating_point or dtype is torch.bool):
+            low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+        return low if func is aten.max.default else high
+    if func is aten.linalg_vector_norm.default and rest and rest[0] < 0:
+        return math.inf
+    return func is aten.all.default
+
+
+def _require_alive(kind: type[Any], tree: Any) -> None:
+    """Raises ``RuntimeError`` for a gradient that was dropped, or that an operator made of one that was dropped."""
+    for piece in tree_leaves(tree):
+        if isinstance(piece, kind):
+            piece.require_alive()
 
 
 def _parts(kind: type[Any], piece: Any, tree: Any) -> Any:

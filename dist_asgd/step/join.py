@@ -119,6 +119,8 @@ class StepJoin(JoinHook):
         self._notified, self._work, self._active = False, None, self._agreement.world_size
         if not self._agreement.maximum("step() inside Join", [self._joined])[0]:
             return
+        with self._agreement.together("step() inside Join"):
+            self._require_unchanged_gradients()
         present = [[param.grad is not None for param in bucket.params] for bucket in self._buckets]
         everyone: list[Shared | None] = self._agreement.gather(None if self._joined else (self._options(), present))
         self._active = sum(shared is not None for shared in everyone)
@@ -137,6 +139,17 @@ class StepJoin(JoinHook):
             bucket.finish_reduce()
             if bucket.grad is not None:
                 bucket.grad.mul_(self._agreement.world_size).div_(self._active)
+
+    def _require_unchanged_gradients(self) -> None:
+        """Raises ``RuntimeError`` where operators were called on gradients of which a joined rank has a part."""
+        for bucket in self._reducer.buckets:
+            for name, piece in zip(bucket.names, bucket.gradient_pieces, strict=True):
+                if piece.is_read:
+                    raise RuntimeError(
+                        f"p.grad of {name!r} was read or changed after backward, inside Join and with a rank that has "
+                        "no more inputs: that rank has a part of the gradient, which it did not change. Scale the loss "
+                        "instead, or use DistributedDataParallel, gradients='reduced' and Join([ddp_model, optimizer])"
+                    )
 
     def _options(self) -> Options:
         kept = ("params", "param_names")

@@ -1,15 +1,17 @@
 """Gradients in parts: elementwise operators act on the parts, norms span the ranks, the rest raises."""
 
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from dist_asgd import ShardedASGD
 from tests.support.failures import one_message, quick_message
 from tests.support.oracle import PLAIN, Pair, Spec, backward, make_parameters, named, random_gradients, same_bits
-from tests.support.ranks import run_ranks, same_everywhere
+from tests.support.ranks import message_of, run_ranks, same_everywhere
 
 ODD = (
     Spec((5, 3, 2, 4), layout="channels_last"),
@@ -49,6 +51,12 @@ def joined_with_a_whole_tensor(params: Sequence[Any]) -> None:
         p.grad.add_(whole, alpha=0.125).masked_fill_(p.grad > 2, 0.25)
 
 
+def chosen(params: Sequence[Any]) -> None:
+    """Right after a backward, when the condition has no values yet."""
+    for p in params:
+        p.grad = torch.where(p.grad > 0.125, p.grad, torch.zeros((), dtype=p.dtype))
+
+
 def mended(params: Sequence[Any]) -> None:
     for p in params:
         p.grad.nan_to_num_().neg_().clamp_(-0.1, 0.2).add_(0.25)
@@ -63,6 +71,7 @@ CHANGES: tuple[Change, ...] = (
     scaled_together,
     clipped_by_value,
     joined_with_a_whole_tensor,
+    chosen,
     mended,
 )
 
@@ -86,7 +95,7 @@ def test_elementwise_changes_have_the_bits_of_torch() -> None:
                 change = CHANGES[step % len(CHANGES)]
                 pair.backward(random_gradients(specs, 2, step))
                 change_both(pair, change)
-                if change is not divided_into_another and step % 2:
+                if change not in (divided_into_another, chosen) and step % 2:
                     pair.backward(random_gradients(specs, 2, step + 50))
                     change_both(pair, scaled)
                 pair.step()
@@ -106,6 +115,12 @@ def test_numbers_of_whole_gradients() -> None:
         lambda g: g.sum(),
         lambda g: (g * 2).norm(),
         lambda g: torch._foreach_norm([g])[0],
+        lambda g: g.isnan().max(),
+        lambda g: (g == g).min(),
+        lambda g: (g.nan_to_num() * 8).int().max(),
+        lambda g: (g.nan_to_num() * 8).long().min(),
+        lambda g: torch.linalg.vector_norm(g, -torch.inf),
+        lambda g: torch.linalg.vector_norm(g, -1.5),
     )
 
     def ranks(rank: int) -> None:
@@ -116,7 +131,7 @@ def test_numbers_of_whole_gradients() -> None:
         pair.backward(grads)
         for p, whole in zip(pair.params, pair.oracle.reduced, strict=True):
             assert p.grad is not None and whole is not None
-            for ask in questions:
+            for ask in questions if whole.numel() else questions[:8]:  # torch takes no maximum of nothing
                 answer = ask(p.grad)
                 assert type(answer) is torch.Tensor and answer.shape == () and same_everywhere(answer.nan_to_num(7))
                 torch.testing.assert_close(answer, ask(whole), equal_nan=True)
@@ -218,6 +233,61 @@ def test_gradients_that_were_dropped_or_are_not_reduced_are_refused() -> None:
         for p in params:
             p.grad.mul_(0.5)  # type: ignore[union-attr]
         optimizer.step()
+
+    run_ranks(2, ranks)
+
+
+def test_errors_are_raised_at_once_and_on_every_rank() -> None:
+    """Neither when a reduction is complete, which may be in another call, nor on the rank alone that finds them."""
+
+    def ranks(rank: int) -> list[str]:
+        params = make_parameters(PLAIN)
+        optimizer = ShardedASGD(named(params), lr=0.1)
+        grads = random_gradients(PLAIN, 2, 0)[rank]
+        backward(params, grads)
+        grad = params[0].grad
+        assert grad is not None
+        messages = [message_of(grad.clamp_), message_of(lambda: grad.mul_(1j)), message_of(lambda: pickle.dumps(grad))]
+        made = grad * 2
+        optimizer.zero_grad()
+        backward(params, grads)
+        messages += [message_of(call) for call in (made.norm, lambda: made.mul_(2), lambda: grad.add_(made))]
+        if rank == 0:
+            with optimizer.no_sync():
+                backward(params, grads)
+        messages.append(quick_message(grad.norm))
+        return messages
+
+    first, second = run_ranks(2, ranks)
+    assert first == second
+    clamped, cast, pickled, *dropped, unreduced = first
+    assert "clamp" in clamped and "ComplexFloat" in cast and "needs a whole gradient" in pickled
+    assert all("was dropped by zero_grad()" in message for message in dropped) and "rank 0" in unreduced
+
+
+@pytest.mark.parametrize(
+    "drops", [lambda o: o.zero_grad(), lambda o: setattr(o.param_groups[0]["params"][0], "grad", None)]
+)
+def test_a_gradient_that_was_kept_does_not_become_the_next_one(drops: Callable[[ShardedASGD], Any]) -> None:
+    """As in torch, where it would keep its values; here it has none any more, and says so."""
+
+    def ranks(rank: int) -> None:
+        pair = Pair(make_parameters(PLAIN), lr=0.1, t0=1)
+        pair.backward(random_gradients(PLAIN, 2, 0))
+        kept = pair.params[0].grad
+        assert kept is not None
+        kept.mul_(2)  # may still wait for the reduction when the gradient is dropped
+        drops(pair.optimizer)
+        pair.zero_grad()
+        pair.backward(random_gradients(PLAIN, 2, 1))
+        grad = pair.params[0].grad
+        assert grad is not None
+        for use in (kept.norm, lambda: kept.mul_(2), lambda: grad.add_(kept)):
+            assert "was dropped by zero_grad()" in message_of(use)
+        kept.zero_()
+        pair.step()
+        pair.zero_grad()
+        pair.check("after all")
 
     run_ranks(2, ranks)
 

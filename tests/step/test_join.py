@@ -114,3 +114,25 @@ def test_what_cannot_join_says_so():
                 ours.step()
 
     run_ranks(2, ranks)
+
+
+def test_gradients_changed_where_a_joined_rank_has_a_part_are_refused():
+    """A joined rank cannot know of the change, and its part would go into the step unchanged."""
+
+    def ranks(rank):
+        model = Messenger()
+        ours = ShardedASGD(model.named_parameters(), **OPTIONS, bucket_bytes=700)
+
+        def train():
+            with Join([ours]):
+                for step in range(1 + rank):
+                    loss_of(model, rank, step).backward()
+                    for p in model.parameters():
+                        p.grad.mul_(0.5)
+                    ours.step()
+                    ours.zero_grad()
+
+        return message_of(train, RuntimeError)
+
+    first, second = run_ranks(2, ranks)
+    assert first == second and "inside Join" in first and "Scale the loss" in first
