@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, NoReturn
 
@@ -200,9 +200,7 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         self._agreement.require_equal("the arguments of the optimizer", facts)
         self._build_buckets(first=0)
         alive = weakref.proxy(self)
-        self._state = StateView(
-            self.param_groups, self._buckets, lambda written: alive._step_agreement.note_writes(written)
-        )
+        self._state = StateView(self.param_groups, self._buckets, lambda written: alive._note_writes(written))
 
     @property  # type: ignore[override]
     def state(self) -> StateView:
@@ -217,8 +215,11 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
     @state.setter
     def state(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
         if self._buckets:  # else it is the constructor of torch.optim.Optimizer, which sets an empty one
-            self._consolidated = None
             self._state.replace(states)
+
+    def _note_writes(self, written: Sequence[object]) -> None:
+        self._consolidated = None
+        self._step_agreement.note_writes(written)
 
     @refused_during_swap()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -521,7 +522,7 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
 
         Code that knows ``ZeroRedundancyOptimizer`` (Lightning, for one) calls it on every rank before rank ``to`` saves
         ``state_dict()``. Later calls of ``state_dict()`` return pieces again, and so does the next one if a step, a
-        load or a new param group comes first.
+        load, a write to ``state`` or a new param group comes first.
 
         Args:
             to: the rank among the ranks of the optimizer that gets the state, the same on every rank.

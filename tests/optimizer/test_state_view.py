@@ -233,7 +233,9 @@ def test_other_writes_on_one_rank_are_refused_by_the_next_call(tmp_path: Path) -
         sharded = optimizer.state_dict()
         writes = [write_mu, lambda optimizer, p: optimizer.state.pop(p), lambda optimizer, _: optimizer.state.clear()]
         for write in writes:
+            optimizer.consolidate_state_dict()
             write(optimizer, params[PARAM])
+            assert isinstance(optimizer.state_dict()["state"][0]["ax"], StatePiece), "state of before the write"
             optimizer.full_state_dict()  # every rank has written it
             if rank == 1:
                 write(optimizer, params[PARAM])
