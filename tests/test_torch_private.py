@@ -180,7 +180,10 @@ def test_make_wrapper_subclass():
 
 
 def test_refuse_data_pointers():
-    made = private().make_wrapper_subclass(torch.nn.Buffer, (2, 3), dtype=torch.float32, device="cpu")
+    class Wrapper(Tensor):
+        __torch_dispatch__ = None
+
+    made = private().make_wrapper_subclass(Wrapper, (2, 3), dtype=torch.float32, device="cpu")
     private().refuse_data_pointers(made)
     with pytest.raises(RuntimeError, match="data pointer"):
         torch.utils.dlpack.to_dlpack(made)
