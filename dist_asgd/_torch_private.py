@@ -57,6 +57,12 @@ make_wrapper_subclass: Callable[..., Any] = Tensor._make_wrapper_subclass  # typ
 torch documents it for extensions, under this name only.
 """
 
+refuse_data_pointers: Callable[[Tensor], None] = torch._C._set_throw_on_mutable_data_ptr
+"""Lets torch raise where it would hand out the data pointer of a tensor that has no memory.
+
+torch.utils.dlpack.to_dlpack asks no subclass first, and whoever reads from the null pointer ends the process.
+"""
+
 disabled_torch_function: Any = torch._C._disabled_torch_function_impl
 """The ``__torch_function__`` of a Tensor subclass whose operators return plain tensors.
 

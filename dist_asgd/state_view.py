@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from dist_asgd._torch_private import make_wrapper_subclass
+from dist_asgd._torch_private import DEVICE_OF, make_wrapper_subclass, refuse_data_pointers
 from dist_asgd.asgd.schedule import Hyperparameters
 from dist_asgd.buckets.base import Bucket
 from dist_asgd.state_dict import GroupBuckets, has_state, has_stepped, parameters_with_state, scalar_tensors
@@ -231,7 +231,11 @@ class LiveScalar(Tensor):
 
     @staticmethod
     def __new__(cls, entry: ParameterState, key: str, shape: Sequence[int] = ()) -> LiveScalar:
-        scalar = make_wrapper_subclass(cls, shape, dtype=entry.scalars()[key].dtype, device=torch.device("cpu"))
+        # On the meta device for the reason that StatePiece is (sharding/sharded_state.py).
+        scalar = make_wrapper_subclass(
+            cls, shape, dtype=entry.scalars()[key].dtype, device="meta", dispatch_device=True
+        )
+        refuse_data_pointers(scalar)
         scalar.entry, scalar.key = entry, key
         return scalar
 
@@ -259,6 +263,9 @@ class LiveScalar(Tensor):
     def __dlpack__(self, **options: Any) -> Any:
         raise BufferError(f"{self.key} has no memory to share: take item(), or clone() it")
 
+    def share_memory_(self) -> LiveScalar:
+        raise BufferError(f"{self.key} has no memory to share: take item(), or clone() it")
+
     def tolist(self) -> Any:
         return self.plain().tolist()
 
@@ -270,6 +277,8 @@ class LiveScalar(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func is DEVICE_OF:
+            return torch.device("cpu")
         known: dict[int, tuple[LiveScalar, Tensor]] = {}
 
         def plain(value: Any) -> Any:

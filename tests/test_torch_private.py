@@ -31,6 +31,7 @@ STATIC = [
     "torch._C._disabled_torch_function_impl",
     "torch.autograd.Variable._execution_engine",
     "torch.Tensor._make_wrapper_subclass",
+    "torch._C._set_throw_on_mutable_data_ptr",
     "torch._C._storage_Use_Count",
     "torch.distributed.tensor.DTensor._local_tensor",
     "torch.distributed._functional_collectives.AsyncCollectiveTensor",
@@ -176,6 +177,16 @@ def test_make_wrapper_subclass():
     made = private().make_wrapper_subclass(Wrapper, (2, 3), strides=(1, 2), dtype=torch.bfloat16, device="cpu")
     assert type(made) is Wrapper and made.shape == (2, 3) and made.stride() == (1, 2) and made.dtype == torch.bfloat16
     assert torch.neg(made).item() == 7
+
+
+def test_refuse_data_pointers():
+    class Wrapper(Tensor):
+        __torch_dispatch__ = None
+
+    made = private().make_wrapper_subclass(Wrapper, (2, 3), dtype=torch.float32, device="cpu")
+    private().refuse_data_pointers(made)
+    with pytest.raises(RuntimeError, match="data pointer"):
+        torch.utils.dlpack.to_dlpack(made)
 
 
 def test_disabled_torch_function():

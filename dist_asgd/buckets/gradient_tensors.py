@@ -184,6 +184,9 @@ class GradientPiece(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"GradientPiece(shape={tuple(self.shape)}, dtype={self.dtype})"
 
+    def __copy__(self) -> GradientPiece:
+        return self  # as detach()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise _needs_whole("pickling")
 

@@ -229,9 +229,10 @@ class Shard:
         return self.parameters.read(where) if self._raw is None else self._raw[where]
 
     def _iterate_of(self, position: int) -> Tensor:
-        """Returns the piece of one parameter as trained: its own memory, or its master's, as a step would read it.
+        """Returns the piece of one parameter as trained: its own memory, or its master's.
 
-        1-D. While averages are swapped in, it may be a copy.
+        1-D. It is a copy while averages are swapped in, and where somebody has written the parameter since the last
+        step: the master stays as it is, since the parameter may be about to be loaded.
         """
         where, piece = self._where(position), self.pieces.get(position)
         if piece is None or self._raw is not None:
@@ -239,8 +240,8 @@ class Shard:
         param = self.parameters.view_of(piece)
         if self.master is None:
             return param
-        master = self.master[where]
-        return current_master(master, param, self.rounding.dtype, out=master)
+        current = current_master(self.master[where], param, self.rounding.dtype)
+        return self.master[where] if torch.equal(current, self.master[where]) else current
 
     # State dicts -----------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from dist_asgd._torch_private import DEVICE_OF, TO_COPY, aten, disabled_torch_function, make_wrapper_subclass
+from dist_asgd._torch_private import (
+    DEVICE_OF,
+    TO_COPY,
+    aten,
+    disabled_torch_function,
+    make_wrapper_subclass,
+    refuse_data_pointers,
+)
 from dist_asgd.boxes import Box
 from dist_asgd.sharding.no_memory import name_of, needs_memory
 from dist_asgd.sharding.placement import Placement
@@ -50,6 +57,7 @@ class StatePiece(Tensor):
         # torch takes a tensor on the meta device for no other's data or storage, so that p.data = piece raises. With a
         # real device it would give p a null pointer. dispatch_device makes piece.device that of the values.
         piece = make_wrapper_subclass(cls, placement.whole, dtype=local.dtype, device="meta", dispatch_device=True)
+        refuse_data_pointers(piece)
         piece.local, piece.start, piece.placement, piece.rank_local = local, start, placement, rank_local
         return piece
 

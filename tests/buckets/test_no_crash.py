@@ -104,6 +104,15 @@ def test_setting_a_parameter_to_its_average_raises() -> None:
         assert torch.equal(p, before)
         with pytest.raises((RuntimeError, NotImplementedError)):
             torch.nn.Linear(3, 8, bias=False).load_state_dict({"weight": average})
+        with pytest.raises((RuntimeError, NotImplementedError)):  # asks no subclass of Tensor
+            torch.from_dlpack(torch.utils.dlpack.to_dlpack(average)).sum()
         torch.save(p, io.BytesIO())
+        step: Any = optimizer.state[p]["step"]
+        for share in (step.share_memory_, lambda: torch.utils.dlpack.to_dlpack(step)):
+            with pytest.raises((BufferError, RuntimeError)):
+                share()
+        with pytest.raises(RuntimeError):
+            torch.nn.Parameter(torch.zeros(())).data = step
+        assert step.device == torch.device("cpu") and float(step) == 1
 
     run_ranks(2, ranks)
