@@ -82,7 +82,7 @@ class Shard:
         self._raw: Tensor | None = None  # 1-D, copy of the parameters while averages are swapped in
         self.average_dtype = precision.average(self.dtype)
         self.averages: dict[str, Tensor | None] = dict.fromkeys(kinds)  # 1-D, average_dtype
-        self._lent: dict[str, tuple[Tensor, Tensor]] = {}  # averages by suffix, with what state dicts have of them
+        self._lent: dict[str, tuple[Tensor, Tensor]] = {}  # averages and master, with what state dicts have of them
         self._borrowers: list[weakref.ref[StatePiece]] = []  # pieces that share memory of parameters or masters
         self._made: set[str] = set()  # suffixes of averages that exist only because the state was read
         self._capturable, self._kinds = precision.capturable, tuple(kinds.values())
@@ -352,17 +352,21 @@ class Shard:
     def state_of(self, position: int) -> dict[str, Tensor]:
         """Returns the state tensors of one parameter by torch's names, as they are now: pieces, or whole with one rank.
 
-        They share memory with the shard until it changes; what is still in use then is copied. Whole masters, and
-        whole averages that have not started, are copies.
+        They share memory with the shard until it changes; what is still in use then is copied. Whole averages that have
+        not started are copies.
         """
         where, iterate = self._where(position), self._iterate_of(position)
         state = {
             f"ax{suffix}": self._borrow(iterate.to(self.average_dtype), position)
             if average is None
-            else self._as_piece(self._lend(suffix, average)[where], position)
+            else self._as_piece(self._lend(f"ax{suffix}", average)[where], position)
             for suffix, average in self.averages.items()
         }
-        return state if self.master is None else state | {"master": self._borrow(iterate, position)}
+        if self.master is None:
+            return state
+        is_master = iterate.data_ptr() == self.master[where].data_ptr()
+        master = self._lend("master", self.master)[where] if is_master else iterate
+        return state | {"master": self._as_piece(master, position)}
 
     def _borrow(self, local: Tensor, position: int) -> Tensor:
         """Returns a state tensor with the values of ``local`` (1-D), which is memory that changes in place."""
@@ -373,13 +377,13 @@ class Shard:
         self._borrowers.append(weakref.ref(piece))
         return piece
 
-    def _lend(self, suffix: str, average: Tensor) -> Tensor:
-        if self._capturable or not len(average):  # CUDA graphs hold the address: a step cannot leave the memory
-            return average.clone()
-        if suffix not in self._lent or self._lent[suffix][0] is not average:
+    def _lend(self, name: str, tensor: Tensor) -> Tensor:
+        if self._capturable or not len(tensor):  # CUDA graphs hold the address: a step cannot leave the memory
+            return tensor.clone()
+        if name not in self._lent or self._lent[name][0] is not tensor:
             # The storage of its own tells those who hold a state dict from those who hold live tensors.
-            self._lent[suffix] = average, torch.from_dlpack(average)
-        return self._lent[suffix][1]
+            self._lent[name] = tensor, torch.from_dlpack(tensor)
+        return self._lent[name][1]
 
     def _copy_lent(self) -> None:
         """Copies what a state dict still holds, before it changes: a state dict is of one moment."""
@@ -387,9 +391,12 @@ class Shard:
             if (piece := reference()) is not None:
                 piece.own()
         self._borrowers.clear()
-        for suffix, (average, lent) in self._lent.items():
-            if self.averages[suffix] is average and has_other_users(lent):
-                self.averages[suffix] = average.clone()
+        for name, (tensor, lent) in self._lent.items():
+            if name == "master":
+                if self.master is tensor and has_other_users(lent):
+                    self.master = tensor.clone()
+            elif self.averages[name.removeprefix("ax")] is tensor and has_other_users(lent):
+                self.averages[name.removeprefix("ax")] = tensor.clone()
         self._lent.clear()
 
     def writes_scalars(self, position: int) -> bool:

@@ -163,7 +163,7 @@ def _write_or_send(
 ) -> None:
     """Writes the files on rank 0 and sends blocks to it on all other ranks. Raises on all ranks what fails on one."""
     file_of = FORMATS.get(plan.format, FORMATS["safetensors"])
-    failure: Exception | None = None
+    failure: BaseException | None = None
     try:
         if storage is None:
             for tensors in plan.files.values():
@@ -176,7 +176,7 @@ def _write_or_send(
             storage.write(name, file_of(source, tensors))
     except FailedOnAllRanks as failed:
         raise failed.error from failed.error.__cause__
-    except Exception as error:
+    except BaseException as error:
         failure = error
     with together(agreement, "export()"):
         if failure is not None:
