@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from dist_asgd.buckets.base import Bucket, BucketOptions
 from dist_asgd.buckets.dtensor import PlacedBucket
-from dist_asgd.buckets.flat import ReplicatedBucket
+from dist_asgd.buckets.flat import FlatBucket
 from dist_asgd.buckets.local_tensors import is_placed
 from dist_asgd.buckets.replicas import MeshLayout, Replicas, mesh_layout_of
 from dist_asgd.sharding.layout import plan_buckets
@@ -37,7 +37,7 @@ def build_buckets(
     return [*_build_replicated(plain, options, reduces), *_build_placed(placed, options, replicas)]
 
 
-def _build_replicated(named: Mapping[Tensor, str], options: BucketOptions, reduces: bool) -> list[ReplicatedBucket]:
+def _build_replicated(named: Mapping[Tensor, str], options: BucketOptions, reduces: bool) -> list[FlatBucket]:
     """Returns buckets of plain parameters, separate for each device and dtype, and of frozen ones. Collective."""
     kinds: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
     for param in named:
@@ -49,7 +49,7 @@ def _build_replicated(named: Mapping[Tensor, str], options: BucketOptions, reduc
         max_numel = options.bucket_bytes // dtype.itemsize
         for layout in plan_buckets(numels, world_size=options.world_size, max_numel=max_numel):
             of_bucket = {params[span.index]: named[params[span.index]] for span in layout.spans}
-            buckets.append(ReplicatedBucket(of_bucket, layout, options, collectives, reduces))
+            buckets.append(FlatBucket(of_bucket, layout, options, collectives, reduces))
     return buckets
 
 

@@ -2,7 +2,7 @@
 
 [Note: gradients] A bucket with ``reduces`` averages the gradients of the ranks. A whole gradient lives from backward
 until the bucket's reduction starts. From then on ``p.grad`` is a ``GradientPiece``, which stands for this rank's piece
-of the averaged gradient in ``ReplicatedBucket.grad``. In a bucket without ``reduces`` (one rank, or gradients averaged
+of the averaged gradient in ``FlatBucket.grad``. In a bucket without ``reduces`` (one rank, or gradients averaged
 by DistributedDataParallel) ``p.grad`` is a plain tensor, and the update reads it in its place.
 
 ZeRO: Rajbhandari et al., 2020, https://arxiv.org/abs/1910.02054.
@@ -37,7 +37,7 @@ from dist_asgd.sharding.shard_views import FlatParameters
 _UNHELD = next(map(sys.getrefcount, [object()]))
 
 
-class ReplicatedBucket(Bucket):
+class FlatBucket(Bucket):
     """A bucket of parameters that every rank holds whole. They lie in one buffer, the input of collectives.
 
     Each has a storage of its own over its part of the buffer's memory, and keeps that memory alive.

@@ -1,7 +1,7 @@
 """Operators on gradients of which each rank has a part: elementwise ones act on the parts, reductions span the ranks.
 
 Elementwise operators communicate nothing. They act in the order of the program, where a reduction of the gradient is
-under way once it is complete (``ReplicatedBucket.in_order``), because waiting for it could be for a rank that never
+under way once it is complete (``FlatBucket.in_order``), because waiting for it could be for a rank that never
 ran its backward.
 """
 

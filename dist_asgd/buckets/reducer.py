@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dist_asgd._torch_private import current_autograd_node, current_graph_task_id, queue_callback
 from dist_asgd.buckets.base import MAX_IN_FLIGHT, PATIENCE, Bucket
-from dist_asgd.buckets.flat import ReplicatedBucket
+from dist_asgd.buckets.flat import FlatBucket
 from dist_asgd.buckets.hooks import register_hook, remove_hooks
 
 
@@ -40,7 +40,7 @@ class Reducer:
     """
 
     def __init__(self) -> None:
-        self.buckets: list[ReplicatedBucket] = []
+        self.buckets: list[FlatBucket] = []
         self.enabled = True
         self.passes = 0
         self.still_fits: Callable[[], bool] | None = None
@@ -52,7 +52,7 @@ class Reducer:
         self._next: int | None = None  # the bucket to reduce next; None when no pass is open
         self._graph_task = -1  # number of the backward that last made a gradient
         self._ends: list[weakref.ref[_EndOfBackward]] = []  # one for each running backward
-        self._in_flight: deque[ReplicatedBucket] = deque()  # one entry for each reduction under way, oldest first
+        self._in_flight: deque[FlatBucket] = deque()  # one entry for each reduction under way, oldest first
         self._patience = PATIENCE
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, remove_hooks, self._hooks)
@@ -61,7 +61,7 @@ class Reducer:
         """Adds buckets that average gradients and skips the rest. Every rank must add equal buckets in one order."""
         self.close_pass()
         for bucket in buckets:
-            if not (isinstance(bucket, ReplicatedBucket) and bucket.reduces):
+            if not (isinstance(bucket, FlatBucket) and bucket.reduces):
                 continue
             index = len(self.buckets)
             self.buckets.append(bucket)
@@ -170,7 +170,7 @@ class Reducer:
             self._start(self.buckets[index], with_gradients)
 
     @torch.no_grad()  # hooks record gradients in a backward with create_graph=True
-    def _start(self, bucket: ReplicatedBucket, with_gradients: bool = True) -> None:
+    def _start(self, bucket: FlatBucket, with_gradients: bool = True) -> None:
         while self._in_flight:
             full = len(self._in_flight) >= MAX_IN_FLIGHT
             if not self._in_flight[0].reduces_within(self._patience if full else 0.0):
@@ -210,5 +210,5 @@ class _EndOfBackward:
             reducer.end_of_backward(self)
 
 
-def _is_frozen(bucket: ReplicatedBucket) -> bool:
+def _is_frozen(bucket: FlatBucket) -> bool:
     return not any(param.requires_grad for param in bucket.params)

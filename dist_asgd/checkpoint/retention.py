@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from dist_asgd.checkpoint.format.manifest import NAME
+from dist_asgd.checkpoint.format.manifest import MANIFEST
 from dist_asgd.checkpoint.storage.storage import Storage
 
 DELETE_THREADS = 8  # checkpoints that are deleted at once
@@ -67,7 +67,7 @@ def directories_of(paths: Iterable[str]) -> list[Directory]:
     found: dict[str, bool] = {}
     for path in paths:
         name, _, file = path.partition("/")
-        found[name] = found.get(name, False) or file == NAME
+        found[name] = found.get(name, False) or file == MANIFEST
     matches = [(match, committed) for name, committed in found.items() if (match := _DIRECTORY.fullmatch(name))]
     return sorted(Directory(int(match[1]), int(match[2]), match[0], committed) for match, committed in matches)
 
@@ -108,7 +108,7 @@ def delete_outdated(storage: Storage, policy: RetentionPolicy, grace: float = GR
     with ThreadPoolExecutor(DELETE_THREADS, thread_name_prefix="dist_asgd-delete") as pool:
         uploads = pool.submit(storage.abort_uploads, "", grace)
         # Attempts that were uncommitted are included: with a wrong clock, one may have been committed meanwhile.
-        list(pool.map(lambda name: storage.remove(f"{name}/{NAME}"), unwanted))
+        list(pool.map(lambda name: storage.remove(f"{name}/{MANIFEST}"), unwanted))
         list(pool.map(storage.remove_tree, unwanted))
         uploads.result()
     return unwanted

@@ -18,7 +18,7 @@ from dist_asgd.checkpoint.export.from_checkpoint import (
     with_averages,
 )
 from dist_asgd.checkpoint.export.huggingface import MAX_SHARD_BYTES, split_into_files, write_directory
-from dist_asgd.checkpoint.format.manifest import NAME, Manifest, read_manifest
+from dist_asgd.checkpoint.format.manifest import MANIFEST, Manifest, read_manifest
 from dist_asgd.checkpoint.loading.sources import open_checkpoint
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.checkpoint.storage.url import LOCAL, protocol_of
@@ -133,7 +133,7 @@ def _read_config(arguments: argparse.Namespace, format_name: str) -> dict[str, b
 
 def _open_source(checkpoint: OpenedCheckpoint) -> tuple[ExportSource, int | None]:
     """Returns what tensors are read from, and the step, which stock checkpoints do not have."""
-    if NAME not in checkpoint.sizes():
+    if MANIFEST not in checkpoint.sizes():
         return StockExportSource.open(checkpoint.storage, checkpoint.directory), None
     manifest = read_manifest(open_checkpoint(checkpoint.storage, checkpoint.directory))
     return ExportSource(checkpoint.storage, checkpoint.directory, manifest), manifest.step

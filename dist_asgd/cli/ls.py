@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_asgd.checkpoint.errors import CheckpointError
-from dist_asgd.checkpoint.format.manifest import NAME, Manifest, read_manifest
+from dist_asgd.checkpoint.format.manifest import MANIFEST, Manifest, read_manifest
 from dist_asgd.checkpoint.retention import Directory, newest_by_step
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.cli.arguments import add_run_arguments
@@ -39,7 +39,7 @@ def _read_manifests(
     """Returns the manifest of each committed directory, by name; in place of a damaged checkpoint's, the problem."""
     names = [directory.name for directory in directories if directory.is_committed]
     manifests: dict[str, Manifest | str] = {}
-    for index, data in storage.read_ranges([(f"{name}/{NAME}", 0, sizes[f"{name}/{NAME}"]) for name in names]):
+    for index, data in storage.read_ranges([(f"{name}/{MANIFEST}", 0, sizes[f"{name}/{MANIFEST}"]) for name in names]):
         try:
             manifest = read_manifest(data)
         except CheckpointError as error:

@@ -13,7 +13,7 @@ from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.dcp_metadata import StoredChunk, stored_chunk
 from dist_asgd.checkpoint.format.entries import SavedTensor, dtype_name
 from dist_asgd.checkpoint.format.json_values import decode
-from dist_asgd.checkpoint.format.manifest import NAME, STOCK, Manifest, in_directory, read_manifest
+from dist_asgd.checkpoint.format.manifest import MANIFEST, STOCK, Manifest, in_directory, read_manifest
 from dist_asgd.checkpoint.state.mismatches import truncate
 from dist_asgd.checkpoint.stock.metadata import read_stock_metadata
 from dist_asgd.cli.arguments import add_checkpoint_arguments
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints what a checkpoint of dist_asgd or of ``torch.distributed.checkpoint`` says of itself. Returns 0."""
     checkpoint = find_checkpoint(arguments.url, storage_options(arguments), arguments.step)
     sizes = checkpoint.sizes()
-    contents = _manifest_report(checkpoint) if NAME in sizes else _stock_report(checkpoint)
+    contents = _manifest_report(checkpoint) if MANIFEST in sizes else _stock_report(checkpoint)
     report = {"url": checkpoint.url, "bytes": sum(sizes.values()), **contents}
     for kind in ("tensors", "values"):
         report[kind] = {key: entry for key, entry in report[kind].items() if fnmatch.fnmatchcase(key, arguments.keys)}
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _manifest_report(checkpoint: OpenedCheckpoint) -> dict[str, Any]:
-    manifest = read_manifest(checkpoint.storage.read(in_directory(checkpoint.directory, NAME)))
+    manifest = read_manifest(checkpoint.storage.read(in_directory(checkpoint.directory, MANIFEST)))
     return {
         "format": "dist_asgd",
         "step": manifest.step,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dist_asgd.checkpoint.format.manifest import NAME, STOCK
+from dist_asgd.checkpoint.format.manifest import MANIFEST, STOCK
 from dist_asgd.checkpoint.retention import Directory, directories, directories_of, newest_by_step
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.checkpoint.storage.url import folder_and_name
@@ -78,7 +78,7 @@ def find_checkpoint(url: str, options: Mapping[str, Any], step: int | None) -> O
         NotFound: where there is no checkpoint, or none of that step.
     """
     storage = open_storage(url, options)
-    if {NAME, STOCK} & storage.list().keys():
+    if {MANIFEST, STOCK} & storage.list().keys():
         if step is not None:
             raise UsageError(f"{storage.url} is one checkpoint: --step is for the directory of a run")
         return OpenedCheckpoint(storage, "")
@@ -86,7 +86,9 @@ def find_checkpoint(url: str, options: Mapping[str, Any], step: int | None) -> O
     if step is None and found:
         step = max(found)
     if step is None:
-        raise NotFound(f"{storage.url} has no checkpoint: neither {NAME} nor {STOCK}, and no committed steps below it")
+        raise NotFound(
+            f"{storage.url} has no checkpoint: neither {MANIFEST} nor {STOCK}, and no committed steps below it"
+        )
     if step not in found:
         raise NotFound(f"{storage.url} has no checkpoint of step {step}; it has {sorted(found)}")
     return OpenedCheckpoint(storage, found[step].name)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from dataclasses import asdict
 
-from dist_asgd.checkpoint.format.manifest import NAME
+from dist_asgd.checkpoint.format.manifest import MANIFEST
 from dist_asgd.checkpoint.loading.verify import verify_checkpoint, verify_stock_checkpoint
 from dist_asgd.cli.arguments import add_checkpoint_arguments
 from dist_asgd.cli.output import format_bytes, printable, progress_bar, write
@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Verifies a checkpoint of dist_asgd or of ``torch.distributed.checkpoint``. Returns 1 if it is damaged, else 0."""
     checkpoint = find_checkpoint(arguments.url, storage_options(arguments), arguments.step)
     sizes = checkpoint.sizes()
-    has_manifest = NAME in sizes
+    has_manifest = MANIFEST in sizes
     verify = verify_checkpoint if has_manifest else verify_stock_checkpoint
     with progress_bar("verified", hidden=arguments.json) as progress:
         faults = verify(checkpoint.storage, checkpoint.directory, progress)
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         faulty = [asdict(fault) for fault in faults]
         write({"url": checkpoint.url, "format": kind, "bytes": size, "faults": faulty})
         return 1 if faults else 0
-    basis = "" if has_manifest else f", a checkpoint of {kind} without {NAME}, by the CRC-32s in its items"
+    basis = "" if has_manifest else f", a checkpoint of {kind} without {MANIFEST}, by the CRC-32s in its items"
     if not faults:
         write(f"{url}: {format_bytes(size)} in {len(sizes)} files are as they were saved{basis}")
         return 0

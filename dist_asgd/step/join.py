@@ -17,7 +17,7 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
 from dist_asgd._torch_private import is_first_joinable
 from dist_asgd.buckets.base import Bucket
-from dist_asgd.buckets.flat import ReplicatedBucket
+from dist_asgd.buckets.flat import FlatBucket
 from dist_asgd.buckets.reducer import Reducer
 from dist_asgd.comm.consensus import Agreement
 from dist_asgd.kernels.tensor_list import as_real
@@ -58,7 +58,7 @@ class StepJoin(JoinHook):
     ) -> None:
         self._optimizer, self._groups, self._agreement, self._reducer = optimizer, groups, agreement, reducer
         self._find_unused, self._divides_by_all, self._shadow = find_unused, divide_by_initial_world_size, shadow
-        self._buckets = [bucket for bucket in buckets if isinstance(bucket, ReplicatedBucket)]
+        self._buckets = [bucket for bucket in buckets if isinstance(bucket, FlatBucket)]
         for bucket in buckets:
             if bucket not in self._buckets:
                 raise RuntimeError(
@@ -169,7 +169,7 @@ class StepJoin(JoinHook):
                     param.grad = torch.zeros_like(param)
         self._reducer.run_pass()
 
-    def _share_gradients(self, bucket: ReplicatedBucket, present: Sequence[bool], source: int) -> None:
+    def _share_gradients(self, bucket: FlatBucket, present: Sequence[bool], source: int) -> None:
         """Gives joined ranks the gradients that rank ``source`` of the optimizer has. Collective."""
         if bucket.collectives is None:
             return

@@ -87,7 +87,7 @@ def test_a_parameter_keeps_the_memory_of_its_bucket() -> None:
     def alone() -> None:
         params = make_parameters(MIXED)
         optimizer = ShardedASGD(named(params), lr=0.1)
-        bucket = weakref.ref(next(one for one in gc.get_objects() if type(one).__name__ == "ReplicatedBucket"))
+        bucket = weakref.ref(next(one for one in gc.get_objects() if type(one).__name__ == "FlatBucket"))
         before = [p.detach().clone() for p in params]
         del optimizer
         gc.collect()

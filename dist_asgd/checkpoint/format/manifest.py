@@ -27,7 +27,7 @@ from dist_asgd.checkpoint.format.manifest_rules import (
     check_paths,
 )
 
-NAME = "manifest.json"  # the file whose creation commits a checkpoint
+MANIFEST = "manifest.json"  # the file whose creation commits a checkpoint
 STOCK = ".metadata"  # the file that torch.distributed.checkpoint reads
 
 FORMAT = "dist_asgd checkpoint"
@@ -220,16 +220,16 @@ def read_manifest(data: bytes) -> Manifest:
     """
     found = _DIGEST.search(data)
     if found is None:
-        raise CheckpointError(f"{NAME} is not whole: it has no sha256 at its end")
+        raise CheckpointError(f"{MANIFEST} is not whole: it has no sha256 at its end")
     zeroed = data[: found.start(1)] + _ZEROS + data[found.end(1) :]
     if hashlib.sha256(zeroed).hexdigest().encode() != found[1]:
-        raise CheckpointError(f"{NAME} is damaged: its contents do not have the sha256 that stands in it")
+        raise CheckpointError(f"{MANIFEST} is damaged: its contents do not have the sha256 that stands in it")
     try:
         return _manifest(json.loads(data))
     except FormatError as error:
-        raise CheckpointError(f"{NAME} is not valid: {error}") from None
+        raise CheckpointError(f"{MANIFEST} is not valid: {error}") from None
     except (ValueError, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"{NAME} is not valid: {error}") from error
+        raise CheckpointError(f"{MANIFEST} is not valid: {error}") from error
 
 
 def _manifest(record: Any) -> Manifest:

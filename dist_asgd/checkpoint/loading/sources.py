@@ -12,7 +12,7 @@ from dist_asgd.checkpoint.errors import CheckpointError, naming, together
 from dist_asgd.checkpoint.format.entries import SavedTensor, TensorEntry
 from dist_asgd.checkpoint.format.json_values import Values, decode
 from dist_asgd.checkpoint.format.manifest import (
-    NAME,
+    MANIFEST,
     STOCK,
     Manifest,
     TensorRecord,
@@ -155,12 +155,12 @@ def open_checkpoint(storage: Storage, directory: str) -> bytes:
 def _opened(storage: Storage, directory: str, stock: bool) -> tuple[bool, bytes]:
     """Returns (True, bytes of ``manifest.json``), or (False, bytes of ``.metadata``) for a DCP checkpoint."""
     found, url = storage.sizes(directory), in_directory(storage.url, directory)
-    if NAME not in found and stock and STOCK in found:
+    if MANIFEST not in found and stock and STOCK in found:
         return False, storage.read(in_directory(directory, STOCK))
-    if NAME not in found:
-        what = f"neither {NAME} nor {STOCK}, one of which" if stock else f"no {NAME}, which"
+    if MANIFEST not in found:
+        what = f"neither {MANIFEST} nor {STOCK}, one of which" if stock else f"no {MANIFEST}, which"
         raise CheckpointError(f"{url} is no checkpoint: it has {what} is written when all ranks have saved")
-    data = storage.read(in_directory(directory, NAME))
+    data = storage.read(in_directory(directory, MANIFEST))
     with naming(url):
         manifest = read_manifest(data)
     for name, file in manifest.files.items():
@@ -181,7 +181,7 @@ def _verify_stock_files(storage: Storage, directory: str, manifest: Manifest) ->
         if index < len(requests):
             verify_request(requests[index], data)
         elif hashlib.sha256(data).hexdigest() != manifest.files[STOCK].sha256:
-            raise CheckpointError(f"{STOCK} is damaged: it does not have the sha256 that {NAME} has of it")
+            raise CheckpointError(f"{STOCK} is damaged: it does not have the sha256 that {MANIFEST} has of it")
 
 
 def viewers_of(state: Mapping[str, Any], agreement: Agreement) -> dict[Path, int]:

@@ -15,7 +15,7 @@ from dist_asgd.checkpoint.errors import CheckpointError, NotCommitted
 from dist_asgd.checkpoint.format.dcp_metadata import stored_chunk
 from dist_asgd.checkpoint.format.entries import SavedTensor
 from dist_asgd.checkpoint.format.json_values import decode
-from dist_asgd.checkpoint.format.manifest import NAME, STOCK, Item, Manifest, in_directory, read_manifest
+from dist_asgd.checkpoint.format.manifest import MANIFEST, STOCK, Item, Manifest, in_directory, read_manifest
 from dist_asgd.checkpoint.loading.ranges import READ_BYTES, ByteRange, FileRange, range_of, read_joined
 from dist_asgd.checkpoint.stock.items import check_item
 from dist_asgd.checkpoint.stock.metadata import StockCheckpoint, read_stock_metadata
@@ -50,7 +50,7 @@ class ItemBlocks:
     def damages(self, file: BinaryIO) -> Iterator[Damage]:
         """Yields the damaged parts of ``file``, which has the bytes at ``place``."""
         for start, stop in self.item.damages(self.blocks, memoryview(file.read())):
-            yield self.item.file, start, stop, f"do not have the checksum that {NAME} has of them", self.key
+            yield self.item.file, start, stop, f"do not have the checksum that {MANIFEST} has of them", self.key
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +85,9 @@ def verify_checkpoint(storage: Storage, directory: str, report: ProgressCallback
     """
     sizes = storage.sizes(directory)
     try:
-        manifest = read_manifest(storage.read(in_directory(directory, NAME)))
+        manifest = read_manifest(storage.read(in_directory(directory, MANIFEST)))
     except CheckpointError as error:
-        return [Fault(NAME, "", f"{error}. Without it, nothing else can be verified")]
+        return [Fault(MANIFEST, "", f"{error}. Without it, nothing else can be verified")]
     faults = [*_check_files(manifest, sizes), *_check_values(manifest)]
     present = {name for name, file in manifest.files.items() if sizes.get(name) == file.size}
     stock = None
@@ -97,7 +97,7 @@ def verify_checkpoint(storage: Storage, directory: str, report: ProgressCallback
             stock, problem = _read_stock(data, committed=True)
             faults += problem
         else:
-            faults.append(Fault(STOCK, "", f"it does not have the sha256 that {NAME} has of it"))
+            faults.append(Fault(STOCK, "", f"it does not have the sha256 that {MANIFEST} has of it"))
     parts = [part for part in _parts(manifest, stock) if part.place[0] in present]
     if stock is not None:
         faults += [*_check_stock_agrees(manifest, stock), *_check_coverage(manifest, parts, present)]
@@ -144,7 +144,7 @@ def _check_files(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[Fault
             yield Fault(name, "", "the file is missing")
         elif sizes[name] != file.size:
             yield Fault(name, "", f"the file has {sizes[name]} bytes, and should have {file.size}")
-    for name in sizes.keys() - manifest.files.keys() - {NAME}:
+    for name in sizes.keys() - manifest.files.keys() - {MANIFEST}:
         yield Fault(name, "", "the file does not belong to the checkpoint")
 
 
@@ -153,7 +153,7 @@ def _check_values(manifest: Manifest) -> Iterator[Fault]:
         try:
             decode(value.encoded, key)
         except CheckpointError as error:
-            yield Fault(NAME, key, str(error))
+            yield Fault(MANIFEST, key, str(error))
 
 
 def _check_stock_agrees(manifest: Manifest, stock: StockCheckpoint) -> Iterator[Fault]:
@@ -162,13 +162,13 @@ def _check_stock_agrees(manifest: Manifest, stock: StockCheckpoint) -> Iterator[
         theirs = stock.tensors.get(key)
         chunks = {stored_chunk(chunk.box, manifest.items[chunk.item]) for chunk in tensor.chunks if chunk.box.numel}
         if theirs is None:
-            yield Fault(STOCK, key, f"it lacks the tensor, which {NAME} has")
+            yield Fault(STOCK, key, f"it lacks the tensor, which {MANIFEST} has")
         elif theirs.saved != tensor.saved or set(theirs.chunks) != chunks:
-            yield Fault(STOCK, key, f"it has another shape, dtype or place of the tensor than {NAME}")
+            yield Fault(STOCK, key, f"it has another shape, dtype or place of the tensor than {MANIFEST}")
     for key in manifest.values.keys() - stock.objects.keys():
-        yield Fault(STOCK, key, f"it lacks the value, which {NAME} has")
+        yield Fault(STOCK, key, f"it lacks the value, which {MANIFEST} has")
     for key in (stock.tensors.keys() - manifest.tensors.keys()) | (stock.objects.keys() - manifest.values.keys()):
-        yield Fault(STOCK, key, f"{NAME} lacks the entry")
+        yield Fault(STOCK, key, f"{MANIFEST} lacks the entry")
 
 
 def _parts(manifest: Manifest, stock: StockCheckpoint | None) -> list[Verifiable]:

@@ -49,7 +49,7 @@ from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.dcp_metadata import StoredObject, stock_metadata, stored_chunk
 from dist_asgd.checkpoint.format.entries import SavedTensor
 from dist_asgd.checkpoint.format.manifest import (
-    NAME,
+    MANIFEST,
     STOCK,
     Chunk,
     FileRecord,
@@ -94,7 +94,7 @@ def commit(storage: Storage, directory: str, record: CommitRecord, results: Sequ
             )
     manifest, stock = _manifest(record, results)
     storage.create(in_directory(directory, STOCK), stock)
-    storage.create(in_directory(directory, NAME), write_manifest(manifest))  # from here on the checkpoint exists
+    storage.create(in_directory(directory, MANIFEST), write_manifest(manifest))  # from here on the checkpoint exists
 
 
 def _manifest(record: CommitRecord, results: Sequence[WriteResult]) -> tuple[Manifest, bytes]:
@@ -121,7 +121,7 @@ def _manifest(record: CommitRecord, results: Sequence[WriteResult]) -> tuple[Man
     objects = {key: StoredObject(file, at, size) for result in results for key, file, at, size in result.objects}
     paths = {key: _stock_path(tensor.path, tensor.rank) for key, tensor in tensors.items()}
     paths |= {key: _stock_path(value.path, value.rank) for key, value in record.values.items()}
-    stock = stock_metadata(stored, objects, paths, committed_by=NAME)
+    stock = stock_metadata(stored, objects, paths, committed_by=MANIFEST)
     files = {name: FileRecord(size) for result in results for name, size in result.files.items()}
     files[STOCK] = FileRecord(len(stock), hashlib.sha256(stock).hexdigest())
     versions = {"torch": torch.__version__, "python": platform.python_version()}

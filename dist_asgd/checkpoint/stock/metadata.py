@@ -18,7 +18,7 @@ from dist_asgd.boxes import Box
 from dist_asgd.checkpoint.errors import CheckpointError, NotCommitted
 from dist_asgd.checkpoint.format.dcp_metadata import COMMITTED_BY, StoredChunk, StoredObject
 from dist_asgd.checkpoint.format.entries import SavedTensor
-from dist_asgd.checkpoint.format.manifest import MAX_PATH, NAME
+from dist_asgd.checkpoint.format.manifest import MANIFEST, MAX_PATH
 from dist_asgd.checkpoint.stock.pickle_reader import DTYPE_GLOBALS, DTYPES, Call, Global, read_pickle, short
 
 MAX_METADATA = 2**28  # bytes. Reading takes up to a hundred times as much memory; a chunk takes about a hundred bytes
@@ -86,7 +86,7 @@ def read_stock_metadata(data: bytes, trust: bool = False, *, committed: bool = F
     fields = _fields(read_pickle(data, _ALLOWED, trust=trust), "Metadata", "the metadata")
     if COMMITTED_BY in fields and not committed:
         raise NotCommitted(
-            f"this checkpoint of dist_asgd has no {NAME}, which is written when all ranks have saved, and deleted "
+            f"this checkpoint of dist_asgd has no {MANIFEST}, which is written when all ranks have saved, and deleted "
             "first: it was never finished, or is being deleted"
         )
     described = _expect(fields.get("state_dict_metadata"), dict, "state_dict_metadata")
