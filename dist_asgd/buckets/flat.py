@@ -69,8 +69,10 @@ class FlatBucket(Bucket):
         first = next(iter(named))
         placements = [Placement.of(param) for param in named]
         self.buffer = torch.zeros(layout.numel, dtype=first.dtype, device=first.device)  # 1-D
-        for param, placement, span in zip(named, placements, layout.spans, strict=True):
-            self._attach(param, placement, span)
+        # All at once, so that they lie side by side: every step looks at each parameter's.
+        storages = list(map(self._storage_of, layout.spans))
+        for param, placement, storage in zip(named, placements, storages, strict=True):
+            self._attach(param, placement, storage)
         if reduces and collectives is not None and layout.numel:
             collectives.broadcast(as_real(self.buffer))
         start, stop = layout.shard(options.rank)
@@ -125,7 +127,7 @@ class FlatBucket(Bucket):
                     )
                 if not leaves_shared:
                     _refuse_shared_memory(name, param)
-                self._attach(param, self.placements[position], self.layout.spans[position])
+                self._attach(param, self.placements[position], self._storage_of(self.layout.spans[position]))
                 self._known_writes -= 1  # the new memory may have other values
 
     def digest(self) -> int:
@@ -150,12 +152,18 @@ class FlatBucket(Bucket):
                 self.buffer.copy_(self._received)
         self._gather = self._received = None
 
-    def _attach(self, param: Tensor, placement: Placement, span: Span) -> None:
-        bytes_of = slice(span.start * self.buffer.itemsize, span.stop * self.buffer.itemsize)
-        # A storage of its own: whoever saves or compares by storage (torch.save, safetensors, Accelerate) would take
-        # views of the buffer for one tensor. The slice keeps the buffer's memory alive.
+    def _storage_of(self, span: Span) -> torch.UntypedStorage:
+        """Returns a storage over the memory of ``span``, which it keeps alive.
+
+        Parameters need storages of their own: whoever saves or compares by storage (torch.save, safetensors,
+        Accelerate) would take views of the buffer for one tensor.
+        """
+        itemsize = self.buffer.itemsize
+        return self.buffer.untyped_storage()[span.start * itemsize : span.stop * itemsize]
+
+    def _attach(self, param: Tensor, placement: Placement, storage: torch.UntypedStorage) -> None:
         own = torch.empty(0, dtype=self.buffer.dtype, device=self.buffer.device)
-        own.set_(self.buffer.untyped_storage()[bytes_of], 0, placement.shape, placement.strides)
+        own.set_(storage, 0, placement.shape, placement.strides)
         own.copy_(param.detach())
         param.data = own
 
