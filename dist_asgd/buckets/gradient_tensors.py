@@ -195,6 +195,8 @@ class GradientPiece(Tensor):
         # __torch_dispatch__ would be too late: a DTensor in one list with the piece might get there first.
         if func is amp_unscale_:
             return unscale_(*args)
+        if func is Tensor.untyped_storage:  # compiled autograd asks how large it is
+            return torch.UntypedStorage(args[0].numel() * args[0].element_size(), device="meta")
         if needs_memory(func, args):
             raise _needs_whole(name_of(func))
         with torch.DisableTorchFunctionSubclass():  # else torch makes every result an instance of this class

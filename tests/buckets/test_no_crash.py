@@ -77,7 +77,8 @@ def test_calls_on_pieces_work_or_raise(of: str) -> None:
             try:
                 call(piece)
             except Exception as error:
-                assert "whole" in str(error), f"{name}: {error}"
+                of_storage = of == "gradient" and "storage" in name  # its storage is on the meta device
+                assert of_storage or "whole" in str(error), f"{name}: {error}"
             else:
                 raise AssertionError(f"{name} did not raise")
         assert of == "gradient" or piece.data_ptr() == 0, "DCP's stager asks whether there is memory"

@@ -39,7 +39,7 @@ def torch_figures(rank: int) -> dict[str, int]:
 def state_dict_figures(rank: int, dtype: torch.dtype, sharded: bool) -> tuple[int, int]:
     """Bytes of the averages of this rank, and the growth of resident memory by a state dict before they start."""
     memory.map_large_blocks()
-    model = nn.Sequential(*(nn.Linear(512, 512, bias=False, dtype=dtype) for _ in range(16)))
+    model = nn.Sequential(*(nn.Linear(512, 512, bias=False, dtype=dtype) for _ in range(48)))
     share = 4 * sum(param.numel() for param in model.parameters()) // dist.get_world_size()
     if sharded:
         fully_shard(model)
@@ -52,7 +52,7 @@ def state_dict_figures(rank: int, dtype: torch.dtype, sharded: bool) -> tuple[in
         start = memory.reset_peak()
         kept = optimizer.state_dict()
         peaks.append(memory.peak_resident() - start)
-        assert len(kept["state"]) == 16
+        assert len(kept["state"]) == 48
         del kept
     return share, min(peaks)
 
@@ -60,10 +60,11 @@ def state_dict_figures(rank: int, dtype: torch.dtype, sharded: bool) -> tuple[in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_state_dict_before_averaging_copies_no_parameter(dtype: torch.dtype) -> None:
     """Pieces borrow the parameters' memory, or the masters'; whole averages, which DTensors have, are one copy."""
-    for _, peak in run_ranks(2, state_dict_figures, dtype, False):
-        assert peak < SLACK
+    temporary = 3 * SLACK  # up to 9.3 MiB were seen: each of a few small tensors may make a huge page of 2 MiB resident
+    for share, peak in run_ranks(2, state_dict_figures, dtype, False):
+        assert peak < temporary < share
     for share, peak in run_ranks(2, state_dict_figures, dtype, True):
-        assert peak < share + SLACK
+        assert peak < share + temporary
 
 
 def small(size: int) -> int:
