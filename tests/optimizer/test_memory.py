@@ -13,6 +13,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dist_asgd import ShardedASGD
+from dist_asgd.sharding.shard_views import local_of
+from dist_asgd.sharding.sharded_state import StatePiece
 from tests.support import contestants, memory
 from tests.support.ranks import run_ranks
 
@@ -37,34 +39,34 @@ def torch_figures(rank: int) -> dict[str, int]:
 
 
 def state_dict_figures(rank: int, dtype: torch.dtype, sharded: bool) -> tuple[int, int]:
-    """Bytes of the averages of this rank, and the growth of resident memory by a state dict before they start."""
-    memory.map_large_blocks()
-    model = nn.Sequential(*(nn.Linear(512, 512, bias=False, dtype=dtype) for _ in range(48)))
+    """Bytes of the averages of this rank, and the bytes that a state dict before they start has copied."""
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False, dtype=dtype) for _ in range(16)))
     share = 4 * sum(param.numel() for param in model.parameters()) // dist.get_world_size()
     if sharded:
         fully_shard(model)
     optimizer = ShardedASGD(model.named_parameters(), lr=1e-3, module=model if sharded else None)
-    model(torch.ones(1, 512, dtype=dtype)).square().mean().backward()
+    model(torch.ones(1, 64, dtype=dtype)).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
-    peaks = []
-    for _ in range(3):  # the first one loads code, and the kernel may take pages back meanwhile
-        start = memory.reset_peak()
-        kept = optimizer.state_dict()
-        peaks.append(memory.peak_resident() - start)
-        assert len(kept["state"]) == 48
-        del kept
-    return share, min(peaks)
+    known = []
+    for bucket in optimizer._all_buckets():
+        params = [local_of(param.detach()) for param in bucket.params]
+        known += [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in [*params, bucket.shard.master] if t is not None]
+    copied = 0
+    for entry in optimizer.state_dict()["state"].values():
+        for value in (entry["ax"], *([entry["master"]] if "master" in entry else [])):
+            local = value.local if isinstance(value, StatePiece) else local_of(value)
+            if not any(start <= local.data_ptr() < stop for start, stop in known):
+                copied += local.nbytes
+    return share, copied
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_state_dict_before_averaging_copies_no_parameter(dtype: torch.dtype) -> None:
     """Pieces borrow the parameters' memory, or the masters'; whole averages, which DTensors have, are one copy."""
-    temporary = 3 * SLACK  # up to 9.3 MiB were seen: each of a few small tensors may make a huge page of 2 MiB resident
-    for share, peak in run_ranks(2, state_dict_figures, dtype, False):
-        assert peak < temporary < share
-    for share, peak in run_ranks(2, state_dict_figures, dtype, True):
-        assert peak < share + temporary
+    assert [copied for _, copied in run_ranks(2, state_dict_figures, dtype, False)] == [0, 0]
+    for share, copied in run_ranks(2, state_dict_figures, dtype, True):
+        assert copied == share
 
 
 def small(size: int) -> int:
