@@ -35,7 +35,7 @@ from dist_asgd.checkpoint.saving.save import SavePlan, plan_save, stage, write
 from dist_asgd.checkpoint.state.contents import contents_of
 from dist_asgd.checkpoint.state.tree import has_state
 from dist_asgd.checkpoint.storage.storage import Storage
-from dist_asgd.comm.consensus import Agreement, agreement_of_all
+from dist_asgd.comm.consensus import Agreement
 from dist_asgd.comm.process_groups import default_group
 
 logger = logging.getLogger(__name__)
@@ -259,20 +259,18 @@ def save(
             ``Checkpointer.save``.
         ValueError, TypeError: an argument is invalid, or ``state`` has something that a checkpoint cannot hold.
     """
-    with agreement_of_all() as agreement:
-        with together(agreement, "save()"):
-            storage = Storage.open(url, storage_options)
-            _check_state(state)
-            contents = contents_of(state)
-            store = clone_default_store()
-            if agreement.rank == 0 and storage.list():
-                raise CheckpointError(
-                    f"{storage.url} is not empty: checkpoints are never overwritten. Take another URL"
-                )
-        plan = plan_save(agreement, 0, "", contents)
-        name = f"dist_asgd/{secrets.token_hex(8)}" if agreement.rank == 0 else ""
-        rendezvous = Rendezvous(store, agreement.gather(name)[0], agreement.rank, agreement.world_size)
-        write(storage, plan, rendezvous, agreement.rank)
+    agreement = Agreement(default_group(None))
+    with together(agreement, "save()"):
+        storage = Storage.open(url, storage_options)
+        _check_state(state)
+        contents = contents_of(state)
+        store = clone_default_store()
+        if agreement.rank == 0 and storage.list():
+            raise CheckpointError(f"{storage.url} is not empty: checkpoints are never overwritten. Take another URL")
+    plan = plan_save(agreement, 0, "", contents)
+    name = f"dist_asgd/{secrets.token_hex(8)}" if agreement.rank == 0 else ""
+    rendezvous = Rendezvous(store, agreement.gather(name)[0], agreement.rank, agreement.world_size)
+    write(storage, plan, rendezvous, agreement.rank)
 
 
 @only_checkpoint_errors()
@@ -305,13 +303,13 @@ def load(
         ValueError: ``strict``, ``average`` or ``trust`` differ between ranks.
         TypeError: ``state`` is not a dict.
     """
-    with agreement_of_all() as agreement:
-        with together(agreement, "load()"):
-            storage = Storage.open(url, storage_options)
-            _check_state(state)
-        _require_equal(agreement, "load()", strict=strict, average=average, trust=trust)
-        source = open_source(agreement, storage, "", state, stock=True, trust=trust)
-        load_checkpoint(agreement, source, state, strict=strict, average=average)
+    agreement = Agreement(default_group(None))
+    with together(agreement, "load()"):
+        storage = Storage.open(url, storage_options)
+        _check_state(state)
+    _require_equal(agreement, "load()", strict=strict, average=average, trust=trust)
+    source = open_source(agreement, storage, "", state, stock=True, trust=trust)
+    load_checkpoint(agreement, source, state, strict=strict, average=average)
 
 
 def _require_equal(agreement: Agreement, operation: str, **arguments: object) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from dist_asgd.comm.objects import all_gather_object, gather_object
-from dist_asgd.comm.process_groups import SeparateGroups, SharedGroups, check_group, default_group
+from dist_asgd.comm.process_groups import SeparateGroups, SharedGroups, check_group
 
 _ERRORS: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": ValueError}
 
@@ -222,12 +222,6 @@ class Agreement:
         if len(ranks) == self.world_size:
             return f"every rank (rank 0 to rank {ranks[-1]})"
         return "rank " + ", ".join(map(str, ranks))
-
-
-@contextlib.contextmanager
-def agreement_of_all() -> Iterator[Agreement]:
-    """Yields an ``Agreement`` of all ranks. Collective."""
-    yield Agreement(default_group(None))
 
 
 def error_text(error: BaseException) -> str:

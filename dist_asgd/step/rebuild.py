@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from dist_asgd.buckets.base import Bucket
 from dist_asgd.buckets.gradient_tensors import GradientPiece
 from dist_asgd.buckets.local_tensors import is_placed
-from dist_asgd.buckets.replicas import sum_and_norm
 from dist_asgd.comm.consensus import Facts
+from dist_asgd.comm.digests import digests
 from dist_asgd.sharding.shard_views import local_of
 from dist_asgd.step.consistency import argument_facts
 from dist_asgd.step.forward_wait import ForwardWaits
@@ -134,9 +134,11 @@ def check_rebuild(
 
 def value_facts(groups: Groups) -> Facts:
     """Returns digests of all plain parameters, which ranks must have alike where gradients of them are averaged."""
-    return [
-        (f"the values of parameter {name!r}", str(sum_and_norm(param).tolist()))
+    named = [
+        (name, param.detach())
         for number, group in enumerate(groups)
         for name, param in zip(parameter_names(group, number), group["params"], strict=True)
         if not is_placed(param, "local")
     ]
+    found = digests([param for _, param in named])
+    return [(f"the values of parameter {name!r}", str(one)) for (name, _), one in zip(named, found, strict=True)]

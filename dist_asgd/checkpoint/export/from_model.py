@@ -28,8 +28,9 @@ from dist_asgd.checkpoint.state.modules import module_state
 from dist_asgd.checkpoint.state.tensor_blocks import to_save
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.checkpoint.storage.url import folder_and_name
-from dist_asgd.comm.consensus import Agreement, agreement_of_all
+from dist_asgd.comm.consensus import Agreement
 from dist_asgd.comm.objects import scatter_object
+from dist_asgd.comm.process_groups import default_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +84,22 @@ def export(
         CheckpointError: the files could not be written. Every rank raises it. No incomplete file is left.
         ValueError, TypeError: a bad argument on some rank. Every rank raises it.
     """
-    with agreement_of_all() as agreement:
-        with together(agreement, "export()"):
-            _check(model, max_shard_bytes)
-            entries, contribution = _contribution(model)
-        by_rank = [item for item, _ in agreement.collect(contribution, [])]
-        configs: dict[str, bytes] = {}
-        storage, plans = None, []
-        with together(agreement, "export()"):
-            if agreement.rank == 0:
-                kind = format_by(os.fspath(url))
-                storage, name = _target(url, storage_options, kind)
-                tensors = _all_tensors(by_rank)
-                plans = _plan(by_rank, tensors, kind, name, max_shard_bytes)
-                configs = config_files(model, tensors)
-        plan: _ExportPlan = scatter_object(plans, agreement.group)
-        _write_or_send(agreement, plan, GatherSource(agreement, entries, plan.owned), storage, configs)
+    agreement = Agreement(default_group(None))
+    with together(agreement, "export()"):
+        _check(model, max_shard_bytes)
+        entries, contribution = _contribution(model)
+    by_rank = [item for item, _ in agreement.collect(contribution, [])]
+    configs: dict[str, bytes] = {}
+    storage, plans = None, []
+    with together(agreement, "export()"):
+        if agreement.rank == 0:
+            kind = format_by(os.fspath(url))
+            storage, name = _target(url, storage_options, kind)
+            tensors = _all_tensors(by_rank)
+            plans = _plan(by_rank, tensors, kind, name, max_shard_bytes)
+            configs = config_files(model, tensors)
+    plan: _ExportPlan = scatter_object(plans, agreement.group)
+    _write_or_send(agreement, plan, GatherSource(agreement, entries, plan.owned), storage, configs)
 
 
 def _check(model: object, max_shard_bytes: object) -> None:
