@@ -13,15 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dist_asgd._torch_private import local_tensor
 from dist_asgd.comm.collectives import Collectives
 from dist_asgd.comm.consensus import Agreement, fingerprint
+from dist_asgd.comm.digests import digests
 from dist_asgd.comm.process_groups import SeparateGroups
-from dist_asgd.kernels.tensor_list import as_real
 
 Coordinates = tuple[int, ...]
 MeshLayout = tuple[DeviceMesh, tuple[Any, ...]]  # the mesh of a DTensor and its placements on the mesh
@@ -102,17 +101,21 @@ class Replicas:
 
     def _digests(
         self, named: Mapping[DTensor, str], replica_groups: Mapping[MeshLayout, ReplicaGroup]
-    ) -> dict[MeshLayout, list[tuple[str, str]]]:
+    ) -> dict[MeshLayout, list[tuple[str, int]]]:
         """Returns names and digests of the parameters whose replicas are on other meshes, by mesh layout."""
-        values: dict[MeshLayout, list[tuple[str, str]]] = {mesh_layout: [] for mesh_layout in replica_groups}
-        for param, name in named.items():
-            mesh_layout = mesh_layout_of(param)
-            if replica_groups[mesh_layout].compared_ranks and local_tensor(param).numel():
-                values[mesh_layout].append((name, str(sum_and_norm(local_tensor(param)).tolist())))
+        values: dict[MeshLayout, list[tuple[str, int]]] = {mesh_layout: [] for mesh_layout in replica_groups}
+        compared = [
+            (mesh_layout, name, local_tensor(param))
+            for param, name in named.items()
+            if replica_groups[mesh_layout := mesh_layout_of(param)].compared_ranks and local_tensor(param).numel()
+        ]
+        found = digests([local for _, _, local in compared])
+        for (mesh_layout, name, _), number in zip(compared, found, strict=True):
+            values[mesh_layout].append((name, number))
         return values
 
     def _require_same_values(
-        self, values: Mapping[MeshLayout, list[tuple[str, str]]], replica_groups: Mapping[MeshLayout, ReplicaGroup]
+        self, values: Mapping[MeshLayout, list[tuple[str, int]]], replica_groups: Mapping[MeshLayout, ReplicaGroup]
     ) -> None:
         found = [
             (replica_groups[mesh_layout].compared_ranks[:1], mesh_ranks(mesh_layout[0]), dict(of_layout))
@@ -120,8 +123,8 @@ class Replicas:
         ]
         everyone = self._agreement.gather(found)
         for rank, mesh_layouts in enumerate(everyone):
-            for index, (first, ranks, digests) in enumerate(mesh_layouts):
-                for name, digest in digests.items():
+            for index, (first, ranks, own) in enumerate(mesh_layouts):
+                for name, digest in own.items():
                     _, first_ranks, others = everyone[first[0]][index]
                     if digest != others.get(name):
                         raise ValueError(
@@ -158,14 +161,3 @@ def _differ(coordinates: Sequence[Sequence[Coordinates]], codes: Sequence[Sequen
         for of_rank, of_codes in zip(coordinates, codes, strict=True)
         for index, (own, code) in enumerate(zip(of_rank, of_codes, strict=True))
     )
-
-
-def sum_and_norm(tensor: Tensor) -> Tensor:
-    """Returns a weighted sum and the 2-norm of the elements of ``tensor``: 1-D, 2 elements, fp64, on its device.
-
-    Two tensors for which they differ have different values. No two elements have one weight, because the plain sum says
-    nothing about the gradients of a softmax, which add up to zero.
-    """
-    flat = as_real(tensor.detach().flatten().resolve_conj()).double()
-    weights = torch.linspace(0.5, 1.5, len(flat), dtype=flat.dtype, device=flat.device)
-    return torch.stack([weights @ flat, flat.norm()])

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from dist_asgd._torch_private import is_fsdp1_slice
 from dist_asgd.buckets.base import Bucket
 from dist_asgd.buckets.local_tensors import local_gradient
-from dist_asgd.buckets.replicas import sum_and_norm
+from dist_asgd.kernels.tensor_list import as_real
 from dist_asgd.sharding.shard_views import local_of
 
 SAMPLED = 8  # number of gradients of a bucket that are compared at most
@@ -48,7 +48,7 @@ def gradient_sample(buckets: Sequence[Bucket]) -> list[Sample]:
                 found += [(name, local_gradient(param), None), (name, param.detach(), None)]
     if not found:
         return []
-    values = torch.stack([sum_and_norm(tensor).cpu() for _, tensor, _ in found]).tolist()
+    values = torch.stack([_sum_and_norm(tensor).cpu() for _, tensor, _ in found]).tolist()
     return [(name, total, norm, owner) for (name, _, owner), (total, norm) in zip(found, values, strict=True)]
 
 
@@ -93,3 +93,14 @@ def _require_different_slices(everyone: Sequence[Sequence[Sample]]) -> None:
                 "another slice on each rank. With FSDP's NO_SHARD use DistributedDataParallel and gradients='reduced'; "
                 "with HYBRID_SHARD pass process_group= the ranks that hold different slices"
             )
+
+
+def _sum_and_norm(tensor: Tensor) -> Tensor:
+    """Returns a weighted sum and the 2-norm of the elements of ``tensor``: 1-D, 2 elements, fp64, on its device.
+
+    Two tensors for which they differ have different values. No two elements have one weight, because the plain sum says
+    nothing about the gradients of a softmax, which add up to zero.
+    """
+    flat = as_real(tensor.detach().flatten().resolve_conj()).double()
+    weights = torch.linspace(0.5, 1.5, len(flat), dtype=flat.dtype, device=flat.device)
+    return torch.stack([weights @ flat, flat.norm()])
