@@ -2,11 +2,12 @@
 
 __version__ = "0.1.0"
 
-from dist_asgd.averages.kinds import EMA, PolynomialDecay, Tail, Uniform
+from dist_asgd.averages.kinds import EMA, PolynomialDecay, Tail, TwoTailed, Uniform
 from dist_asgd.averages.triggers import NonMonotonicTrigger
 from dist_asgd.checkpoint import Checkpointer, load, save
 from dist_asgd.checkpoint.export.from_model import export
 from dist_asgd.optimizer import ShardedASGD
+from dist_asgd.sharded_averages import ShardedAverages
 
 __all__ = [
     "EMA",
@@ -14,7 +15,9 @@ __all__ = [
     "NonMonotonicTrigger",
     "PolynomialDecay",
     "ShardedASGD",
+    "ShardedAverages",
     "Tail",
+    "TwoTailed",
     "Uniform",
     "__version__",
     "export",

@@ -10,7 +10,7 @@ over parameters pays for no call in Python.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -161,6 +161,12 @@ submodules: Callable[[nn.Module], Mapping[str, nn.Module | None]] = operator.att
 
 The public ``named_children()`` leaves out the second name of a child that has two, and ``getattr`` is redirected by
 wrappers. A torch that lacks the attribute fails where a module is saved.
+"""
+
+non_persistent_buffers: Callable[[nn.Module], Collection[str]] = operator.attrgetter("_non_persistent_buffers_set")
+"""Returns the names of the direct buffers of a module that its ``state_dict()`` leaves out.
+
+``state_dict()`` would tell as well, but is collective under FSDP1.
 """
 
 WRAPPER_NAMES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})

@@ -603,7 +603,16 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         rank, world_size = self._agreement.rank, self._agreement.world_size
         bucket_bytes = self._arguments["bucket_bytes"]
         reducing = weakref.proxy(self._step_agreement)  # buckets must not keep the optimizer's parts alive
-        return BucketOptions(rank, world_size, self._groups, self._group, precision, averages, bucket_bytes, reducing)
+        return BucketOptions(
+            rank=rank,
+            world_size=world_size,
+            groups=self._groups,
+            group=self._group,
+            precision=precision,
+            averages=averages,
+            bucket_bytes=bucket_bytes,
+            gradient_sync=reducing,
+        )
 
     def _all_buckets(self) -> list[Bucket]:
         return [bucket for buckets in self._buckets for bucket in buckets]

@@ -13,7 +13,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from dist_asgd.buckets.base import PATIENCE, Bucket
+from dist_asgd.buckets.base import PATIENCE, Bucket, ParameterBucket
 from dist_asgd.comm.consensus import Agreement
 from dist_asgd.step.validation import Groups
 from dist_asgd.wrappers import ParallelModules
@@ -147,7 +147,7 @@ def refused_during_swap(
 
 
 @contextlib.contextmanager
-def swapped(buckets: Sequence[Bucket], suffix: str, modules: ParallelModules) -> Iterator[None]:
+def swapped(buckets: Sequence[ParameterBucket], suffix: str, modules: ParallelModules) -> Iterator[None]:
     """Inside the block, the parameters of ``buckets`` hold an average; afterwards, what they held before. Collective.
 
     Each rank keeps a copy of its shard of the parameters, 1/N of their memory. It does so also for parameters without
@@ -185,7 +185,9 @@ def swapped(buckets: Sequence[Bucket], suffix: str, modules: ParallelModules) ->
         _wait_for(buckets, seconds)
 
 
-def _restore(to_swap: list[Bucket], to_restore: list[Bucket], modules: ParallelModules, *, in_turn: bool) -> None:
+def _restore(
+    to_swap: list[ParameterBucket], to_restore: list[ParameterBucket], modules: ParallelModules, *, in_turn: bool
+) -> None:
     """Writes the kept shards back and starts the all-gathers of all buckets.
 
     Takes the finished buckets out of both lists, so that a call after an interrupt goes on where the first one stopped.
@@ -219,7 +221,7 @@ def _restore(to_swap: list[Bucket], to_restore: list[Bucket], modules: ParallelM
 
 
 @torch.no_grad()
-def _change_shards(to_do: list[Bucket], change: Callable[[Bucket], None], in_turn: bool) -> None:
+def _change_shards(to_do: list[ParameterBucket], change: Callable[[ParameterBucket], None], in_turn: bool) -> None:
     """Applies ``change`` to each bucket of ``to_do``, starts its all-gather and takes it out of the list. Collective.
 
     Args:
@@ -253,7 +255,7 @@ def _interrupt_delayed() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _wait_for(buckets: Sequence[Bucket], seconds: float | None) -> None:
+def _wait_for(buckets: Sequence[ParameterBucket], seconds: float | None) -> None:
     """Waits until the parameters of ``buckets`` are complete, at most ``seconds`` altogether; None: without limit."""
     deadline = None if seconds is None else time.monotonic() + seconds
     for bucket in buckets:

@@ -29,11 +29,12 @@ class ParallelModules:
     """The FSDP and DistributedDataParallel modules of one model.
 
     Args:
-        module: the model, or None if the optimizer was not given one; then nothing is controlled.
+        module: the model, or None if it is not known; then nothing is controlled.
+        owner: the class that users pass ``module`` to, for messages.
     """
 
-    def __init__(self, module: nn.Module | None) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module | None, owner: str = "ShardedASGD") -> None:
+        self._module, self._owner = module, owner
 
     def drop_copies(self) -> None:
         """Frees the whole copies of parameters that FSDP holds; the next forward gathers the values of its time."""
@@ -128,5 +129,5 @@ class ParallelModules:
         if unknown:
             raise RuntimeError(
                 "FSDP may have whole copies of parameters from the last forward, which have to be dropped when "
-                "averages are swapped in and out: pass module= (the model that FSDP has wrapped) to ShardedASGD"
+                "averages are swapped in and out: pass module= (the model that FSDP has wrapped) to " + self._owner
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import numbers
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,31 +66,58 @@ class Uniform(Average):
         return 1 / n
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EMA(Average):
     """The exponential moving average: each new iterate multiplies the weights of those before it by ``decay``.
+
+    Exactly one of ``decay``, ``half_life`` and ``half_life_fraction`` is given.
 
     Args:
         decay: in (0, 1).
         warmup: whether the weights of the iterates so far are scaled to add up to 1, so that the first iterate counts
             no more than later ones. The effective decay then grows from 0 to ``decay``, as by Adam's bias correction
             (Kingma and Ba, 2015). Without warmup, the first iterate has the weight of all iterates before it as well.
+        half_life: the number of steps, > 0, after which an iterate counts half as much: ``decay`` is
+            ``2 ** (-every / half_life)``.
+        half_life_fraction: the half-life as a fraction, > 0, of the iterates so far, so that it grows with the run:
+            the decay of iterate n is ``2 ** (-1 / (half_life_fraction * n))``, as in torchtitan. It needs no warmup.
     """
 
-    decay: float
+    decay: float | None = None
     warmup: bool = True
+    half_life: InitVar[float | None] = None
+    half_life_fraction: float | None = field(default=None, kw_only=True)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, half_life: float | None) -> None:  # type: ignore[override]
         super().__post_init__()
-        _in_range(self, "decay", 0, 1, "in (0, 1)")
-        if self.decay == 1:
-            raise ValueError("decay must be a number in (0, 1), got 1")
+        given = {"decay": self.decay, "half_life": half_life, "half_life_fraction": self.half_life_fraction}
+        if len(named := [name for name, value in given.items() if value is not None]) != 1:
+            found = " and ".join(named) or "none of them"
+            raise ValueError(f"EMA takes one of decay, half_life and half_life_fraction, got {found}")
         if not isinstance(self.warmup, bool):
             raise TypeError(f"warmup must be True or False, got {self.warmup!r}")
+        if self.half_life_fraction is not None:
+            _in_range(self, "half_life_fraction", 0, math.inf, "> 0 and finite")
+            if not self.warmup:
+                raise ValueError("warmup=False with half_life_fraction: its decay grows from 0 by itself. Leave it out")
+            return
+        if half_life is not None:
+            object.__setattr__(self, "decay", 2.0 ** (-self.every / _number("half_life", half_life)))
+        _in_range(self, "decay", 0, 1, "in (0, 1)")
+        if self.decay == 1:
+            raise ValueError(f"decay must be a number in (0, 1), got 1{' from half_life' * (half_life is not None)}")
+
+    def __repr__(self) -> str:  # written into checkpoints, so that it stays as it was before half_life_fraction
+        if self.half_life_fraction is not None:
+            return f"EMA(every={self.every!r}, half_life_fraction={self.half_life_fraction!r})"
+        return f"EMA(every={self.every!r}, decay={self.decay!r}, warmup={self.warmup!r})"
 
     def weight(self, n: float) -> float:
-        whole = -math.expm1(n * math.log(self.decay)) if self.warmup else 1.0
-        return min(1.0, (1 - self.decay) / whole)
+        if self.half_life_fraction is not None:
+            return -math.expm1(-math.log(2) / (self.half_life_fraction * n))
+        decay = float(self.decay or 0)
+        whole = -math.expm1(n * math.log(decay)) if self.warmup else 1.0
+        return min(1.0, (1 - decay) / whole)
 
 
 @dataclass(frozen=True)
@@ -142,6 +169,43 @@ class Tail(Average):
 
     def weight(self, n: float) -> float:
         return 1 / n
+
+
+@dataclass(frozen=True)
+class TwoTailed(Average):
+    """Two uniform averages, of a short and of a long tail of the iterates, of which evaluation losses tell the better.
+
+    For ``ShardedAverages`` only. At each evaluation both are evaluated, and ``compare_tails`` is told the losses. Where
+    the short tail is at least as good, the long one becomes it and the short one begins anew. So neither the start of
+    averaging nor a decay has to be chosen. Melis, "Two-tailed averaging: anytime, adaptive, once-in-a-while optimal
+    weight averaging for better generalization", arXiv 2209.12581.
+    """
+
+    def weight(self, n: float) -> float:
+        return 1 / n
+
+    @property
+    def tails(self) -> dict[str, Average]:
+        """The two averages by name."""
+        return {"short": _ShortTail(every=self.every), "long": _LongTail(every=self.every)}
+
+
+@dataclass(frozen=True)
+class _ShortTail(Uniform):
+    """The average of ``TwoTailed`` that begins anew whenever it is at least as good as the other."""
+
+
+@dataclass(frozen=True)
+class _LongTail(Uniform):
+    """The average of ``TwoTailed`` that becomes the short one whenever that is at least as good."""
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 < float(value) < math.inf:
+        raise ValueError(f"{name} must be a number > 0 and finite, got {value!r}")
+    return float(value)
 
 
 def _at_least_1(name: str, value: object) -> None:

@@ -6,9 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dist_asgd.averages.kinds import Average, Tail, Uniform
+from dist_asgd.averages.kinds import Average, Tail, TwoTailed, Uniform
 
 TORCHS = repr(Uniform())  # the text of torch.optim.ASGD's average
+
+
+PROGRESS = "progress"  # key of the counts in the state dict of ``ShardedAverages``, beside those of the averages
 
 
 FIRST = "average"  # the name of the first average if it was given none
@@ -35,6 +38,13 @@ def named_averages(average: object) -> dict[str, Average]:
     """
     if average is None:
         average = Uniform()
+    if isinstance(average, TwoTailed) or (
+        isinstance(average, Mapping) and any(isinstance(kind, TwoTailed) for kind in average.values())
+    ):
+        raise ValueError(
+            "TwoTailed needs the losses of evaluations, which an optimizer is not told: pass it to ShardedAverages as "
+            "its only average, and tell compare_tails() the losses"
+        )
     averages: dict[Any, Any] = dict(average) if isinstance(average, Mapping) else {FIRST: average}
     if not averages:
         raise ValueError("average is an empty mapping: name at least one, or pass None for torch's")
@@ -55,6 +65,27 @@ def named_averages(average: object) -> dict[str, Average]:
     return averages
 
 
+def beside_optimizer(average: object) -> dict[str, Average]:
+    """Returns the averages that the ``average`` argument of ``ShardedAverages`` means, by name.
+
+    Args:
+        average: an ``Average``, or a mapping of names to averages. ``TwoTailed`` alone is its two tails.
+
+    Raises:
+        TypeError, ValueError: as ``named_averages``; a name is ``PROGRESS``.
+    """
+    if isinstance(average, TwoTailed):
+        return average.tails
+    if isinstance(average, Mapping) and any(isinstance(kind, TwoTailed) for kind in average.values()):
+        raise ValueError("TwoTailed is two averages by itself, 'short' and 'long': pass it alone, not in a mapping")
+    if average is None:
+        raise TypeError("average must be an average (dist_asgd.EMA(0.999), ...) or a mapping of names to averages")
+    averages = named_averages(average)
+    if PROGRESS in averages:
+        raise ValueError(f"an average cannot have the name {PROGRESS!r}, under which the state dict has its counts")
+    return averages
+
+
 def by_suffix(averages: Mapping[str, Average]) -> dict[str, Average]:
     """Returns the averages by the suffix of ``ax`` and ``mu`` in the state: "" for the first, "_name" for others."""
     return {f"_{name}" if number else "": kind for number, (name, kind) in enumerate(averages.items())}
@@ -66,7 +97,7 @@ def suffix_of(averages: Mapping[str, Average], name: object) -> str:
     Raises ``ValueError`` if there is no average of that name.
     """
     if name is not None and name not in averages:
-        raise ValueError(f"there is no average {name!r}; this optimizer has {', '.join(map(repr, averages))}")
+        raise ValueError(f"there is no average {name!r}; there are {', '.join(map(repr, averages))}")
     return "" if name in (None, next(iter(averages))) else f"_{name}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -58,11 +58,7 @@ class NonMonotonicTrigger:
             ValueError: on every rank, if the loss of any rank is NaN or -inf; nothing changes.
             TypeError: on every rank, if the loss of any rank is no number; nothing changes.
         """
-        with self._agreement.together("NonMonotonicTrigger.step()"):
-            own = _number(loss)
-        losses = self._agreement.gather(own)
-        # The mean of equal losses is that loss; dividing their sum could round to another number.
-        mean = own if losses.count(own) == len(losses) else math.fsum(losses) / len(losses)
+        (mean,) = agreed_losses(self._agreement, "NonMonotonicTrigger.step()", [loss])
         older = self._losses[: max(0, len(self._losses) - self.n)]
         worse = not self.triggered and mean > min(older, default=math.inf)
         self._losses.append(mean)
@@ -85,6 +81,26 @@ class NonMonotonicTrigger:
         if not isinstance(state_dict["triggered"], bool):
             raise TypeError(f"triggered must be True or False, got {state_dict['triggered']!r}")
         self._losses, self.triggered = list(map(_number, state_dict["losses"])), state_dict["triggered"]
+
+
+def agreed_losses(agreement: Agreement, operation: str, losses: Sequence[object]) -> list[float]:
+    """Returns the mean over the ranks of each loss, by which every rank decides alike. Collective.
+
+    Args:
+        agreement: among the ranks.
+        operation: the user's call, for errors.
+        losses: this rank's.
+
+    Raises:
+        ValueError, TypeError: on every rank, if a loss of any rank is NaN, -inf or no number.
+    """
+    with agreement.together(operation):
+        own = list(map(_number, losses))
+    # The mean of equal losses is that loss; dividing their sum could round to another number.
+    return [
+        of_ranks[0] if of_ranks.count(of_ranks[0]) == len(of_ranks) else math.fsum(of_ranks) / len(of_ranks)
+        for of_ranks in zip(*agreement.gather(own), strict=True)
+    ]
 
 
 def _number(loss: Any) -> float:

@@ -1,4 +1,4 @@
-"""``Bucket``, the interface of all buckets, and the options that they are built with."""
+"""``ParameterBucket`` and ``Bucket``, the interfaces of all buckets, and the options that they are built with."""
 
 from __future__ import annotations
 
@@ -38,19 +38,18 @@ PATIENCE = 5.0
 _version = operator.attrgetter("_version")  # how often torch has counted a write to a tensor
 
 
-@dataclass(frozen=True, slots=True)
-class BucketOptions:
-    """The options that all buckets of one optimizer share.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardingOptions:
+    """The options that all buckets of one optimizer, or of one ``ShardedAverages``, share.
 
     Attributes:
-        rank: this rank among the ranks of the optimizer.
-        world_size: the number of ranks of the optimizer.
-        groups: the process groups of the optimizer; None for one rank.
-        group: the one of all ranks of the optimizer; None for one rank.
+        rank: this rank among the ranks that share the state.
+        world_size: the number of these ranks.
+        groups: the process groups of these ranks; None for one rank.
+        group: the group of all these ranks; None for one rank.
         precision: dtypes of averages, masters and messages.
         averages: the kinds of average by name; the first is saved as ``ax``.
         bucket_bytes: bytes of parameters after which a bucket is closed.
-        gradient_sync: by which gradients reach the optimizer.
     """
 
     rank: int
@@ -60,7 +59,6 @@ class BucketOptions:
     precision: Precision
     averages: Mapping[str, Average]
     bucket_bytes: int
-    gradient_sync: GradientSync
     collectives_by_type: dict[str, Collectives] = field(default_factory=dict, init=False)  # by device type
 
     def collectives(self, device: torch.device) -> Collectives | None:
@@ -76,8 +74,19 @@ class BucketOptions:
         return self.collectives_by_type[device.type]
 
 
-class Bucket(ABC):
-    """Parameters of one param group, dtype and device that are updated together, and this rank's shard of them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketOptions(ShardingOptions):
+    """The options that all buckets of one optimizer share.
+
+    Attributes:
+        gradient_sync: by which gradients reach the optimizer.
+    """
+
+    gradient_sync: GradientSync
+
+
+class ParameterBucket(ABC):
+    """Parameters of one dtype and device whose state is kept together, and this rank's shard of them.
 
     Args:
         named: the parameters with their names, which are for messages.
@@ -90,35 +99,20 @@ class Bucket(ABC):
         options: the options that all buckets share.
 
     Attributes:
-        reduces: whether the bucket averages gradients over ranks. Otherwise gradients arrive averaged.
-        agrees_before_step: whether ranks must agree before each step, so that none waits for a rank with an error.
-        always_gathers: whether a step has an all-gather also where no parameter of the bucket takes the step.
-        may_gather_late: whether ``step()`` may return before the all-gather of the parameters is complete.
-        always_registered: whether the parameters are registered in modules at all times. FSDP registers others during
-            forward and backward.
-        whole_gradients: whether ``p.grad`` is the whole averaged gradient of a parameter, on every rank.
         presharded: whether parameters are slices that FSDP1 or the user has made, so that a rank may have no element
             of a parameter, and no gradient.
         copy_ranks: the ranks that hold copies of the blocks of the parameters, this rank included; empty if no other
-            does. Where they share optimizer state, a step would mix copies that differ.
-        compared_ranks: ranks whose gradients must be equal though no collective of the optimizer makes them so: with
-            ``gradients="reduced"``, and for replicas on other meshes. Empty if there are none.
-            ``step/gradient_check.py`` compares them.
+            does. Where they share state, it would be of copies that differ.
+        built: what users have built of which the bucket is a part, in words, for messages.
         params, names: the parameters and their names, in the order of ``layout.spans``.
         positions: the position of each parameter in ``params``, by ``id``.
         wire: the dtype in which parameters are sent.
         shard: the shard that this rank owns, with its optimizer state.
     """
 
-    reduces = False
-    agrees_before_step = False
-    always_gathers = False
-    may_gather_late = False
-    always_registered = False
-    whole_gradients = False
     presharded = False
     copy_ranks: Sequence[int] = ()
-    compared_ranks: Sequence[int] = ()
+    built = "the optimizer was built"
 
     def __init__(
         self,
@@ -128,7 +122,7 @@ class Bucket(ABC):
         parameters: ShardParameters,
         rank: int,
         collectives: Collectives | None,
-        options: BucketOptions,
+        options: ShardingOptions,
     ) -> None:
         self.params, self.names, self.layout = tuple(named), tuple(named.values()), layout
         self.positions = {id(param): position for position, param in enumerate(self.params)}
@@ -175,7 +169,7 @@ class Bucket(ABC):
     def _writes(self) -> int:
         return sum(map(_version, self.params))
 
-    # Checks of a step ------------------------------------------------------------------------------------------------
+    # Memory of parameters --------------------------------------------------------------------------------------------
 
     @abstractmethod
     def check_parameters(self, *, leaves_shared: bool = False) -> None:
@@ -187,6 +181,43 @@ class Bucket(ABC):
             leaves_shared: whether a parameter may leave shared memory that it was moved to; otherwise that is a
                 ``RuntimeError`` where the parameter would have to leave it.
         """
+
+    @abstractmethod
+    def start_gather(self, exact: bool = False) -> None:
+        """Starts an all-gather of the changed shards, which completes the parameters on every rank. Collective.
+
+        Args:
+            exact: whether to send the dtype of the parameters also where a step rounds and sends a narrower one.
+        """
+
+    @abstractmethod
+    def wait(self, seconds: float | None = None) -> None:
+        """Waits until the parameters are complete, at most ``seconds``. A later call continues an interrupted wait."""
+
+
+class Bucket(ParameterBucket):
+    """Parameters of one param group, dtype and device that a step updates together, and this rank's shard of them.
+
+    Attributes:
+        reduces: whether the bucket averages gradients over ranks. Otherwise gradients arrive averaged.
+        agrees_before_step: whether ranks must agree before each step, so that none waits for a rank with an error.
+        always_gathers: whether a step has an all-gather also where no parameter of the bucket takes the step.
+        may_gather_late: whether ``step()`` may return before the all-gather of the parameters is complete.
+        always_registered: whether the parameters are registered in modules at all times. FSDP registers others during
+            forward and backward.
+        whole_gradients: whether ``p.grad`` is the whole averaged gradient of a parameter, on every rank.
+        compared_ranks: ranks whose gradients must be equal though no collective of the optimizer makes them so: with
+            ``gradients="reduced"``, and for replicas on other meshes. Empty if there are none.
+            ``step/gradient_check.py`` compares them.
+    """
+
+    reduces = False
+    agrees_before_step = False
+    always_gathers = False
+    may_gather_late = False
+    always_registered = False
+    whole_gradients = False
+    compared_ranks: Sequence[int] = ()
 
     @abstractmethod
     def check_gradients(self) -> list[bool]:
@@ -203,14 +234,14 @@ class Bucket(ABC):
         """
         return False
 
-    def release_gradients(self) -> None:  # noqa: B027  # most buckets hold nothing
+    def release_gradients(self) -> None:  # most buckets hold nothing
         """Drops the gradients that ``find_gradients()`` holds, where no step follows."""
 
     def has_misplaced(self) -> list[bool]:
         """Returns for each parameter whether ``place_gradients()`` has to redistribute its gradient."""
         return [False] * len(self.params)
 
-    def place_gradients(self) -> None:  # noqa: B027  # only DTensors need it
+    def place_gradients(self) -> None:  # only DTensors need it
         """Redistributes gradients to the placements of their parameters. Collective where ``has_misplaced()``."""
 
     @abstractmethod
@@ -231,32 +262,22 @@ class Bucket(ABC):
             scaling: the scale of the gradients, from GradScaler; only where scalars are on the device.
         """
 
-    @abstractmethod
-    def start_gather(self, exact: bool = False) -> None:
-        """Starts an all-gather of the changed shards, which completes the parameters on every rank. Collective.
-
-        Args:
-            exact: whether to send the dtype of the parameters also where a step rounds and sends a narrower one.
-        """
-
-    @abstractmethod
-    def wait(self, seconds: float | None = None) -> None:
-        """Waits until the parameters are complete, at most ``seconds``. A later call continues an interrupted wait."""
-
 
 def describe(tensor: Tensor) -> str:
     """Returns dtype, device and shape of ``tensor`` in words, for messages."""
     return f"{tensor.dtype} on {tensor.device} of shape {tuple(tensor.shape)}"
 
 
-def require_same(name: str, found: Tensor, dtype: torch.dtype, device: torch.device, shape: Sequence[int]) -> None:
-    """Raises ``RuntimeError`` where parameter ``name`` has another dtype, device or shape than at construction."""
+def require_same(
+    name: str, found: Tensor, dtype: torch.dtype, device: torch.device, shape: Sequence[int], built: str = Bucket.built
+) -> None:
+    """Raises ``RuntimeError`` where parameter ``name`` has another dtype, device or shape than when ``built``."""
     expected = f"{dtype} on {device} of shape {tuple(shape)}"
     if describe(found) != expected:
         raise RuntimeError(
-            f"parameter {name!r} has become {describe(found)}; the optimizer was built for {expected}. "
+            f"parameter {name!r} has become {describe(found)}; {built} for {expected}. "
             "Convert and shard the model (model.to(...), fully_shard(...)) before the optimizer's first step, or build "
-            "it again"
+            "again what was built for it"
         )
 
 

@@ -10,7 +10,6 @@ updates the pieces of parameters in it. One all-gather among these ranks distrib
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,23 +21,20 @@ from torch.distributed.tensor import DTensor
 
 from dist_asgd._torch_private import local_tensor
 from dist_asgd.asgd.schedule import Hyperparameters, Scaling
-from dist_asgd.buckets.base import MAX_IN_FLIGHT, PATIENCE, Bucket, BucketOptions, describe, require_dense, require_same
+from dist_asgd.buckets.base import Bucket, BucketOptions, describe, require_dense
 from dist_asgd.buckets.gradient_tensors import PlacedGradient
 from dist_asgd.buckets.hooks import register_hook, remove_hooks
+from dist_asgd.buckets.in_place import InPlaceBucket
 from dist_asgd.buckets.local_tensors import gradient_is_placed, local_gradient, place_gradient
-from dist_asgd.buckets.packing import Batch, Batches, Packer
 from dist_asgd.buckets.replicas import ReplicaGroup, mesh_layout_of
-from dist_asgd.comm.collectives import Transfer
 from dist_asgd.kernels.dispatch import FlatSlice, PartsSlice, UpdateSlice
 from dist_asgd.kernels.scan import LayoutScan
-from dist_asgd.kernels.tensor_list import Gradients, as_real
-from dist_asgd.sharding.layout import BucketLayout, Piece
-from dist_asgd.sharding.placement import Placement
+from dist_asgd.kernels.tensor_list import Gradients
+from dist_asgd.sharding.layout import BucketLayout
 from dist_asgd.sharding.scalar_runs import Run
-from dist_asgd.sharding.shard_views import PlacedParameters, local_of
 
 
-class PlacedBucket(Bucket):
+class PlacedBucket(InPlaceBucket, Bucket):
     """A bucket of parameters that are sharded already and keep their memory.
 
     Args:
@@ -55,60 +51,24 @@ class PlacedBucket(Bucket):
         layout: BucketLayout,
         options: BucketOptions,
         replica_group: ReplicaGroup | None,
-        in_flight: deque[PlacedBucket],
+        in_flight: deque[InPlaceBucket],
     ) -> None:
-        params = tuple(named)
-        placements = [Placement.of(param) for param in params]
-        collectives = None if replica_group is None else replica_group.collectives(params[0].device)
-        rank = 0 if collectives is None or replica_group is None else replica_group.ranks.index(options.rank)
-        self._parameters = PlacedParameters(params, layout, placements, rank)
-        super().__init__(named, layout, placements, self._parameters, rank, collectives, options)
+        super().__init__(named, layout, options, replica_group, in_flight)
         self.group, self.gradient_sync = options.group, options.gradient_sync
         self.compared_ranks = () if replica_group is None else replica_group.compared_ranks
-        self.presharded = replica_group is None
         # Norms count each block once: where replicas keep whole states, the first one reports its gradients.
-        self._reports_norm = replica_group is None or collectives is not None or replica_group.ranks[0] == options.rank
-        self._mesh_layout = mesh_layout_of(params[0]) if isinstance(params[0], DTensor) else None
-        shapes, strides = [placement.shape for placement in placements], [placement.strides for placement in placements]
+        self._reports_norm = (
+            replica_group is None or self.collectives is not None or replica_group.ranks[0] == options.rank
+        )
+        first = self.params[0]
+        self._mesh_layout = mesh_layout_of(first) if isinstance(first, DTensor) else None
+        shapes, strides = zip(*((placement.shape, placement.strides) for placement in self.placements), strict=True)
         self._scan = LayoutScan.of(shapes, strides, self._parameters.flats[0])
         self._scanned: Gradients | None = None  # between check_gradients() and update()
-        self._addresses = [flat.data_ptr() for flat in self._parameters.flats]
-        self._packer = Packer(layout, placements, self._parameters.flats[0])
-        fuses = self.shard.fuses and all(type(flat) is Tensor for flat in self._parameters.flats)
-        own = self._parameters.view_of if fuses else None
-        self._batches = Batches(self._parameters.pieces, layout, self.device, own)
-        spans = [(position, span) for position, span in enumerate(layout.spans) if span.numel]
-        if self.collectives is not None:
-            self._whole = Batch.of([Piece(position, 0, span.numel, span.start) for position, span in spans])
         self.always_gathers = self.agrees_before_step = self.collectives is not None
-        self.copy_ranks = () if replica_group is None or len(replica_group.ranks) == 1 else replica_group.ranks
-        self._received: Tensor | None = None  # 1-D, the whole bucket in wire dtype, during the all-gather
-        self._gather: Transfer | None = None
-        self._in_flight = in_flight
-        hooked = () if self.presharded else params
+        hooked = () if self.presharded else self.params
         hooks = [register_hook(param, self.gradient_ready, position) for position, param in enumerate(hooked)]
         weakref.finalize(self, remove_hooks, hooks)
-
-    def check_parameters(self, *, leaves_shared: bool = False) -> None:
-        found: list[Tensor] = list(map(local_of if self.presharded else local_tensor, self.params))  # type: ignore[arg-type]
-        if all(map(operator.is_, found, self._parameters.local)):
-            return
-        if list(map(Tensor.data_ptr, found)) == self._addresses:
-            return
-        for position, (name, local) in enumerate(zip(self.names, found, strict=True)):
-            placement = self.placements[position]
-            if self.presharded and local.shape != placement.shape and local.numel() >= placement.numel:
-                raise RuntimeError(
-                    f"parameter {name!r} has shape {tuple(local.shape)} now and was a slice of shape {placement.shape} "
-                    "when the optimizer was built. FSDP has put it together, as for a forward or by "
-                    "summon_full_params(): leave that first"
-                )
-            require_same(name, local, self.dtype, self.device, placement.shape)
-            self._parameters.local[position] = local
-            self._parameters.flats[position] = placement.flatten(local)
-            self._addresses[position] = local.data_ptr()
-            self._batches.clear()
-            self._known_writes -= 1  # the new memory may have other values
 
     # Gradients -------------------------------------------------------------------------------------------------------
 
@@ -221,29 +181,3 @@ class PlacedBucket(Bucket):
             yield FlatSlice(batch.start, param, self._packer.join(batch, grads))
             if batch.gathered:  # the caller has updated ``param`` before it asks for the next part
                 self._packer.split(batch, param, flats)
-
-    @torch.no_grad()
-    def start_gather(self, exact: bool = False) -> None:
-        self._count_own_write()
-        if self.collectives is None:
-            return
-        if len(self._in_flight) == MAX_IN_FLIGHT:  # PATIENCE allows one more if a rank does not come
-            self._in_flight[0].wait(PATIENCE)
-        received = torch.empty(self.layout.numel, dtype=self.dtype if exact else self.wire, device=self.device)
-        own = received[self.shard.start : self.shard.stop]
-        own.copy_(self._parameters.read())
-        self._gather = self.collectives.start_gather(as_real(received), as_real(own))
-        self._received = received
-        self._in_flight.append(self)
-
-    @torch.no_grad()
-    def wait(self, seconds: float | None = None) -> None:
-        if self._gather is None or not (seconds is None or self._gather.completes_within(seconds)):
-            return
-        self._gather.wait()
-        if self._received is not None:
-            flats = [self._parameters.flats[position] for position in self._whole.positions]
-            values = self._received[self._whole.start : self._whole.stop].to(self.dtype)
-            self._packer.split(self._whole, values, flats)
-        self._in_flight.remove(self)
-        self._gather = self._received = None

@@ -34,8 +34,9 @@ from dist_asgd.asgd.schedule import (
     next_scalars,
 )
 from dist_asgd.averages.kinds import Average
+from dist_asgd.kernels.averaging import move_averages_
 from dist_asgd.kernels.dispatch import PASS_BYTES, UpdateSlice, advance_, can_fuse
-from dist_asgd.kernels.tensor_list import as_real
+from dist_asgd.kernels.tensor_list import TensorList, as_real
 from dist_asgd.sharding.layout import BucketLayout, Piece
 from dist_asgd.sharding.placement import Placement
 from dist_asgd.sharding.precision import Precision
@@ -43,6 +44,8 @@ from dist_asgd.sharding.saved_state import check_state
 from dist_asgd.sharding.scalar_runs import Run, merge_runs, select_runs
 from dist_asgd.sharding.shard_views import FlatParameters, ShardParameters
 from dist_asgd.sharding.sharded_state import StatePiece
+
+Following = Callable[[int], Scalars]  # the scalars after a number of steps
 
 
 class Shard:
@@ -119,10 +122,55 @@ class Shard:
         self._make_master()
         self._copy_lent()
         self._drop_unwritten()
-        runs = []
-        for run, is_active in select_runs(self.runs, active):
-            runs.append(self._step(run, h, slices, scaling) if is_active else run)
-        for number, suffix in enumerate(() if self._capturable or active is not None else self.averages):
+        runs = [
+            self._step(run, h, slices, scaling) if is_active else run
+            for run, is_active in select_runs(self.runs, active)
+        ]
+        self._take_runs(runs, drop_ended=active is None)
+
+    def take_iterate(
+        self,
+        following: Following,
+        active: Sequence[bool] | None,
+        parts: Callable[[Run], Iterable[tuple[slice, TensorList]]],
+    ) -> None:
+        """Counts one step in which something else has updated the parameters, and moves the averages to them.
+
+        Args:
+            following: returns the scalars after a number of steps of this method.
+            active: one flag for each parameter of the bucket, whether it takes the step; None if all do.
+            parts: returns the parameters of a run where they lie, with their places in the shard.
+        """
+        self._copy_lent()
+        self._drop_unwritten()
+        runs = [
+            self._average(run, following, parts(run)) if is_active else run
+            for run, is_active in select_runs(self.runs, active)
+        ]
+        self._take_runs(runs, drop_ended=active is None)
+
+    def _average(self, run: Run, following: Following, parts: Iterable[tuple[slice, TensorList]]) -> Run:
+        known = run.scalars.read()
+        pairs = zip(self.averages.values(), known.mus, strict=True)
+        moving = [(average, mu) for average, mu in pairs if average is not None and mu != 0]
+        for where, tensors in parts if moving else ():
+            move_averages_(tensors, [as_real(average[where]) for average, _ in moving], [mu for _, mu in moving])
+        return self._advance(run, following(known.step + 1))
+
+    def promote_average(self, source: str, target: str, following: Following) -> None:
+        """Lets the average ``source`` take the place of ``target`` and begin anew.
+
+        Args:
+            source, target: suffixes of averages.
+            following: returns the scalars after a number of steps of ``take_iterate``.
+        """
+        self._copy_lent()
+        self.averages[target], self.averages[source] = self.averages[source], None
+        self._set_runs([replace(run, scalars=following(run.scalars.read().step)) for run in self.runs])
+
+    def _take_runs(self, runs: Sequence[Run], *, drop_ended: bool) -> None:
+        """Sets the runs after a step. ``drop_ended`` says whether averages that no run has are dropped."""
+        for number, suffix in enumerate(self.averages if drop_ended and not self._capturable else ()):
             if not _has_begun([*self.runs, *runs], number):
                 self.averages[suffix] = None  # every parameter is its own average again
         self.runs = merge_runs(runs)
@@ -147,7 +195,10 @@ class Shard:
         known = current_scalars(h, run.scalars)
         self._update(known, h, slices(run))
         self._update_further(run, known)
-        following = next_scalars(h, known.step + 1, self._kinds)
+        return self._advance(run, next_scalars(h, known.step + 1, self._kinds))
+
+    def _advance(self, run: Run, following: Scalars) -> Run:
+        """Returns ``run`` with the scalars ``following`` a step, and makes the averages that begin after it."""
         for suffix, mu in zip(self.averages, following.mus, strict=True):
             if mu != 1 and self.averages[suffix] is None:
                 # Copied now, not in the next step, so that values written to parameters in between are no part of it.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dist_asgd.asgd.schedule import Hyperparameters
@@ -36,18 +37,31 @@ def argument_facts(arguments: Mapping[str, object], groups: Groups, first: int) 
     facts = [(name, repr(value)) for name, value in arguments.items()]
     for number, group in enumerate(groups[first:], start=first):
         facts += [*option_facts(Hyperparameters.of(group), number), (f"average of group {number}", average_of(group))]
-        layouts = list(dict.fromkeys(mesh_layout_of(param) for param in group["params"] if isinstance(param, DTensor)))
-        for name, param in zip(parameter_names(group, number), group["params"], strict=True):
-            kind = f"{param.dtype} on {param.device.type}"
-            if isinstance(param, DTensor):
-                mesh, placements = mesh_layout_of(param)
-                where = f"a mesh {tuple(mesh.shape)} {mesh.mesh_dim_names} (number {layouts.index((mesh, placements))})"
-                kind += f" as a DTensor of shape {tuple(param.shape)} with {placements} on {where}"
-            elif is_placed(param, str(arguments["gradients"])):
-                kind += " as a slice"
-            else:
-                kind += f" of shape {tuple(param.shape)} and strides {param.stride()}"
-            facts.append((f"parameter {name!r}", f"{kind}, {'trained' if param.requires_grad else 'frozen'}"))
+        named = list(zip(parameter_names(group, number), group["params"], strict=True))
+        facts += parameter_facts(named, str(arguments["gradients"]))
+    return facts
+
+
+def parameter_facts(named: Sequence[tuple[str, Tensor]], gradients: str) -> Facts:
+    """Returns what must be equal on every rank of parameters that share buckets.
+
+    Args:
+        named: names and parameters.
+        gradients: the optimizer's option, "local", "reduced" or "sharded".
+    """
+    facts = []
+    layouts = list(dict.fromkeys(mesh_layout_of(param) for _, param in named if isinstance(param, DTensor)))
+    for name, param in named:
+        kind = f"{param.dtype} on {param.device.type}"
+        if isinstance(param, DTensor):
+            mesh, placements = mesh_layout_of(param)
+            where = f"a mesh {tuple(mesh.shape)} {mesh.mesh_dim_names} (number {layouts.index((mesh, placements))})"
+            kind += f" as a DTensor of shape {tuple(param.shape)} with {placements} on {where}"
+        elif is_placed(param, gradients):
+            kind += " as a slice"
+        else:
+            kind += f" of shape {tuple(param.shape)} and strides {param.stride()}"
+        facts.append((f"parameter {name!r}", f"{kind}, {'trained' if param.requires_grad else 'frozen'}"))
     return facts
 
 

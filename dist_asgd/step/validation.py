@@ -93,16 +93,26 @@ def check_last_group(groups: Groups, ranks: Sequence[int]) -> None:
     h = Hyperparameters.of(groups[-1])
     if h.device_lr is not None:
         replace(h, lr=h.device_lr.item())  # steps leave its value on the device, so it is validated only here
-    number = len(groups) - 1
+    names = parameter_names(groups[-1], len(groups) - 1)
+    check_parameters(zip(names, groups[-1]["params"], strict=True), ranks)
+    _check_memory(groups)
+
+
+def check_parameters(named: Iterable[tuple[str, Tensor]], ranks: Sequence[int]) -> None:
+    """Raises ``ValueError``, naming it, for a parameter that has no values, or whose state cannot be sharded.
+
+    Args:
+        named: names and parameters.
+        ranks: the ranks that share state, numbered as in the default process group.
+    """
     reaches: dict[DeviceMesh, bool] = {}  # once a mesh, because it looks at every rank of the mesh
-    for name, param in zip(parameter_names(groups[-1], number), groups[-1]["params"], strict=True):
+    for name, param in named:
         _check_parameter(name, param)
         if isinstance(param, DTensor):
             mesh = param.device_mesh
             if mesh not in reaches:
                 reaches[mesh] = set(mesh_ranks(mesh)) <= set(ranks) and mesh.get_coordinate() is not None
             _check_dtensor(name, param, ranks, reaches[mesh])
-    _check_memory(groups)
 
 
 def _check_implementation(group: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dist_asgd.buckets.base import Bucket
+from dist_asgd.buckets.base import ParameterBucket
 from dist_asgd.comm.consensus import Agreement, fingerprint
 from dist_asgd.comm.digests import digests
 from dist_asgd.sharding.shard_views import local_of
@@ -18,7 +18,9 @@ from dist_asgd.step.validation import some_of
 Digests = dict[str, tuple[int, int]]
 
 
-def require_same_values(agreement: Agreement, buckets: Sequence[Bucket], *, written_only: bool) -> None:
+def require_same_values(
+    agreement: Agreement, buckets: Sequence[ParameterBucket], *, written_only: bool, use: str = "a step"
+) -> None:
     """Raises ``RuntimeError`` on every rank, naming parameters, where copies differ between ranks. Collective.
 
     Waits for the devices of the parameters, and reads every parameter that it compares once.
@@ -27,6 +29,7 @@ def require_same_values(agreement: Agreement, buckets: Sequence[Bucket], *, writ
         agreement: exchanges among the ranks of the optimizer.
         buckets: all buckets of the optimizer.
         written_only: whether to compare only buckets to which some rank has written.
+        use: what would mix copies that differ, for the message.
     """
     shared = {bucket.names[0]: bucket for bucket in buckets if bucket.copy_ranks}
     if written_only:
@@ -40,12 +43,12 @@ def require_same_values(agreement: Agreement, buckets: Sequence[Bucket], *, writ
     found = {name: (bucket.copy_ranks[0], bucket.digest()) for name, bucket in shared.items()}
     different = set(_differences(agreement.gather(found)))
     if different:
-        _raise_different(agreement, [bucket for name, bucket in shared.items() if name in different])
+        _raise_different(agreement, [bucket for name, bucket in shared.items() if name in different], use)
     for bucket in shared.values():
         bucket.note_equal_values()
 
 
-def _all_wrote_alike(agreement: Agreement, written: Sequence[Bucket]) -> bool:
+def _all_wrote_alike(agreement: Agreement, written: Sequence[ParameterBucket]) -> bool:
     """Whether every rank has written to the same buckets and they are equal now, found by one exchange. Collective."""
     for bucket in written:
         bucket.wait()
@@ -57,7 +60,7 @@ def _all_wrote_alike(agreement: Agreement, written: Sequence[Bucket]) -> bool:
     return high == -minus_low
 
 
-def _raise_different(agreement: Agreement, buckets: Sequence[Bucket]) -> None:
+def _raise_different(agreement: Agreement, buckets: Sequence[ParameterBucket], use: str) -> None:
     """Raises the error, which names the parameters of ``buckets`` that differ. Collective."""
     own: Digests = {}
     for bucket in buckets:
@@ -66,7 +69,7 @@ def _raise_different(agreement: Agreement, buckets: Sequence[Bucket]) -> None:
     different = _differences(agreement.gather(own))
     first, other = next(iter(different.values()))
     raise RuntimeError(
-        f"ranks {first} and {other} have different values of parameter {some_of(list(different))}, and a step would "
+        f"ranks {first} and {other} have different values of parameter {some_of(list(different))}, and {use} would "
         "mix them. Either it was written on some ranks only since the optimizer was built, as by load_state_dict() "
         "under `if rank == 0:`, or ranks began with different values, which only gradients='local' and "
         "DistributedDataParallel make equal. Write the same values on every rank"

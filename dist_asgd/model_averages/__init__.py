@@ -1,0 +1,1 @@
+"""The parts of ``ShardedAverages``: whose steps it follows, when averages begin, buffers, state dicts, copies."""
