@@ -393,6 +393,10 @@ class ShardedAverages:
         self._timings, self._has_compared = timings, bool(loaded.progress["compared"])
         self._buffers.load(loaded.buffers, int(loaded.progress["buffers"]))
 
+    def is_buffer(self, path: Sequence[str | int]) -> bool:
+        """Returns whether the entry at ``path`` of ``state_dict()`` is a buffer; ``Checkpointer`` saves rank 0's."""
+        return len(path) == 2 and path[0] in self._kinds and path[1] in self._buffers.names
+
     def steps_taken(self) -> tuple[tuple[int, ...], int]:
         """Returns the global ranks of the averages, and a fingerprint of the updates that this rank has taken.
 

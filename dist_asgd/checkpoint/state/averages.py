@@ -1,7 +1,9 @@
-"""Finds the averages of parameters that a checkpoint's optimizers have, by the keys and values of its entries.
+"""Finds the averages of parameters that a checkpoint has, by the keys and values of its entries.
 
 An optimizer has the average of a parameter as ``<optimizer>.state.<parameter>.ax``. Further averages, of an optimizer
 that keeps several, are ``ax_<name>``; the name of the first is in the text of ``param_groups.0.average``.
+
+``ShardedAverages`` has it as ``<averages>.<name>.<parameter>``, and the names under ``<averages>.progress.kinds``.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from dist_asgd.averages.options import first_name
+from dist_asgd.averages.options import PROGRESS, first_name
 from dist_asgd.checkpoint.state.tree import Path, TreeNode, key_of
 
 NO_VALUES: Mapping[str, Any] = MappingProxyType({})
@@ -19,36 +21,47 @@ NO_VALUES: Mapping[str, Any] = MappingProxyType({})
 def average_keys(
     root: TreeNode, path: Path, name: str, average: str | None = None, values: Mapping[str, Any] = NO_VALUES
 ) -> list[str]:
-    """Returns the keys of the average of one parameter, one for each optimizer that has it.
+    """Returns the keys of the average of one parameter, one for each optimizer or ``ShardedAverages`` that has it.
 
     Args:
-        root: the tree of the checkpoint's entries. Optimizers are looked for among its children.
+        root: the tree of the checkpoint's entries. Optimizers and averages are looked for among its children.
         path: of the module in the checkpoint.
         name: of the parameter in the module. Optimizers may know it with the module's path in front.
-        average: the name of one of several averages; None for the first, which is ``ax`` whatever its name.
+        average: the name of one of several averages; None for the first.
         values: of the checkpoint, by key; the options of an optimizer's groups tell the name of its first average.
     """
     found = []
     for child in root.children.values():
+        of_model = _model_averages(child)
+        if of_model:
+            wanted = of_model[0] if average is None else average
+            found += [child.at((wanted, known)) for known in (name, key_of((*path, name)))]
+            continue
         entry = "ax" if average in (None, _first_name(child, values)) else f"ax_{average}"
         found += [child.at(("state", known, entry)) for known in (name, key_of((*path, name)))]
     return [node.key for node in found if node.key is not None]
 
 
 def average_names(root: TreeNode, values: Mapping[str, Any] = NO_VALUES) -> list[str]:
-    """Returns the names of all averages that optimizers of the checkpoint have, each once.
+    """Returns the names of all averages in the checkpoint, each once.
 
     Args:
-        root: the tree of the checkpoint's entries. Optimizers are looked for among its children.
+        root: the tree of the checkpoint's entries. Optimizers and averages are looked for among its children.
         values: of the checkpoint, by key; the options of an optimizer's groups tell the name of its first average.
     """
     names: dict[str, None] = {}
     for child in root.children.values():
+        names |= dict.fromkeys(_model_averages(child))
         for state in child.at(("state",)).children.values():
             first = [_first_name(child, values)] if state.at(("ax",)).key is not None else []
             others = [str(key).removeprefix("ax_") for key in state.children if str(key).startswith("ax_")]
             names |= dict.fromkeys([*first, *others])
     return list(names)
+
+
+def _model_averages(node: TreeNode) -> list[str]:
+    """Returns the names of the averages of a ``ShardedAverages``, the first one's first; none for another node."""
+    return [str(name) for name in node.at((PROGRESS, "kinds")).children]
 
 
 def _first_name(optimizer: TreeNode, values: Mapping[str, Any]) -> str:

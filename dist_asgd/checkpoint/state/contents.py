@@ -23,7 +23,7 @@ from dist_asgd.checkpoint.state.modules import module_state, plan_module
 from dist_asgd.checkpoint.state.optimizer_names import named_optimizer
 from dist_asgd.checkpoint.state.optimizers import plan_optimizer
 from dist_asgd.checkpoint.state.rng import RandomState, warn_unchanged
-from dist_asgd.checkpoint.state.sharing import Sharing, subgroup_of
+from dist_asgd.checkpoint.state.sharing import HasBuffers, Sharing, subgroup_of
 from dist_asgd.checkpoint.state.steps import CountsSteps, StepsTaken
 from dist_asgd.checkpoint.state.tensor_blocks import is_sharded, to_save
 from dist_asgd.checkpoint.state.tree import Leaf, MappingKeys, Path, has_state, key_of, leaves, tree_of, with_types_of
@@ -122,7 +122,14 @@ def _sharing(leaf: Leaf) -> Callable[[Leaf], Sharing]:
             return Sharing.EQUAL if is_parameter else Sharing.FIRST
 
         return of_module
-    return lambda part: Sharing.EQUAL if is_sharded(part.value) else Sharing.VARYING
+    if isinstance(value, HasBuffers):
+        own = len(leaf.path)
+        return lambda part: Sharing.FIRST if value.is_buffer(part.path[own:]) else _of_others(part)
+    return _of_others
+
+
+def _of_others(part: Leaf) -> Sharing:
+    return Sharing.EQUAL if is_sharded(part.value) else Sharing.VARYING
 
 
 def _check_whole(key: str, entry: TensorEntry) -> None:

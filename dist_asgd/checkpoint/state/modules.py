@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def plan_module(plan: LoadPlan, path: Path, module: nn.Module, average: bool | s
         ValueError: where averages are asked for and the checkpoint has none, or several of one parameter.
     """
     state = module_state(module)
-    averages = _averages(plan, path, module, None if average is True else average) if average else {}
+    averages = _averages(plan, path, module, state, None if average is True else average) if average else {}
     loaded: dict[str, Any] = {}
     for name, value in state.items():
         key = key_of((*path, name))
@@ -77,8 +78,10 @@ def _fill_average(plan: LoadPlan, key: str, param: Tensor) -> Tensor | None:
     return tensor
 
 
-def _averages(plan: LoadPlan, path: Path, module: nn.Module, average: str | None) -> dict[str, str]:
-    """Returns the key of the average of each parameter that has one, by the parameter's name.
+def _averages(
+    plan: LoadPlan, path: Path, module: nn.Module, state: Mapping[str, Any], average: str | None
+) -> dict[str, str]:
+    """Returns the key of the average of each parameter and buffer that has one, by its name in ``state``.
 
     Raises:
         ValueError: where the checkpoint has no averages, or none named ``average``, or where several optimizers have
@@ -86,7 +89,9 @@ def _averages(plan: LoadPlan, path: Path, module: nn.Module, average: str | None
     """
     known = average_names(plan.root, plan.values)
     if not known:
-        raise ValueError("the checkpoint has no averages: there is no optimizer in it that has 'ax' of a parameter")
+        raise ValueError(
+            "the checkpoint has no averages: neither ShardedAverages nor an optimizer that has 'ax' of a parameter"
+        )
     if average is not None and average not in known:
         raise ValueError(f"the checkpoint has no average {average!r}, it has {known}")
     by_param: dict[int, list[str]] = {}
@@ -98,4 +103,7 @@ def _averages(plan: LoadPlan, path: Path, module: nn.Module, average: str | None
         if len(keys) > 1:
             raise ValueError(f"several optimizers of the checkpoint have an average of {names[0]}: {sorted(keys)}")
         found |= {name: key for name in names for key in keys}
+    for name in state.keys() - found.keys():  # buffers, which ShardedAverages may have
+        if keys := set(average_keys(plan.root, path, name, average, plan.values)):
+            found[name] = min(keys)
     return found

@@ -37,6 +37,14 @@ class Sharing(enum.Enum):
 
 
 @runtime_checkable
+class HasBuffers(Protocol):
+    """An object with a state in which buffers of a model are, of which rank 0's count."""
+
+    def is_buffer(self, path: tuple[str | int, ...]) -> bool:
+        """Returns whether the entry at ``path`` of its state dict is a buffer."""
+
+
+@runtime_checkable
 class OnProcessGroup(Protocol):
     """An optimizer that says which ranks share its parameters."""
 
