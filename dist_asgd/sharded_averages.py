@@ -38,7 +38,7 @@ from dist_asgd.model_averages.validation import check_arguments, check_module, o
 from dist_asgd.sharding.precision import Precision
 from dist_asgd.step.consistency import parameter_facts
 from dist_asgd.step.validation import check_parameters
-from dist_asgd.step.value_check import require_same_values
+from dist_asgd.step.value_check import OF_AVERAGES, require_same_values
 from dist_asgd.swap import NOT_BOTH, SwapGuard, refused_during_swap, swapped
 from dist_asgd.wrappers import ParallelModules
 
@@ -469,7 +469,7 @@ class ShardedAverages:
 
     def _require_same(self, buckets: Sequence[AveragedBucket]) -> None:
         if self._shares:
-            require_same_values(self._agreement, buckets, written_only=False, use="averages")
+            require_same_values(self._agreement, buckets, written_only=False, advice=OF_AVERAGES)
 
     def _agree(self, operation: str, name: str | None) -> str:
         """Checks, on all ranks, what a use of an average needs; returns its suffix. Collective."""

@@ -17,9 +17,20 @@ from dist_asgd.step.validation import some_of
 # The first rank of the ranks that must have equal values, and the digest of the values on this rank; by name.
 Digests = dict[str, tuple[int, int]]
 
+OF_STEPS = (
+    "and a step would mix them. Either it was written on some ranks only since the optimizer was built, as by "
+    "load_state_dict() under `if rank == 0:`, or ranks began with different values, which only gradients='local' and "
+    "DistributedDataParallel make equal. Write the same values on every rank"
+)
+OF_AVERAGES = (
+    "and their average, of which each rank has a share, would mix them. Build ShardedAverages when the values are equal "
+    "(DistributedDataParallel makes them so) and keep them so; where each rank has parameters of its own, pass "
+    "shard_replicas=False"
+)
+
 
 def require_same_values(
-    agreement: Agreement, buckets: Sequence[ParameterBucket], *, written_only: bool, use: str = "a step"
+    agreement: Agreement, buckets: Sequence[ParameterBucket], *, written_only: bool, advice: str = OF_STEPS
 ) -> None:
     """Raises ``RuntimeError`` on every rank, naming parameters, where copies differ between ranks. Collective.
 
@@ -29,7 +40,7 @@ def require_same_values(
         agreement: exchanges among the ranks of the optimizer.
         buckets: all buckets of the optimizer.
         written_only: whether to compare only buckets to which some rank has written.
-        use: what would mix copies that differ, for the message.
+        advice: the end of the message, on what would mix copies that differ, and what to do.
     """
     shared = {bucket.names[0]: bucket for bucket in buckets if bucket.copy_ranks}
     if written_only:
@@ -43,7 +54,7 @@ def require_same_values(
     found = {name: (bucket.copy_ranks[0], bucket.digest()) for name, bucket in shared.items()}
     different = set(_differences(agreement.gather(found)))
     if different:
-        _raise_different(agreement, [bucket for name, bucket in shared.items() if name in different], use)
+        _raise_different(agreement, [bucket for name, bucket in shared.items() if name in different], advice)
     for bucket in shared.values():
         bucket.note_equal_values()
 
@@ -60,7 +71,7 @@ def _all_wrote_alike(agreement: Agreement, written: Sequence[ParameterBucket]) -
     return high == -minus_low
 
 
-def _raise_different(agreement: Agreement, buckets: Sequence[ParameterBucket], use: str) -> None:
+def _raise_different(agreement: Agreement, buckets: Sequence[ParameterBucket], advice: str) -> None:
     """Raises the error, which names the parameters of ``buckets`` that differ. Collective."""
     own: Digests = {}
     for bucket in buckets:
@@ -69,10 +80,7 @@ def _raise_different(agreement: Agreement, buckets: Sequence[ParameterBucket], u
     different = _differences(agreement.gather(own))
     first, other = next(iter(different.values()))
     raise RuntimeError(
-        f"ranks {first} and {other} have different values of parameter {some_of(list(different))}, and {use} would "
-        "mix them. Either it was written on some ranks only since the optimizer was built, as by load_state_dict() "
-        "under `if rank == 0:`, or ranks began with different values, which only gradients='local' and "
-        "DistributedDataParallel make equal. Write the same values on every rank"
+        f"ranks {first} and {other} have different values of parameter {some_of(list(different))}, {advice}"
     )
 
 
