@@ -5,7 +5,7 @@ from importlib.metadata import version
 import dist_asgd
 
 PUBLIC = {"Checkpointer", "NonMonotonicTrigger", "ShardedASGD", "__version__", "export", "load", "save"}
-PUBLIC |= {"EMA", "PolynomialDecay", "Tail", "Uniform"}
+PUBLIC |= {"EMA", "PolynomialDecay", "ShardedAverages", "Tail", "TwoTailed", "Uniform"}
 
 
 def test_exported_names():

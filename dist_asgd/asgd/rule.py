@@ -9,6 +9,7 @@ machine learning with stochastic gradient descent", 2010). At step s of one para
     p   = p * (1 - lambd * eta)
     p   = p - eta * g            one rounding, as torch's add(alpha=)
     ax  = p                      if mu == 1
+    ax  = ax                     if mu == 0, which torch never has
     ax  = ax + (p - ax) * mu     else; three roundings: lerp or addcmul would change 16 % of the elements
     eta = lr / (1 + lambd * lr * s) ** alpha      used at step s + 1
     mu  = 1 / max(1, s - t0)                      used at step s + 1; averages/kinds.py has mu of other averages
@@ -20,6 +21,8 @@ With ``eta_decay``, the formula of ``eta`` has ``eta_decay`` in the place of ``l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,11 +33,11 @@ from dist_asgd.asgd.schedule import Hyperparameters, Scalars
 def asgd_step_(
     param: Tensor,  # any shape, real; updated in place
     grad: Tensor,  # same shape and dtype; only read
-    average: Tensor | None,  # same shape, any real dtype, updated in place; None while the average is the parameter
+    averages: Sequence[Tensor],  # one for each of scalars.mus; same shape, any real dtype, updated in place
     h: Hyperparameters,
     scalars: Scalars,
 ) -> None:
-    """Performs one step of the rule on ``param`` and its ``average`` in the dtype of ``param``."""
+    """Performs one step of the rule on ``param`` and its averages in the dtype of ``param``."""
     if h.maximize:
         grad = -grad
     if h.weight_decay != 0:
@@ -43,14 +46,14 @@ def asgd_step_(
     if shrink != 1:
         param.mul_(shrink)
     param.add_(grad, alpha=-scalars.eta)
-    if average is not None:
-        average_step_(average, param, scalars.mu)
+    for average, mu in zip(averages, scalars.mus, strict=True):
+        average_step_(average, param, mu)
 
 
 def low_precision_step_(
     param: Tensor,  # 1-D, of any real dtype; updated in place
     grad: Tensor,  # same length, any real dtype; only read
-    average: Tensor | None,  # same length, any real dtype; updated in place. None while the average is the parameter
+    averages: Sequence[Tensor],  # one for each of scalars.mus; same length, any real dtype; updated in place
     master: Tensor | None,  # same length, in compute_dtype; updated in place. None for no master
     h: Hyperparameters,
     scalars: Scalars,
@@ -58,18 +61,24 @@ def low_precision_step_(
 ) -> None:
     """Performs one step of the rule in ``compute_dtype`` and rounds the result into ``param``.
 
+    Averages move towards the result before it is rounded.
     It updates ``master`` if there is one, and otherwise a copy of ``param``. A master whose rounding is not the
     parameter (somebody has written the parameter) first takes the parameter's value.
     """
     dtype = compute_dtype(param.dtype)
     work = param.to(dtype) if master is None else current_master(master, param, rounding.dtype, out=master)
-    asgd_step_(work, grad.to(dtype), average, h, scalars)
+    asgd_step_(work, grad.to(dtype), averages, h, scalars)
     if work is not param:
         param.copy_(rounding(work))
 
 
 def average_step_(average: Tensor, iterate: Tensor, mu: float) -> None:
-    """Moves ``average`` in place towards ``iterate`` by the fraction ``mu``, computed in the wider of their dtypes."""
+    """Moves ``average`` in place towards ``iterate`` by the fraction ``mu``, computed in the wider of their dtypes.
+
+    With a ``mu`` of 0 neither is read.
+    """
+    if mu == 0:
+        return
     if mu == 1:
         average.copy_(iterate)
         return

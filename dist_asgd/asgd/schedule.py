@@ -87,24 +87,17 @@ class Hyperparameters:
 
 @dataclass(frozen=True, slots=True)
 class Scalars:
-    """The ``step``, ``eta`` and ``mu`` of a parameter as host numbers, which can be read without waiting for a device.
+    """The ``step``, ``eta`` and ``mus`` of a parameter as host numbers, which can be read without waiting for a device.
 
     Attributes:
         step: the number of steps taken. An int, because torch's fp32 counter stops at 2**24.
         eta: the step size of the next step.
-        mu: the fraction by which the next step moves the first average.
-        further: the ``mu`` of every further average.
+        mus: for each average, the fraction by which the next step moves it.
     """
 
     step: int
     eta: float
-    mu: float
-    further: tuple[float, ...] = ()
-
-    @property
-    def mus(self) -> tuple[float, ...]:
-        """The ``mu`` of every average, the first one's first."""
-        return self.mu, *self.further
+    mus: tuple[float, ...]
 
     def read(self) -> Scalars:
         """Returns itself; ``DeviceScalars.read`` waits for the device."""
@@ -127,13 +120,13 @@ def own_options(*values: object) -> dict[str, object]:
 
 def first_scalars(h: Hyperparameters) -> Scalars:
     """Returns the scalars of a parameter before its first step, whose ``eta`` is the ``lr``."""
-    return Scalars(step=0, eta=_round_scalar(float(h.lr)), mu=1.0)
+    return Scalars(step=0, eta=_round_scalar(float(h.lr)), mus=(1.0,))
 
 
 def next_scalars(h: Hyperparameters, step: int, averages: Sequence[Average] = (UNIFORM,)) -> Scalars:
     """Returns the scalars after ``step`` steps, computed in double and rounded as torch does."""
-    mu, *further = (_round_scalar(float(average.mu(step, h.t0, h.restarted))) for average in averages)
-    return Scalars(step, _eta(h, step), mu, tuple(further))
+    mus = (_round_scalar(float(average.mu(step, h.t0, h.restarted))) for average in averages)
+    return Scalars(step, _eta(h, step), tuple(mus))
 
 
 def current_scalars(h: Hyperparameters, scalars: Scalars) -> Scalars:
@@ -163,7 +156,7 @@ class Scaling:
 
 @dataclass(frozen=True, slots=True, eq=False)  # compared by identity, since comparing values would wait for the device
 class DeviceScalars:
-    """``Scalars`` in the memory of a device, for steps that a CUDA graph captures.
+    """``Scalars`` of one average in the memory of a device, for steps that a CUDA graph captures.
 
     While ``step`` is 0, ``eta`` has no meaning: the first step uses the ``lr`` of its time.
     """
@@ -175,14 +168,14 @@ class DeviceScalars:
 
     @classmethod
     def of(cls, scalars: Scalars, device: torch.device) -> DeviceScalars:
-        """Copies ``scalars``, without ``further``, to ``device``."""
+        """Copies ``scalars``, which must have one ``mu``, to ``device``."""
         dtype = scalar_dtype()
-        eta, mu = (torch.tensor(value, dtype=dtype, device=device) for value in (scalars.eta, scalars.mu))
+        eta, mu = (torch.tensor(value, dtype=dtype, device=device) for value in (scalars.eta, *scalars.mus))
         return cls(torch.tensor(scalars.step, device=device), eta, mu)
 
     def read(self) -> Scalars:
         """Returns the numbers on the host, which waits for the device."""
-        return Scalars(int(self.step.item()), self.eta.item(), self.mu.item())
+        return Scalars(int(self.step.item()), self.eta.item(), (self.mu.item(),))
 
     def copy(self) -> DeviceScalars:
         """Returns a copy that advances separately. Raises ``RuntimeError`` while a CUDA graph is being captured."""
@@ -201,7 +194,7 @@ class DeviceScalars:
         """Overwrites the tensors with ``scalars``."""
         self.step.fill_(scalars.step)
         self.eta.fill_(scalars.eta)
-        self.mu.fill_(scalars.mu)
+        self.mu.fill_(*scalars.mus)
 
 
 AnyScalars = Scalars | DeviceScalars

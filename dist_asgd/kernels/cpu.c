@@ -1,44 +1,28 @@
 // Performs one step of the ASGD rule (asgd/rule.py) in one pass over memory, with the bits of PyTorch's operators.
 //
-// kernels/cpu.py compiles this file once for each combination of dtypes, given by macros:
-// PARAM, GRAD, ROUNDED  F32, F64, BF16 or F16: dtypes of parameters and gradients, and the one to which parameters are
-//                       rounded, which is PARAM or narrower.
-// MASTER                1 if there are masters.
-// STOCHASTIC            1 if rounding is stochastic.
-// The arithmetic, averages and masters are double if PARAM is F64, otherwise float.
+// kernels/cpu.py compiles this file once for each combination of dtypes, given by the macros of reals.h and by:
+// GRAD, ROUNDED  F32, F64, BF16 or F16: the dtype of gradients, and the one to which parameters are rounded, which is
+//                PARAM or narrower.
+// MASTER         1 if there are masters.
+// STOCHASTIC     1 if rounding is stochastic.
+// Masters are in REAL, which is F64 if PARAM is F64 and otherwise F32.
 //
 // It must be compiled with -ffp-contract=off: only the two products written as FMA are fused with a sum, because
 // torch.add(alpha=) fuses these and no others.
 
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
+
+#include "reals.h"
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-#define F32 1
-#define F64 2
-#define BF16 3
-#define F16 4
-
-#if PARAM == F64
-typedef double real;
+#if REAL == F64
 #define FMA fma
 #else
-typedef float real;
 #define FMA fmaf
 #endif
-
-typedef struct { uint16_t bits; } bfloat;
-
-static inline float from_bfloat(bfloat value) {
-    uint32_t bits = (uint32_t)value.bits << 16;
-    float result;
-    memcpy(&result, &bits, sizeof bits);
-    return result;
-}
 
 static inline bfloat to_bfloat(float value) {  // rounds to the nearest, ties to even
     uint32_t bits;
@@ -63,17 +47,8 @@ static inline bfloat to_bfloat_stochastically(float value, uint32_t seed, uint32
 }
 
 #if PARAM == BF16
-typedef bfloat param_t;
-#define PARAM_TO_REAL from_bfloat
 #define ROUND to_bfloat
-#else
-#if PARAM == F16
-typedef _Float16 param_t;
-#else
-typedef real param_t;
-#endif
-#define PARAM_TO_REAL (real)
-#if ROUNDED == BF16
+#elif ROUNDED == BF16
 #define ROUND(value) from_bfloat(to_bfloat(value))
 #elif ROUNDED == F16
 #define ROUND(value) (param_t)(_Float16)(value)
@@ -81,7 +56,6 @@ typedef real param_t;
 #define ROUND(value) (param_t)(float)(value)
 #else
 #define ROUND (param_t)
-#endif
 #endif
 
 #if GRAD == BF16
@@ -99,8 +73,8 @@ typedef float grad_t;
 #endif
 
 typedef struct {
-    double shrink, eta, mu, weight_decay;
-    int64_t maximize, averages, seed, first;
+    double shrink, eta, weight_decay;
+    int64_t maximize, seed, first;
 } Step;  // kernels/cpu.py packs it
 
 // What a step does to the average. It is a constant in each call of step(), so that the loop has no branches; so is
@@ -109,8 +83,8 @@ enum { NO_AVERAGE, BECOMES, MOVES };
 
 static inline __attribute__((always_inline)) void step(
     param_t *restrict param, const grad_t *restrict grad, real *restrict average, real *restrict master, int64_t numel,
-    uint32_t first, const Step *s, const int averaging, const int decays) {
-    const real shrink = (real)s->shrink, eta = (real)-s->eta, mu = (real)s->mu, decay = (real)s->weight_decay;
+    uint32_t first, const Step *s, const real mu, const int averaging, const int decays) {
+    const real shrink = (real)s->shrink, eta = (real)-s->eta, decay = (real)s->weight_decay;
     const real sign = s->maximize ? -1 : 1;
     for (int64_t i = 0; i < numel; i++) {
         real p = PARAM_TO_REAL(param[i]);
@@ -123,7 +97,7 @@ static inline __attribute__((always_inline)) void step(
         p = p * shrink;
         p = FMA(g, eta, p);
         if (averaging == BECOMES) average[i] = p;
-        if (averaging == MOVES) average[i] = average[i] + (p - average[i]) * mu;
+        if (averaging == MOVES) average[i] = moved(average[i], p, mu);
 #if MASTER
         master[i] = p;
 #endif
@@ -135,48 +109,61 @@ static inline __attribute__((always_inline)) void step(
     }
 }
 
-static void update_part(
-    param_t *param, const grad_t *grad, real *average, real *master, int64_t numel, uint32_t first, const Step *s) {
-    const int averaging = !s->averages ? NO_AVERAGE : (real)s->mu == 1 ? BECOMES : MOVES;
-#define CASE(averages, decays) step(param, grad, average, master, numel, first, s, averages, decays)
+// Updates `numel` elements and at most one average, which becomes the parameter if mu is 1.
+static void update_block(
+    param_t *param, const grad_t *grad, real *average, double mu, real *master, int64_t numel, uint32_t first,
+    const Step *s) {
+#define CASE(averages, decays) step(param, grad, average, master, numel, first, s, (real)mu, averages, decays)
     if (s->weight_decay != 0) {
-        if (averaging == NO_AVERAGE) CASE(NO_AVERAGE, 1);
-        else if (averaging == BECOMES) CASE(BECOMES, 1);
+        if (!average) CASE(NO_AVERAGE, 1);
+        else if (mu == 1) CASE(BECOMES, 1);
         else CASE(MOVES, 1);
     } else {
-        if (averaging == NO_AVERAGE) CASE(NO_AVERAGE, 0);
-        else if (averaging == BECOMES) CASE(BECOMES, 0);
+        if (!average) CASE(NO_AVERAGE, 0);
+        else if (mu == 1) CASE(BECOMES, 0);
         else CASE(MOVES, 0);
     }
 }
 
 typedef struct {
     const int64_t *params, *grads;   // memory addresses of each part and its gradient
-    const int64_t *starts, *numels;  // for each part: its first index in average and master, and its number of elements
+    const int64_t *starts, *numels;  // for each part: its first index in averages and master, and its number of elements
     int64_t count;                   // number of parts
-    real *average, *master;          // null if there is none
+    Averages averages;
+    real *master;                    // null if there is none
     const Step *step;
 } Work;
+
+// Updates elements [from, to) of part `k`. Several averages move towards a copy of a block of iterates, before rounding.
+static void update_part(const Work *w, int64_t k, int64_t from, int64_t to) {
+    const int several = w->averages.count > 1;
+    real iterates[BLOCK];
+    for (int64_t i = from, size = to - from; i < to; i += size) {
+        if (several) size = to - i < BLOCK ? to - i : BLOCK;
+        int64_t where = w->starts[k] + i;
+        real *one = w->averages.count == 1 ? (real *)(intptr_t)w->averages.addresses[0] + where : 0;
+        update_block(
+            (param_t *)(intptr_t)w->params[k] + i, (const grad_t *)(intptr_t)w->grads[k] + i,
+            several ? iterates : one, one ? w->averages.mus[0] : 1, w->master ? w->master + where : 0, size,
+            (uint32_t)(w->step->first + where), w->step);
+        if (several) move_all(&w->averages, where, iterates, size);
+    }
+}
 
 // Updates elements [first, stop), counted through all parts one after the other.
 static void update_range(const Work *w, int64_t first, int64_t stop) {
     for (int64_t k = 0, start = 0; k < w->count && start < stop; start += w->numels[k++]) {
         int64_t from = first > start ? first - start : 0;
         int64_t to = stop - start < w->numels[k] ? stop - start : w->numels[k];
-        if (from >= to) continue;
-        int64_t where = w->starts[k] + from;
-        update_part(
-            (param_t *)(intptr_t)w->params[k] + from, (const grad_t *)(intptr_t)w->grads[k] + from,
-            w->average ? w->average + where : 0, w->master ? w->master + where : 0, to - from,
-            (uint32_t)(w->step->first + where), w->step);
+        if (from < to) update_part(w, k, from, to);
     }
 }
 
-// Updates all parts of one step, by at most `threads` threads. The arguments are those of Work.
+// Updates all parts of one step, by at most `threads` threads. The other arguments are those of Work and Averages.
 void update(
     const int64_t *params, const int64_t *grads, const int64_t *starts, const int64_t *numels, int64_t count,
-    real *average, real *master, const Step *s, int64_t threads) {
-    const Work work = {params, grads, starts, numels, count, average, master, s};
+    const int64_t *averages, const double *mus, int64_t averages_count, real *master, const Step *s, int64_t threads) {
+    const Work work = {params, grads, starts, numels, count, {averages, mus, averages_count}, master, s};
     int64_t total = 0;
     for (int64_t k = 0; k < count; k++) total += numels[k];
 #ifdef _OPENMP

@@ -1,4 +1,4 @@
-"""The update rule in one pass over main memory on a CPU: kernels/cpu.c, compiled at first use for the dtypes at hand.
+"""One pass over main memory on a CPU: kernels/cpu.c and averaging.c, compiled at first use for the dtypes at hand.
 
 PyTorch's operators, even on blocks that stay in cache, move all data several times; one pass over main memory is the
 least that a step can cost. A model has many small parameters, so one call takes a list of addresses: each parameter
@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from dist_asgd.asgd.rounding import compute_dtype
+from dist_asgd.asgd.schedule import DeviceScalars
 from dist_asgd.kernels.c_library import compile_library
-from dist_asgd.kernels.selfcheck import matches_operators, warn_once
+from dist_asgd.kernels.selfcheck import averages_match_operators, matches_operators, warn_once
 from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList, UpdateKind
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno")
@@ -28,8 +31,8 @@ GRAIN = 32 * 1024
 class _Step(ctypes.Structure):
     """``Step`` of kernels/cpu.c."""
 
-    _fields_ = [(name, ctypes.c_double) for name in ("shrink", "eta", "mu", "weight_decay")] + [
-        (name, ctypes.c_int64) for name in ("maximize", "averages", "seed", "first")
+    _fields_ = [(name, ctypes.c_double) for name in ("shrink", "eta", "weight_decay")] + [
+        (name, ctypes.c_int64) for name in ("maximize", "seed", "first")
     ]
 
 
@@ -46,19 +49,46 @@ class NativeUpdate:
         self._function = function
 
     def __call__(self, parts: TensorList, grads: Gradients, step: SliceStep) -> None:
-        h, scalars = step.h, step.scalars
-        flags = (h.maximize, step.average is not None, step.rounding.seed or 0, step.rounding.first)
-        numbers = _Step(1 - h.lambd * scalars.eta, scalars.eta, scalars.mu, h.weight_decay, *flags)
-        tables = (parts.addresses, grads.addresses, parts.starts, parts.numels)
-        threads = min(torch.get_num_threads(), max(1, parts.numel // GRAIN))
+        if isinstance(step.scalars, DeviceScalars):
+            raise RuntimeError("an update on a CPU needs its scalars on the host, and they are on a device")
+        h, eta, rounding = step.h, step.scalars.eta, step.rounding
+        numbers = _Step(1 - h.lambd * eta, eta, h.weight_decay, h.maximize, rounding.seed or 0, rounding.first)
+        averages, mus = array("q", map(Tensor.data_ptr, step.averages)), array("d", step.scalars.mus)
         self._function(
-            *(table.buffer_info()[0] for table in tables),
+            *_pointers(parts.addresses, grads.addresses, parts.starts, parts.numels),
             len(grads.addresses),
-            None if step.average is None else step.average.data_ptr(),
+            *_pointers(averages, mus),
+            len(averages),
             None if step.master is None else step.master.data_ptr(),
             ctypes.byref(numbers),
-            threads,
+            _threads(parts.numel),
         )
+
+
+class NativeAveraging:
+    """Moves averages towards parameters in one pass. See ``move_averages_`` in kernels/averaging.py.
+
+    Args:
+        function: ``move`` of kernels/averaging.c, compiled for the dtypes of parameters and averages.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, parts: TensorList, averages: Sequence[Tensor], mus: Sequence[float]) -> None:
+        tables, count = _pointers(parts.addresses, parts.starts, parts.numels), len(parts.addresses)
+        addresses, fractions = array("q", map(Tensor.data_ptr, averages)), array("d", mus)
+        self._function(*tables, count, *_pointers(addresses, fractions), len(addresses), _threads(parts.numel))
+
+
+def _pointers(*tables: array[int] | array[float]) -> list[int]:
+    """Returns the memory addresses of the first elements of ``tables``, which must outlive the call they are for."""
+    return [table.buffer_info()[0] for table in tables]
+
+
+def _threads(numel: int) -> int:
+    """Returns the number of threads for a pass over ``numel`` elements."""
+    return min(torch.get_num_threads(), max(1, numel // GRAIN))
 
 
 @functools.cache
@@ -70,16 +100,44 @@ def native_update(kind: UpdateKind) -> NativeUpdate | None:
     param, grad, rounded = kind.param, kind.grad, kind.rounded
     if param not in DTYPES or grad not in (param, compute_dtype(param)) or rounded not in DTYPES:
         return None
-    types = [f"-DPARAM={DTYPES[param]}", f"-DGRAD={DTYPES[grad]}", f"-DMASTER={int(kind.has_master)}"]
+    types = [f"-DPARAM={DTYPES[param]}", f"-DREAL={DTYPES[compute_dtype(param)]}", f"-DGRAD={DTYPES[grad]}"]
+    types += [f"-DMASTER={int(kind.has_master)}"]
     types += [f"-DROUNDED={DTYPES[rounded]}", f"-DSTOCHASTIC={int(kind.stochastic)}"]
     library = compile_library("cpu.c", [*FLAGS, *types], f"the update of {param} parameters in one pass over memory")
     if library is None:
         return None
     function, address, count = library.update, ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [address, address, address, address, count, address, address, address, count]
+    function.argtypes = [*[address] * 4, count, address, address, count, address, address, count]
     function.restype = None
     update = NativeUpdate(function)
     if not matches_operators(update, torch.device("cpu"), kind):
         warn_once(f"the compiled update of {param} differs from PyTorch's operators on this CPU")
         return None
     return update
+
+
+@functools.cache
+def native_averaging(param: torch.dtype, average: torch.dtype) -> NativeAveraging | None:
+    """Returns the compiled pass for averages beside any optimizer, or None if it cannot be had or has other bits.
+
+    The first call with a pair of dtypes runs the C compiler; a message is logged, or a warning if it fails.
+
+    Args:
+        param: the dtype of parameters.
+        average: the dtype of averages, which must be fp32 or fp64 and no narrower than ``param``.
+    """
+    wider = torch.promote_types(param, average)
+    if param not in DTYPES or average not in (torch.float32, torch.float64) or average != wider:
+        return None
+    flags = [*FLAGS, f"-DPARAM={DTYPES[param]}", f"-DREAL={DTYPES[average]}"]
+    library = compile_library("averaging.c", flags, f"averages of {param} parameters in one pass over memory")
+    if library is None:
+        return None
+    function, address, count = library.move, ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [*[address] * 3, count, address, address, count, count]
+    function.restype = None
+    move = NativeAveraging(function)
+    if not averages_match_operators(move, torch.device("cpu"), param, average):
+        warn_once(f"the compiled pass for averages of {param} differs from PyTorch's operators on this CPU")
+        return None
+    return move

@@ -7,7 +7,7 @@ block after the other, so that a block stays in cache. Both give the same bits.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
@@ -25,11 +25,6 @@ from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList, Upda
 # block (512 KiB each in fp32) stay in a core's cache between the operators, which is twice as fast as passes over whole
 # tensors and gives the same bits. Smaller blocks lose more by starting operators; larger ones do not fit the cache.
 BLOCK_PER_THREAD = 128 * 1024
-
-
-# Bytes of the blocks in which PyTorch's operators update every average but the first. A block stays in cache from one
-# operator to the next, and temporaries are no larger.
-PASS_BYTES = {"cpu": 2**20, "others": 2**24}
 
 
 class FusedUpdate(Protocol):
@@ -54,7 +49,7 @@ def fused_update(
     The first call with a combination of arguments compiles code and checks its bits.
 
     Args:
-        average: the dtype of the average, or None without an average.
+        average: the dtype of all averages, or None without an average.
     """
     dtype = compute_dtype(param)
     if average not in (None, dtype) or grad not in (param, dtype) or device.type not in FORMS:
@@ -94,7 +89,7 @@ def can_fuse(
     """Returns whether parameters of dtype ``param``, real or complex, can be updated in one pass wherever they lie.
 
     Args:
-        average: the dtype of the average, real or complex.
+        average: the dtype of averages, real or complex.
     """
     return fused_update(device, param.to_real(), param.to_real(), average.to_real(), has_master, rounding) is not None
 
@@ -125,12 +120,15 @@ def advance_(scalars: DeviceScalars, h: Hyperparameters) -> None:
 
 
 def _one_pass(param: Tensor, grad: Tensor, step: SliceStep) -> FusedUpdate | None:
-    average = None if step.average is None else step.average.dtype
+    average = step.averages[0].dtype if step.averages else None
     return fused_update(param.device, param.dtype, grad.dtype, average, step.master is not None, step.rounding)
 
 
-def _as_real(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else as_real(tensor)
+def _step(
+    averages: Sequence[Tensor], master: Tensor | None, h: Hyperparameters, scalars: AnyScalars, rounding: Rounding
+) -> SliceStep:
+    """Makes a ``SliceStep`` from averages and a master that may be complex."""
+    return SliceStep(list(map(as_real, averages)), None if master is None else as_real(master), h, scalars, rounding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,20 +142,21 @@ class PartsSlice:
 
     def update_(
         self,
-        average: Tensor | None,
+        averages: Sequence[Tensor],
         master: Tensor | None,
         h: Hyperparameters,
         scalars: AnyScalars,
         rounding: Rounding,
     ) -> None:
-        """Updates the parameters, ``average`` and ``master`` in place by one step.
+        """Updates the parameters, ``averages`` and ``master`` in place by one step.
 
         Args:
-            average, master: 1-D, the elements ``[start, stop)``; None if there is none.
+            averages: each 1-D, the elements ``[start, stop)``; one for each ``mu`` of ``scalars``, none of which is 0.
+            master: 1-D, the elements ``[start, stop)``; None if there is none.
             rounding: its ``first`` is the number of the element at ``start``.
         """
         param, grad = self.parts.tensors[0], self.grads.tensors[0]
-        step = SliceStep(_as_real(average), _as_real(master), h, scalars, rounding)
+        step = _step(averages, master, h, scalars, rounding)
         fused = _one_pass(param, grad, step)
         if fused is None:
             raise RuntimeError(f"no update in one pass of {param.dtype} on {param.device}, and none else was prepared")
@@ -178,7 +177,7 @@ class FlatSlice:
 
     def update_(
         self,
-        average: Tensor | None,
+        averages: Sequence[Tensor],
         master: Tensor | None,
         h: Hyperparameters,
         scalars: AnyScalars,
@@ -189,7 +188,7 @@ class FlatSlice:
         Raises ``RuntimeError`` if ``scalars`` are on the device and there is no one-pass update of these dtypes.
         """
         param, grad = as_real(self.param), as_real(self.grad)
-        step = SliceStep(_as_real(average), _as_real(master), h, scalars, rounding)
+        step = _step(averages, master, h, scalars, rounding)
         fused = _one_pass(param, grad, step)
         if fused is not None and grad.is_contiguous():
             fused(TensorList.of([param]), Gradients.of([grad]), step)
@@ -207,14 +206,15 @@ def update_blocks_(param: Tensor, grad: Tensor, step: SliceStep) -> None:
         raise RuntimeError(f"no update in one pass of {param.dtype} with a gradient of {grad.dtype} on {param.device}")
     size = block_size(param.numel(), param.device)
     if param.numel() <= size:
-        low_precision_step_(param, grad, step.average, step.master, step.h, step.scalars, step.rounding)
+        low_precision_step_(param, grad, step.averages, step.master, step.h, step.scalars, step.rounding)
         return
     params = param.split(size)  # one call: slicing block by block would cost as much as small operators
-    averages = [None] * len(params) if step.average is None else step.average.split(size)
+    averages = [average.split(size) for average in step.averages]
     masters = [None] * len(params) if step.master is None else step.master.split(size)
-    for number, blocks in enumerate(zip(params, grad.split(size), averages, masters, strict=True)):
+    for number, (block, grad_block, master) in enumerate(zip(params, grad.split(size), masters, strict=True)):
         own = replace(step.rounding, first=step.rounding.first + number * size)
-        low_precision_step_(*blocks, step.h, step.scalars, own)
+        moving = [blocks[number] for blocks in averages]
+        low_precision_step_(block, grad_block, moving, master, step.h, step.scalars, own)
 
 
 def block_size(numel: int, device: torch.device) -> int:

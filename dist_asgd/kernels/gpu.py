@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import functools
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from dist_asgd.asgd.rounding import compute_dtype
-from dist_asgd.asgd.schedule import AnyScalars, DeviceScalars, Hyperparameters, Scalars
+from dist_asgd.asgd.schedule import AnyScalars, DeviceScalars, Hyperparameters
 from dist_asgd.kernels.pointer_tables import DeviceTables
 from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList
 
@@ -52,34 +53,31 @@ def jit(numbers: Sequence[str] = (), pointers: Sequence[str] = ()) -> Any:
 
 
 @jit()
-def _place(
-    param: tl.tensor, grad: tl.tensor, numel: tl.tensor,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr,
+def place_of_block(
+    param: tl.tensor, numel: tl.tensor, start: tl.tensor,
+    PARAM: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr,
 ) -> tuple:  # fmt: skip
     """Locates the block of this program.
 
     Returns:
-        The addresses of its first element in the parameter and in the gradient, the index of that element in the
-        averages, and the number of elements from there to the end of the parameter.
+        The index of its part and of its first element in the part; the address of that element in the parameter, its
+        index in the averages, and the number of elements from there to the end of the part.
     """
     program = tl.program_id(0).to(tl.int64)
     if MANY:
         work = tl.load(param + 3 * numel + program)
         part = work >> 32
         first = (work & 0xFFFFFFFF) * BLOCK
-        param_address = tl.load(param + part)
-        grad_address = tl.load(grad + part)
+        address = tl.load(param + part)
         place = tl.load(param + numel + part) + first
         left = tl.load(param + 2 * numel + part) - first
     else:
+        part = program * 0
         first = program * BLOCK
-        param_address = param.to(tl.int64)
-        grad_address = grad.to(tl.int64)
-        place = first
+        address = param.to(tl.int64)
+        place = start + first
         left = numel - first
-    param_address += first * (PARAM.primitive_bitwidth // 8)
-    grad_address += first * (GRAD.primitive_bitwidth // 8)
-    return param_address, grad_address, place, left
+    return part, first, address + first * (PARAM.primitive_bitwidth // 8), place, left
 
 
 @jit()
@@ -95,6 +93,21 @@ def loaded(value: tl.tensor, instead: tl.tensor, TYPE: tl.constexpr) -> tl.tenso
         return value
     else:
         return tl.load(instead).to(TYPE)
+
+
+@jit()
+def address_of(coded: tl.tensor, place: tl.tensor, TYPE: tl.constexpr) -> tl.tensor:
+    """Returns the address of element ``place`` of a tensor whose address is ``coded`` (see ``coded``)."""
+    return (coded.to(tl.int64) >> 1) + place * (TYPE.primitive_bitwidth // 8)
+
+
+@jit()
+def _current_mu(mu: tl.tensor, device_mu: tl.tensor) -> tl.tensor:
+    """Returns mu as a double: ``device_mu``, or if that is None the ``coded`` bits ``mu``."""
+    if device_mu is None:
+        return double(mu.to(tl.int64) >> 1)
+    else:
+        return tl.load(device_mu).to(tl.float64)
 
 
 @jit()
@@ -128,7 +141,7 @@ def _current_seed(seed: tl.tensor, device_step: tl.tensor) -> tl.tensor:
 
 
 @jit()
-def _block(
+def pointers_to(
     address: tl.tensor, first: tl.tensor, TYPE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
 ) -> tl.tensor:
     """Returns pointers to ``BLOCK`` elements of type ``TYPE`` from index ``first`` on, counted from ``address``."""
@@ -139,7 +152,7 @@ def _block(
 
 
 @jit()
-def _load(pointers: tl.tensor, left: tl.tensor, BLOCK: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
+def load(pointers: tl.tensor, left: tl.tensor, BLOCK: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
     if ALIGNED:
         return tl.load(pointers)
     else:
@@ -167,25 +180,48 @@ def _round_stochastically(values: tl.tensor, seed: tl.tensor, number: tl.tensor,
 
 
 @jit()
+def move_block(
+    address: tl.tensor, iterate: tl.tensor, mu: tl.tensor, left: tl.tensor, first: tl.tensor,
+    REAL: tl.constexpr, MOVES: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+) -> None:  # fmt: skip
+    """Moves ``BLOCK`` elements, from index ``first`` on, of the average at ``address`` towards ``iterate``.
+
+    Args:
+        mu: a double.
+        left: the number of elements from index 0 to the end of the parameter.
+        MOVES: "becomes" if mu is 1, "moves" if it is not, "asks" if that is not known when this is compiled.
+    """
+    averages = pointers_to(address, first, REAL, BLOCK, ALIGNED)
+    average = iterate
+    if MOVES != "becomes":
+        old = load(averages, left - first, BLOCK, ALIGNED)
+        average = old + (iterate - old) * mu.to(REAL)
+    if MOVES == "asks":
+        average = tl.where(mu == 1, iterate, average)
+    _store(averages, average, left - first, BLOCK, ALIGNED)
+
+
+@jit()
 def _update_block(
-    param_address: tl.tensor, grad_address: tl.tensor, average_address: tl.tensor, master_address: tl.tensor,
-    left: tl.tensor, first: tl.tensor, shrink: tl.tensor, minus_eta: tl.tensor, mu: tl.tensor, decay: tl.tensor,
+    param_address: tl.tensor, grad_address: tl.tensor, averages: tl.tuple, mus: tl.tuple, device_mu: tl.tensor,
+    place: tl.tensor, master_address: tl.tensor,
+    left: tl.tensor, first: tl.tensor, shrink: tl.tensor, minus_eta: tl.tensor, decay: tl.tensor,
     inverse_scale: tl.tensor, seed: tl.tensor, number: tl.tensor,
     PARAM: tl.constexpr, GRAD: tl.constexpr, REAL: tl.constexpr, ROUNDED: tl.constexpr,
-    MAXIMIZE: tl.constexpr, DECAYS: tl.constexpr, AVERAGES: tl.constexpr, STOCHASTIC: tl.constexpr,
+    MAXIMIZE: tl.constexpr, DECAYS: tl.constexpr, MOVES: tl.constexpr, STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ) -> None:  # fmt: skip
     """Updates ``BLOCK`` elements from index ``first`` on by the rule, operation by operation as in asgd/rule.py.
 
     ``left`` is the number of elements from index 0 to the end of the parameter.
     """
-    params = _block(param_address, first, PARAM, BLOCK, ALIGNED)
-    p = _load(params, left - first, BLOCK, ALIGNED).to(REAL)
+    params = pointers_to(param_address, first, PARAM, BLOCK, ALIGNED)
+    p = load(params, left - first, BLOCK, ALIGNED).to(REAL)
     if master_address is not None:
-        masters = _block(master_address, first, REAL, BLOCK, ALIGNED)
-        master = _load(masters, left - first, BLOCK, ALIGNED)
+        masters = pointers_to(master_address, first, REAL, BLOCK, ALIGNED)
+        master = load(masters, left - first, BLOCK, ALIGNED)
         p = tl.where(master.to(ROUNDED).to(REAL) == p, master, p)
-    g = _load(_block(grad_address, first, GRAD, BLOCK, ALIGNED), left - first, BLOCK, ALIGNED).to(REAL)
+    g = load(pointers_to(grad_address, first, GRAD, BLOCK, ALIGNED), left - first, BLOCK, ALIGNED).to(REAL)
     if inverse_scale is not None:
         g = g * tl.load(inverse_scale).to(REAL)
     if MAXIMIZE:
@@ -194,15 +230,10 @@ def _update_block(
         g = tl.fma(p, decay, g)
     p = p * shrink
     p = tl.fma(g, minus_eta, p)
-    if average_address is not None:
-        averages = _block(average_address, first, REAL, BLOCK, ALIGNED)
-        average = p
-        if AVERAGES != "becomes":
-            old = _load(averages, left - first, BLOCK, ALIGNED)
-            average = old + (p - old) * mu
-        if AVERAGES == "asks":
-            average = tl.where(mu == 1, p, average)
-        _store(averages, average, left - first, BLOCK, ALIGNED)
+    if averages is not None:
+        for k in tl.static_range(len(averages)):
+            mu = _current_mu(mus[k], device_mu)
+            move_block(address_of(averages[k], place, REAL), p, mu, left, first, REAL, MOVES, BLOCK, ALIGNED)
     if master_address is not None:
         _store(masters, p, left - first, BLOCK, ALIGNED)
     if STOCHASTIC:
@@ -212,63 +243,64 @@ def _update_block(
 
 
 @jit(
-    ("numel", "lambd", "eta", "mu", "weight_decay", "seed", "number"),
-    ("param", "grad", "average", "master", *SCALARS),
+    ("numel", "start", "lambd", "eta", "weight_decay", "seed", "number"),
+    ("param", "grad", "master", *SCALARS),
 )
 def update_kernel(
-    param: tl.tensor, grad: tl.tensor, average: tl.tensor, master: tl.tensor,
-    numel: tl.int64, lambd: tl.int64, eta: tl.int64, mu: tl.int64, weight_decay: tl.int64,
+    param: tl.tensor, grad: tl.tensor, averages: tl.tuple, mus: tl.tuple, master: tl.tensor,
+    numel: tl.int64, start: tl.int64, lambd: tl.int64, eta: tl.int64, weight_decay: tl.int64,
     seed: tl.int64, number: tl.int64,
     device_step: tl.tensor, device_eta: tl.tensor, device_mu: tl.tensor, device_lr: tl.tensor,
     inverse_scale: tl.tensor, found_inf: tl.tensor,
     PARAM: tl.constexpr, GRAD: tl.constexpr, REAL: tl.constexpr, ROUNDED: tl.constexpr, MANY: tl.constexpr,
-    MAXIMIZE: tl.constexpr, DECAYS: tl.constexpr, AVERAGES: tl.constexpr, STOCHASTIC: tl.constexpr,
+    MAXIMIZE: tl.constexpr, DECAYS: tl.constexpr, MOVES: tl.constexpr, STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr, SMALL: tl.constexpr,
 ) -> None:  # fmt: skip
     """Updates the block of this program, unless ``found_inf`` points to a value other than 0.
 
     Args:
         param, grad: the parameter and its gradient; with MANY, the two tables of ``DeviceTables``.
-        average, master: as ``FusedUpdate`` takes them, or None.
+        averages, mus: the ``coded`` addresses of averages, and the ``coded`` bits of the mu of each; or None.
+        master: as ``FusedUpdate`` takes it, or None.
         numel: the number of elements of the parameter; with MANY, the number of parameters.
-        lambd, eta, mu, weight_decay: the bits of doubles. With scalars on the device ``eta`` is the lr.
+        start: the index of the parameter in averages and master; ignored with MANY.
+        lambd, eta, weight_decay: the bits of doubles. With scalars on the device ``eta`` is the lr.
         seed, number: ``Rounding.seed`` and ``Rounding.first``.
-        device_step, device_eta, device_mu: the tensors of ``DeviceScalars``, which replace ``eta`` and ``mu``, or None.
+        device_step, device_eta, device_mu: the tensors of ``DeviceScalars``, instead of ``eta`` and ``mus``; or None.
         device_lr: a tensor that replaces the lr, or None.
         inverse_scale, found_inf: the tensors of ``Scaling``, or None.
-        AVERAGES: "becomes" if mu is 1, "moves" if it is not, "asks" if only the device knows mu.
+        MOVES: as ``move_block`` takes it.
     """
     if found_inf is not None:  # noqa: SIM102 (two kinds of condition: Triton decides this one when it compiles)
         if tl.load(found_inf) != 0:
             return
-    param_address, grad_address, place, left = _place(param, grad, numel, PARAM, GRAD, MANY, BLOCK)
+    part, of_part, param_address, place, left = place_of_block(param, numel, start, PARAM, MANY, BLOCK)
+    grad_address = (tl.load(grad + part) if MANY else grad.to(tl.int64)) + of_part * (GRAD.primitive_bitwidth // 8)
     addresses = param_address | grad_address
-    average_address = average
-    if average is not None:
-        average_address = average.to(tl.int64) + place * (REAL.primitive_bitwidth // 8)
-        addresses |= average_address
+    if averages is not None:
+        for k in tl.static_range(len(averages)):
+            addresses |= address_of(averages[k], place, REAL)
     master_address = master
     if master is not None:
         master_address = master.to(tl.int64) + place * (REAL.primitive_bitwidth // 8)
         addresses |= master_address
     eta_now = _current_eta(eta, device_step, device_eta, device_lr)
-    mu_now = loaded(double(mu), device_mu, tl.float64).to(REAL)
     shrink = (1.0 - double(lambd) * eta_now).to(REAL)
     minus_eta = (eta_now * -1.0).to(REAL)
     decay = double(weight_decay).to(REAL)
     seed_now = _current_seed(seed, device_step)
     if (left >= BLOCK) & (addresses & 15 == 0):
         _update_block(
-            param_address, grad_address, average_address, master_address, left, 0, shrink, minus_eta, mu_now, decay,
-            inverse_scale, seed_now, number + place,
-            PARAM, GRAD, REAL, ROUNDED, MAXIMIZE, DECAYS, AVERAGES, STOCHASTIC, BLOCK, True,
+            param_address, grad_address, averages, mus, device_mu, place, master_address, left, 0, shrink, minus_eta,
+            decay, inverse_scale, seed_now, number + place,
+            PARAM, GRAD, REAL, ROUNDED, MAXIMIZE, DECAYS, MOVES, STOCHASTIC, BLOCK, True,
         )  # fmt: skip
     else:  # in pieces of another size, or else Triton would lay these out for vectors too
         for first in range(0, tl.minimum(left, BLOCK).to(tl.int32), SMALL):
             _update_block(
-                param_address, grad_address, average_address, master_address, left, first, shrink, minus_eta, mu_now,
-                decay, inverse_scale, seed_now, number + place,
-                PARAM, GRAD, REAL, ROUNDED, MAXIMIZE, DECAYS, AVERAGES, STOCHASTIC, SMALL, False,
+                param_address, grad_address, averages, mus, device_mu, place, master_address, left, first, shrink,
+                minus_eta, decay, inverse_scale, seed_now, number + place,
+                PARAM, GRAD, REAL, ROUNDED, MAXIMIZE, DECAYS, MOVES, STOCHASTIC, SMALL, False,
             )  # fmt: skip
 
 
@@ -284,28 +316,53 @@ class TritonUpdate:
 
     def __init__(self, param: torch.dtype, grad: torch.dtype, rounded: torch.dtype) -> None:
         names = {"PARAM": param, "GRAD": grad, "REAL": compute_dtype(param), "ROUNDED": rounded}
-        # Triton has torch's names of dtypes.
-        self._types = {name: getattr(tl, str(dtype).removeprefix("torch.")) for name, dtype in names.items()}
+        self._types = {name: triton_dtype(dtype) for name, dtype in names.items()}
         self._tables: WeakKeyDictionary[TensorList, DeviceTables] = WeakKeyDictionary()
 
     def __call__(self, parts: TensorList, grads: Gradients, step: SliceStep) -> None:
         """Launches the kernel. It reads scalars on the device there, so a CUDA graph reads them when it is replayed."""
-        average, master, h, rounding = step.average, step.master, step.h, step.rounding
+        h, rounding = step.h, step.rounding
         with torch.cuda.device_of(parts.tensors[0]):
-            if len(grads.tensors) == 1:
-                programs, numel, start = -(-parts.numel // BLOCK), parts.numel, parts.starts[0]
-                number = rounding.first + start
-                read = (parts.tensors[0], grads.tensors[0], *(t if t is None else t[start:] for t in (average, master)))
-            else:
-                tables = self._tables.get(parts) or self._tables.setdefault(parts, DeviceTables(parts, BLOCK))
-                programs, numel, number = tables.programs, len(grads.tensors), rounding.first
-                read = (tables.of_parts, tables.of_grads(grads.addresses), average, master)
+            where, programs = launch_of(parts, self._tables)
+            gradient = self._tables[parts].of_grads(grads.addresses) if where["MANY"] else grads.tensors[0]
             if programs:
                 update_kernel[(programs,)](
-                    *read, numel, **_numbers(h, step.scalars), seed=rounding.seed or 0, number=number,
-                    **self._types, MANY=len(grads.tensors) > 1, MAXIMIZE=h.maximize, DECAYS=h.weight_decay != 0,
-                    STOCHASTIC=rounding.seed is not None, BLOCK=BLOCK, SMALL=SMALL, **OPTIONS,
+                    grad=gradient, **where, averages=coded(map(Tensor.data_ptr, step.averages)), master=step.master,
+                    **_numbers(h, step.scalars), seed=rounding.seed or 0, number=rounding.first, **self._types,
+                    MAXIMIZE=h.maximize, DECAYS=h.weight_decay != 0, STOCHASTIC=rounding.seed is not None,
+                    SMALL=SMALL, **OPTIONS,
                 )  # fmt: skip
+
+
+def launch_of(parts: TensorList, tables: WeakKeyDictionary[TensorList, DeviceTables]) -> tuple[dict[str, Any], int]:
+    """Returns the arguments that tell a kernel of ``parts`` where they lie, and the number of programs.
+
+    Args:
+        tables: where the tables of several parts are kept for the next launch.
+    """
+    if len(parts.tensors) == 1:
+        where = {"param": parts.tensors[0], "numel": parts.numel, "start": parts.starts[0]}
+        return where | {"MANY": False, "BLOCK": BLOCK}, -(-parts.numel // BLOCK)
+    own = tables.get(parts) or tables.setdefault(parts, DeviceTables(parts, BLOCK))
+    where = {"param": own.of_parts, "numel": len(parts.tensors), "start": 0}
+    return where | {"MANY": True, "BLOCK": BLOCK}, own.programs
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """Returns Triton's dtype, which has the name of torch's."""
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def coded(numbers: Iterable[int]) -> tuple[int, ...] | None:
+    """Returns a tuple for a kernel, or None for no numbers. The kernel divides each by 2 to get it back.
+
+    All are odd, or else Triton would compile again for numbers that are 1 or multiples of 16: in tuples it cannot be
+    told not to.
+
+    Args:
+        numbers: from 1 to 2**62 - 1, such as addresses and ``double_bits`` up to 1.0.
+    """
+    return tuple(2 * number + 1 for number in numbers) or None
 
 
 def double_bits(*numbers: float) -> list[int]:
@@ -316,18 +373,19 @@ def double_bits(*numbers: float) -> list[int]:
 def _numbers(h: Hyperparameters, scalars: AnyScalars) -> dict[str, Any]:
     """Returns the arguments of ``update_kernel`` that differ from step to step."""
     arguments: dict[str, Any] = dict.fromkeys(SCALARS)
+    mus: tuple[float, ...] = (1.0,)
     if isinstance(scalars, DeviceScalars):
-        lr = 0.0 if h.device_lr is not None else float(h.lr)
-        known, averages, scaling = Scalars(0, lr, 0.0), "asks", scalars.scaling
+        eta, moves, scaling = 0.0 if h.device_lr is not None else float(h.lr), "asks", scalars.scaling
         arguments |= {"device_step": scalars.step, "device_eta": scalars.eta, "device_mu": scalars.mu}
         arguments |= {"device_lr": h.device_lr}
         if scaling is not None:
             arguments |= {"inverse_scale": scaling.inverse_scale, "found_inf": scaling.found_inf}
     else:
-        known, averages = scalars, "becomes" if scalars.mu == 1 else "moves"
-    numbers = double_bits(h.lambd, known.eta, known.mu, h.weight_decay)
-    arguments |= zip(("lambd", "eta", "mu", "weight_decay"), numbers, strict=True)
-    return arguments | {"AVERAGES": averages}
+        eta, mus = scalars.eta, scalars.mus
+        # Compiled once for several averages, whichever of them have just started.
+        moves = "asks" if len(mus) > 1 else "becomes" if mus == (1.0,) else "moves"
+    arguments |= zip(("lambd", "eta", "weight_decay"), double_bits(h.lambd, eta, h.weight_decay), strict=True)
+    return arguments | {"mus": coded(double_bits(*mus)), "MOVES": moves}
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Checks, before a fast form of the update is used, that it gives the bits of PyTorch's operators on this machine."""
+"""Checks, before a fast form of a pass is used, that it gives the bits of PyTorch's operators on this machine."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from collections.abc import Callable
 import torch
 
 from dist_asgd.asgd.rounding import Rounding, compute_dtype
-from dist_asgd.asgd.rule import low_precision_step_
+from dist_asgd.asgd.rule import average_step_, low_precision_step_
 from dist_asgd.asgd.schedule import DeviceScalars, Hyperparameters, Scalars
 from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList, UpdateKind
 
 # Elements on which each combination of options is compared: several vectors of PyTorch's operators and a remainder.
 CHECKED = 211
+MUS = ((), (1.0,), (0.3,), (0.3, 1.0, 0.7))  # of each average; a device that holds the scalars has one average
+FP32 = torch.float32
 
 logger = logging.getLogger("dist_asgd")
 _warned: set[str] = set()
@@ -32,24 +34,49 @@ def matches_operators(
     """
     rounding = Rounding(kind.rounded, 1234 if kind.stochastic else None, 5)
     generator, dtype = torch.Generator().manual_seed(0), compute_dtype(kind.param)
-    combinations = itertools.product((False, True), (0.0, 0.1), (False, True), (1.0, 0.3))
-    for maximize, weight_decay, averages, mu in combinations:
+    combinations = itertools.product((False, True), (0.0, 0.1), MUS[1:3] if on_device else MUS)
+    for maximize, weight_decay, mus in combinations:
         h = Hyperparameters(lr=0.1, lambd=0.1, alpha=0.75, t0=0.0, weight_decay=weight_decay, maximize=maximize)
-        scalars = Scalars(3, *torch.tensor([0.07, mu], dtype=torch.float32).tolist())  # a device keeps fp32
-        values = torch.randn(4, CHECKED, dtype=torch.float64, generator=generator).to(device, dtype)
-        first, second, average, other = values
+        # A device keeps scalars in fp32.
+        scalars = Scalars(3, torch.tensor(0.07, dtype=FP32).item(), tuple(torch.tensor(mus, dtype=FP32).tolist()))
+        values = torch.randn(3 + len(mus), CHECKED, dtype=torch.float64, generator=generator).to(device, dtype)
+        first, second, other, *averages = values
         p, g = first.to(kind.param), second.to(kind.grad)
         p = torch.where(second > 0, p, p.to(rounding.dtype).to(kind.param))  # some are already rounded
         # Half of the masters belong to their parameters; the other half are out of date, and must be replaced.
         master = torch.where(other > 0, p.to(dtype), other)
-        own, expected = ([tensor.clone() for tensor in (p, average, master)] for _ in range(2))
+        own, expected = ([tensor.clone() for tensor in (p, master, *averages)] for _ in range(2))
         given = DeviceScalars.of(scalars, device) if on_device else scalars
-        state = (own[1] if averages else None, own[2] if kind.has_master else None)
-        update(TensorList.of(own[:1]), Gradients.of([g]), SliceStep(*state, h, given, rounding))
-        p, average, master = expected
-        state = (average if averages else None, master if kind.has_master else None)
+        p, master, *averages = own
+        state = (averages, master if kind.has_master else None)
+        update(TensorList.of([p]), Gradients.of([g]), SliceStep(*state, h, given, rounding))
+        p, master, *averages = expected
+        state = (averages, master if kind.has_master else None)
         expected_rounding = rounding.at(rounding.first, scalars) if on_device else rounding
         low_precision_step_(p, g, *state, h, scalars, expected_rounding)
+        if not all(map(torch.equal, own, expected)):
+            return False
+    return True
+
+
+def averages_match_operators(
+    move: Callable[..., None], device: torch.device, param: torch.dtype, average: torch.dtype
+) -> bool:
+    """Returns whether ``move`` gives the bits of ``average_step_``.
+
+    Args:
+        move: as ``move_averages_`` (kernels/averaging.py), for these dtypes.
+        device: where the test tensors lie.
+        param, average: the dtypes of parameters and averages.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for mus in MUS[1:]:
+        values = torch.randn(1 + len(mus), CHECKED, dtype=torch.float64, generator=generator).to(device)
+        p, own = values[0].to(param), list(values[1:].to(average, copy=True))
+        expected = [ax.clone() for ax in own]
+        move(TensorList.of([p]), own, mus)
+        for ax, mu in zip(expected, mus, strict=True):
+            average_step_(ax, p, mu)
         if not all(map(torch.equal, own, expected)):
             return False
     return True

@@ -72,11 +72,11 @@ class SliceStep:
     Averages and masters are real, in compute_dtype, indexed by the ``starts`` of a ``TensorList``, updated in place.
     """
 
-    average: Tensor | None  # 1-D; None while the average is the parameter
+    averages: Sequence[Tensor]  # each 1-D; one for each of scalars.mus, none of which is 0
     master: Tensor | None  # 1-D; None for no master
     h: Hyperparameters
     scalars: AnyScalars
-    rounding: Rounding  # its ``first`` is the number of the element at index 0 of average and master
+    rounding: Rounding  # its ``first`` is the number of the element at index 0 of averages and master
 
 
 class UpdateKind(NamedTuple):

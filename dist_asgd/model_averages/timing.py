@@ -48,10 +48,9 @@ class Timing:
     def scalars(self, iterates: int, updates: int) -> Scalars:
         """Returns the scalars of a parameter after ``iterates`` iterates, the last of which was update ``updates``."""
         if not iterates:
-            return Scalars(0, 0.0, 1.0, (1.0,) * (len(self.kinds) - 1))
+            return Scalars(0, 0.0, (1.0,) * len(self.kinds))
         joined = updates - iterates
-        mu, *further = (self._mu(name, updates, joined) for name in self.kinds)
-        return Scalars(iterates, 0.0, mu, tuple(further))
+        return Scalars(iterates, 0.0, tuple(self._mu(name, updates, joined) for name in self.kinds))
 
     def _mu(self, name: str, updates: int, joined: int) -> float:
         first = max(joined, self.firsts.get(name, 0))

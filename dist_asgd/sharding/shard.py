@@ -23,7 +23,6 @@ from torch import Tensor
 
 from dist_asgd._torch_private import has_other_users
 from dist_asgd.asgd.rounding import Rounding, compute_dtype, current_master
-from dist_asgd.asgd.rule import average_step_
 from dist_asgd.asgd.schedule import (
     AnyScalars,
     DeviceScalars,
@@ -35,14 +34,14 @@ from dist_asgd.asgd.schedule import (
 )
 from dist_asgd.averages.kinds import Average
 from dist_asgd.kernels.averaging import move_averages_
-from dist_asgd.kernels.dispatch import PASS_BYTES, UpdateSlice, advance_, can_fuse
+from dist_asgd.kernels.dispatch import UpdateSlice, advance_, can_fuse
 from dist_asgd.kernels.tensor_list import TensorList, as_real
 from dist_asgd.sharding.layout import BucketLayout, Piece
 from dist_asgd.sharding.placement import Placement
 from dist_asgd.sharding.precision import Precision
 from dist_asgd.sharding.saved_state import check_state
 from dist_asgd.sharding.scalar_runs import Run, merge_runs, select_runs
-from dist_asgd.sharding.shard_views import FlatParameters, ShardParameters
+from dist_asgd.sharding.shard_views import ShardParameters
 from dist_asgd.sharding.sharded_state import StatePiece
 
 Following = Callable[[int], Scalars]  # the scalars after a number of steps
@@ -58,8 +57,7 @@ class Shard:
         rank: the rank that owns the shard, in the numbering of ``layout``.
         precision: the dtypes of averages and masters.
         rounding: how a step rounds parameters; element 0 of the bucket is its element 0.
-        kinds: the kinds of average by suffix. The first has the empty suffix and is updated in one pass with the
-            parameters.
+        kinds: the kinds of average by suffix. The first has the empty suffix.
         trained: whether a parameter is to be trained. Otherwise masters are made by the first step, if there is one.
     """
 
@@ -94,7 +92,7 @@ class Shard:
         # Whether one kernel updates all parameters of the shard, wherever they lie.
         self.fuses = can_fuse(parameters.device, self.dtype, self.average_dtype, self._needs_master, rounding)
         self.runs: list[Run] = []
-        self._fresh = Scalars(0, 0.0, 1.0, (1.0,) * (len(kinds) - 1))  # the scalars before the first step
+        self._fresh = Scalars(0, 0.0, (1.0,) * len(kinds))  # the scalars before the first step
         self._set_runs([Run(0, len(self.placements), self._fresh)])
 
     def slice_of(self, run: Run) -> slice:
@@ -194,7 +192,6 @@ class Shard:
             return run
         known = current_scalars(h, run.scalars)
         self._update(known, h, slices(run))
-        self._update_further(run, known)
         return self._advance(run, next_scalars(h, known.step + 1, self._kinds))
 
     def _advance(self, run: Run, following: Scalars) -> Run:
@@ -206,28 +203,15 @@ class Shard:
         return replace(run, scalars=following)
 
     def _update(self, scalars: AnyScalars, h: Hyperparameters, slices: Iterable[UpdateSlice]) -> None:
-        idle = isinstance(scalars, Scalars) and scalars.mu == 0  # the average keeps its value in this step
-        ax = None if idle else self.averages[""]
+        averages = list(self.averages.values())
+        if isinstance(scalars, Scalars):  # an average whose mu is 0 keeps its value in this step
+            pairs = [(ax, mu) for ax, mu in zip(averages, scalars.mus, strict=True) if ax is not None and mu != 0]
+            averages, scalars = [ax for ax, _ in pairs], replace(scalars, mus=tuple(mu for _, mu in pairs))
         for part in slices:
             where = slice(part.start, part.stop)
-            average = None if ax is None else ax[where]
+            moving = [ax[where] for ax in averages if ax is not None]
             rounding = self.rounding.at(self.start + part.start, scalars)
-            part.update_(average, None if self.master is None else self.master[where], h, scalars, rounding)
-
-    def _update_further(self, run: Run, scalars: Scalars) -> None:
-        """Updates the averages beside the first from the parameters of ``run``, which have just taken their step."""
-        pairs = zip(list(self.averages.values())[1:], scalars.further, strict=True)
-        moving = [(as_real(average), mu) for average, mu in pairs if average is not None and mu != 0]
-        if not moving:
-            return
-        where, factor = self.slice_of(run), 2 if self.dtype.is_complex else 1
-        iterates: ShardParameters = self.parameters if self.master is None else FlatParameters(self.master)
-        most = PASS_BYTES["cpu" if iterates.device.type == "cpu" else "others"]
-        itemsize = torch.promote_types(self.average_dtype, iterates.dtype).itemsize
-        for start, iterate in iterates.blocks(where, most // itemsize):
-            real = as_real(iterate)
-            for average, mu in moving:
-                average_step_(average[factor * start : factor * start + len(real)], real, mu)
+            part.update_(moving, None if self.master is None else self.master[where], h, scalars, rounding)
 
     def has_average(self, suffix: str) -> bool:
         """Whether a parameter of the bucket has started this average. Every rank gets the same answer."""
@@ -508,8 +492,8 @@ class Shard:
             self.master[where].copy_(self._trained(where) if master is None else self._cut(master, position))
 
     def _scalars_in(self, state: Mapping[str, Any]) -> Scalars:
-        mu, *further = (float(state.get(f"mu{suffix}", 1)) for suffix in self.averages)
-        return Scalars(int(state["step"]), float(state["eta"]), mu, tuple(further))
+        mus = tuple(float(state.get(f"mu{suffix}", 1)) for suffix in self.averages)
+        return Scalars(int(state["step"]), float(state["eta"]), mus)
 
     def _set_runs(self, runs: Sequence[Run]) -> None:
         if not self._capturable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -40,10 +40,6 @@ class FlatParameters:
         """Writes ``values`` (1-D) to elements ``where``, which begins and ends between parameters."""
         self.shard[where].copy_(values)
 
-    def blocks(self, where: slice, size: int) -> Iterator[tuple[int, Tensor]]:
-        """Yields elements ``where`` in 1-D blocks of at most ``size``, each with its position in the shard."""
-        return numbered_blocks(self.shard[where], where.start, size)
-
     def wrap(self, position: int, local: Tensor) -> Tensor:
         """Returns ``local`` as the local tensor of a DTensor like the parameter; ``local`` itself for a plain one."""
         return local
@@ -76,20 +72,6 @@ class PlacedParameters:
     def copy(self) -> Tensor:
         return torch.cat(self._parts(self.pieces, 0, self.layout.shard_numel))
 
-    def blocks(self, where: slice, size: int) -> Iterator[tuple[int, Tensor]]:
-        start, stop, _ = where.indices(self.layout.shard_numel)
-        small: list[Piece] = []  # neighbours that are read together
-        for piece in self._within(start, stop):
-            if small and piece.shard_stop - small[0].shard_start > size:
-                yield self._block(small)
-                small = []
-            if piece.stop - piece.start <= size:
-                small.append(piece)
-            else:
-                yield from numbered_blocks(self.view_of(piece), piece.shard_start, size)
-        if small:
-            yield self._block(small)
-
     def view_of(self, piece: Piece) -> Tensor:
         flat = self.flats[piece.position]
         return flat if len(flat) == piece.stop - piece.start else flat[piece.start : piece.stop]
@@ -109,11 +91,6 @@ class PlacedParameters:
         return DTensor.from_local(
             own, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
         )
-
-    def _block(self, pieces: Sequence[Piece]) -> tuple[int, Tensor]:
-        start, stop = pieces[0].shard_start, pieces[-1].shard_stop
-        parts = self._parts(pieces, start, stop)
-        return start, torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _parts(self, pieces: Iterable[Piece], start: int, stop: int) -> list[Tensor]:
         parts, end = [], start
@@ -140,8 +117,3 @@ ShardParameters: TypeAlias = FlatParameters | PlacedParameters
 def local_of(param: Tensor) -> Tensor:
     """Returns this rank's block of ``param`` without autograd history: the local tensor, or all of a plain tensor."""
     return local_tensor(param) if isinstance(param, DTensor) else param.detach()
-
-
-def numbered_blocks(flat: Tensor, start: int, size: int) -> Iterator[tuple[int, Tensor]]:
-    """Yields ``flat`` (1-D) in blocks of at most ``size`` elements, each with its position, the first ``start``."""
-    return ((start + number * size, block) for number, block in enumerate(flat.split(size)))

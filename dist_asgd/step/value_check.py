@@ -23,7 +23,7 @@ OF_STEPS = (
     "DistributedDataParallel make equal. Write the same values on every rank"
 )
 OF_AVERAGES = (
-    "and their average, of which each rank has a share, would mix them. Build ShardedAverages when the values are equal "
+    "and their average, of which each rank has a share, would mix them. Build ShardedAverages when values are equal "
     "(DistributedDataParallel makes them so) and keep them so; where each rank has parameters of its own, pass "
     "shard_replicas=False"
 )

@@ -22,7 +22,7 @@ def run(h, start, gradient, steps):
     param, average, scalars = start.clone(), start.clone(), first_scalars(h)
     params, averages = [], []
     for step in range(1, steps + 1):
-        asgd_step_(param, gradient(param), average, h, scalars)
+        asgd_step_(param, gradient(param), [average], h, scalars)
         scalars = next_scalars(h, step)
         params.append(param.clone())
         averages.append(average.clone())
@@ -84,13 +84,13 @@ def test_any_options_equal_torch_bit_for_bit(lr, lambd, alpha, t0, weight_decay,
     scalars = first_scalars(h)
     for step in range(1, 8):
         theirs.grad = torch.randn(67, generator=generator, dtype=dtype)
-        asgd_step_(param, theirs.grad, average, h, scalars)
+        asgd_step_(param, theirs.grad, [average], h, scalars)
         scalars = next_scalars(h, step)
         optimizer.step()
         state = optimizer.state[theirs]
         assert torch.equal(param, theirs.detach())
         assert torch.equal(average, state["ax"])
-        assert (scalars.eta, scalars.mu) == (state["eta"].item(), state["mu"].item())
+        assert (scalars.eta, *scalars.mus) == (state["eta"].item(), state["mu"].item())
 
 
 def test_a_tensor_lr_gives_the_eta_of_torchs_tensor_arithmetic():
@@ -106,7 +106,8 @@ def test_a_tensor_lr_gives_the_eta_of_torchs_tensor_arithmetic():
 def test_the_gradient_is_only_read():
     grad = torch.randn(5)
     before = grad.clone()
-    asgd_step_(torch.randn(5), grad, torch.zeros(5), options(maximize=True, weight_decay=0.1), Scalars(3, 0.1, 0.5))
+    h = options(maximize=True, weight_decay=0.1)
+    asgd_step_(torch.randn(5), grad, [torch.zeros(5)], h, Scalars(3, 0.1, (0.5,)))
     assert torch.equal(grad, before)
 
 
@@ -124,6 +125,12 @@ def test_infinity_does_not_stay_in_an_average_that_is_the_parameter():
     average = torch.tensor([math.inf])
     average_step_(average, torch.tensor([2.0]), 1.0)
     assert average.item() == 2.0
+
+
+def test_an_iterate_that_an_average_leaves_out_cannot_spoil_it():
+    average = torch.tensor([1.0])
+    average_step_(average, torch.tensor([math.nan]), 0.0)
+    assert average.item() == 1.0
 
 
 @pytest.mark.parametrize("name", ["lr", "lambd", "alpha", "t0", "weight_decay"])

@@ -35,6 +35,7 @@ CASES += [(torch.float32, torch.float32, True, Rounding(wire)) for wire in (torc
 CASES += [(torch.float64, torch.float64, True, Rounding(wire)) for wire in (torch.bfloat16, torch.float32)]
 BY_CHANCE = Rounding(torch.bfloat16, 77, 2**32 - 50)
 CASES += [(torch.bfloat16, grad, False, BY_CHANCE) for grad in (torch.bfloat16, torch.float32)]
+MUS = ((), (1.0,), (0.3,), (0.3, 1.0, 0.7))  # of each average
 # One lies across the middle of all, where the work of two threads meets; some are empty or no multiple of a vector.
 SIZES = [1, 0, 33, 64, 40_001, 7, 31, 0, 4096, 30_000]
 
@@ -58,30 +59,28 @@ def test_one_pass_has_the_bits_of_the_operators(
         torch.set_num_threads(threads)
         generator, wide = torch.Generator().manual_seed(1), compute_dtype(param)
         starts = list(itertools.accumulate((n + 8 for n in SIZES), initial=0))
-        options = itertools.product((False, True), (0.0, 0.1), (False, True), (1.0, 0.3), (0.0, 1e-2))
-        for maximize, decay, averages, mu, lambd in options:
+        options = itertools.product((False, True), (0.0, 0.1), MUS, (0.0, 1e-2))
+        for maximize, decay, mus, lambd in options:
             h = Hyperparameters(lr=0.1, lambd=lambd, alpha=0.75, t0=0.0, weight_decay=decay, maximize=maximize)
-            scalars = Scalars(step=3, eta=0.07, mu=mu)
+            scalars = Scalars(3, 0.07, mus)
             params, grads = scattered(param, generator), scattered(grad, generator)
             for p in params[::3]:  # what the last step has left
                 p.copy_(p.to(rounding.dtype))
-            average, other = torch.randn(2, starts[-1], generator=generator).to(wide)
-            master = other.clone()
+            master, *averages = torch.randn(1 + len(mus), starts[-1], generator=generator).to(wide)
             for p, start in zip(params, starts, strict=False):  # some follow their parameters, some are out of date
                 master[start : start + len(p) // 2 * 2 : 2] = p[: len(p) // 2 * 2 : 2].to(wide)
             expected_params = [p.clone() for p in params]
-            expected_average, expected_master = average.clone(), master.clone()
+            expected_master, *expected_averages = (tensor.clone() for tensor in (master, *averages))
             for p, g, start in zip(expected_params, grads, starts, strict=False):
                 where = slice(start, start + len(p))
-                own = expected_average[where] if averages else None
+                own = [average[where] for average in expected_averages]
                 master_of = expected_master[where] if has_master else None
                 low_precision_step_(p, g, own, master_of, h, scalars, replace(rounding, first=rounding.first + start))
             parts = TensorList.of(params, starts[:-1])
-            state = (average if averages else None, master if has_master else None)
-            update(parts, Gradients.of(grads), SliceStep(*state, h, scalars, rounding))
-            for got, wanted in zip(params, expected_params, strict=True):
-                assert torch.equal(got, wanted), h
-            assert torch.equal(average, expected_average) and torch.equal(master, expected_master), h
+            step = SliceStep(averages, master if has_master else None, h, scalars, rounding)
+            update(parts, Gradients.of(grads), step)
+            own, expected = [*params, master, *averages], [*expected_params, expected_master, *expected_averages]
+            assert all(map(torch.equal, own, expected)), (h, mus)
 
     run_alone(alone)
 

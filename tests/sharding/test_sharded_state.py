@@ -177,12 +177,12 @@ def test_packing_puts_every_gradient_at_its_place():
 @pytest.mark.parametrize("numel", [1, 31, BLOCK - 1, BLOCK, BLOCK + 33, 2 * BLOCK + 1])
 def test_walking_in_blocks_leaves_the_bits_alone(numel):
     h = Hyperparameters(lr=0.1, lambd=0.1, alpha=0.75, t0=0.0, weight_decay=0.1, maximize=True)
-    scalars = Scalars(5, 0.037, 0.25)
-    grad, *pair = torch.randn(3, numel)
-    expected = [tensor.clone() for tensor in pair]
-    asgd_step_(expected[0], grad, expected[1], h, scalars)
-    update_blocks_(pair[0], grad, SliceStep(pair[1], None, h, scalars, Rounding(torch.float32)))
-    assert torch.equal(pair[0], expected[0]) and torch.equal(pair[1], expected[1])
+    scalars = Scalars(5, 0.037, (0.25, 0.5))
+    grad, *own = torch.randn(4, numel)
+    expected = [tensor.clone() for tensor in own]
+    asgd_step_(expected[0], grad, expected[1:], h, scalars)
+    update_blocks_(own[0], grad, SliceStep(own[1:], None, h, scalars, Rounding(torch.float32)))
+    assert all(map(torch.equal, own, expected))
 
 
 @pytest.mark.parametrize("numel", [0, 1, 33, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK // 2 + 1, 10 * BLOCK + 7])

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from dist_asgd.asgd.rounding import Rounding, compute_dtype
-from dist_asgd.asgd.rule import low_precision_step_
+from dist_asgd.asgd.rule import average_step_, low_precision_step_
 from dist_asgd.asgd.schedule import DeviceScalars, Hyperparameters, Scalars, Scaling, first_scalars, next_scalars
-from dist_asgd.kernels import dispatch
+from dist_asgd.kernels import averaging, dispatch
 from dist_asgd.kernels.dispatch import advance_
 from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList
 from tests.support import capturable_cases
@@ -46,8 +46,10 @@ LAYOUTS = {
     "many": [(0, 1), (8, 2100), (2104, 2104), (2104, 4152), (4155, 4700), (4704, 6801)],
 }
 NUMEL = 6801
+MUS = ((), (1.0,), (0.3,), (0.3, 1.0, 0.7))  # of each average
 DEVICE = "cpu"  # the tests on a GPU change it
 COMPILED = {name: DTYPES[name] for name in ("float32", "bfloat16 with master")}
+AVERAGED = {"float32": F32, "bfloat16": BF16}
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -64,50 +66,54 @@ def options(**changed):
 class Case:
     """Random parameters of one kind of dtypes, laid out in parts, updated by the kernel and by the eager rule."""
 
-    def __init__(self, dtypes, layout, averages=True, seed=0):
+    def __init__(self, dtypes, layout, averages=1, seed=0):
         self.param_dtype, self.grad_dtype, self.has_master, rounded = dtypes
         self.rounding = Rounding(rounded)
         self.dtype, self.spans = compute_dtype(self.param_dtype), LAYOUTS[layout]
         generator = torch.Generator().manual_seed(seed)
-        p, g, average, other = torch.randn(4, NUMEL, dtype=F64, generator=generator)
-        self.param, self.grad = p.to(rounded).to(self.param_dtype), g.to(self.grad_dtype)
-        self.average = average.to(self.dtype) if averages else None
+        p, g, other, *own = torch.randn(3 + averages, NUMEL, dtype=F64, generator=generator)
+        self.param, self.grad = p.to(rounded).to(self.param_dtype), g.to(self.grad_dtype).to(DEVICE)
+        self.averages = [average.to(self.dtype) for average in own]
         # Half of the masters are those of the parameters, half out of date.
         rest = 1 + 1e-4 * torch.rand(NUMEL, dtype=F64, generator=generator)
-        own = (p * rest).to(self.dtype)
-        stale = own.to(rounded).to(self.param_dtype) != self.param
-        own = torch.where(stale, self.param.to(self.dtype), own)
-        self.master = torch.where(other > 0, own, other.to(self.dtype)) if self.has_master else None
-        tensors = (self.param, self.grad, self.average, self.master)
-        self.param, self.grad, self.average, self.master = (None if t is None else t.to(DEVICE) for t in tensors)
+        master = (p * rest).to(self.dtype)
+        stale = master.to(rounded).to(self.param_dtype) != self.param
+        master = torch.where(stale, self.param.to(self.dtype), master)
+        master = torch.where(other > 0, master, other.to(self.dtype)) if self.has_master else None
+        self.param, self.master, *self.averages = (
+            None if t is None else t.to(DEVICE) for t in (self.param, master, *self.averages)
+        )
 
     def tensors(self):
-        return [None if t is None else t.clone() for t in (self.param, self.average, self.master)]
+        return [None if t is None else t.clone() for t in (self.param, self.master, *self.averages)]
+
+    def parts(self, param):
+        return TensorList.of([param[a:b] for a, b in self.spans], [a for a, _ in self.spans])
 
     def by_kernel(self, h, scalars):
         from dist_asgd.kernels.gpu import triton_update
 
-        own, average, master = self.tensors()
-        parts = TensorList.of([own[a:b] for a, b in self.spans], [a for a, _ in self.spans])
+        own, master, *averages = tensors = self.tensors()
         grads = [self.grad[a:b] for a, b in self.spans]
         update = triton_update(self.param_dtype, self.grad_dtype, self.rounding.dtype)
-        update(parts, Gradients.of(grads), SliceStep(average, master, h, scalars, self.rounding))
-        return own, average, master
+        update(self.parts(own), Gradients.of(grads), SliceStep(averages, master, h, scalars, self.rounding))
+        return tensors
 
     def by_rule(self, h, scalars, scale=None):
-        own, average, master = self.tensors()
+        own, master, *averages = tensors = self.tensors()
         grad = self.grad if scale is None else self.grad.to(self.dtype) * scale
         for a, b in self.spans:
-            cut = [None if t is None else t[a:b] for t in (average, master)]
+            cut, master_of = [average[a:b] for average in averages], None if master is None else master[a:b]
             rounding = replace(self.rounding, first=self.rounding.first + a)
-            low_precision_step_(own[a:b], grad[a:b], *cut, h, scalars, rounding)
-        return own, average, master
+            low_precision_step_(own[a:b], grad[a:b], cut, master_of, h, scalars, rounding)
+        return tensors
 
 
 def check(ours, expected, what):
-    for name, mine, theirs in zip(("parameter", "average", "master"), ours, expected, strict=True):
+    for index, (mine, theirs) in enumerate(zip(ours, expected, strict=True)):
         if theirs is not None:
             differ = int((bits(mine) != bits(theirs)).sum())
+            name = ("parameter", "master", "first average", "second average", "third average")[index]
             assert differ == 0, f"{what}: {differ} elements of the {name} differ"
 
 
@@ -117,13 +123,25 @@ def bits(tensor):
 
 def equals_the_rule(dtypes):
     """All options, and with some of them all layouts."""
-    flags = itertools.product((False, True), (0.0, 0.1), (None, 1.0, 0.3))
-    for number, (maximize, weight_decay, mu) in enumerate(flags):
+    flags = itertools.product((False, True), (0.0, 0.1), MUS)
+    for number, (maximize, weight_decay, mus) in enumerate(flags):
         h = options(maximize=maximize, weight_decay=weight_decay, lambd=0.1 * (number % 4 != 1))
-        scalars = Scalars(step=3, eta=0.07, mu=1.0 if mu is None else mu)
-        for layout in LAYOUTS if number in (5, 10) else ("many",):
-            case = Case(dtypes, layout, averages=mu is not None, seed=number)
+        scalars = Scalars(3, 0.07, mus)
+        for layout in LAYOUTS if number in (6, 15) else ("many",):
+            case = Case(dtypes, layout, averages=len(mus), seed=number)
             check(case.by_kernel(h, scalars), case.by_rule(h, scalars), (layout, h, scalars))
+
+
+def averages_equal_the_rule(param, average):
+    """Without gradients, beside any optimizer: every layout, one average and three."""
+    assert averaging.FORMS[DEVICE](torch.device(DEVICE), param, average) is not None
+    for layout, mus in itertools.product(LAYOUTS, ((0.3,), (1.0, 0.0, 1 / 3))):
+        case = Case((param, param, False, param), layout, averages=len(mus))
+        own, averages = ([t.to(average, copy=True) for t in case.averages] for _ in range(2))
+        averaging.move_averages_(case.parts(case.param), own, mus)
+        for (a, b), (wanted, mu) in itertools.product(case.spans, zip(averages, mus, strict=True)):
+            average_step_(wanted[a:b], case.param[a:b], mu)
+        check([None, None, *own], [None, None, *averages], (layout, mus))
 
 
 def on_device(scalars, **scaling):
@@ -131,12 +149,14 @@ def on_device(scalars, **scaling):
     return DeviceScalars.of(scalars, torch.device(DEVICE)).scaled(Scaling(**given) if given else None)
 
 
-def fp32(*values):
-    return torch.tensor(values, dtype=F32).tolist()
+def scalars_of(step, *values):
+    """Scalars of one average, which a device keeps in fp32."""
+    eta, mu = torch.tensor(values, dtype=F32).tolist()
+    return Scalars(step, eta, (mu,))
 
 
 def unscales_and_sees_inf():
-    h, scalars = options(weight_decay=0.1), Scalars(3, *fp32(0.07, 0.3))
+    h, scalars = options(weight_decay=0.1), scalars_of(3, 0.07, 0.3)
     dtypes = (DTYPES["float32"], DTYPES["float16 with master"])
     for kind, layout, scale, found in itertools.product(dtypes, ("one", "many"), (0.3, None), (0.0, 1.0)):
         case = Case(kind, layout)
@@ -148,7 +168,7 @@ def unscales_and_sees_inf():
 def reads_scalars_on_the_device():
     h = options(weight_decay=0.1)
     for name, layout, mu in itertools.product(("float32", "float64", "bfloat16"), ("one", "many"), (1.0, 0.3)):
-        scalars, case = Scalars(3, *fp32(0.07, mu)), Case(DTYPES[name], layout)
+        scalars, case = scalars_of(3, 0.07, mu), Case(DTYPES[name], layout)
         check(case.by_kernel(h, on_device(scalars)), case.by_rule(h, scalars), (name, layout, mu))
 
 
@@ -157,7 +177,7 @@ def begins_with_the_lr():
     case = Case(DTYPES["float64"], "one")
     for lr in (0.3, torch.tensor(0.3, device=DEVICE), torch.tensor(0.3, dtype=F64, device=DEVICE)):
         h = options(lr=lr, capturable=True)
-        check(case.by_kernel(h, on_device(Scalars(0, 7.0, 1.0))), case.by_rule(h, first_scalars(h)), lr)
+        check(case.by_kernel(h, on_device(Scalars(0, 7.0, (1.0,)))), case.by_rule(h, first_scalars(h)), lr)
 
 
 def advances():
@@ -166,9 +186,9 @@ def advances():
         itertools.product((0.3, 1e-3), (0.0, 0.37), (0.0, 0.75, 2.0), (0.0, 5.0, math.inf))
     ):
         h = options(lr=lr, lambd=lambd, alpha=alpha, t0=t0, eta_decay=(None, 0.02)[number % 2])
-        scalars = on_device(Scalars(0, 0.0, 1.0))
+        scalars = on_device(Scalars(0, 0.0, (1.0,)))
         first = 10 ** (number % 8)  # 10,000,000: where fp32 could hardly count
-        scalars.set_(Scalars(first, 0.0, 1.0))
+        scalars.set_(Scalars(first, 0.0, (1.0,)))
         for step in range(first + 1, first + 7):
             advance_(scalars, h)
             assert scalars.read() == next_scalars(h, step), (h, step, scalars.read(), next_scalars(h, step))
@@ -181,7 +201,7 @@ def advances_as_torch():
     theirs = torch.nn.Parameter(torch.ones(1, device=DEVICE))
     lr = torch.tensor(0.3, device=DEVICE)
     optimizer = torch.optim.ASGD([theirs], lr, lambd=0.37, t0=5, foreach=False, capturable=True)
-    ours = on_device(Scalars(0, 0.0, 1.0))
+    ours = on_device(Scalars(0, 0.0, (1.0,)))
     for step in range(30):
         theirs.grad = torch.ones_like(theirs)
         lr.fill_(0.3 / (1 + step))
@@ -193,7 +213,7 @@ def advances_as_torch():
 
 
 def stands_still_where_an_inf_was_found():
-    scalars = on_device(Scalars(3, *fp32(0.07, 0.3)), inverse_scale=None, found_inf=1.0)
+    scalars = on_device(scalars_of(3, 0.07, 0.3), inverse_scale=None, found_inf=1.0)
     before = scalars.read()
     advance_(scalars, options())
     assert scalars.read() == before
@@ -202,10 +222,10 @@ def stands_still_where_an_inf_was_found():
 def advances_in_double_where_that_is_the_default():
     torch.set_default_dtype(F64)
     try:
-        scalars, h = on_device(Scalars(0, 0.0, 1.0)), options(lr=0.3, lambd=0.37)
+        scalars, h = on_device(Scalars(0, 0.0, (1.0,))), options(lr=0.3, lambd=0.37)
         advance_(scalars, h)
-        (_, eta, mu), expected = (scalars.step, scalars.eta.item(), scalars.mu.item()), next_scalars(h, 1)
-        assert abs(eta / expected.eta - 1) < 1e-14 and mu == expected.mu and scalars.eta.dtype == F64
+        eta, mu, expected = scalars.eta.item(), scalars.mu.item(), next_scalars(h, 1)
+        assert abs(eta / expected.eta - 1) < 1e-14 and (mu,) == expected.mus and scalars.eta.dtype == F64
     finally:
         torch.set_default_dtype(F32)
 
@@ -216,7 +236,7 @@ def keeps_zeros_infinities_and_nans():
         case, h = Case(dtypes, "one"), options(maximize=maximize)
         case.param[:64] = special.repeat(8)
         case.grad[:64] = special.repeat_interleave(8)
-        ours, theirs = (by(h, Scalars(3, 0.07, mu)) for by in (case.by_kernel, case.by_rule))
+        ours, theirs = (by(h, Scalars(3, 0.07, (mu,))) for by in (case.by_kernel, case.by_rule))
         for mine, expected in zip(ours, theirs, strict=True):
             if expected is not None:  # which NaN it is may differ
                 same = (mine == expected) & (mine.signbit() == expected.signbit()) | mine.isnan() & expected.isnan()
@@ -237,7 +257,7 @@ def is_one_launch():
     try:
         for layout, expected in (("one", 1), ("many", 1), ("one, empty", 0)):
             gpu.update_kernel.launches = 0
-            Case(DTYPES["float32"], layout).by_kernel(options(), Scalars(3, 0.07, 0.3))
+            Case(DTYPES["float32"], layout).by_kernel(options(), Scalars(3, 0.07, (0.3,)))
             assert gpu.update_kernel.launches == expected, layout
     finally:
         gpu.update_kernel = kernel
@@ -249,14 +269,16 @@ def rounds_by_chance():
         case = Case(DTYPES["bfloat16"], layout)
         case.rounding = Rounding(BF16, seed, first)
         case.grad[100:103] = torch.tensor([float("inf"), -float("inf"), 1e38])
-        h, scalars = options(weight_decay=0.1), Scalars(3, 0.07, 0.3)
+        h, scalars = options(weight_decay=0.1), Scalars(3, 0.07, (0.3,))
         check(case.by_kernel(h, scalars), case.by_rule(h, scalars), layout)
-        scalars = Scalars(2**31, *fp32(0.07, 0.3))
+        scalars = scalars_of(2**31, 0.07, 0.3)
         ours, case.rounding = case.by_kernel(h, on_device(scalars)), case.rounding.at(first, scalars)
         check(ours, case.by_rule(h, scalars), layout)
 
 
 INTERPRETED = {name: (equals_the_rule, dtypes) for name, dtypes in DTYPES.items()}
+for param, average in ((F32, F32), (F32, F64), (F64, F64), (BF16, F32), (F16, F32)):
+    INTERPRETED[f"averages in {average} of {param}"] = (averages_equal_the_rule, param, average)
 for function in (
     unscales_and_sees_inf,
     reads_scalars_on_the_device,
@@ -316,7 +338,8 @@ def interpret():
     repair_interpreter()
     # Tensors on the CPU stand for those on a device.
     Hyperparameters.device_lr = property(lambda h: h.lr if h.capturable and isinstance(h.lr, torch.Tensor) else None)
-    dispatch.FORMS["cpu"] = dispatch.FORMS["cuda"]
+    for forms in (dispatch.FORMS, averaging.FORMS):
+        forms["cpu"] = forms["cuda"]
     results = {}
     for name, (function, *arguments) in INTERPRETED.items():
         try:
@@ -327,27 +350,39 @@ def interpret():
     print(json.dumps(results))
 
 
-def build(target, dtypes, many, scalars_on_device=False):
-    """The kernel for average and weight decay, compiled."""
-    import triton.language as tl
-
+def build(target, dtypes, many, averages=1, scalars_on_device=False):
+    """The kernel for averages and weight decay, compiled."""
     from dist_asgd.kernels import gpu
 
     param, grad, has_master, rounded = dtypes
-    names = {F32: "fp32", BF16: "bf16"}
-    types = {F32: tl.float32, BF16: tl.bfloat16}
-    pointers = {"param": "*i64" if many else f"*{names[param]}", "grad": "*i64" if many else f"*{names[grad]}"}
-    pointers |= {"average": "*fp32"} | ({"master": "*fp32"} if has_master else {})
+    pointers = {"param": "*i64" if many else pointer_to(param), "grad": "*i64" if many else pointer_to(grad)}
+    pointers |= {"averages": ("i64",) * averages} | ({"master": "*fp32"} if has_master else {})
     absent = set() if has_master else {"master"}
     if scalars_on_device:
         pointers |= dict.fromkeys(gpu.SCALARS, "*fp32") | {"device_step": "*i64"}
     else:
         absent |= set(gpu.SCALARS)
-    constants = {"PARAM": types[param], "GRAD": types[grad], "REAL": tl.float32, "ROUNDED": types[rounded]}
+    pointers |= {"mus": ("i64",) * averages}
+    names = {"PARAM": param, "GRAD": grad, "REAL": F32, "ROUNDED": rounded}
+    constants = {name: gpu.triton_dtype(dtype) for name, dtype in names.items()}
     constants |= {"MANY": many, "MAXIMIZE": False, "DECAYS": True, "STOCHASTIC": False}
-    constants |= {"AVERAGES": "asks" if scalars_on_device else "moves"}
+    constants |= {"MOVES": "asks" if scalars_on_device or averages > 1 else "moves"}
     constants |= {"BLOCK": gpu.BLOCK, "SMALL": gpu.SMALL} | dict.fromkeys(absent)
     return compiled_for(target, gpu.update_kernel, pointers, constants)
+
+
+def build_averaging(target, param, averages):
+    """The pass for averages beside any optimizer, of many parameters, compiled."""
+    from dist_asgd.kernels import gpu, gpu_averaging
+
+    pointers = {"param": "*i64", "averages": ("i64",) * averages, "mus": ("i64",) * averages}
+    constants = {"PARAM": gpu.triton_dtype(param), "REAL": gpu.triton_dtype(F32), "MANY": True}
+    constants |= {"BLOCK": gpu.BLOCK, "SMALL": gpu.SMALL}
+    return compiled_for(target, gpu_averaging.averaging_kernel, pointers, constants)
+
+
+def pointer_to(dtype):
+    return {F32: "*fp32", BF16: "*bf16"}[dtype]
 
 
 def build_advance(target):
@@ -393,10 +428,13 @@ def count_compilations():
     triton.runtime.driver.set_active(Driver())
     counts = []
     kernel, gpu.update_kernel = gpu.update_kernel, Compiling()
-    for layouts in (("one", "one, not aligned"), ("many",)):
+    # The last mus have bits that are no multiples of 16.
+    several = ((0.5, 1.0), (1.0, 0.5), (1 / 3, 0.1))
+    for layouts, choices in ((("one", "one, not aligned"), [(0.5,)]), (("many",), [(0.5,)]), (("many",), several)):
         compiled = set()
-        for layout, eta, step in itertools.product(layouts, (0.0, 0.07, 1.0), (1, 2, 16)):
-            Case(DTYPES["float32"], layout).by_kernel(options(lambd=eta), Scalars(step, eta, 0.5))
+        for layout, eta, step, mus in itertools.product(layouts, (0.0, 0.07, 1.0), (1, 2, 16), choices):
+            case = Case(DTYPES["float32"], layout, averages=len(mus))
+            case.by_kernel(options(lambd=eta), Scalars(step, eta, mus))
         counts.append(len(compiled))
     gpu.update_kernel = kernel
     return counts
@@ -414,6 +452,10 @@ def compile_into(folder):
         on_device = build(facts, DTYPES["float32"], True, scalars_on_device=True)
         write(on_device, facts, Path(folder, f"{target}, float32, scalars on the device"))
         write(build_advance(facts), facts, Path(folder, f"{target}, advance"))
+        three = build(facts, DTYPES["float32"], True, averages=3)
+        write(three, facts, Path(folder, f"{target}, float32, three averages"))
+        for name, param in AVERAGED.items():
+            write(build_averaging(facts, param, 2), facts, Path(folder, f"{target}, {name}, two averages alone"))
 
 
 def write(result, target, file):
