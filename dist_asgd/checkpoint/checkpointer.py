@@ -150,6 +150,8 @@ class Checkpointer:
         step: int | None = None,
         strict: bool = True,
         average: bool | str = False,
+        cast: bool = False,
+        prefix: str = "",
     ) -> int | None:
         """Loads the newest checkpoint into ``state``, and returns its step, or None if there is none. Collective.
 
@@ -157,13 +159,18 @@ class Checkpointer:
 
         Args:
             state: like that of ``save``, or a part of it, such as only the model. Modules, optimizers, tensors and
-                objects with ``load_state_dict`` are filled in place; other values are replaced in the dicts and lists
-                that hold them. Sharding and number of ranks may differ from those at the save.
+                objects with ``load_state_dict`` are filled in place. Values, and dicts and lists of them, become what
+                the checkpoint has, whatever they were. Sharding and number of ranks may differ from those at the save.
             step: load the checkpoint of this step; None for the newest.
-            strict: True: raise if an entry is missing from the checkpoint, or unexpected in it. False: leave what is
-                missing as it is, and ignore what is unexpected.
+            strict: True: raise if an entry is missing from the checkpoint, unexpected in it, or of another shape.
+                False: leave what is missing or of another shape as it is, and ignore what is unexpected; a warning in
+                the log lists the shapes.
             average: True: load an optimizer's averages (``ax``) into the parameters of modules. A name: load the
                 average of this name, of an optimizer that has several.
+            cast: True: convert fp64, fp32, fp16 and bf16 into each other, and complex dtypes, where the live tensor has
+                another dtype, rounded once; where an optimizer has saved a master, from it. The log says how many.
+            prefix: left out of the checkpoint's names of parameters and buffers: ``"model."`` to load a module that was
+                saved as the ``model`` of another one. Names of wrappers (DDP, ``torch.compile``) need none.
 
         Raises:
             CheckpointError: on every rank. With nothing changed: the step does not exist; entries are missing,
@@ -172,7 +179,7 @@ class Checkpointer:
             ValueError, TypeError: an argument is invalid, or differs between ranks.
         """
         self._finish_background("load()")
-        _require_equal(self._agreement, "load()", step=step, strict=strict, average=average)
+        _require_equal(self._agreement, "load()", step=step, strict=strict, average=average, cast=cast, prefix=prefix)
         while True:
             with together(self._agreement, "load()"):
                 _check_state(state)
@@ -182,7 +189,9 @@ class Checkpointer:
                 return None
             try:
                 source = open_source(self._agreement, self._storage, directory.name, state, stock=False, trust=False)
-                load_checkpoint(self._agreement, source, state, strict=strict, average=average)
+                load_checkpoint(
+                    self._agreement, source, state, strict=strict, average=average, cast=cast, prefix=prefix
+                )
                 return directory.step
             except CheckpointError:
                 if step is not None or not self._was_deleted(directory):
@@ -281,6 +290,8 @@ def load(
     *,
     strict: bool = True,
     average: bool | str = False,
+    cast: bool = False,
+    prefix: str = "",
     trust: bool = False,
 ) -> None:
     """Loads the checkpoint in the directory ``url`` into ``state``. Collective.
@@ -292,7 +303,7 @@ def load(
 
     Args:
         url, storage_options: as for ``Checkpointer``; the directory of one checkpoint, not that of a run.
-        state, strict, average: as for ``Checkpointer.load``.
+        state, strict, average, cast, prefix: as for ``Checkpointer.load``.
         trust: True: unpickle the values of a DCP checkpoint, which CAN RUN ANY CODE that its writer has put there.
             False: read only values that are plain data: numbers, strings, bytes, containers, NumPy arrays, tensors.
             Nothing of a checkpoint of this library is ever unpickled.
@@ -300,16 +311,16 @@ def load(
     Raises:
         CheckpointError: as for ``Checkpointer.load``; also if ``url`` has no checkpoint, or a value of a DCP checkpoint
             is not plain data and ``trust`` is False. The message has its key and class.
-        ValueError: ``strict``, ``average`` or ``trust`` differ between ranks.
+        ValueError: ``strict``, ``average``, ``cast``, ``prefix`` or ``trust`` differ between ranks.
         TypeError: ``state`` is not a dict.
     """
     agreement = Agreement(default_group(None))
     with together(agreement, "load()"):
         storage = Storage.open(url, storage_options)
         _check_state(state)
-    _require_equal(agreement, "load()", strict=strict, average=average, trust=trust)
+    _require_equal(agreement, "load()", strict=strict, average=average, cast=cast, prefix=prefix, trust=trust)
     source = open_source(agreement, storage, "", state, stock=True, trust=trust)
-    load_checkpoint(agreement, source, state, strict=strict, average=average)
+    load_checkpoint(agreement, source, state, strict=strict, average=average, cast=cast, prefix=prefix)
 
 
 def _require_equal(agreement: Agreement, operation: str, **arguments: object) -> None:

@@ -78,7 +78,7 @@ def load(state: Mapping[str, Any], saved: Saved, rank: int = 0, **options: Any) 
     assert not destination.problems, destination.problems.message()
     for key, entries in destination.tensors.items():
         for entry in entries:
-            assert (entry.shape, entry.dtype) == (tuple(tensors[key].shape), tensors[key].dtype)
+            assert entry.shape == tuple(tensors[key].shape)
             for block in entry.blocks:
                 where = tuple(slice(o, o + s) for o, s in zip(block.box.offsets, block.box.sizes, strict=True))
                 with torch.no_grad():
@@ -531,8 +531,6 @@ def test_all_that_does_not_fit_is_in_one_message() -> None:
         "missing from the checkpoint (2):",
         "  data.new: expected a value like the int there",
         "  list: expected a value like the list there",
-        "unexpected in the checkpoint (1):",
-        "  data.old: found a value, nothing here takes it",
         "of another shape (2):",
         "  model.bias: found float32 [4], expected float32 [2]",
         "  model.weight: found float32 [4, 3], expected float32 [2, 3]",
@@ -540,7 +538,8 @@ def test_all_that_does_not_fit_is_in_one_message() -> None:
         "  table: found float32 [2], expected int64 [2]",
     ]
     lenient = destination_of(state, shapes, values[0], paths, strict=False).problems
-    assert not lenient.missing and not lenient.unexpected and lenient.wrong_shape == problems.wrong_shape
+    assert not lenient.missing and not lenient.unexpected and not lenient.wrong_shape
+    assert lenient.wrong_dtype == problems.wrong_dtype
     assert state["data"] == {"epoch": 0, "new": 3}
     check_same(bits(model), before)
 

@@ -1,9 +1,16 @@
 """Encodes values as JSON and decodes them: values and types are kept, and no JSON runs code."""
 
+import dataclasses
+import enum
 import json
 import math
+import pathlib
+import random
 import struct
-from collections import Counter, OrderedDict, namedtuple
+import zoneinfo
+from collections import Counter, OrderedDict, UserDict, defaultdict, deque, namedtuple
+from datetime import datetime, time, timedelta, timezone
+from decimal import Decimal
 from typing import Any
 
 import numpy
@@ -14,6 +21,7 @@ from hypothesis import strategies as st
 
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.json_values import MAX_DEPTH, decode, encode
+from dist_asgd.checkpoint.format.plain_types import refill_generator
 
 TEXT = st.text(st.characters(exclude_categories=()))  # with surrogates
 TAGS = st.sampled_from(["#tuple", "#dict", "#", "##", "#int", "#numpy", "#set"])
@@ -42,9 +50,27 @@ ATOMS = st.one_of(
     st.sampled_from([torch.float32, torch.float8_e4m3fn, torch.Size([]), torch.Size([2, 3]), math.inf, -0.0]),
     NUMPY,
 )
-HASHABLE = st.recursive(ATOMS, lambda items: st.one_of(st.lists(items).map(tuple), st.frozensets(items)), max_leaves=4)
+ZONES = st.none() | st.timedeltas(timedelta(hours=-23), timedelta(hours=23)).map(timezone)
+PLAIN = st.one_of(  # of the standard library, all hashable
+    st.datetimes(timezones=ZONES),
+    st.times(timezones=ZONES),
+    st.dates(),
+    st.timedeltas(),
+    st.decimals(allow_nan=False),
+    st.fractions(),
+    st.uuids(),
+    st.builds(range, st.integers(), st.integers(), st.integers(1, 2**70)),
+    TEXT.map(pathlib.PurePosixPath),
+    TEXT.map(pathlib.PureWindowsPath),
+    st.sampled_from(
+        [pathlib.Path("a", "..", "b"), torch.device("cuda:1"), timezone(timedelta(0), "Z"), Decimal("-NaN7")]
+    ),
+)
+HASHABLE = st.recursive(
+    ATOMS | PLAIN, lambda items: st.one_of(st.lists(items).map(tuple), st.frozensets(items)), max_leaves=4
+)
 VALUES = st.recursive(
-    ATOMS,
+    ATOMS | PLAIN,
     lambda items: st.one_of(
         st.lists(items),
         st.lists(items).map(tuple),
@@ -53,6 +79,10 @@ VALUES = st.recursive(
         st.dictionaries(HASHABLE, items),
         st.dictionaries(HASHABLE, items).map(OrderedDict),
         st.dictionaries(HASHABLE, st.integers()).map(Counter),
+        st.builds(deque, st.lists(items), st.none() | st.integers(0, 9)),
+        st.builds(defaultdict, st.sampled_from([None, list, int]), st.dictionaries(HASHABLE, items)),
+        st.builds(slice, items, items, items),
+        st.binary().map(bytearray),
     ),
     max_leaves=12,
 )
@@ -76,6 +106,18 @@ def form(value: Any) -> Any:
         return kind, struct.pack(">dd", value.real, value.imag)
     if isinstance(value, numpy.generic | numpy.ndarray):
         return kind, value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, datetime | time):
+        return kind, str(value), value.fold, form(value.tzinfo)
+    if isinstance(value, timezone):
+        return kind, repr(value), value.tzname(None)
+    if isinstance(value, Decimal):
+        return kind, str(value)
+    if isinstance(value, deque):
+        return kind, value.maxlen, [form(item) for item in value]
+    if isinstance(value, slice):
+        return kind, form(value.start), form(value.stop), form(value.step)
+    if isinstance(value, defaultdict):
+        return kind, value.default_factory, form(dict(value))
     if isinstance(value, dict):
         return kind, [(form(key), form(item)) for key, item in value.items()]
     if isinstance(value, set | frozenset):
@@ -107,6 +149,40 @@ def test_numpys_generators_come_back() -> None:
     assert form(through_json(state)) == form(state)
     state = numpy.random.default_rng(5).bit_generator.state
     assert form(through_json(state)) == form(state)
+
+
+def draws(generator: Any) -> list[Any]:
+    """Returns numbers that the random generator gives next, each of another kind."""
+    if isinstance(generator, torch.Generator):
+        return [torch.rand(3, generator=generator).tolist(), torch.randn(20, generator=generator).tolist()]
+    if isinstance(generator, random.Random):
+        return [generator.random(), generator.gauss(0, 1), generator.randbytes(3)]
+    return [generator.normal(size=3).tolist(), generator.bytes(3), generator.permutation(5).tolist()]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.Generator().manual_seed(5),
+        lambda: random.Random(5),
+        lambda: numpy.random.RandomState(5),
+        lambda: numpy.random.RandomState(numpy.random.SFC64(5)),
+        *(
+            lambda bits=bits: numpy.random.Generator(bits(numpy.random.SeedSequence([1, 2**70])))
+            for bits in (numpy.random.PCG64, numpy.random.PCG64DXSM, numpy.random.MT19937, numpy.random.Philox)
+        ),
+    ],
+)
+def test_random_generators_go_on(make: Any) -> None:
+    generator = make()
+    draws(generator)
+    again, other = through_json(generator), make()
+    assert type(again) is type(generator) and refill_generator(other, again)
+    expected = draws(generator)
+    assert draws(again) == draws(other) == expected
+    if isinstance(generator, numpy.random.Generator):
+        assert draws(again.spawn(1)[0]) == draws(generator.spawn(1)[0])
+    assert not refill_generator(random.Random() if isinstance(other, torch.Generator) else torch.Generator(), other)
 
 
 @given(JSON)
@@ -145,6 +221,24 @@ def test_whatever_json_there_is_gives_a_value_or_one_error(encoded: Any) -> None
         {"#numpy": ["<f4", None, ""]},
         {"#numpy": ["<U9999", [2**60], ""]},
         {"#numpy": 5},
+        {"#datetime": ["2020-01-01", 0, [0, 10**9, 0, None]]},
+        {"#datetime": ["today", 0, None]},
+        {"#PurePosixPath": [5]},
+        {"#bytearray": [10**15]},
+        {"#deque": [[1], "x"]},
+        {"#defaultdict": ["eval", {}]},
+        {"#Decimal": ["x"]},
+        {"#Fraction": [1, 0]},
+        {"#range": [0, 1, 0]},
+        {"#UUID": ["zz", 0]},
+        {"#device": ["nowhere"]},
+        {"#Random": [3, [1], None]},
+        {"#torch.Generator": ["cpu", {"#bytes": "AAAA"}]},
+        {"#torch.Generator": ["nowhere", {"#bytes": "AAAA"}]},
+        {"#numpy.Generator": [{"bit_generator": "system"}, None]},
+        {"#numpy.Generator": [{"bit_generator": "PCG64"}, {"entropy": 1, "pool_size": 10**15}]},
+        {"#numpy.RandomState": [{"bit_generator": "MT19937", "pos": 0, "state": {"key": [], "pos": 10**6}}]},
+        {"#numpy.RandomState": []},
         {"#": 5},
     ],
     ids=str,
@@ -179,26 +273,33 @@ class Text(str):
     __slots__ = ()
 
 
+class Number(enum.IntEnum):
+    ONE = 1
+
+
+@dataclasses.dataclass
+class Record:
+    x: int = 0
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [
         ({"a": [0, object()]}, ["data['a'][1]", "builtins.object", "state_dict()"]),
-        (Pair(1, 2), ["test_json_values.Pair"]),
-        (Text("x"), ["test_json_values.Text"]),
+        (Pair(1, 2), ["test_json_values.Pair", "save x._asdict()"]),
+        (Text("x"), ["test_json_values.Text", "save str(x)"]),
         ((torch.zeros(2),), ["data[0]", "a tensor in a tuple"]),
         ({1: lambda: 0}, ["data[1]", "function"]),
         (numpy.array([object()]), ["numpy.ndarray"]),
-        (torch.device("cpu"), ["torch.device"]),
+        ([Number.ONE], ["data[0]", "test_json_values.Number", "save x.value"]),
+        ({"a": {Number.ONE: 1}}, ["a key of data['a']", "save x.value"]),
+        (Record(), ["test_json_values.Record", "save dataclasses.asdict(x)"]),
+        (UserDict(a=1), ["collections.UserDict", "save dict(x)"]),
+        ({"a": defaultdict(lambda: 0)}, ["data['a']", "collections.defaultdict", "save dict(x)"]),
+        (deque([torch.zeros(1)]), ["data[0]", "save list(x)"]),
+        (datetime.now(zoneinfo.ZoneInfo("UTC")), ["datetime.datetime", "ZoneInfo", "astimezone"]),
     ],
-    ids=[
-        "object",
-        "named tuple",
-        "string of another type",
-        "tensor in a tuple",
-        "function",
-        "objects in an array",
-        "device",
-    ],
+    ids=lambda value: None if isinstance(value, list) and value and isinstance(value[0], str) else type(value).__name__,
 )
 def test_what_cannot_be_saved_is_named(value: Any, words: list[str]) -> None:
     with pytest.raises(TypeError) as error:

@@ -298,8 +298,9 @@ def list_what_does_not_fit(folder):
         "  new: expected a value like the int there",
         "unexpected in the checkpoint (6):",
         "  model.bias: float32 [2], nothing here takes it",
-        "of another dtype or kind (2):",
+        "of another dtype or kind (1):",
         "  epoch: found the value 2, expected float32 [1]",
+        "of another dtype, which load(..., cast=True) converts (1):",
         "  model.weight: found float32 [2, 3], expected float64 [2, 3]",
     ]
     assert "  optim.param_groups.0.params: more: the parameter was not in this group" in lines

@@ -15,6 +15,7 @@ import torch
 from dist_asgd.boxes import Box, batches, grouped, whole
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.export.formats import BATCH_BYTES, Exported
+from dist_asgd.checkpoint.format.casts import rounded
 from dist_asgd.checkpoint.format.entries import Block, TensorEntry
 from dist_asgd.checkpoint.format.manifest import STOCK, Manifest, TensorRecord, ValueRecord, in_directory
 from dist_asgd.checkpoint.format.tensor_bytes import memory
@@ -22,6 +23,7 @@ from dist_asgd.checkpoint.format.torch_archive import payload_bytes
 from dist_asgd.checkpoint.loading.reader import plan_reads, read_into
 from dist_asgd.checkpoint.loading.stock_reader import plan_items, read_items_into
 from dist_asgd.checkpoint.state.averages import average_keys, average_names
+from dist_asgd.checkpoint.state.saved_names import without_wrappers
 from dist_asgd.checkpoint.state.tree import key_of, tree_of
 from dist_asgd.checkpoint.stock.metadata import StockCheckpoint, read_stock_metadata
 from dist_asgd.checkpoint.storage.storage import Storage
@@ -32,18 +34,17 @@ BATCHES_AHEAD = 2  # batches that threads read while the caller writes one
 def tensors_of(manifest: Manifest, entry: str) -> list[Exported]:
     """Returns the tensors of an entry of the saved state, such as "model", by the names of its ``load_state_dict``.
 
+    The names are without parts that wrappers, such as ``torch.compile`` and DistributedDataParallel, add.
+
     Raises:
-        CheckpointError: the entry has no tensors.
+        CheckpointError: the entry has no tensors, or two of one name.
     """
     prefix = f"{entry}."
-    found = [
-        _exported(key.removeprefix(prefix), key, tensor)
-        for key, tensor in manifest.tensors.items()
-        if key == entry or key.startswith(prefix)
-    ]
-    if not found:
+    keys = {key: key.removeprefix(prefix) for key in manifest.tensors if key == entry or key.startswith(prefix)}
+    if not keys:
         raise CheckpointError(f"the checkpoint has no tensors in an entry {entry!r}; it has {entry_names(manifest)}")
-    return found
+    names = without_wrappers(keys.values())
+    return [_exported(names[name], key, manifest.tensors[key]) for key, name in keys.items()]
 
 
 def tensors_matching(manifest: Manifest, pattern: str) -> list[Exported]:
@@ -97,7 +98,8 @@ def with_averages(source: ExportSource, tensors: Sequence[Exported], average: st
     for tensor in tensors:
         path = manifest.tensors[tensor.key].path
         splits = [(path[:depth], key_of(path[depth:])) for depth in range(1, len(path))]
-        keys = {key for above, name in splits for key in average_keys(root, above, name, average, values)}
+        names = [known for above, name in splits for known in (name, key_of((*above, name)))]
+        keys = set(average_keys(root, names, average, values))
         if len(keys) > 1:
             raise CheckpointError(f"several optimizers have an average of {tensor.key!r}: {sorted(keys)}")
         for key in keys:
@@ -179,7 +181,7 @@ class ExportSource:
             parts.append((number, part))
             wanted.append((tensors[number].key, TensorEntry(saved.shape, saved.dtype, [Block(box, part)])))
         self._read_into(wanted)
-        return [(number, memory(part.to(tensors[number].dtype))) for number, part in parts]
+        return [(number, memory(rounded(part, tensors[number].dtype))) for number, part in parts]
 
 
 @dataclass(frozen=True, slots=True)

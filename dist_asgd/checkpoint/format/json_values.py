@@ -8,6 +8,8 @@ begin with ``#``; any other dict becomes ``{"#dict": [[key, value], ...]}``. doc
 from __future__ import annotations
 
 import base64
+import dataclasses
+import enum
 import json
 import re
 import reprlib
@@ -21,10 +23,13 @@ import torch
 
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.entries import dtype_name
+from dist_asgd.checkpoint.format.plain_types import BY_TAG, PlainType, plain_type_of
 
 MAX_DEPTH = 100  # containers inside each other, far fewer than the json module can read
 _INEXACT = 2**53  # integers from here on are written in hexadecimal, because many JSON readers take numbers for doubles
 _NUMPY_DTYPE = re.compile(r"[<>|=][biufcSUmM]\d{1,4}(\[\w{1,9}\])?")
+# NotImplementedError (a RuntimeError): a path of Windows on another system. RuntimeError: the state of a generator.
+_DAMAGE = (ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RuntimeError, struct.error, ImportError)
 _TORCH_DTYPES = {dtype_name(value): value for value in vars(torch).values() if type(value) is torch.dtype}
 
 
@@ -50,8 +55,8 @@ def encode(value: Any, name: str) -> Any:
     """Returns ``value`` in a form for ``json.dumps(..., allow_nan=False)``, from which ``decode`` makes it again.
 
     Values may have these types: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict,
-    OrderedDict, Counter, torch.Size, torch.dtype, NumPy's scalars and arrays. Instances of derived types are refused,
-    because they would be decoded as the base type.
+    OrderedDict, Counter, torch.Size, torch.dtype, NumPy's scalars and arrays, and those of `plain_types.py`. Instances
+    of derived types are refused, because they would be decoded as the base type.
 
     Args:
         name: what errors call the value.
@@ -73,7 +78,7 @@ def decode(encoded: Any, name: str) -> Any:
     """
     try:
         return _decode(encoded, 0)
-    except (ValueError, TypeError, KeyError, OverflowError, MemoryError, struct.error, ImportError) as error:
+    except _DAMAGE as error:
         text = reprlib.repr(encoded)  # shortened, and does not follow deep nesting
         raise CheckpointError(f"the value {name} is damaged, or of a newer version: {text} ({error})") from None
 
@@ -97,7 +102,16 @@ def _encode(value: Any, name: str, depth: int) -> Any:
     if kind in (tuple, set, frozenset):
         items = [_encode(item, f"{name}[{index}]", depth + 1) for index, item in enumerate(value)]
         return {f"#{kind.__name__}": items if kind is tuple else sorted(items, key=json.dumps)}
-    return _encode_atom(value, name)
+    plain = plain_type_of(value)
+    return _encode_atom(value, name) if plain is None else _encode_plain(plain, value, name, depth)
+
+
+def _encode_plain(plain: PlainType, value: Any, name: str, depth: int) -> Any:
+    try:
+        parts = plain.parts(value)
+    except ValueError as error:
+        raise TypeError(f"{name} is {_described(value)}, which a checkpoint cannot hold: {error}") from None
+    return {f"#{plain.tag}": [_encode(part, name, depth + 1) for part in parts]}
 
 
 def _encode_atom(value: Any, name: str) -> Any:
@@ -109,15 +123,32 @@ def _encode_atom(value: Any, name: str) -> Any:
     if is_numpy and _NUMPY_DTYPE.fullmatch(value.dtype.str):
         shape = list(value.shape) if kind is numpy.ndarray else None
         return {"#numpy": [value.dtype.str, shape, base64.b64encode(value.tobytes()).decode()]}
-    raise TypeError(
-        f"{name} is {_described(value)}, which a checkpoint cannot hold: give it as tensors, numbers, strings, lists, "
-        "tuples, dicts or sets, or as an object that has state_dict() and load_state_dict()"
+    raise TypeError(f"{name} is {_described(value)}, which a checkpoint cannot hold: {_way_out(value)}")
+
+
+def _way_out(value: Any) -> str:
+    """Returns what to save instead of a value of a type that cannot be saved."""
+    if isinstance(value, torch.Tensor):
+        return "save list(x), or a dict whose keys are strings"
+    if isinstance(value, enum.Enum):
+        return "save x.value, and make the member of it again"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return "save dataclasses.asdict(x)"
+    if isinstance(value, tuple) and getattr(type(value), "_fields", None) is not None:
+        return "save x._asdict()"
+    bases = (str, int, float, complex, bytes, list, tuple, dict, set, frozenset)
+    base = next((base for base in bases if isinstance(value, base)), dict if isinstance(value, Mapping) else None)
+    if base is not None:
+        return f"it would come back as a {base.__name__}, so save {base.__name__}(x)"
+    return (
+        "give it as tensors, numbers, strings, lists, tuples, dicts or sets, or as an object that has state_dict() and "
+        "load_state_dict()"
     )
 
 
 def _described(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return "a tensor in a tuple, a set, or a dict with keys that are no strings"
+        return "a tensor in a tuple, a deque, a set, or a dict with keys that are no strings"
     return f"of type {type(value).__module__}.{type(value).__qualname__}"
 
 
@@ -144,6 +175,8 @@ def _decode(encoded: Any, depth: int) -> Any:
         if type(content) is not list:
             raise TypeError("not a list")
         return _CONTAINERS[tag](_decode(item, depth + 1) for item in content)
+    if tag[1:] in BY_TAG:
+        return BY_TAG[tag[1:]].make(*[_decode(part, depth + 1) for part in content])
     return _ATOMS[tag](content)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dist_asgd.boxes import Box, cut_to_extents, extent, intersection, strides, within
 from dist_asgd.checkpoint.errors import only_checkpoint_errors, together
+from dist_asgd.checkpoint.format.casts import copy_rounded
 from dist_asgd.checkpoint.format.manifest import Manifest
 from dist_asgd.checkpoint.format.tensor_bytes import memory, narrowed
 from dist_asgd.checkpoint.loading.ranges import READ_BYTES
@@ -57,7 +58,7 @@ def split_shared(
         that order.
     """
     sparse = [part for part in parts if agreement.world_size > 1 and _reads_more(part)]
-    everyone = agreement.gather([RemotePart(p.key, p.item, p.sizes, p.data.element_size(), p.box) for p in sparse])
+    everyone = agreement.gather([RemotePart(p.key, p.item, p.sizes, p.dtype.itemsize, p.box) for p in sparse])
     ranks_of = Counter(item for wanted in everyone for item in {part.item for part in wanted})
     alone = {item for item, ranks in ranks_of.items() if ranks == 1}
     shared = [part for part in sparse if part.item not in alone]
@@ -68,7 +69,7 @@ def split_shared(
 
 def _reads_more(part: ChunkPart) -> bool:
     """Returns whether this rank would read much more than the part, because bytes between its rows are not needed."""
-    most = READ_BYTES // part.data.element_size()
+    most = READ_BYTES // part.dtype.itemsize
     extents = (extent(box, part.sizes) for box in cut_to_extents(part.box, part.sizes, most))
     return sum(stop - start for start, stop in extents) > READ_OVERHEAD * part.box.numel
 
@@ -122,7 +123,7 @@ class SharedParts(Spool):
         everyone: Sequence[Sequence[RemotePart]],
         parts: Sequence[ChunkPart],
     ) -> None:
-        super().__init__(sum(part.data.nbytes for part in parts))
+        super().__init__(sum(part.box.numel * part.dtype.itemsize for part in parts))
         self._storage, self._directory, self._manifest = storage, directory, manifest
         self._everyone = [_by_item(wanted) for wanted in everyone]
         self._parts, self._reads = parts, plan_shared_reads(everyone)
@@ -152,10 +153,10 @@ class SharedParts(Spool):
     def apply(self, progress: Progress) -> None:
         """Copies all shared parts of this rank to its live tensors. Called after ``read``."""
         for part, box, position in self._received:
-            buffer = torch.empty(box.sizes, dtype=part.data.dtype, device="cpu")
+            buffer = torch.empty(box.sizes, dtype=part.dtype, device="cpu")
             memory(buffer)[:] = self._read_back(position, buffer.nbytes)
             torch.autograd.graph.increment_version(part.data)
-            narrowed(part.data, within(box, part.box)).copy_(buffer)
+            copy_rounded(narrowed(part.data, within(box, part.box)), buffer)
             progress.add(buffer.nbytes)
 
     def _overlaps(self, read: RemotePart, rank: int) -> Iterator[tuple[int, Box]]:
@@ -184,7 +185,8 @@ class SharedParts(Spool):
     def _request(self, read: RemotePart) -> RangeRequest:
         item = self._manifest.items[read.item]
         blocks = blocks_of(read.box, read.sizes, read.itemsize, item)
-        chunk_read = ChunkRead(read.key, item, read.sizes, read.box, torch.empty(0, device="cpu"), blocks)
+        nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
+        chunk_read = ChunkRead(read.key, item, read.sizes, read.box, torch.uint8, nothing, blocks)
         return RangeRequest(*chunk_read.place, (chunk_read,))
 
     def _keep(self, by_reader: Sequence[Sequence[RemotePart]], received: Tensor, rank: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dist_asgd.boxes import Box, cut_to_extents, extent, intersection, strides, whole, within
 from dist_asgd.checkpoint.errors import CheckpointError
+from dist_asgd.checkpoint.format.casts import copy_rounded
 from dist_asgd.checkpoint.format.entries import Block, TensorEntry
 from dist_asgd.checkpoint.format.manifest import Chunk, Item, Manifest, in_directory
 from dist_asgd.checkpoint.format.tensor_bytes import memory, narrowed
@@ -31,7 +32,8 @@ class ChunkPart:
     item: int  # index into Manifest.items
     sizes: tuple[int, ...]  # of the chunk
     box: Box  # the part, in the coordinates of the chunk
-    data: Tensor  # view of the live tensor that the part is copied to; shape: the box's sizes
+    dtype: torch.dtype  # of the stored elements
+    data: Tensor  # view of the live tensor that the part is copied to; shape: the box's sizes; any dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,8 @@ class ChunkRead:
     item: Item
     sizes: tuple[int, ...]  # of the chunk
     box: Box  # in the coordinates of the chunk
-    data: Tensor  # view of the live tensor that the elements are copied to; shape: the box's sizes
+    dtype: torch.dtype  # of the stored elements
+    data: Tensor  # view of the live tensor that the elements are copied to; shape: the box's sizes; any dtype
     blocks: range  # of the item: those that contain the box
 
     @property
@@ -65,7 +68,7 @@ def plan_reads(manifest: Manifest, destinations: Iterable[tuple[str, TensorEntry
     """Returns the requests that fill the blocks of ``destinations``.
 
     Args:
-        destinations: (key in the manifest, live tensor of the saved shape and dtype).
+        destinations: (key in the manifest, live tensor of the saved shape). Another dtype is rounded to.
     """
     return plan_parts(manifest, chunk_parts(manifest, destinations))
 
@@ -77,16 +80,16 @@ def chunk_parts(manifest: Manifest, destinations: Iterable[tuple[str, TensorEntr
         for key, entry in destinations
         for block in entry.blocks
         for chunk in manifest.tensors[key].chunks
-        if (part := _part(key, chunk, block)) is not None
+        if (part := _part(key, manifest.tensors[key].saved.dtype, chunk, block)) is not None
     ]
 
 
-def _part(key: str, chunk: Chunk, block: Block) -> ChunkPart | None:
+def _part(key: str, dtype: torch.dtype, chunk: Chunk, block: Block) -> ChunkPart | None:
     common = intersection(chunk.box, block.box)
     if common is None:
         return None
     data = narrowed(block.data, within(common, block.box))
-    return ChunkPart(key, chunk.item, chunk.box.sizes, within(common, chunk.box), data)
+    return ChunkPart(key, chunk.item, chunk.box.sizes, within(common, chunk.box), dtype, data)
 
 
 def plan_parts(manifest: Manifest, parts: Iterable[ChunkPart]) -> list[RangeRequest]:
@@ -103,17 +106,18 @@ def plan_value_reads(manifest: Manifest) -> list[RangeRequest]:
     requests = []
     for item in (item for index, item in enumerate(manifest.items) if index not in used):
         for blocks in item.block_ranges(READ_BYTES):
-            read = ChunkRead("values", item, (item.size,), whole((item.size,)), torch.empty(0, device="cpu"), blocks)
+            nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
+            read = ChunkRead("values", item, (item.size,), whole((item.size,)), torch.uint8, nothing, blocks)
             requests.append(RangeRequest(*read.place, (read,)))
     return requests
 
 
 def _split(part: ChunkPart, item: Item) -> Iterator[ChunkRead]:
     """Cuts a part so that a piece, with what lies between its rows in the file, has at most ``READ_BYTES``."""
-    itemsize = part.data.element_size()
+    itemsize = part.dtype.itemsize
     for box in cut_to_extents(part.box, part.sizes, READ_BYTES // itemsize):
         data = narrowed(part.data, within(box, part.box))
-        yield ChunkRead(part.key, item, part.sizes, box, data, blocks_of(box, part.sizes, itemsize, item))
+        yield ChunkRead(part.key, item, part.sizes, box, part.dtype, data, blocks_of(box, part.sizes, itemsize, item))
 
 
 def blocks_of(box: Box, sizes: Sequence[int], itemsize: int, item: Item) -> range:
@@ -191,14 +195,15 @@ def verify_request(request: RangeRequest, data: bytes | memoryview) -> None:
 def _copy(request: RangeRequest, data: bytes) -> None:
     """Copies the bytes of a request to the tensors of its reads."""
     for read in request.reads:
-        itemsize = read.data.element_size()
+        itemsize = read.dtype.itemsize
         first, last = extent(read.box, read.sizes)
         at = read.item.start - request.start
         source = memoryview(data)[at + first * itemsize : at + last * itemsize]
         torch.autograd.graph.increment_version(read.data)
-        if last - first == read.box.numel and read.data.device.type == "cpu" and read.data.is_contiguous():
+        is_dense = last - first == read.box.numel and read.data.device.type == "cpu" and read.data.is_contiguous()
+        if is_dense and read.data.dtype == read.dtype:
             memory(read.data)[:] = source
             continue
-        buffer = torch.empty(last - first, dtype=read.data.dtype, device="cpu")
+        buffer = torch.empty(last - first, dtype=read.dtype, device="cpu")
         memory(buffer)[:] = source
-        read.data.copy_(buffer.as_strided(read.box.sizes, strides(read.sizes)))
+        copy_rounded(read.data, buffer.as_strided(read.box.sizes, strides(read.sizes)))

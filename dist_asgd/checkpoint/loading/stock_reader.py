@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dist_asgd.boxes import Box, boxes, intersection, strides, whole, within
 from dist_asgd.checkpoint.errors import CheckpointError, naming
+from dist_asgd.checkpoint.format.casts import copy_rounded
 from dist_asgd.checkpoint.format.dcp_metadata import StoredObject
 from dist_asgd.checkpoint.format.entries import Block, SavedTensor, TensorEntry
 from dist_asgd.checkpoint.format.manifest import in_directory
@@ -79,28 +80,29 @@ class VerifiedItems(VerifiedRead):
     """The reads of one rank from a DCP checkpoint, verified by the CRC-32s in its archives."""
 
     def __init__(self, storage: Storage, directory: str, items: Sequence[StockItem]) -> None:
-        targets = [part.data for item in items for part in item.parts]
-        super().__init__(storage, directory, sum(data.numel() * data.element_size() for data in targets))
+        sizes = [part.box.numel * item.saved.dtype.itemsize for item in items for part in item.parts]
+        super().__init__(storage, directory, sum(sizes))
         self._items = items
-        self._positions: list[tuple[Tensor, int]] = []  # view of a live tensor, position of its bytes in the spool
+        # A view of a live tensor, the dtype of the stored elements, the position of their bytes in the spool.
+        self._positions: list[tuple[Tensor, torch.dtype, int]] = []
 
     def read(self, progress: Progress) -> None:
         for target, source in self._read():
             if not self._storage.is_local:
-                self._positions.append((target, self._append(memory(source.contiguous()))))
+                self._positions.append((target, source.dtype, self._append(memory(source.contiguous()))))
             progress.add(source.numel() * source.element_size())
 
     def apply(self, progress: Progress) -> None:
         for target, source in self._read() if self._storage.is_local else self._spooled():
-            target.copy_(source)
+            copy_rounded(target, source)
             progress.add(source.numel() * source.element_size())
 
     def _read(self) -> Iterator[tuple[Tensor, Tensor]]:
         return _targets_and_sources(self._storage, self._directory, self._items)
 
     def _spooled(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for target, position in self._positions:
-            source = torch.empty(target.shape, dtype=target.dtype, device="cpu")
+        for target, dtype, position in self._positions:
+            source = torch.empty(target.shape, dtype=dtype, device="cpu")
             view = memory(source)
             view[:] = self._read_back(position, len(view))
             yield target, source
@@ -113,7 +115,7 @@ def read_items_into(storage: Storage, directory: str, items: Sequence[StockItem]
         CheckpointError: an item is damaged. The tensors are filled in part then, so they must not be live state.
     """
     for target, source in _targets_and_sources(storage, directory, items):
-        target.copy_(source)
+        copy_rounded(target, source)
 
 
 def _targets_and_sources(

@@ -165,7 +165,10 @@ def _check_stock_agrees(manifest: Manifest, stock: StockCheckpoint) -> Iterator[
             yield Fault(STOCK, key, f"it lacks the tensor, which {MANIFEST} has")
         elif theirs.saved != tensor.saved or set(theirs.chunks) != chunks:
             yield Fault(STOCK, key, f"it has another shape, dtype or place of the tensor than {MANIFEST}")
-    for key in manifest.values.keys() - stock.objects.keys():
+    paths = [*(tensor.path for tensor in manifest.tensors.values()), *(v.path for v in manifest.values.values())]
+    above = {path[:depth] for path in paths for depth in range(1, len(path))}
+    expected = {key for key, value in manifest.values.items() if value.path not in above}  # outlines are not there
+    for key in expected - stock.objects.keys():
         yield Fault(STOCK, key, f"it lacks the value, which {MANIFEST} has")
     for key in (stock.tensors.keys() - manifest.tensors.keys()) | (stock.objects.keys() - manifest.values.keys()):
         yield Fault(STOCK, key, f"{MANIFEST} lacks the entry")

@@ -42,12 +42,14 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.dcp_metadata import StoredObject, stock_metadata, stored_chunk
 from dist_asgd.checkpoint.format.entries import SavedTensor
+from dist_asgd.checkpoint.format.json_values import decode
 from dist_asgd.checkpoint.format.manifest import (
     MANIFEST,
     STOCK,
@@ -73,6 +75,16 @@ class CommitRecord:
     # Each tensor with its path in the nested state, and with the rank if every rank saves a tensor of its own there.
     tensors: Mapping[str, tuple[SavedTensor, Path, int | None]]
     values: Mapping[str, ValueRecord]
+
+
+def stock_values(record: CommitRecord) -> dict[str, Any]:
+    """Returns the values that are written for DCP, by key.
+
+    Outlines of mappings are left out: DCP would take them for values in the place of what the mappings hold.
+    """
+    paths = [*(path for _, path, _ in record.tensors.values()), *(value.path for value in record.values.values())]
+    above = {path[:depth] for path in paths for depth in range(1, len(path))}
+    return {key: decode(value.encoded, key) for key, value in record.values.items() if value.path not in above}
 
 
 def commit(storage: Storage, directory: str, record: CommitRecord, results: Sequence[WriteResult]) -> None:
@@ -120,7 +132,7 @@ def _manifest(record: CommitRecord, results: Sequence[WriteResult]) -> tuple[Man
     }
     objects = {key: StoredObject(file, at, size) for result in results for key, file, at, size in result.objects}
     paths = {key: _stock_path(tensor.path, tensor.rank) for key, tensor in tensors.items()}
-    paths |= {key: _stock_path(value.path, value.rank) for key, value in record.values.items()}
+    paths |= {key: _stock_path(record.values[key].path, record.values[key].rank) for key in objects}
     stock = stock_metadata(stored, objects, paths, committed_by=MANIFEST)
     files = {name: FileRecord(size) for result in results for name, size in result.files.items()}
     files[STOCK] = FileRecord(len(stock), hashlib.sha256(stock).hexdigest())

@@ -17,11 +17,10 @@ from torch import Tensor
 from dist_asgd.boxes import whole, within
 from dist_asgd.checkpoint.errors import CheckpointError, only_checkpoint_errors, together
 from dist_asgd.checkpoint.format.entries import SavedTensor
-from dist_asgd.checkpoint.format.json_values import decode
 from dist_asgd.checkpoint.format.manifest import ValueRecord, key_of_rank
 from dist_asgd.checkpoint.format.tensor_bytes import narrowed
 from dist_asgd.checkpoint.saving.assign import Assignment, Offer, assign
-from dist_asgd.checkpoint.saving.commit import CommitRecord, commit
+from dist_asgd.checkpoint.saving.commit import CommitRecord, commit, stock_values
 from dist_asgd.checkpoint.saving.differences import Differences
 from dist_asgd.checkpoint.saving.rendezvous import Rendezvous
 from dist_asgd.checkpoint.saving.writer import BlockToWrite, WriteResult, write_blocks
@@ -276,8 +275,7 @@ def write(storage: Storage, plan: SavePlan, rendezvous: Rendezvous, rank: int) -
         CheckpointError: on every rank, if any rank fails before the commit; then the checkpoint does not exist.
     """
     with only_checkpoint_errors(), rendezvous:
-        values = {} if plan.record is None else plan.record.values
-        objects = {key: decode(value.encoded, key) for key, value in values.items()}
+        objects = {} if plan.record is None else stock_values(plan.record)
         result = write_blocks(storage, plan.directory, rank, plan.blocks, objects, rendezvous.check)
         rendezvous.submit(result.to_json())
         if plan.record is None:

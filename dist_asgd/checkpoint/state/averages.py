@@ -8,25 +8,24 @@ that keeps several, are ``ax_<name>``; the name of the first is in the text of `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from dist_asgd.averages.options import PROGRESS, first_name
-from dist_asgd.checkpoint.state.tree import Path, TreeNode, key_of
+from dist_asgd.checkpoint.state.tree import TreeNode
 
 NO_VALUES: Mapping[str, Any] = MappingProxyType({})
 
 
 def average_keys(
-    root: TreeNode, path: Path, name: str, average: str | None = None, values: Mapping[str, Any] = NO_VALUES
+    root: TreeNode, names: Iterable[str], average: str | None = None, values: Mapping[str, Any] = NO_VALUES
 ) -> list[str]:
     """Returns the keys of the average of one parameter, one for each optimizer or ``ShardedAverages`` that has it.
 
     Args:
         root: the tree of the checkpoint's entries. Optimizers and averages are looked for among its children.
-        path: of the module in the checkpoint.
-        name: of the parameter in the module. Optimizers may know it with the module's path in front.
+        names: by which they may know the parameter: its name in its module, also with the module's path in front.
         average: the name of one of several averages; None for the first.
         values: of the checkpoint, by key; the options of an optimizer's groups tell the name of its first average.
     """
@@ -35,10 +34,10 @@ def average_keys(
         of_model = _model_averages(child)
         if of_model:
             wanted = of_model[0] if average is None else average
-            found += [child.at((wanted, known)) for known in (name, key_of((*path, name)))]
+            found += [child.at((wanted, name)) for name in dict.fromkeys(names)]
             continue
         entry = "ax" if average in (None, _first_name(child, values)) else f"ax_{average}"
-        found += [child.at(("state", known, entry)) for known in (name, key_of((*path, name)))]
+        found += [child.at(("state", name, entry)) for name in dict.fromkeys(names)]
     return [node.key for node in found if node.key is not None]
 
 

@@ -16,17 +16,28 @@ from torch import Tensor, nn
 
 from dist_asgd.checkpoint.format.entries import SavedTensor, TensorEntry
 from dist_asgd.checkpoint.format.json_values import encode
-from dist_asgd.checkpoint.state.load_plan import OTHERS, Callback, LoadPlan, empty_cpu_tensor
+from dist_asgd.checkpoint.state.load_plan import OTHERS, Callback, LoadPlan, known_or_new
 from dist_asgd.checkpoint.state.mismatches import Problems
 from dist_asgd.checkpoint.state.module_names import fqn_of, parameter_names
 from dist_asgd.checkpoint.state.modules import module_state, plan_module
 from dist_asgd.checkpoint.state.optimizer_names import named_optimizer
 from dist_asgd.checkpoint.state.optimizers import plan_optimizer
+from dist_asgd.checkpoint.state.plain_data import plan_plain
 from dist_asgd.checkpoint.state.rng import RandomState, warn_unchanged
 from dist_asgd.checkpoint.state.sharing import HasBuffers, Sharing, subgroup_of
 from dist_asgd.checkpoint.state.steps import CountsSteps, StepsTaken
 from dist_asgd.checkpoint.state.tensor_blocks import is_sharded, to_save
-from dist_asgd.checkpoint.state.tree import Leaf, MappingKeys, Path, has_state, key_of, leaves, tree_of, with_types_of
+from dist_asgd.checkpoint.state.tree import (
+    Leaf,
+    Outline,
+    Path,
+    destinations,
+    has_state,
+    key_of,
+    leaves,
+    tree_of,
+    with_types_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +66,8 @@ class Destination:
     # Ranks that have saved their own of what a leaf of the state takes, by the leaf's key.
     owners: Mapping[str, Sequence[int]]
     callbacks: tuple[Callback, ...]  # for ``finish``, in order
+    skipped: Mapping[str, str]  # entries that are not loaded because their shape differs, with a text, by key
+    casts: Mapping[str, str]  # entries that are converted to another dtype, with a text, by key
 
     def finish(self) -> None:
         """Calls ``load_state_dict`` of modules, optimizers and other objects, and puts values into their dicts.
@@ -93,7 +106,7 @@ def contents_of(state: Mapping[str, Any]) -> Contents:
                 if leaf.per_rank:
                     _check_whole(key, contents.tensors[key])
             else:
-                value = part.value.keys if isinstance(part.value, MappingKeys) else part.value
+                value = part.value.value if isinstance(part.value, Outline) else part.value
                 contents.values[key] = encode(value, key)
             contents.sharing[key] = sharing_of(part)
             if contents.sharing[key] is Sharing.SUBGROUP:
@@ -150,6 +163,8 @@ def destination_of(
     viewers: Collection[Path] = (),
     strict: bool = True,
     average: bool | str = False,
+    cast: bool = False,
+    prefix: str = "",
     stock: bool = False,
 ) -> Destination:
     """Plans how this rank loads a checkpoint into ``state``. Changes nothing and reads no tensor.
@@ -165,34 +180,34 @@ def destination_of(
         paths: the paths of all entries of the checkpoint, by key, including entries that only other ranks have.
         owners: the ranks that have saved their own, by key of the entry; None if there are no such entries.
         viewers: paths of optimizers on subgroups of the ranks, which take what such a subgroup has saved.
-        strict: whether entries that are missing or unexpected are problems.
+        strict: whether entries that are missing, unexpected or of another shape are problems.
         average: True to load into parameters the averages (``ax``) that the checkpoint's optimizer has of them, rounded
             once if they are wider; the name of one of several averages; False to load parameters.
+        cast: whether floating-point tensors are converted to the dtype of the live ones.
+        prefix: left out of the names that the checkpoint has for parameters and buffers.
         stock: whether ``torch.distributed.checkpoint`` took the state apart.
 
     Raises:
-        CheckpointError: where looking up a value raises it, because the value is damaged.
+        CheckpointError: where looking up a value raises it, because the value is damaged, and where two entries become
+            one without the prefix or the names of wrappers.
         TypeError: for live tensors that cannot be written to; the message has the key.
         ValueError: where a parameter of an optimizer has no name, or where averages that were asked for do not exist.
     """
-    plan = LoadPlan(saved, values, tree_of(paths), owners or {}, strict, stock)
+    plan = LoadPlan(saved, values, tree_of(paths), owners or {}, strict, cast, prefix, stock)
     owners_by_leaf: dict[str, Sequence[int]] = {}
-    for leaf in leaves(state) if state else [Leaf((), state, None, None)]:
+    for leaf in destinations(state):
         used, plan.used = plan.used, set()
         _plan_leaf(plan, leaf, state, average)
         own = plan.owners_of_used()
         if leaf.per_rank or leaf.path in viewers:
             owners_by_leaf[key_of(leaf.path)] = own
-        elif own and (isinstance(leaf.value, (nn.Module, torch.optim.Optimizer)) or is_sharded(leaf.value)):
-            plan.problems.wrong_dtype[key_of(leaf.path)] = (
-                f"ranks {own} have saved their own: load it into PerRank(...), or into an optimizer on process groups "
-                "like those at the save"
-            )
+        elif own and isinstance(leaf.value, (nn.Module, torch.optim.Optimizer)):
+            plan.note_owned(key_of(leaf.path), own)
         used |= plan.used
         plan.used = used
     plan.note_unexpected(set(map(str, state)))
     callbacks = [callback for _, callback in sorted(plan.callbacks, key=lambda item: item[0])]
-    return Destination(plan.fills, plan.problems, plan.used, owners_by_leaf, tuple(callbacks))
+    return Destination(plan.fills, plan.problems, plan.used, owners_by_leaf, tuple(callbacks), plan.skipped, plan.casts)
 
 
 def _modules(state: Mapping[str, Any]) -> dict[Path, nn.Module]:
@@ -216,18 +231,14 @@ def _plan_leaf(plan: LoadPlan, leaf: Leaf, state: Mapping[str, Any], average: bo
     if isinstance(value, nn.Module):
         plan_module(plan, path, value, average)
     elif isinstance(value, torch.optim.Optimizer):
-        plan_optimizer(plan, path, named_optimizer(path, value, _modules(state)))
+        modules = _modules(state)
+        plan_optimizer(plan, path, named_optimizer(path, value, modules), modules)
     elif has_state(value):
         _plan_stateful(plan, path, value)
-    elif isinstance(value, MappingKeys):
+    elif isinstance(value, Outline):
         plan.used.add(key_of(path))
-    elif isinstance(value, Tensor):
-        if plan.fits(key_of(path), value):
-            plan.fill(key_of(path), value)
-    elif isinstance(value, Mapping) and not value:
-        _plan_empty(plan, leaf)
     else:
-        _plan_value(plan, leaf)
+        plan_plain(plan, leaf)
 
 
 def _plan_stateful(plan: LoadPlan, path: Path, target: Any) -> None:
@@ -251,56 +262,8 @@ def _plan_stateful(plan: LoadPlan, path: Path, target: Any) -> None:
             plan.note_missing(key_of(path), f"expected the state of {type(target).__name__}")
         return
     live = {key_of(leaf.path): leaf.value for leaf in leaves(state, path)}
-
-    def tensor_for(key: str, saved: SavedTensor) -> Tensor | None:
-        known = live.get(key)
-        if isinstance(known, Tensor) and (is_sharded(known) or _same_shape_and_dtype(known, saved)):
-            return known if plan.fits(key, known) else None
-        return empty_cpu_tensor(key, saved)
-
-    loaded = plan.read_subtree(node, tensor_for)
+    loaded = plan.read_subtree(node, known_or_new(plan, live))
     if loaded is not None:
         plan.after_read(
             OTHERS, lambda: target.load_state_dict(with_types_of(state, loaded()) if plan.is_stock else loaded())
         )
-
-
-def _same_shape_and_dtype(tensor: Tensor, saved: SavedTensor) -> bool:
-    return tuple(tensor.shape) == saved.shape and tensor.dtype == saved.dtype
-
-
-def _plan_empty(plan: LoadPlan, leaf: Leaf) -> None:
-    """Plans to put all entries below the path of an empty dict into it."""
-    node = plan.root.at(leaf.path)
-    if not list(node.entry_keys()):
-        if leaf.path and not plan.is_stock:
-            plan.note_missing(key_of(leaf.path), "expected a dict")
-        return
-    loaded = plan.read_subtree(node, empty_cpu_tensor)
-    if loaded is not None:
-        plan.after_read(OTHERS, lambda: _replace(leaf, loaded()))
-
-
-def _plan_value(plan: LoadPlan, leaf: Leaf) -> None:
-    key, node = key_of(leaf.path), plan.root.at(leaf.path)
-    plan.used.add(key)
-    if plan.is_stock and node.children:
-        loaded = plan.read_subtree(node, empty_cpu_tensor)
-        if loaded is not None:
-            plan.after_read(OTHERS, lambda: _replace(leaf, with_types_of(leaf.value, loaded())))
-    elif key in plan.values:
-        value = plan.values[key]
-        plan.after_read(OTHERS, lambda: _replace(leaf, value))
-    elif key in plan.tensors:
-        plan.problems.wrong_dtype[key] = f"found a tensor, expected a value like the {type(leaf.value).__name__} there"
-    else:
-        plan.note_missing(key, f"expected a value like the {type(leaf.value).__name__} there")
-
-
-def _replace(leaf: Leaf, value: Any) -> None:
-    """Replaces the leaf's value in its container. A dict is refilled instead, as other objects may refer to it."""
-    if isinstance(leaf.value, dict) and type(value) is type(leaf.value):
-        leaf.value.clear()
-        leaf.value.update(value)
-    else:
-        leaf.container[leaf.index] = value

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from dist_asgd.checkpoint.state.averages import average_keys, average_names
-from dist_asgd.checkpoint.state.load_plan import MODULES, LoadPlan, empty_cpu_tensor
+from dist_asgd.checkpoint.state.load_plan import MODULES, LoadPlan, known_or_new
+from dist_asgd.checkpoint.state.masters import plan_parameter
 from dist_asgd.checkpoint.state.module_names import fqn_of, is_fsdp1, parameter_names
-from dist_asgd.checkpoint.state.tree import Path, key_of
+from dist_asgd.checkpoint.state.tree import Path, key_of, leaves
+
+EXTRA_STATE = "_extra_state"  # last part of the name under which ``state_dict()`` has what get_extra_state() returned
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:
@@ -37,24 +39,28 @@ def plan_module(plan: LoadPlan, path: Path, module: nn.Module, average: bool | s
 
     Raises:
         ValueError: where averages are asked for and the checkpoint has none, or several of one parameter.
+        CheckpointError: where two entries become one without the names of wrappers.
     """
     state = module_state(module)
+    plan.saved_names[path] = plan.rename(plan.root.at(path), state.keys())
     averages = _averages(plan, path, module, state, None if average is True else average) if average else {}
     loaded: dict[str, Any] = {}
     for name, value in state.items():
-        key = key_of((*path, name))
-        if not isinstance(value, Tensor):
+        key = plan.root.at((*path, name)).key or key_of((*path, name))
+        if not isinstance(value, Tensor) or name.rpartition(".")[2] == EXTRA_STATE:
             node = plan.root.at((*path, name))
+            live = {key_of(leaf.path): leaf.value for leaf in leaves(value, (*path, name))}
             if not list(node.entry_keys()):
                 plan.note_missing(key, f"expected extra state, like {type(value).__name__}")
-            elif (extra := plan.read_subtree(node, empty_cpu_tensor)) is not None:
+            elif (extra := plan.read_subtree(node, known_or_new(plan, live))) is not None:
                 loaded[name] = extra
         elif name in averages:
             plan.used.add(key)
-            if (tensor := _fill_average(plan, averages[name], value)) is not None:
-                loaded[name] = lambda tensor=tensor: tensor
+            if plan.fits(averages[name], value, any_dtype=True):
+                plan.fill(averages[name], value)
+                loaded[name] = lambda value=value: value
         elif plan.fits(key, value):
-            plan.fill(key, value)
+            plan_parameter(plan, path, name, key, value)
             loaded[name] = lambda value=value: value
     plan.used.add(key_of(path))  # a module without any state is saved as a single entry, an empty dict
     plan.after_read(MODULES, lambda: _load_state_dict(module, {name: value() for name, value in loaded.items()}))
@@ -66,16 +72,6 @@ def _load_state_dict(module: nn.Module, state: dict[str, Any]) -> None:
         return
     wrapped = {fqn_of(module, name): name for name in module.state_dict()}
     module.load_state_dict({wrapped[name]: value for name, value in state.items()}, strict=False)
-
-
-def _fill_average(plan: LoadPlan, key: str, param: Tensor) -> Tensor | None:
-    """Plans to read an average. Returns the tensor it is read into: ``param``, or a new one of the average's dtype."""
-    if not plan.fits(key, param, any_dtype=True):
-        return None
-    dtype = plan.tensors[key].dtype
-    tensor = param if dtype == param.dtype else torch.empty_like(param, dtype=dtype)
-    plan.fill(key, tensor)
-    return tensor
 
 
 def _averages(
@@ -99,11 +95,13 @@ def _averages(
         by_param.setdefault(id(param), []).append(name)
     found: dict[str, str] = {}
     for names in by_param.values():
-        keys = {key for name in names for key in average_keys(plan.root, path, name, average, plan.values)}
+        keys = {
+            key for name in names for key in average_keys(plan.root, plan.names_of(path, name), average, plan.values)
+        }
         if len(keys) > 1:
             raise ValueError(f"several optimizers of the checkpoint have an average of {names[0]}: {sorted(keys)}")
         found |= {name: key for name in names for key in keys}
     for name in state.keys() - found.keys():  # buffers, which ShardedAverages may have
-        if keys := set(average_keys(plan.root, path, name, average, plan.values)):
+        if keys := set(average_keys(plan.root, plan.names_of(path, name), average, plan.values)):
             found[name] = min(keys)
     return found

@@ -65,6 +65,10 @@ def _from_flattened(plan: LoadPlan, path: Path, node: TreeNode, names: Sequence[
         parameter, _, last = rest.rpartition(".")
         if kind in found and parameter:
             found[kind].setdefault(parameter, TreeNode()).children[last] = child
+    for kind in found:
+        by_name = TreeNode(children=found[kind])
+        plan.rename(by_name, [name for group_names in names for name in group_names])
+        found[kind] = by_name.children
     groups = TreeNode()
     for index, group_names in enumerate(names):
         options = [found[GROUPS].get(name, TreeNode()).children for name in group_names]

@@ -6,7 +6,7 @@ A path is a tuple of names and list indices; the key of an entry is its path joi
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,10 +31,15 @@ class Leaf:
 
 
 @dataclass(frozen=True, slots=True)
-class MappingKeys:
-    """The keys of a mapping that is taken apart and has keys other than strings, in their order. Saved as an entry."""
+class Outline:
+    """What is saved, as an entry of its own, of a mapping that is taken apart and is no dict with strings as keys.
 
-    keys: tuple[Any, ...]
+    Attributes:
+        value: a tuple of the keys in their order; before them, for a type other than dict, an empty mapping of this
+            type, which cannot be a key. Of a list or a mapping whose type a checkpoint cannot hold, the object itself.
+    """
+
+    value: Any
 
 
 @dataclass(slots=True)
@@ -69,11 +74,20 @@ def leaves(state: Any, path: Path = ()) -> Iterator[Leaf]:
     Mappings are taken apart, and lists that hold a mapping, a tensor, or an object with a state, also in inner lists.
     An empty mapping is a leaf, unless it is the whole state. A ``PerRank`` is taken apart as its value would be.
 
-    DCP turns all keys into strings. Here a mapping with other keys, or an ``OrderedDict`` or ``Counter``, is a leaf if
-    it holds no tensor and no object with a state. If it holds any, it is taken apart; keys other than strings are then
-    saved beside its leaves, as a leaf ``MappingKeys`` at the mapping's own path.
+    DCP makes dicts of all mappings, and strings of all keys. Here a mapping with other keys, or of another type than
+    dict, is a leaf if it holds no tensor and no object with a state. If it holds any, it is taken apart; its keys and
+    type are then saved beside its leaves, as a leaf ``Outline`` at the mapping's own path.
     """
     return _walk(path, state, None, None)
+
+
+def destinations(state: Mapping[str, Any]) -> Iterator[Leaf]:
+    """Yields what a load of ``state`` treats as one, with paths as ``leaves`` gives them.
+
+    These are objects with a state, and what is outside of them: each tensor, value, dict or list, whole, that holds no
+    such object. A dict that is taken apart because it holds one yields an ``Outline`` before what is in it.
+    """
+    return _walk_destinations((), state, None, None, False) if state else iter([Leaf((), state, None, None)])
 
 
 def key_of(path: Path) -> str:
@@ -101,7 +115,12 @@ def unflatten(node: TreeNode, entries: Mapping[str, Any]) -> Any:
         return [value for _, value in sorted(values.items(), key=lambda item: int(item[0]))]
     if node.key is None:
         return values
-    return {key: values[str(key)] for key in entries[node.key] if str(key) in values}
+    outline = list(entries[node.key])
+    found: Any = outline.pop(0) if outline and isinstance(outline[0], dict) else {}
+    for key in outline:
+        if str(key) in values:
+            found[key] = values[str(key)]
+    return found
 
 
 def with_types_of(live: Any, value: Any) -> Any:
@@ -117,6 +136,8 @@ def with_types_of(live: Any, value: Any) -> Any:
         for name, item in value.items():
             key = known.get(name, int(name) if are_numbers and name.isdecimal() else name)
             items[key] = with_types_of(live.get(key), item)
+        if isinstance(live, defaultdict) and type(live) is defaultdict:
+            return defaultdict(live.default_factory, items)
         kind: Any = type(live) if type(live) in (OrderedDict, Counter) else dict
         return kind(items)
     if isinstance(value, list) and isinstance(live, list):
@@ -136,15 +157,40 @@ def _walk(path: Path, value: Any, container: Any, index: Any, per_rank: bool = F
     if isinstance(value, PerRank):
         yield from _walk(path, value.value, vars(value), "value", True)
     elif isinstance(value, Mapping) and not has_state(value) and _is_taken_apart(value, not path):
-        if any(type(key) is not str for key in value):
-            yield Leaf(path, MappingKeys(tuple(value)), container, index, per_rank)
+        outline = _outline(value, not path)
+        if outline is not None:
+            yield Leaf(path, outline, container, index, per_rank)
         for key, item in value.items():
             yield from _walk((*path, str(key)), item, value, key, per_rank)
     elif isinstance(value, list) and _has_parts(value):
+        if type(value) is not list:
+            yield Leaf(path, Outline(value), container, index, per_rank)
         for number, item in enumerate(value):
             yield from _walk((*path, number), item, value, number, per_rank)
     else:
         yield Leaf(path, value, container, index, per_rank)
+
+
+def _walk_destinations(path: Path, value: Any, container: Any, index: Any, per_rank: bool) -> Iterator[Leaf]:
+    if isinstance(value, PerRank):
+        yield from _walk_destinations(path, value.value, vars(value), "value", True)
+    elif has_state(value) or (path and not has_objects(value)):
+        yield Leaf(path, value, container, index, per_rank)
+    elif isinstance(value, Mapping):
+        yield Leaf(path, Outline(()), container, index, per_rank)
+        for key, item in value.items():
+            yield from _walk_destinations((*path, str(key)), item, value, key, per_rank)
+    else:
+        for number, item in enumerate(value):
+            yield from _walk_destinations((*path, number), item, value, number, per_rank)
+
+
+def has_objects(value: Any) -> bool:
+    """Returns whether there is an object with a state of its own, or a ``PerRank``, in nested dicts and lists."""
+    if has_state(value) or isinstance(value, PerRank):
+        return True
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return any(map(has_objects, items))
 
 
 def _is_taken_apart(value: Mapping[Any, Any], is_root: bool) -> bool:
@@ -152,8 +198,18 @@ def _is_taken_apart(value: Mapping[Any, Any], is_root: bool) -> bool:
         return True
     if not value:
         return False
-    is_plain = type(value) not in (OrderedDict, Counter) and all(type(key) is str for key in value)
-    return is_plain or any(_has_tensors(item) for item in value.values())
+    is_plain = type(value) is dict and all(type(key) is str for key in value)
+    return is_plain or any(has_tensors(item) for item in value.values())
+
+
+def _outline(value: Mapping[Any, Any], is_root: bool) -> Outline | None:
+    if any(type(key) is not str for key in value) and (is_root or type(value) is dict):
+        return Outline(tuple(value))
+    if is_root or type(value) is dict:
+        return None
+    if isinstance(value, defaultdict) and type(value) is defaultdict:
+        return Outline((defaultdict(value.default_factory), *value))
+    return Outline((type(value)(), *value)) if type(value) in (OrderedDict, Counter) else Outline(value)
 
 
 def _has_parts(value: list[Any]) -> bool:
@@ -163,9 +219,10 @@ def _has_parts(value: list[Any]) -> bool:
     )
 
 
-def _has_tensors(value: Any) -> bool:
+def has_tensors(value: Any) -> bool:
+    """Returns whether there is a tensor, or what ``has_objects`` looks for, in nested dicts and lists."""
     if isinstance(value, Mapping) and not has_state(value):
-        return any(_has_tensors(item) for item in value.values())
+        return any(has_tensors(item) for item in value.values())
     if isinstance(value, list):
-        return any(_has_tensors(item) for item in value)
+        return any(has_tensors(item) for item in value)
     return isinstance(value, (Tensor, PerRank)) or has_state(value)
