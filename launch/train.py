@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 import data
 import dist_asgd
 from dist_asgd import EMA, Checkpointer, ShardedASGD, Uniform
+from dist_asgd.checkpoint import DamagedCheckpoint
 from model import build_model
 from parallel import MODES, Layout, layout_of
 from report import Metrics, make_folders
@@ -81,7 +82,9 @@ class Args:
     export: str = option("", "directory, .pt or .safetensors file, or URL of one, for the averaged weights at the end")
     parallel: str = option("zero", "how the ranks share the model; see parallel.py", choices=MODES)
     resume: str = option(
-        "auto", "'auto': go on from the newest in --checkpoint-dir, if any; or the URL of a checkpoint"
+        "auto",
+        "'auto': go on from the newest in --checkpoint-dir, if any; 'fallback': from the newest that is not damaged; "
+        "or the URL of a checkpoint",
     )
 
 
@@ -272,8 +275,6 @@ def resume(run: Run) -> Progress:
     facts: dict[str, Any] = {"identity": {}, "progress": {}}  # empty ones take what was saved
     if not load(run, facts):
         return Progress()
-    saved_by = facts["progress"].pop("world_size")
-    progress = Progress(**facts["progress"])
     for name, value in run.identity().items():
         if (other := facts["identity"].get(name)) != value:
             raise SystemExit(
@@ -281,12 +282,16 @@ def resume(run: Run) -> Progress:
                 "Take the same, or another --checkpoint-dir."
             )
     newest = run.world.from_rank_zero(lambda: run.checkpointer and run.checkpointer.latest())
-    if newest is not None and newest > progress.step:
+    if run.args.resume != "fallback" and newest is not None and newest > facts["progress"]["step"]:
         raise SystemExit(
             f"{run.args.checkpoint_dir} has a later checkpoint than {run.args.resume}, and would be resumed from that "
             "one the next time: take another --checkpoint-dir."
         )
-    load(run, {"model": run.model, "optimizer": run.optimizer})
+    # The facts again: where damage is found in the model only, they come from an older checkpoint now, as the model.
+    state: dict[str, Any] = {"model": run.model, "optimizer": run.optimizer, "identity": {}, "progress": {}}
+    load(run, state)
+    saved_by = state["progress"].pop("world_size")
+    progress = Progress(**state["progress"])
     say(run.world, f"Going on from step {progress.step}, saved by {saved_by} ranks")
     if run.world.rank:
         progress.losses = 0.0  # rank 0 has those of all ranks together
@@ -295,10 +300,18 @@ def resume(run: Run) -> Progress:
 
 def load(run: Run, state: dict[str, Any]) -> bool:
     """Fill `state` from the checkpoint to go on from; False if there is none."""
-    if run.args.resume != "auto":
+    if run.args.resume not in ("auto", "fallback"):
         dist_asgd.load(run.args.resume, state)
         return True
-    return run.checkpointer is not None and run.checkpointer.load(state) is not None
+    if run.checkpointer is None:
+        return False
+    try:
+        return run.checkpointer.load(state, fallback=run.args.resume == "fallback") is not None
+    except DamagedCheckpoint as error:
+        ways = "Take the URL of another checkpoint for --resume"
+        if run.args.resume == "auto":
+            ways += ", or --resume fallback, which goes on from the newest that is not damaged"
+        raise SystemExit(f"The checkpoint is damaged: {error}\n{ways}.") from error
 
 
 def save(run: Run, progress: Progress) -> None:

@@ -31,6 +31,7 @@ CHECKPOINT_FLOORS = [
     {"checkpoint.progress", "checkpoint.storage"},
     {"checkpoint.errors"},
     {"checkpoint.format"},
+    {"checkpoint.run"},
     {"checkpoint.retention", "checkpoint.state", "checkpoint.stock"},
     {"checkpoint.loading", "checkpoint.saving"},
     {"checkpoint.checkpointer", "checkpoint.export"},

@@ -6,8 +6,8 @@ read a single checkpoint. The protocol by which a checkpoint comes into existenc
 """
 
 from dist_asgd.checkpoint.checkpointer import Checkpointer, load, save
-from dist_asgd.checkpoint.errors import CheckpointError
+from dist_asgd.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from dist_asgd.checkpoint.state.rng import RandomState
 from dist_asgd.checkpoint.state.sharing import PerRank
 
-__all__ = ["CheckpointError", "Checkpointer", "PerRank", "RandomState", "load", "save"]
+__all__ = ["CheckpointError", "Checkpointer", "DamagedCheckpoint", "PerRank", "RandomState", "load", "save"]

@@ -18,17 +18,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_asgd.checkpoint.errors import CheckpointError, only_checkpoint_errors, together
+from dist_asgd.checkpoint.errors import CheckpointError, DamagedCheckpoint, only_checkpoint_errors, together
 from dist_asgd.checkpoint.loading.load import load_checkpoint
 from dist_asgd.checkpoint.loading.sources import open_source
-from dist_asgd.checkpoint.retention import (
-    Directory,
-    RetentionPolicy,
-    delete_outdated,
-    directories,
-    new_directory,
-    newest_by_step,
-)
+from dist_asgd.checkpoint.retention import DamageRecord, RetentionPolicy, delete_outdated
+from dist_asgd.checkpoint.run.directories import Directory
+from dist_asgd.checkpoint.run.listing import Run, list_run
+from dist_asgd.checkpoint.run.writer import PlannedSave, Writer
 from dist_asgd.checkpoint.saving.async_save import BackgroundSave
 from dist_asgd.checkpoint.saving.rendezvous import Rendezvous, clone_default_store
 from dist_asgd.checkpoint.saving.save import SavePlan, plan_save, stage, write
@@ -49,6 +45,11 @@ class Checkpointer:
     ``manifest.json``, which is created last, when everything else is written. Every method ignores a directory without
     ``manifest.json``. A directory that has one is never written to again.
 
+    A run has one line of checkpoints. After a load of an older step, the next save abandons the checkpoints that are
+    newer than that step, which a warning of rank 0 lists: only ``load(step=...)`` loads them, and retention deletes
+    them first. One writer saves at a time: of two that go on from the same checkpoint, the one that saves later is
+    refused by an error that names the other's host and process. A job that goes on from a killed one waits for nothing.
+
     A checkpoint may be loaded by another number of ranks, and into another sharding, than it was saved by. All bytes
     that are read are verified by checksums before anything live is changed, and nothing is unpickled.
 
@@ -58,7 +59,8 @@ class Checkpointer:
     Args:
         url: a local path, or the URL of any fsspec protocol: ``s3://bucket/run``, ``gs://``, ``abfs://``, ``sftp://``.
         storage_options: fsspec's options for that protocol, such as credentials or an endpoint. Never logged.
-        keep_last: after each save, keep this many of the newest steps and delete the others; None keeps all steps.
+        keep_last: after each save, keep this many of the newest steps and delete the others; None keeps all steps. A
+            checkpoint that is known to be damaged, by its manifest, its files' sizes or a load, is not counted.
         keep_every: with ``keep_last``, also keep the steps that are multiples of this number.
         pinned: with ``keep_last``, also keep these steps.
         process_group: the ranks that hold the state; None for all ranks.
@@ -81,6 +83,8 @@ class Checkpointer:
         with together(self._agreement, "Checkpointer()"):
             self._storage = Storage.open(url, storage_options)
             self._retention = RetentionPolicy(keep_last, keep_every, frozenset(pinned))
+            self._writer = Writer(self._storage)
+            self._damage = DamageRecord()
             self._store = clone_default_store()
         self._background: BackgroundSave | None = None
         self._buffer: Tensor | None = None  # 1-D, uint8, on the CPU: staged blocks of the last asynchronous save
@@ -108,6 +112,7 @@ class Checkpointer:
 
         Args:
             step: an int, 0 <= step < 10**18. Saving a step again writes another directory, and replaces the older one.
+                Saving a step that is not newer than the newest one abandons the checkpoints after it.
             state: what to save, by name: modules, optimizers, LR schedulers, objects with ``state_dict`` and
                 ``load_state_dict``, tensors, values that JSON can express, and dicts and lists of all of these.
             wait: True: return when the checkpoint exists. False: return as soon as this rank's share is copied to the
@@ -117,7 +122,9 @@ class Checkpointer:
         Raises:
             CheckpointError: on every rank: parameters or state of optimizers differ between ranks that save them under
                 one name and not in a ``PerRank``, ranks of an optimizer have taken different steps, or a rank fails to
-                write. Older checkpoints stay as they were.
+                write; another writer has saved since this object loaded or saved; the run has checkpoints of ``step``
+                or later steps, and this object has loaded none; the URL is that of one checkpoint. Older checkpoints
+                stay as they were.
             ValueError, TypeError: an argument is invalid, ``step`` or ``wait`` differ between ranks, or ``state`` has
                 something that a checkpoint cannot hold.
         """
@@ -127,19 +134,20 @@ class Checkpointer:
             _check_step(step)
             _check_state(state)
             contents = contents_of(state)
-            name = new_directory(self._storage, step) if self._agreement.rank == 0 else None
+            planned = self._plan_save(step, state) if self._agreement.rank == 0 else None
+        name = None if planned is None else planned.directory
         plan = plan_save(self._agreement, step, name, contents, self.latest)
         if self._last_rendezvous is not None and self._agreement.rank == 0:
             self._last_rendezvous.delete_keys()  # all ranks have left it: they have taken part in plan_save
         place = self._agreement.rank, self._agreement.world_size
         rendezvous = self._last_rendezvous = Rendezvous(self._store, f"dist_asgd/{plan.directory}", *place)
         if wait:
-            self._write(plan, rendezvous)  # raises on every rank if it raises on one
+            self._write(plan, rendezvous, planned)  # raises on every rank if it raises on one
         else:
             with together(self._agreement, "save()"):
                 staged, self._buffer = stage(plan.blocks, self._buffer)
             plan = SavePlan(plan.directory, staged, plan.record)
-            self._background = BackgroundSave(lambda: self._write(plan, rendezvous))
+            self._background = BackgroundSave(lambda: self._write(plan, rendezvous, planned))
         return f"{self._storage.url}/{plan.directory}"
 
     @only_checkpoint_errors()
@@ -152,6 +160,8 @@ class Checkpointer:
         average: bool | str = False,
         cast: bool = False,
         prefix: str = "",
+        fallback: bool = False,
+        must_exist: bool = False,
     ) -> int | None:
         """Loads the newest checkpoint into ``state``, and returns its step, or None if there is none. Collective.
 
@@ -161,7 +171,8 @@ class Checkpointer:
             state: like that of ``save``, or a part of it, such as only the model. Modules, optimizers, tensors and
                 objects with ``load_state_dict`` are filled in place. Values, and dicts and lists of them, become what
                 the checkpoint has, whatever they were. Sharding and number of ranks may differ from those at the save.
-            step: load the checkpoint of this step; None for the newest.
+            step: load the checkpoint of this step; None for the newest. An abandoned checkpoint is loaded if no other
+                has this step.
             strict: True: raise if an entry is missing from the checkpoint, unexpected in it, or of another shape.
                 False: leave what is missing or of another shape as it is, and ignore what is unexpected; a warning in
                 the log lists the shapes.
@@ -171,38 +182,57 @@ class Checkpointer:
                 another dtype, rounded once; where an optimizer has saved a master, from it. The log says how many.
             prefix: left out of the checkpoint's names of parameters and buffers: ``"model."`` to load a module that was
                 saved as the ``model`` of another one. Names of wrappers (DDP, ``torch.compile``) need none.
+            fallback: True: where the newest checkpoint is damaged, load the newest one that is not. Rank 0 logs a
+                warning for each that was skipped.
+            must_exist: True: raise where there is no checkpoint, for jobs that only resume.
 
         Raises:
-            CheckpointError: on every rank. With nothing changed: the step does not exist; entries are missing,
-                unexpected, or of another shape or dtype (one error lists them all); bytes that were read are damaged.
-                With a part of ``state`` loaded, which the message says: a ``load_state_dict`` in ``state`` raised.
+            DamagedCheckpoint: on every rank, with nothing changed: bytes or files of the checkpoint are missing or have
+                changed; with ``fallback``, of every checkpoint.
+            CheckpointError: on every rank. With nothing changed: the step does not exist, or with ``must_exist`` no
+                step does; the URL is that of one checkpoint or of a file; entries are missing, unexpected, or of
+                another shape or dtype (one error lists them all). With a part of ``state`` loaded, which the message
+                says: a ``load_state_dict`` in ``state`` raised.
             ValueError, TypeError: an argument is invalid, or differs between ranks.
         """
         self._finish_background("load()")
-        _require_equal(self._agreement, "load()", step=step, strict=strict, average=average, cast=cast, prefix=prefix)
+        how: dict[str, Any] = {"strict": strict, "average": average, "cast": cast, "prefix": prefix}
+        arguments = {"step": step, **how, "fallback": fallback, "must_exist": must_exist}
+        _require_equal(self._agreement, "load()", **arguments)
+        if fallback and step is not None:
+            raise ValueError("step= names one checkpoint, and fallback=True chooses one: pass one of the two")
+        skipped: dict[str, str] = {}  # directories of damaged checkpoints, each with the error
         while True:
             with together(self._agreement, "load()"):
                 _check_state(state)
-                found = self._find_directory(step) if self._agreement.rank == 0 else None
-            directory = self._agreement.gather(found)[0]
-            if directory is None:
-                return None
+                run = self._list_run() if self._agreement.rank == 0 else None
+                found = None if run is None else _find_directory(run, step, skipped, must_exist)
+            directory: Directory | None = self._agreement.gather(found)[0]
             try:
-                source = open_source(self._agreement, self._storage, directory.name, state, stock=False, trust=False)
-                load_checkpoint(
-                    self._agreement, source, state, strict=strict, average=average, cast=cast, prefix=prefix
-                )
-                return directory.step
-            except CheckpointError:
-                if step is not None or not self._was_deleted(directory):
+                if directory is not None:
+                    source = open_source(
+                        self._agreement, self._storage, directory.name, state, stock=False, trust=False
+                    )
+                    load_checkpoint(self._agreement, source, state, **how)
+                if run is not None:
+                    self._writer.loaded(run, directory, set(map(str, state)))
+                return None if directory is None else directory.step
+            except CheckpointError as error:
+                if directory is None:
                     raise
+                if step is not None or not self._was_deleted(directory):
+                    self._skip_or_raise(directory, error, skipped, fallback)
 
     def steps(self) -> list[int]:
-        """Returns the steps of all checkpoints, ascending. Lists the storage; not collective."""
-        return sorted({directory.step for directory in directories(self._storage) if directory.is_committed})
+        """Returns the steps of all checkpoints that are not abandoned, ascending. Lists the storage; not collective.
+
+        Raises:
+            CheckpointError: the storage cannot be listed, or the URL is that of one checkpoint or of a file.
+        """
+        return sorted(self._list_run().live())
 
     def latest(self) -> int | None:
-        """Returns the newest step, or None if there is no checkpoint. Lists the storage; not collective."""
+        """Returns the last of ``steps()``, or None if there is no checkpoint. Lists the storage; not collective."""
         steps = self.steps()
         return steps[-1] if steps else None
 
@@ -223,13 +253,31 @@ class Checkpointer:
                 background, self._background = self._background, None
                 background.wait_and_raise()
 
-    def _find_directory(self, step: int | None) -> Directory | None:
-        found = newest_by_step(directories(self._storage))
-        if step is None:
-            return found[max(found)] if found else None
-        if step not in found:
-            raise CheckpointError(f"{self._storage.url} has no checkpoint of step {step}; it has {sorted(found)}")
-        return found[step]
+    def _list_run(self, *, saving: bool = False) -> Run:
+        run = list_run(self._storage, self._writer.last)
+        run.require(saving=saving)
+        return run
+
+    def _plan_save(self, step: int, state: Mapping[str, Any]) -> PlannedSave:
+        return self._writer.plan(self._list_run(saving=True), step, set(map(str, state)))
+
+    def _skip_or_raise(
+        self, directory: Directory, error: CheckpointError, skipped: dict[str, str], fallback: bool
+    ) -> None:
+        """Adds a damaged checkpoint to ``skipped`` if ``fallback``; otherwise raises the ``error`` of its load.
+
+        All ranks do alike, because the class of the error is the same on all of them.
+        """
+        if not isinstance(error, DamagedCheckpoint):
+            raise error
+        skipped[directory.name] = self._damage.found[directory.name] = str(error)
+        if not fallback:
+            raise DamagedCheckpoint(
+                f"{error}. Call load(fallback=True) to go on from the newest checkpoint that is not damaged, or "
+                "load(step=...) for another one"
+            ) from error
+        if self._agreement.rank == 0:
+            logger.warning("%s/%s is damaged and is skipped: %s", self._storage.url, directory.name, error)
 
     def _was_deleted(self, directory: Directory) -> bool:
         """Returns whether there are only other checkpoints now, because a run that still saves deleted this one.
@@ -237,18 +285,53 @@ class Checkpointer:
         Collective.
         """
         with together(self._agreement, "load()"):
-            found = newest_by_step(directories(self._storage)).values() if self._agreement.rank == 0 else ()
+            found = list_run(self._storage).live().values() if self._agreement.rank == 0 else ()
         was_deleted = bool(found) and all(other.name != directory.name for other in found)
         return bool(self._agreement.gather(was_deleted)[0])
 
-    def _write(self, plan: SavePlan, rendezvous: Rendezvous) -> None:
-        """Writes and commits a checkpoint; then rank 0 deletes outdated ones. Runs no collectives."""
-        write(self._storage, plan, rendezvous, self._agreement.rank)
-        if plan.record is not None:
-            try:
-                delete_outdated(self._storage, self._retention)
-            except Exception as error:  # the new checkpoint exists, so the save has not failed
-                logger.warning("old checkpoints below %s could not be deleted: %s", self._storage.url, error)
+    def _write(self, plan: SavePlan, rendezvous: Rendezvous, planned: PlannedSave | None) -> None:
+        """Writes and commits a checkpoint; then rank 0 deletes outdated ones. Runs no collectives.
+
+        Args:
+            planned: on rank 0, what the history of the run says of this save; None on other ranks.
+        """
+        rank = self._agreement.rank
+        if planned is None:
+            write(self._storage, plan, rendezvous, rank)
+            return
+        write(self._storage, plan, rendezvous, rank, lambda: self._writer.register(planned))
+        self._writer.saved(planned)
+        try:
+            delete_outdated(self._storage, self._retention, written=self._writer.last, record=self._damage)
+        except Exception as error:  # the new checkpoint exists, so the save has not failed
+            logger.warning("old checkpoints below %s could not be deleted: %s", self._storage.url, error)
+
+
+def _find_directory(run: Run, step: int | None, skipped: Mapping[str, str], must_exist: bool) -> Directory | None:
+    """Returns the checkpoint to load, or None if there is none.
+
+    Args:
+        skipped: directories that are damaged, each with what is wrong.
+    """
+    url = run.storage.url
+    if step is None:
+        found = run.live(skipped)
+        if not found and skipped:
+            raise DamagedCheckpoint(f"all checkpoints below {url} are damaged: {'; '.join(skipped.values())}")
+        if not found and must_exist:
+            others = sorted(run.loadable())
+            raise CheckpointError(
+                f"{url} has no checkpoint to go on from, and load() was called with must_exist=True"
+                + (f". It has abandoned ones of the steps {others}: load(step=...) loads one" if others else "")
+            )
+        return found[max(found)] if found else None
+    loadable = run.loadable()
+    if step not in loadable:
+        live = sorted(run.live())
+        others = sorted(loadable.keys() - live)
+        also = f", and abandoned ones of {others}" if others else ""
+        raise CheckpointError(f"{url} has no checkpoint of step {step}; it has {live}{also}")
+    return loadable[step]
 
 
 @only_checkpoint_errors()

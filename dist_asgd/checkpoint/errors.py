@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from dist_asgd.comm.consensus import Agreement, error_text
+from dist_asgd.comm.consensus import Agreement, error_text, same_on_all_ranks
 
 
 class CheckpointError(Exception):
@@ -14,6 +14,11 @@ class CheckpointError(Exception):
 
 class NotCommitted(CheckpointError):
     """Files of a checkpoint exist without its commit record: its save never finished, or it is being deleted."""
+
+
+@same_on_all_ranks
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint was committed, and is not whole any more: bytes or files of it are missing or have changed."""
 
 
 @contextlib.contextmanager
@@ -28,7 +33,7 @@ def together(agreement: Agreement, operation: str) -> Iterator[None]:
         operation: the public call that runs the block, such as ``"save()"``.
 
     Raises:
-        ValueError, TypeError: the lowest failing rank raised one.
+        ValueError, TypeError, DamagedCheckpoint: the lowest failing rank raised one.
         CheckpointError: the lowest failing rank raised any other exception, or was interrupted.
     """
     with only_checkpoint_errors(), agreement.together(operation):
@@ -56,4 +61,5 @@ def naming(what: str) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(f"{what}: {error}") from error.__cause__
+        kind = DamagedCheckpoint if isinstance(error, DamagedCheckpoint) else CheckpointError
+        raise kind(f"{what}: {error}") from error.__cause__

@@ -1,31 +1,21 @@
-"""Names of the checkpoint directories of a run, the policy of which ones are kept, and the deletion of the rest."""
+"""The policy of which checkpoints of a run are kept, the search for damaged ones, and the deletion of the rest."""
 
 from __future__ import annotations
 
-import re
-import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from dist_asgd.checkpoint.format.manifest import MANIFEST
+from dist_asgd.checkpoint.errors import CheckpointError
+from dist_asgd.checkpoint.format.manifest import MANIFEST, Manifest, in_directory, read_manifest
+from dist_asgd.checkpoint.run.directories import Directory, newest_by_step
+from dist_asgd.checkpoint.run.history import HistoryEntry, entry_numbers, entry_path
+from dist_asgd.checkpoint.run.listing import Run, list_run
 from dist_asgd.checkpoint.storage.storage import Storage
 
 DELETE_THREADS = 8  # checkpoints that are deleted at once
 GRACE = 3600.0  # seconds since its last change during which an uncommitted attempt counts as under way
-
-_DIRECTORY = re.compile(r"step-(\d{8,19})-(\d{4,9})-[0-9a-f]{8}")
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Directory:
-    """The directory of one attempt to save a step. A later attempt at one step has a larger attempt number."""
-
-    step: int
-    attempt: int
-    name: str  # relative to the URL of the run
-    is_committed: bool  # whether it has a manifest.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,66 +42,139 @@ class RetentionPolicy:
         every = {step for step in steps if self.every is not None and step % self.every == 0}
         return {*steps[-self.last :], *every, *(self.pinned & set(steps))}
 
+    def is_superseded(self, step: int, sound: Iterable[int]) -> bool:
+        """Returns whether there are enough ``sound`` steps after ``step``, so that a damaged one may go."""
+        return self.last is not None and sum(other > step for other in sound) >= self.last
 
-def directories(storage: Storage) -> list[Directory]:
-    """Returns all attempts below the URL of ``storage``, sorted by step and attempt. Lists the storage once."""
-    return directories_of(storage.sizes())
+
+@dataclass(slots=True)
+class DamageRecord:
+    """What one process knows of damaged checkpoints of a run: by its loads, manifests, and sizes of files.
+
+    A committed checkpoint does not change, so each manifest is read once, and sizes are compared at every look.
+    """
+
+    found: dict[str, str] = field(default_factory=dict)  # directory -> what is wrong, as a load or manifest said
+    _files: dict[str, dict[str, int]] = field(default_factory=dict)  # directory -> bytes of each file by its name
+
+    def damage(self, run: Run, name: str) -> str | None:
+        """Returns what is wrong with the committed checkpoint in the directory ``name``, or None."""
+        if name not in self.found and name not in self._files:
+            try:
+                self._files[name] = expected_files(read_manifest(run.storage.read(f"{name}/{MANIFEST}")))
+            except FileNotFoundError:
+                return None  # another process deletes it
+            except CheckpointError as error:
+                self.found[name] = str(error)
+        return self.found.get(name) or wrong_file(self._files[name], run.sizes, name)
+
+    def trust(self, run: Run, name: str) -> None:
+        """Takes the sizes of a checkpoint that this process has just committed for those that it should have."""
+        start = f"{name}/"
+        self._files[name] = {path[len(start) :]: size for path, size in run.sizes.items() if path.startswith(start)}
+
+    def damaged(self, run: Run, policy: RetentionPolicy) -> set[str]:
+        """Returns the names of damaged checkpoints; looks only at those that ``policy`` would keep."""
+        damaged: set[str] = set()
+        sound: set[str] = set()
+        while True:
+            live = run.live(damaged)
+            candidates = {live[step].name for step in policy.kept(live)} - sound
+            if not candidates:
+                return damaged
+            worse = {name for name in candidates if self.damage(run, name) is not None}
+            damaged |= worse
+            sound |= candidates - worse
 
 
-def directories_of(paths: Iterable[str]) -> list[Directory]:
-    """Returns the attempts to which files with these ``paths`` belong, sorted by step and attempt.
+def wrong_file(expected: Mapping[str, int], sizes: Mapping[str, int], directory: str) -> str | None:
+    """Returns which file of a checkpoint is missing or has another size, or None.
 
     Args:
-        paths: relative to the URL of the run, with "/". Paths outside of directories of checkpoints are ignored.
+        expected: bytes of each file of the checkpoint by its name.
+        sizes: bytes of each file below a URL by its path.
+        directory: of the checkpoint, relative to the URL; "" where the URL is that of the checkpoint.
     """
-    found: dict[str, bool] = {}
-    for path in paths:
-        name, _, file = path.partition("/")
-        found[name] = found.get(name, False) or file == MANIFEST
-    matches = [(match, committed) for name, committed in found.items() if (match := _DIRECTORY.fullmatch(name))]
-    return sorted(Directory(int(match[1]), int(match[2]), match[0], committed) for match, committed in matches)
+    for file, size in expected.items():
+        if sizes.get(in_directory(directory, file)) != size:
+            return f"{file} is missing, or of another size"
+    return None
 
 
-def newest_by_step(found: Iterable[Directory]) -> dict[int, Directory]:
-    """Returns for each step its committed attempt with the largest number, which is the one that readers use."""
-    return {directory.step: directory for directory in sorted(found) if directory.is_committed}
+def expected_files(manifest: Manifest) -> dict[str, int]:
+    """Returns the bytes of each file that a manifest lists, by its name."""
+    return {name: file.size for name, file in manifest.files.items()}
 
 
-def new_directory(storage: Storage, step: int) -> str:
-    """Returns an unused directory name for ``step``, with a larger attempt number than all existing attempts."""
-    earlier = [directory.attempt for directory in directories(storage) if directory.step == step]
-    return f"step-{step:08d}-{max(earlier, default=0) + 1:04d}-{secrets.token_hex(4)}"
+def outdated(
+    run: Run,
+    policy: RetentionPolicy,
+    grace: float = GRACE,
+    *,
+    written: str | None = None,
+    record: DamageRecord | None = None,
+) -> list[Directory]:
+    """Returns the directories to delete: committed ones that are not kept, and attempts that were never committed.
 
-
-def outdated(storage: Storage, policy: RetentionPolicy, grace: float = GRACE) -> list[Directory]:
-    """Returns the directories to delete: committed ones that ``policy`` does not keep, and abandoned attempts.
-
-    An older committed attempt at a step that has a newer one is not kept.
+    Kept are, of the live checkpoints, the newest attempt at each step of ``policy``. A damaged checkpoint is not
+    counted as one of them, and is deleted when as many sound ones are newer as ``policy`` keeps. An abandoned
+    checkpoint is kept if ``policy`` keeps all steps, or pins its step and no live checkpoint has it.
 
     Args:
-        grace: seconds since its last change after which an uncommitted attempt counts as abandoned.
+        grace: seconds since its last change after which an uncommitted attempt counts as given up.
+        written: directory of the checkpoint that was just saved, which is kept whatever its step is.
+        record: what is known of damaged checkpoints; None for nothing.
     """
-    found = directories(storage)
-    newest = newest_by_step(found)
-    keep = {newest[step].name for step in policy.kept(newest)}
-    unwanted = [directory for directory in found if directory.is_committed and directory.name not in keep]
-    uncommitted = (directory for directory in found if not directory.is_committed)
-    return unwanted + [directory for directory in uncommitted if _age(storage, directory.name) > grace]
+    damaged = set() if policy.last is None else (record or DamageRecord()).damaged(run, policy)
+    live = run.live(damaged)
+    abandoned = newest_by_step(directory for directory in run.directories if directory.is_abandoned)
+    spared = abandoned if policy.last is None else {step: abandoned[step] for step in policy.pinned & abandoned.keys()}
+    keep = {written, *(live[step].name for step in policy.kept(live))}
+    keep |= {directory.name for step, directory in spared.items() if policy.last is None or step not in live}
+    keep |= {d.name for d in run.directories if d.name in damaged and not policy.is_superseded(d.step, live)}
+    unwanted = [directory for directory in run.directories if directory.is_committed and directory.name not in keep]
+    uncommitted = (directory for directory in run.directories if not directory.is_committed)
+    return unwanted + [directory for directory in uncommitted if _age(run.storage, directory.name) > grace]
 
 
-def delete_outdated(storage: Storage, policy: RetentionPolicy, grace: float = GRACE) -> list[str]:
-    """Deletes the directories that ``outdated`` returns, and temporary files older than ``grace``; returns the names.
+def delete_outdated(
+    storage: Storage,
+    policy: RetentionPolicy,
+    grace: float = GRACE,
+    *,
+    written: HistoryEntry | None = None,
+    record: DamageRecord | None = None,
+) -> list[str]:
+    """Deletes what ``outdated`` returns, old temporary files, and the history but its newest entry; returns the names.
 
-    Every manifest is deleted before any other file, so a directory that is half deleted is no checkpoint any more.
+    Abandoned checkpoints go first. Every manifest is deleted before any other file, so a directory that is half deleted
+    is no checkpoint any more. Of a directory that is a link to another place, the link is removed and nothing else.
+
+    Args:
+        written: the entry of the save that this process has just committed.
+        policy, grace, record: as for ``outdated``.
     """
-    unwanted = [directory.name for directory in outdated(storage, policy, grace)]
     with ThreadPoolExecutor(DELETE_THREADS, thread_name_prefix="dist_asgd-delete") as pool:
         uploads = pool.submit(storage.abort_uploads, "", grace)
+        run = list_run(storage, written)
+        entries = pool.submit(_forget_older_entries, run)
+        if written is not None and record is not None:
+            record.trust(run, written.directory)
+        kept = None if written is None else written.directory
+        unwanted = outdated(run, policy, grace, written=kept, record=record)
         # Attempts that were uncommitted are included: with a wrong clock, one may have been committed meanwhile.
-        list(pool.map(lambda name: storage.remove(f"{name}/{MANIFEST}"), unwanted))
-        list(pool.map(storage.remove_tree, unwanted))
+        for is_abandoned in (True, False):
+            manifests = (f"{d.name}/{MANIFEST}" for d in unwanted if d.is_abandoned is is_abandoned)
+            list(pool.map(storage.remove, manifests))
+        list(pool.map(storage.remove_tree, [directory.name for directory in unwanted]))
         uploads.result()
-    return unwanted
+        entries.result()
+    return [directory.name for directory in unwanted]
+
+
+def _forget_older_entries(run: Run) -> None:
+    for number in entry_numbers(run.sizes)[:-1]:
+        run.storage.remove(entry_path(number))
 
 
 def _age(storage: Storage, name: str) -> float:

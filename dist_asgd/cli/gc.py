@@ -7,9 +7,9 @@ import argparse
 from dist_asgd.checkpoint.retention import GRACE, RetentionPolicy, delete_outdated, outdated
 from dist_asgd.cli.arguments import add_run_arguments, non_negative, positive
 from dist_asgd.cli.output import format_bytes, table, write
-from dist_asgd.cli.urls import UsageError, bytes_in, open_run
+from dist_asgd.cli.urls import UsageError, bytes_in, open_run, open_storage, storage_options
 
-HELP = "delete replaced checkpoints, what failed saves left, and all checkpoints that are not kept"
+HELP = "delete replaced checkpoints, what failed saves left, and all checkpoints that are abandoned or not kept"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,13 +34,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Deletes, or with ``--dry-run`` lists, the directories that are not kept. Prints each and its bytes. Returns 0."""
     if arguments.keep_last is None and (arguments.keep_every is not None or arguments.pin):
         raise UsageError("--keep-every and --pin keep checkpoints besides those of --keep-last: give that, too")
-    storage, sizes, _ = open_run(arguments)
+    storage = open_storage(arguments.url, storage_options(arguments))
+    run = open_run(storage)
     policy = RetentionPolicy(arguments.keep_last, arguments.keep_every, frozenset(arguments.pin))
     if arguments.dry_run:
-        names = [directory.name for directory in outdated(storage, policy, arguments.older_than)]
+        names = [directory.name for directory in outdated(run, policy, arguments.older_than)]
     else:
         names = delete_outdated(storage, policy, arguments.older_than)
-    freed = {name: bytes_in(name, sizes) for name in names}
+    freed = {name: bytes_in(name, run.sizes) for name in names}
     if arguments.json:
         write({"url": storage.url, "dry_run": arguments.dry_run, "deleted": freed, "bytes": sum(freed.values())})
         return 0

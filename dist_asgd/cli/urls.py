@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_asgd.checkpoint.format.manifest import MANIFEST, STOCK
-from dist_asgd.checkpoint.retention import Directory, directories, directories_of, newest_by_step
+from dist_asgd.checkpoint.run.listing import Run, list_run
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.checkpoint.storage.url import folder_and_name
 
@@ -47,22 +47,12 @@ def open_storage(url: str, options: Mapping[str, Any]) -> Storage:
         raise UsageError(str(error)) from error
 
 
-def open_run(arguments: argparse.Namespace) -> tuple[Storage, dict[str, int], list[Directory]]:
-    """Opens the run that ``add_run_arguments`` of ``cli/arguments.py`` has declared.
-
-    Returns:
-        The storage, the bytes of each file by its path, and the directories of checkpoints, committed or not.
-
-    Raises:
-        UsageError: for a bad URL or bad storage options.
-        NotFound: where no directory of a checkpoint is.
-    """
-    storage = open_storage(arguments.url, storage_options(arguments))
-    sizes = storage.sizes()
-    found = directories_of(sizes)
-    if not found:
+def open_run(storage: Storage) -> Run:
+    """Lists the run at the URL of ``storage``. Raises ``NotFound`` where no directory of a checkpoint is."""
+    run = list_run(storage)
+    if not run.directories:
         raise NotFound(f"{storage.url} has no checkpoints of a run: no directories step-..., that Checkpointer makes")
-    return storage, sizes, found
+    return run
 
 
 def find_checkpoint(url: str, options: Mapping[str, Any], step: int | None) -> OpenedCheckpoint:
@@ -71,7 +61,7 @@ def find_checkpoint(url: str, options: Mapping[str, Any], step: int | None) -> O
     Args:
         url: of a checkpoint (of dist_asgd or of ``torch.distributed.checkpoint``), or of the directory of a run.
         options: fsspec's, for the protocol of ``url``.
-        step: the step of the run to take; None for the newest that is committed.
+        step: the step of the run to take; None for the newest that is committed and not abandoned.
 
     Raises:
         UsageError: for a bad URL or bad options, or where ``step`` is given for the URL of one checkpoint.
@@ -82,7 +72,8 @@ def find_checkpoint(url: str, options: Mapping[str, Any], step: int | None) -> O
         if step is not None:
             raise UsageError(f"{storage.url} is one checkpoint: --step is for the directory of a run")
         return OpenedCheckpoint(storage, "")
-    found = newest_by_step(directories(storage))
+    run = list_run(storage)
+    found = run.live() if step is None else run.loadable()
     if step is None and found:
         step = max(found)
     if step is None:

@@ -10,7 +10,7 @@ import contextlib
 import traceback
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,16 @@ from dist_asgd.comm.objects import all_gather_object, gather_object
 from dist_asgd.comm.process_groups import SeparateGroups, SharedGroups, check_group
 
 _ERRORS: dict[str, type[Exception]] = {"TypeError": TypeError, "ValueError": ValueError}
+ErrorClass = TypeVar("ErrorClass", bound=type[Exception])
+
+
+def same_on_all_ranks(kind: ErrorClass) -> ErrorClass:
+    """Declares, as a decorator, that an error of this class on one rank becomes one of this class on all ranks.
+
+    The class must be constructible from a message.
+    """
+    _ERRORS[kind.__name__] = kind
+    return kind
 
 
 Facts = list[tuple[str, str]]  # (name, value)
@@ -90,9 +100,10 @@ class Agreement:
     def together(self, operation: str) -> Iterator[None]:
         """Runs the block on every rank; if it raises on any rank, every rank raises an error that names that rank.
 
-        A ``TypeError`` or ``ValueError`` of the lowest failing rank keeps its type on all ranks; any other exception
-        becomes a ``RuntimeError``. A rank that is interrupted (``KeyboardInterrupt``, ``SystemExit``) raises that again
-        itself, and the other ranks raise a ``RuntimeError`` that says so.
+        A ``TypeError``, a ``ValueError`` and an error of a class with ``same_on_all_ranks`` keep their type on all
+        ranks, if the lowest failing rank raised it; any other exception becomes a ``RuntimeError``. A rank that is
+        interrupted (``KeyboardInterrupt``, ``SystemExit``) raises that again itself, and the other ranks raise a
+        ``RuntimeError`` that says so.
 
         Args:
             operation: the public call that runs the block, such as ``"save()"``.

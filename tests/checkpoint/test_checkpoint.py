@@ -122,7 +122,7 @@ def resume_without_ranks(url):
         for stock in (False, True):
             model = Model(seed=99)
             optimizer = torch.optim.ASGD(model.named_parameters(), foreach=False, **OPTIONS)
-            folder = next(Path(f"{url}/{source}{world_size}").iterdir())
+            folder = next(Path(f"{url}/{source}{world_size}").glob("step-*"))
             if stock:
                 train(model, optimizer, range(50, 51))  # it loads only into what is there
                 state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
@@ -208,7 +208,7 @@ def test_retention_counts_committed_checkpoints_only(tmp_path):
     assert checkpointer.steps() == [3, 4, 10, 12, 13]
     assert not Path(abandoned).exists()
     assert Path(young).exists(), "its writer may still be at work"
-    assert len(list(tmp_path.iterdir())) == 6
+    assert len(list(tmp_path.glob("step-*"))) == 6
     for wrong in (0, -1, True, 2.5):
         message_of(lambda wrong=wrong: Checkpointer(tmp_path, keep_last=wrong), ValueError)
 
@@ -234,18 +234,22 @@ def test_a_checkpoint_that_is_deleted_while_it_is_loaded_gives_way_to_a_newer_on
     assert "step-00000002" in message
 
 
-def test_links_to_folders_are_left_alone(tmp_path):
-    """They may lead out of the run, or in a circle."""
+def test_links_to_steps_count_and_retention_removes_the_links_alone(tmp_path):
     elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
     url = Path(Checkpointer(elsewhere).save(1, {"x": torch.ones(2)}))
-    with Checkpointer(run, keep_last=1) as checkpointer:
-        last = Path(checkpointer.save(2, {"x": torch.ones(2)}))
+    with Checkpointer(run, keep_last=2) as checkpointer:
+        last = Path(checkpointer.save(2, {"x": torch.zeros(2)}))
         (run / url.name).symlink_to(url)
         (last / "circle").symlink_to(last)
-        checkpointer.save(3, {"x": torch.ones(2)})
-        assert checkpointer.steps() == [3]
+        assert checkpointer.steps() == [1, 2]
+        state = {"x": torch.zeros(2)}
+        assert checkpointer.load(state, step=1) == 1 and state["x"].tolist() == [1, 1]
+        assert checkpointer.load(state) == 2
+        checkpointer.save(3, state)
+        assert checkpointer.steps() == [2, 3]
+        checkpointer.save(4, state)
     assert not last.exists()
-    assert (run / url.name).is_symlink() and Checkpointer(elsewhere).steps() == [1]
+    assert not (run / url.name).is_symlink() and Checkpointer(elsewhere).load(state) == 1
 
 
 def test_what_is_no_state_is_refused(tmp_path):

@@ -96,8 +96,12 @@ def answer(capsys, *arguments, status=0):
     return json.loads(out)
 
 
+def directories(run):
+    return sorted(run.glob("step-*"))
+
+
 def newest(run):
-    return max(run.iterdir())
+    return directories(run)[-1]
 
 
 def flip(file, at):
@@ -120,7 +124,7 @@ def test_a_reader_of_its_own_by_the_documentation(saved):
 
 
 def test_ls(run, capsys):
-    first = min(run.iterdir())
+    first = directories(run)[0]
     shutil.copytree(first, run / "step-00000005-0002-0000abcd")
     incomplete = shutil.copytree(first, run / "step-00000007-0001-0000abcd")
     (incomplete / "manifest.json").unlink()
@@ -136,6 +140,40 @@ def test_ls(run, capsys):
     assert out.splitlines()[-1].split()[0] == "10" and out.splitlines()[-1].endswith(newest(run).name)
     (newest(run) / "__1_0.distcp").unlink()
     assert answer(capsys, "ls", run, status=1)["checkpoints"][-1]["damage"].startswith("__1_0.distcp")
+
+
+def test_ls_shows_what_is_abandoned(saved, run, capsys):
+    with Checkpointer(run) as checkpointer:
+        checkpointer.load({}, step=5, strict=False)
+        checkpointer.save(6, {})
+    states = [(row["step"], row["state"]) for row in answer(capsys, "ls", run)["checkpoints"]]
+    assert states == [(5, "committed"), (6, "committed"), (10, "abandoned")]
+    assert answer(capsys, "show", run)["step"] == 6 and answer(capsys, "show", run, "--step", 10)["step"] == 10
+    deleted = answer(capsys, "gc", run, "--keep-last", 2)["deleted"]
+    assert list(deleted) == [newest(saved[0]).name]
+
+
+def test_ls_verifies_if_asked(run, capsys):
+    flip(newest(run) / "__1_0.distcp", 1000)
+    assert answer(capsys, "ls", run)["checkpoints"][-1]["state"] == "committed"
+    first, second = answer(capsys, "ls", run, "--verify", status=1)["checkpoints"]
+    assert first["state"] == "committed" and second["state"] == "damaged"
+    assert second["damage"].startswith("__1_0.distcp: bytes ")
+
+
+def test_ls_shows_one_checkpoint(run, tmp_path, capsys):
+    (row,) = answer(capsys, "ls", newest(run), "--verify")["checkpoints"]
+    assert (row["step"], row["state"], row["world_size"], row["damage"]) == (10, "committed", 3, None)
+    dcp.save({"x": torch.ones(4), "n": {"a": 7}}, checkpoint_id=tmp_path / "stock", no_dist=True)
+    for more in ([], ["--verify"]):
+        (row,) = answer(capsys, "ls", tmp_path / "stock", *more)["checkpoints"]
+        assert (row["step"], row["state"], row["tensors"]) == (None, "torch.distributed.checkpoint", 1)
+    assert "torch.distributed.checkpoint" in called(capsys, "ls", tmp_path / "stock")[1]
+    (newest(run) / "manifest.json").write_text("")
+    assert "not whole" in answer(capsys, "ls", newest(run), status=1)["checkpoints"][0]["damage"]
+    (newest(run) / "manifest.json").unlink()
+    status, _, err = called(capsys, "ls", newest(run))
+    assert status == 3 and "has no manifest.json" in err
 
 
 def test_show(saved, capsys):
@@ -398,12 +436,12 @@ def test_damage_leaves_no_file(run, tmp_path, capsys, suffix):
 
 def test_gc(run, capsys):
     for number, step in itertools.product((2, 3), (5, 10)):
-        shutil.copytree(min(run.iterdir()), run / f"step-{step:08d}-{number:04d}-0000abcd")
+        shutil.copytree(directories(run)[0], run / f"step-{step:08d}-{number:04d}-0000abcd")
     incomplete = shutil.copytree(newest(run), run / "step-00000012-0001-0000abcd")
     (incomplete / "manifest.json").unlink()
-    before = sorted(folder.name for folder in run.iterdir())
+    before = [folder.name for folder in directories(run)]
     would = answer(capsys, "gc", run, "--keep-last", 1, "--older-than", 0, "--dry-run")["deleted"]
-    assert sorted(folder.name for folder in run.iterdir()) == before
+    assert [folder.name for folder in directories(run)] == before
     assert before[3:] == [name for name in before if "-00000010-" in name or "-00000012-" in name]
     assert set(would) == set(before) - {"step-00000010-0003-0000abcd"}
     assert answer(capsys, "gc", run)["deleted"].keys() == {
@@ -411,7 +449,7 @@ def test_gc(run, capsys):
     } - {"step-00000012-0001-0000abcd"}
     assert called(capsys, "gc", run, "--keep-last", 1, "--pin", 5)[1].startswith("deleted 0 directories")
     assert called(capsys, "gc", run, "--keep-last", 1, "--keep-every", 10)[0] == 0
-    assert sorted(folder.name for folder in run.iterdir()) == ["step-00000010-0003-0000abcd", incomplete.name]
+    assert [folder.name for folder in directories(run)] == ["step-00000010-0003-0000abcd", incomplete.name]
 
 
 @pytest.mark.parametrize("command", ["ls", "show", "verify", "gc", "export"])
@@ -511,7 +549,7 @@ def test_on_a_store(s3_server, saved, tmp_path, capsys):
     exported = safetensors.torch.load(storage.read("exports/model.safetensors"))
     assert all(torch.equal(exported[name], tensor) for name, tensor in saved[1].items())
     assert len(answer(capsys, "gc", url, "--keep-last", 1, *common)["deleted"]) == 1
-    left = f"{url}/{next(iter(Storage.open(url, s3_server.options).list()))}"
+    left = f"{url}/{max(Storage.open(url, s3_server.options).list())}"
     Storage.open(left, s3_server.options).remove("manifest.json")
     assert called(capsys, "verify", left, *common)[0] == called(capsys, "verify", url, *common)[0] == 3
     assert "no manifest.json" in message_of(lambda: load(left, {}, s3_server.options), CheckpointError)

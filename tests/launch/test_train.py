@@ -248,6 +248,21 @@ def test_a_resume_between_two_evaluations(texts: str, tmp_path: Path) -> None:
         assert 30 not in dist_asgd.Checkpointer(run / "checkpoints").steps(), "it began again"
 
 
+def test_a_damaged_checkpoint_is_told_with_the_way_out(texts: str, tmp_path: Path) -> None:
+    short = options(texts, tmp_path, "--eval-every", "10", "--checkpoint-every", "10")
+    alone([*short, "--steps", "20"])
+    expected = curves(tmp_path)
+    (file,) = Path(directory(tmp_path / "checkpoints", 20)).glob("*.distcp")
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1  # in a tensor: the facts of the checkpoint can be read
+    file.write_bytes(damaged)
+    text = run_alone(message_of, lambda: train.main([*short, "--steps", "20"]), SystemExit)
+    assert "is damaged" in text and "--resume fallback" in text
+    alone([*short, "--steps", "20", "--resume", "fallback"])
+    assert curves(tmp_path) == expected
+    alone([*short, "--steps", "20"])
+
+
 def test_one_process_goes_on_where_two_ranks_were(texts: str, uninterrupted: Path, tmp_path: Path) -> None:
     saved = directory(uninterrupted / "checkpoints", 100)
     alone(options(texts, tmp_path, "--resume", saved, "--export", f"{tmp_path}/average.pt"))

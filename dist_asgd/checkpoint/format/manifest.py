@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from dist_asgd.boxes import Box, tiles
-from dist_asgd.checkpoint.errors import CheckpointError
+from dist_asgd.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from dist_asgd.checkpoint.format.entries import SavedTensor, dtype_name
 from dist_asgd.checkpoint.format.manifest_rules import (
     EntryPlace,
@@ -216,14 +216,15 @@ def read_manifest(data: bytes) -> Manifest:
     """Returns the manifest in the bytes of ``manifest.json``.
 
     Raises:
-        CheckpointError: the manifest is damaged, contradicts itself, or needs a later version of this library.
+        DamagedCheckpoint: the manifest is not as it was written.
+        CheckpointError: the manifest contradicts itself, or needs a later version of this library.
     """
     found = _DIGEST.search(data)
     if found is None:
-        raise CheckpointError(f"{MANIFEST} is not whole: it has no sha256 at its end")
+        raise DamagedCheckpoint(f"{MANIFEST} is not whole: it has no sha256 at its end")
     zeroed = data[: found.start(1)] + _ZEROS + data[found.end(1) :]
     if hashlib.sha256(zeroed).hexdigest().encode() != found[1]:
-        raise CheckpointError(f"{MANIFEST} is damaged: its contents do not have the sha256 that stands in it")
+        raise DamagedCheckpoint(f"{MANIFEST} is damaged: its contents do not have the sha256 that stands in it")
     try:
         return _manifest(json.loads(data))
     except FormatError as error:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_asgd.boxes import Box, cut_to_extents, extent, intersection, strides, whole, within
-from dist_asgd.checkpoint.errors import CheckpointError
+from dist_asgd.checkpoint.errors import DamagedCheckpoint
 from dist_asgd.checkpoint.format.casts import copy_rounded
 from dist_asgd.checkpoint.format.entries import Block, TensorEntry
 from dist_asgd.checkpoint.format.manifest import Chunk, Item, Manifest, in_directory
@@ -163,14 +163,14 @@ def read_into(storage: Storage, directory: str, requests: Sequence[RangeRequest]
     """Reads, verifies and copies request by request. Not collective.
 
     Raises:
-        CheckpointError: bytes are damaged. The tensors are filled in part then, so they must not be live state.
+        DamagedCheckpoint: bytes are damaged. The tensors are filled in part then, so they must not be live state.
     """
     for index, data in read_verified(storage, directory, requests):
         _copy(requests[index], data)
 
 
 def read_verified(storage: Storage, directory: str, requests: Sequence[RangeRequest]) -> Iterator[tuple[int, bytes]]:
-    """Yields (index of a request, its bytes), in any order. Raises ``CheckpointError`` where bytes are damaged."""
+    """Yields (index of a request, its bytes), in any order. Raises ``DamagedCheckpoint`` where bytes are damaged."""
     ranges = [(in_directory(directory, request.file), request.start, request.stop) for request in requests]
     for index, data in storage.read_ranges(ranges):
         verify_request(requests[index], data)
@@ -178,7 +178,7 @@ def read_verified(storage: Storage, directory: str, requests: Sequence[RangeRequ
 
 
 def verify_request(request: RangeRequest, data: bytes | memoryview) -> None:
-    """Raises ``CheckpointError`` unless ``data``, the bytes of the request, have the checksums in the manifest."""
+    """Raises ``DamagedCheckpoint`` unless ``data``, the bytes of the request, have the checksums in the manifest."""
     view, seen = memoryview(data), set()
     for read in request.reads:
         if read.place in seen:  # tensors may share an item
@@ -186,7 +186,7 @@ def verify_request(request: RangeRequest, data: bytes | memoryview) -> None:
         seen.add(read.place)
         _, first, last = read.place
         for start, stop in read.item.damages(read.blocks, view[first - request.start : last - request.start]):
-            raise CheckpointError(
+            raise DamagedCheckpoint(
                 f"{read.item.file} is damaged: bytes {start} to {stop}, of {read.key!r}, do not have the checksum that "
                 "manifest.json has of them"
             )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from dist_asgd.checkpoint.errors import CheckpointError, naming, together
+from dist_asgd.checkpoint.errors import CheckpointError, DamagedCheckpoint, naming, together
 from dist_asgd.checkpoint.format.entries import SavedTensor, TensorEntry
 from dist_asgd.checkpoint.format.json_values import Values, decode
 from dist_asgd.checkpoint.format.manifest import (
@@ -32,6 +32,7 @@ from dist_asgd.checkpoint.loading.reader import (
 )
 from dist_asgd.checkpoint.loading.spool import VerifiedRead
 from dist_asgd.checkpoint.loading.stock_reader import VerifiedItems, plan_items, read_objects
+from dist_asgd.checkpoint.run.directories import directories_of
 from dist_asgd.checkpoint.state.sharing import first_of, subgroup_of
 from dist_asgd.checkpoint.state.tree import Path, key_of, leaves
 from dist_asgd.checkpoint.stock.items import item_object
@@ -115,7 +116,8 @@ def open_source(
         trust: whether values of a DCP checkpoint are unpickled, which can run any code.
 
     Raises:
-        CheckpointError: on every rank: there is no checkpoint, or it is damaged.
+        DamagedCheckpoint: on every rank: a checkpoint of this library is damaged.
+        CheckpointError: on every rank: there is no checkpoint, or one of DCP is damaged.
     """
     url = in_directory(storage.url, directory)
     with together(agreement, "load()"):
@@ -147,7 +149,8 @@ def open_checkpoint(storage: Storage, directory: str) -> bytes:
     Verifies the bytes that no load of tensors would verify: ``.metadata``, and the values for stock readers.
 
     Raises:
-        CheckpointError: the checkpoint does not exist, or is damaged.
+        CheckpointError: the checkpoint does not exist.
+        DamagedCheckpoint: the checkpoint is damaged.
     """
     return _opened(storage, directory, False)[1]
 
@@ -158,18 +161,27 @@ def _opened(storage: Storage, directory: str, stock: bool) -> tuple[bool, bytes]
     if MANIFEST not in found and stock and STOCK in found:
         return False, storage.read(in_directory(directory, STOCK))
     if MANIFEST not in found:
-        what = f"neither {MANIFEST} nor {STOCK}, one of which" if stock else f"no {MANIFEST}, which"
-        raise CheckpointError(f"{url} is no checkpoint: it has {what} is written when all ranks have saved")
+        raise CheckpointError(_what_is_there(storage, url, found, stock))
     data = storage.read(in_directory(directory, MANIFEST))
     with naming(url):
         manifest = read_manifest(data)
     for name, file in manifest.files.items():
         if found.get(name) != file.size:
             what = "is missing" if name not in found else f"has {found[name]} bytes, and should have {file.size}"
-            raise CheckpointError(f"{url}/{name} {what}: the checkpoint is damaged")
+            raise DamagedCheckpoint(f"{url}/{name} {what}: the checkpoint is damaged")
     with naming(url):
         _verify_stock_files(storage, directory, manifest)
     return True, data
+
+
+def _what_is_there(storage: Storage, url: str, found: Iterable[str], stock: bool) -> str:
+    """Returns the error for a place without a checkpoint; ``found`` are the paths of its files."""
+    if any(directory.is_committed for directory in directories_of(found)):
+        return f"{url} is the directory of a run: Checkpointer(url).load(state) loads its newest checkpoint"
+    if not found and storage.is_file():
+        return f"{url} is a file: a checkpoint is a directory"
+    what = f"neither {MANIFEST} nor {STOCK}, one of which" if stock else f"no {MANIFEST}, which"
+    return f"{url} is no checkpoint: it has {what} is written when all ranks have saved"
 
 
 def _verify_stock_files(storage: Storage, directory: str, manifest: Manifest) -> None:
@@ -181,7 +193,7 @@ def _verify_stock_files(storage: Storage, directory: str, manifest: Manifest) ->
         if index < len(requests):
             verify_request(requests[index], data)
         elif hashlib.sha256(data).hexdigest() != manifest.files[STOCK].sha256:
-            raise CheckpointError(f"{STOCK} is damaged: it does not have the sha256 that {MANIFEST} has of it")
+            raise DamagedCheckpoint(f"{STOCK} is damaged: it does not have the sha256 that {MANIFEST} has of it")
 
 
 def viewers_of(state: Mapping[str, Any], agreement: Agreement) -> dict[Path, int]:

@@ -15,8 +15,10 @@ The steps of a save, in order:
 3. *Report* (``Rendezvous.submit``). Each rank sends rank 0 the sizes, places and checksums of what it has written.
    Rank 0 waits until every rank has reported, has failed, or has given no sign of life for 30 s.
 4. *Commit* (``commit``, rank 0 only). Rank 0 compares the sizes of the files in the storage with the reported sizes.
-   It creates ``.metadata``, the index that ``torch.distributed.checkpoint`` (DCP) reads, and then ``manifest.json``,
-   which has the sha256 of ``.metadata`` and the checksums of all items. Both requests fail if the file exists.
+   A ``Checkpointer`` adds the save to the history of its run, which fails if another writer has saved meanwhile
+   ([Note: history] in ``checkpoint/run/history.py``). Meanwhile rank 0 creates ``.metadata``, the index that
+   ``torch.distributed.checkpoint`` (DCP) reads, and after both ``manifest.json``, which has the sha256 of ``.metadata``
+   and the checksums of all items. Both requests fail if the file exists.
 5. *Announce* (``Rendezvous.announce``). The other ranks learn that the checkpoint exists, and ``save`` returns on them.
 6. *Retention* (``delete_outdated``, rank 0 of a ``Checkpointer``). Older checkpoints are deleted only after the commit,
    ``manifest.json`` first.
@@ -25,8 +27,10 @@ What a crash leaves, by the step in which it happens:
 
 - In 2 or 3: a directory with some of the ranks' files, temporary files or unfinished uploads, and neither
   ``.metadata`` nor ``manifest.json``. Every reader ignores it or refuses it.
-- In 4, between the two files: all data and ``.metadata``. DCP can load it, and it is whole. Readers of this package
-  refuse it: ``.metadata`` names ``manifest.json`` as the file that commits it, and that file is missing.
+- In 4, before ``manifest.json``: all data, and perhaps ``.metadata``. DCP can load it then, and it is whole. Readers of
+  this package refuse it: ``.metadata`` names ``manifest.json`` as the file that commits it, and that file is missing.
+  The history may have the save. If the run went back to an older step, the newer checkpoints are abandoned then, and
+  are still there.
 - In 5, after ``manifest.json`` was created: a checkpoint. ``save`` raises on ranks that were not told, but the next
   ``load`` finds the checkpoint.
 - In 6: the new checkpoint, and older ones that are either whole or have no ``manifest.json`` any more.
@@ -40,7 +44,8 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,15 +92,22 @@ def stock_values(record: CommitRecord) -> dict[str, Any]:
     return {key: decode(value.encoded, key) for key, value in record.values.items() if value.path not in above}
 
 
-def commit(storage: Storage, directory: str, record: CommitRecord, results: Sequence[WriteResult]) -> None:
+def commit(
+    storage: Storage,
+    directory: str,
+    record: CommitRecord,
+    results: Sequence[WriteResult],
+    register: Callable[[], None],
+) -> None:
     """Makes a checkpoint exist, if all of its files are there (step 4 of [Note: commit]). Called on rank 0 only.
 
     Args:
         directory: of the checkpoint, relative to ``storage``; "" if the storage is that of one checkpoint.
         results: what each rank has written, by rank.
+        register: called in a thread when all files are there; no checkpoint comes into existence if it raises.
 
     Raises:
-        CheckpointError: a file is missing or has another size than was written. Nothing was created.
+        CheckpointError: a file is missing or has another size than was written, or ``register`` raised.
         OSError: the storage failed, or ``.metadata`` or ``manifest.json`` exists already.
     """
     found = storage.sizes(directory)
@@ -105,7 +117,10 @@ def commit(storage: Storage, directory: str, record: CommitRecord, results: Sequ
                 f"{in_directory(directory, name)} below {storage.url} has {found.get(name)} bytes, {size} were written"
             )
     manifest, stock = _manifest(record, results)
-    storage.create(in_directory(directory, STOCK), stock)
+    with ThreadPoolExecutor(1, thread_name_prefix="dist_asgd-register") as pool:  # at once, as each costs a round trip
+        registered = pool.submit(register)
+        storage.create(in_directory(directory, STOCK), stock)
+        registered.result()
     storage.create(in_directory(directory, MANIFEST), write_manifest(manifest))  # from here on the checkpoint exists
 
 

@@ -265,11 +265,20 @@ def stage(blocks: Sequence[BlockToWrite], buffer: Tensor | None) -> tuple[list[B
     return staged, buffer
 
 
-def write(storage: Storage, plan: SavePlan, rendezvous: Rendezvous, rank: int) -> None:
+def write(
+    storage: Storage,
+    plan: SavePlan,
+    rendezvous: Rendezvous,
+    rank: int,
+    register: Callable[[], None] = lambda: None,
+) -> None:
     """Writes this rank's file; rank 0 commits when all ranks have written. Returns when the checkpoint exists.
 
     These are steps 2 to 5 of [Note: commit] in ``checkpoint/saving/commit.py``. Every rank must call it, but it runs no
     collectives, so it may run in a thread beside the training.
+
+    Args:
+        register: called on rank 0 before the checkpoint comes into existence; see ``commit``.
 
     Raises:
         CheckpointError: on every rank, if any rank fails before the commit; then the checkpoint does not exist.
@@ -281,5 +290,6 @@ def write(storage: Storage, plan: SavePlan, rendezvous: Rendezvous, rank: int) -
         if plan.record is None:
             rendezvous.wait_for_outcome()
             return
-        commit(storage, plan.directory, plan.record, [WriteResult.from_json(data) for data in rendezvous.collect()])
+        results = [WriteResult.from_json(data) for data in rendezvous.collect()]
+        commit(storage, plan.directory, plan.record, results, register)
         rendezvous.announce("committed")

@@ -73,17 +73,23 @@ class LocalStore:
     def entries(self, path: str) -> dict[str, int | None]:
         return self._requests.retry("list", path, lambda: list_folder(self._at(path)))
 
+    def is_file(self) -> bool:
+        return os.path.isfile(self._folder)
+
     def sizes(self, path: str) -> dict[str, int]:
         found: dict[str, int] = {}
         for name, size in self.entries(path).items():
             if size is not None:
                 found[name] = size
                 continue
-            below = self.sizes(f"{path}/{name}" if path else name)
+            folder = f"{path}/{name}" if path else name
+            below = {} if os.path.islink(self._at(folder)) else self.sizes(folder)  # links may lead in a circle
             found |= {f"{name}/{inner}": size for inner, size in below.items()}
         return found
 
     def remove(self, path: str) -> None:
+        if "/" in path and os.path.islink(os.path.dirname(self._at(path))):
+            return  # a link to a folder leads out of what is this store's own
         with self._requests.once("remove", path), contextlib.suppress(FileNotFoundError):
             os.unlink(self._at(path))
             sync_folder(os.path.dirname(self._at(path)))
@@ -215,6 +221,6 @@ def list_folder(folder: str) -> dict[str, int | None]:
                 with contextlib.suppress(FileNotFoundError):
                     if not entry.is_dir():
                         found[entry.name] = entry.stat().st_size
-                    elif not entry.is_symlink():  # links may lead out of the run, or in a circle
+                    else:
                         found[entry.name] = None
     return found

@@ -83,6 +83,9 @@ class RemoteStore(ABC):
         found = self._relative(path, self._listed("ls", path))
         return {name: None if info["type"] == "directory" else info["size"] for name, info in found.items()}
 
+    def is_file(self) -> bool:
+        return any(info["type"] == "file" for info in self._ask("", lambda fs, whole: [fs.info(whole)]))
+
     def sizes(self, path: str) -> dict[str, int]:
         return {name: info["size"] for name, info in self._relative(path, self._listed("find", path)).items()}
 

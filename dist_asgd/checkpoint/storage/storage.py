@@ -146,6 +146,10 @@ class Storage:
         """Returns the names directly below ``path``: sizes of files in bytes, None for folders; {} where nothing is."""
         return self._store.entries(checked_path(path, may_be_empty=True))
 
+    def is_file(self) -> bool:
+        """Returns whether the URL itself is a file."""
+        return self._store.is_file()
+
     def sizes(self, path: str = "") -> dict[str, int]:
         """Returns the sizes in bytes of all files below ``path``, at any depth, by their paths relative to ``path``."""
         return self._store.sizes(checked_path(path, may_be_empty=True))
