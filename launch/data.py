@@ -20,6 +20,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
+from dist_asgd.checkpoint.storage.url import error_without_credentials, without_credentials
+
 # Of the standard library: not installed packages, not tests, and not long tables of numbers.
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
 
@@ -64,7 +66,7 @@ def _named_files(urls: Sequence[str]) -> Iterator[File]:
             fs, found = _find(url)
         files = [path for path, info in sorted(found.items()) if info["type"] == "file" and info["size"] != 0]
         if not files:
-            raise SystemExit(f"--data {url}: there is no file with text there.")
+            raise SystemExit(f"--data {without_credentials(url)}: there is no file with text there.")
         yield from ((url, fs, path) for path in files)
 
 
@@ -73,7 +75,8 @@ def _said_of(url: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # each file system has its own: no such host, no credentials, no permission, a typo
-        raise SystemExit(f"--data {url}: {error}") from error
+        text = error_without_credentials(url, error)
+        raise SystemExit(f"--data {without_credentials(url)}: {text}") from None
 
 
 def _find(url: str) -> tuple[AbstractFileSystem, dict[str, Any]]:

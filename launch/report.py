@@ -9,12 +9,10 @@ cannot append.
 import io
 import itertools
 import json
-import os
 import sys
 from typing import Any
 
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
+from dist_asgd.checkpoint.storage.storage import Storage
 
 try:
     import matplotlib
@@ -32,13 +30,14 @@ class Metrics:
     """
 
     def __init__(self, out: str, resumed_step: int) -> None:
-        self.out = out
+        self.out = out  # and no storage: every rank gets a pickled copy
         self.records = [record for record in read_metrics(out) if record["step"] <= resumed_step]
 
     def add(self, record: Record) -> None:
         """Keep one more record and write all of them."""
         self.records.append(record)
-        _write(self.out, "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in self.records).encode())
+        lines = "".join(json.dumps(record) + "\n" for record in self.records)
+        Storage.open(self.out).write("metrics.jsonl", [lines.encode()])
 
     def plot(self) -> str:
         """Draw loss.png; returns a sentence that says where it is, or why there is none."""
@@ -46,25 +45,28 @@ class Metrics:
             return "matplotlib is not installed, so there is no loss.png: pip install 'dist-asgd[train]'"
         picture = io.BytesIO()
         _draw(self.records).savefig(picture, format="png", dpi=150)
-        return f"The curves: {_write(self.out, 'loss.png', picture.getvalue())}"
+        storage = Storage.open(self.out)
+        storage.write("loss.png", [picture.getvalue()])
+        return f"The curves: {storage.url}/loss.png"
 
 
 def make_folders(*urls: str) -> None:
     """Make the directories of a run, at its start: a typo ends it before there is something to lose."""
     for url in filter(None, urls):
         try:
-            fs, path = url_to_fs(url)
-            fs.makedirs(path, exist_ok=True)
-            if isinstance(fs, LocalFileSystem) and not os.access(path, os.W_OK):
-                raise PermissionError("no permission to write there")
-        except Exception as error:  # each file system has its own
-            raise SystemExit(f"{url}: {error}") from error
+            storage = Storage.open(url)
+            storage.write("may-be-written", [b""])
+            storage.remove("may-be-written")
+        except (ValueError, OSError) as error:  # neither has credentials in its text
+            raise SystemExit(str(error)) from None
 
 
 def read_metrics(out: str) -> list[Record]:
     """The records in `out`; none where there is no file."""
-    fs, path = url_to_fs(f"{out}/metrics.jsonl")
-    return [json.loads(line) for line in fs.cat_file(path).splitlines()] if fs.exists(path) else []
+    try:
+        return [json.loads(line) for line in Storage.open(out).read("metrics.jsonl").splitlines()]
+    except FileNotFoundError:
+        return []
 
 
 def table(records: list[Record]) -> str:
@@ -98,17 +100,6 @@ def _draw(records: list[Record]) -> Any:
     axes.set(xlabel="step", ylabel="held-out bits per byte")
     axes.legend()
     return figure
-
-
-def _write(out: str, name: str, content: bytes) -> str:
-    fs, folder = url_to_fs(out)
-    path = f"{folder}/{name}"
-    if isinstance(fs, LocalFileSystem):  # a kill in the middle leaves the old file, as object stores do
-        fs.pipe_file(f"{path}.part", content)
-        os.replace(f"{path}.part", path)
-    else:
-        fs.pipe_file(path, content)
-    return f"{out}/{name}"
 
 
 if __name__ == "__main__":

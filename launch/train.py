@@ -14,7 +14,6 @@ Beside this file: data.py (the text), model.py, world.py (the ranks), parallel.p
 report.py (metrics and plot).
 """
 
-import argparse
 import dataclasses
 import functools
 import math
@@ -34,6 +33,8 @@ import data
 import dist_asgd
 from dist_asgd import EMA, Checkpointer, ShardedASGD, Uniform
 from dist_asgd.checkpoint import DamagedCheckpoint
+from dist_asgd.checkpoint.storage.url import without_credentials
+from dist_asgd.cli.arguments import Parser
 from model import build_model
 from parallel import MODES, Layout, layout_of
 from report import Metrics, make_folders
@@ -90,7 +91,7 @@ class Args:
 
 def parse_args(argv: Sequence[str] | None = None) -> Args:
     """The command line, checked, as a value that nothing changes any more."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     for f in dataclasses.fields(Args):
         kind: dict[str, Any] = {} if "nargs" in f.metadata else {"type": type(f.default)}
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **f.metadata)
@@ -284,7 +285,8 @@ def resume(run: Run) -> Progress:
     newest = run.world.from_rank_zero(lambda: run.checkpointer and run.checkpointer.latest())
     if run.args.resume != "fallback" and newest is not None and newest > facts["progress"]["step"]:
         raise SystemExit(
-            f"{run.args.checkpoint_dir} has a later checkpoint than {run.args.resume}, and would be resumed from that "
+            f"{without_credentials(run.args.checkpoint_dir)} has a later checkpoint than "
+            f"{without_credentials(run.args.resume)}, and would be resumed from that "
             "one the next time: take another --checkpoint-dir."
         )
     # The facts again: where damage is found in the model only, they come from an older checkpoint now, as the model.
@@ -347,7 +349,7 @@ def train(run: Run, stop: StopSignal) -> None:
     if args.export:
         with run.optimizer.averaged_parameters("recent"):
             dist_asgd.export(args.export, run.model)
-        say(world, f"Exported the recent average of step {progress.step}: {args.export}")
+        say(world, f"Exported the recent average of step {progress.step}: {without_credentials(args.export)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

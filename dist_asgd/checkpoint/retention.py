@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from dist_asgd.checkpoint.errors import CheckpointError
-from dist_asgd.checkpoint.format.manifest import MANIFEST, Manifest, in_directory, read_manifest
+from dist_asgd.checkpoint.format.manifest import MANIFEST, Manifest, check_size, in_directory, read_manifest
 from dist_asgd.checkpoint.run.directories import Directory, newest_by_step
 from dist_asgd.checkpoint.run.history import HistoryEntry, entry_numbers, entry_path
 from dist_asgd.checkpoint.run.listing import Run, list_run
@@ -61,6 +61,7 @@ class DamageRecord:
         """Returns what is wrong with the committed checkpoint in the directory ``name``, or None."""
         if name not in self.found and name not in self._files:
             try:
+                check_size(run.sizes.get(f"{name}/{MANIFEST}", 0))
                 self._files[name] = expected_files(read_manifest(run.storage.read(f"{name}/{MANIFEST}")))
             except FileNotFoundError:
                 return None  # another process deletes it

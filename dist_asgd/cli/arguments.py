@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import Any, NoReturn
+
+from dist_asgd.checkpoint.storage.url import masked
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors quote no credentials: what it quotes may be a URL in the wrong place."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the usage and the message, and exits with status 2."""
+        super().error(masked(message))
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from dist_asgd.checkpoint.loading.sources import open_checkpoint
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.checkpoint.storage.url import LOCAL, protocol_of
 from dist_asgd.cli.arguments import add_checkpoint_arguments
-from dist_asgd.cli.output import ReportProgress, format_bytes, printable, progress_bar, write
+from dist_asgd.cli.output import ReportProgress, format_bytes, note, printable, progress_bar, write
 from dist_asgd.cli.urls import (
     OpenedCheckpoint,
     UsageError,
@@ -100,9 +99,9 @@ def run(arguments: argparse.Namespace) -> int:
     of_step = "" if step is None else f" of step {step}"
     write(printable(f"{report['out']}: {len(tensors)} tensors{of_step}, {format_bytes(size)}{not_averaged}"))
     if left_out:
-        print(f"dist-asgd: left out, as they are no tensors: {printable(_listed(left_out))}", file=sys.stderr)
+        note(f"left out, as they are no tensors: {_listed(left_out)}")
     if format_name == DIRECTORY and not configs:
-        print("dist-asgd: there is no config.json, which checkpoints do not have: put it there", file=sys.stderr)
+        note("there is no config.json, which checkpoints do not have: put it there")
     return 0
 
 

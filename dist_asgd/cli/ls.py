@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_asgd.checkpoint.errors import CheckpointError
-from dist_asgd.checkpoint.format.manifest import MANIFEST, STOCK, read_manifest
+from dist_asgd.checkpoint.format.manifest import MANIFEST, MAX_MANIFEST, STOCK, check_size, in_directory, read_manifest
+from dist_asgd.checkpoint.loading.ranges import read_record
 from dist_asgd.checkpoint.loading.verify import Fault, verify_checkpoint, verify_stock_checkpoint
 from dist_asgd.checkpoint.retention import expected_files, wrong_file
 from dist_asgd.checkpoint.run.directories import Directory
@@ -48,9 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run_reports(found: Run, progress: ReportProgress | None) -> list[dict[str, Any]]:
     """Returns what ``--json`` prints of each directory of a run; reads all bytes if ``progress`` is given."""
-    committed = [directory for directory in found.directories if directory.is_committed]
-    ranges = [(path, 0, found.sizes[path]) for path in (f"{directory.name}/{MANIFEST}" for directory in committed)]
-    data = {committed[index].name: data for index, data in found.storage.read_ranges(ranges)}
+    paths = {
+        directory.name: f"{directory.name}/{MANIFEST}" for directory in found.directories if directory.is_committed
+    }
+    names = [name for name, path in paths.items() if found.sizes[path] <= MAX_MANIFEST]
+    ranges = [(paths[name], 0, found.sizes[paths[name]]) for name in names]
+    data = {names[index]: data for index, data in found.storage.read_ranges(ranges)}
     live = {directory.name for directory in found.live().values()}
     rows = []
     for directory in found.directories:
@@ -60,7 +64,7 @@ def _run_reports(found: Run, progress: ReportProgress | None) -> list[dict[str, 
             created = found.storage.modified(directory.name)
             rows.append({**row, **_unknown(created), "state": "incomplete", "damage": None})
             continue
-        facts = _manifest_facts(found.storage, directory.name, data[directory.name], found.sizes)
+        facts = _manifest_facts(found.storage, directory.name, data.get(directory.name), found.sizes)
         if progress is not None and facts["damage"] is None:
             facts["damage"] = _first(verify_checkpoint(found.storage, directory.name, progress))
         rows.append({**row, **facts, "state": _state(directory, directory.name in live, facts["damage"])})
@@ -72,9 +76,9 @@ def _single_report(storage: Storage, has_manifest: bool, progress: ReportProgres
     sizes = storage.sizes()
     facts: dict[str, Any] = {"step": None, "attempt": None, "directory": "", "bytes": sum(sizes.values())}
     if has_manifest:
-        data = storage.read(MANIFEST)
+        data = storage.read(MANIFEST) if sizes[MANIFEST] <= MAX_MANIFEST else None
         facts |= _manifest_facts(storage, "", data, sizes)
-        if facts["damage"] is None:
+        if data is not None and facts["damage"] is None:
             facts["step"] = read_manifest(data).step
     else:
         facts |= _stock_facts(storage)
@@ -85,10 +89,15 @@ def _single_report(storage: Storage, has_manifest: bool, progress: ReportProgres
     return {**facts, "state": sound if facts["damage"] is None else "damaged"}
 
 
-def _manifest_facts(storage: Storage, directory: str, data: bytes, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Returns what the manifest tells of a checkpoint, and what is wrong with it or with the sizes of its files."""
+def _manifest_facts(storage: Storage, directory: str, data: bytes | None, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Returns what the manifest tells of a checkpoint, and what is wrong with it or with the sizes of its files.
+
+    Args:
+        data: the bytes of the manifest; None where it is too large to be one.
+    """
     try:
-        manifest = read_manifest(data)
+        check_size(sizes[in_directory(directory, MANIFEST)])
+        manifest = read_manifest(data or b"")
     except CheckpointError as error:
         return {**_unknown(storage.modified(directory)), "damage": str(error)}
     facts = {"tensors": len(manifest.tensors), "world_size": manifest.world_size, "created": manifest.created}
@@ -100,7 +109,7 @@ def _stock_facts(storage: Storage) -> dict[str, Any]:
 
     Raises ``NotCommitted`` if it belongs to a save of this library that never finished.
     """
-    found = read_stock_metadata(storage.read(STOCK), committed=False)
+    found = read_stock_metadata(read_record(storage, "", STOCK, storage.sizes()), committed=False)
     return {**_unknown(storage.modified("")), "tensors": len(found.tensors), "damage": None}
 
 

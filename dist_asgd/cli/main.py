@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import sys
 from collections.abc import Sequence
 
 from dist_asgd import __version__
 from dist_asgd.checkpoint.errors import CheckpointError, NotCommitted
-from dist_asgd.cli.output import OutputError, printable
+from dist_asgd.cli.arguments import Parser
+from dist_asgd.cli.output import OutputError, flush, note, open_closed_streams
 from dist_asgd.cli.urls import NotFound, UsageError
 
 COMMANDS = ("ls", "show", "verify", "export", "gc", "plan")  # modules of cli/, in the order that --help lists them
@@ -20,7 +19,7 @@ EXIT_STATUSES = "Exit status: 0 done, 1 damaged or failed, 2 wrong arguments, 3 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status, which ``EXIT_STATUSES`` explains; 130 after Ctrl-C.
 
-    An error is printed as one line on standard error.
+    An error is printed as one line on standard error. A closed standard output changes no status.
 
     Args:
         argv: arguments after the program's name; None for those of the process.
@@ -28,15 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with status 2 where argparse rejects the arguments, with 0 after ``--help`` or ``--version``.
     """
-    arguments = _parser().parse_args(argv)
+    open_closed_streams()
+    arguments = _parse(argv)
     try:
         status: int = arguments.run(arguments)
         return status
     except OutputError as error:
-        # Python flushes standard output at exit, and would fail and report again: give it a target that takes all.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        # A closed pipe, as after `| head`, is the reader's wish and needs no message.
-        return 1 if isinstance(error.__cause__, BrokenPipeError) else _failed(f"cannot write the output: {error}", 1)
+        return _failed(f"cannot write the output: {error}", 1)
     except UsageError as error:
         return _failed(error, 2)
     except (NotFound, NotCommitted) as error:
@@ -48,14 +45,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(error: object, status: int) -> int:
-    print(f"dist-asgd: {printable(str(error))}", file=sys.stderr)
+    note(str(error))
     return status
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the parsed arguments, among them the command's function ``run``."""
+    try:
+        return _parser().parse_args(argv)
+    except SystemExit:
+        flush()  # what --help and --version print
+        raise
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dist-asgd", description="Sharded averaged SGD for torch.distributed.", epilog=EXIT_STATUSES
-    )
+    parser = Parser(prog="dist-asgd", description="Sharded averaged SGD for torch.distributed.", epilog=EXIT_STATUSES)
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in COMMANDS:

@@ -6,11 +6,12 @@ Names and values of a checkpoint may come from anybody: ``printable`` keeps them
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
 
 class OutputError(OSError):
@@ -21,14 +22,55 @@ class OutputError(OSError):
 ReportProgress: TypeAlias = Callable[[int, int], None]
 
 
+def open_closed_streams() -> None:
+    """Opens the null device for standard output and standard error where the process was started without them.
+
+    Python has None in their place then, and the system would give their numbers to the next files that are opened.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(descriptor, number)
+            setattr(sys, name, open(number, "w", encoding="utf-8"))  # noqa: SIM115
+
+
 def write(content: Any) -> None:
-    """Prints a string as it is, and anything else as JSON, to standard output. Raises ``OutputError``."""
+    """Prints a string as it is, and anything else as JSON, to standard output.
+
+    A reader that went away, as after ``| head``, wants no more: the rest is dropped, and the command goes on. Raises
+    ``OutputError`` for any other failure.
+    """
     text = content if isinstance(content, str) else json.dumps(content, indent=2)
     encoding = sys.stdout.encoding or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        drop(sys.stdout)
     except OSError as error:
+        drop(sys.stdout)
         raise OutputError(error.errno, str(error)) from error
+
+
+def note(text: str) -> None:
+    """Prints a line on standard error, where somebody reads it."""
+    try:
+        print(f"dist-asgd: {printable(text)}", file=sys.stderr, flush=True)
+    except OSError:
+        drop(sys.stderr)
+
+
+def flush() -> None:
+    """Writes out what is left in standard output and standard error; nothing where nobody reads it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            drop(stream)
+
+
+def drop(stream: TextIO) -> None:
+    """Lets a standard stream end in the null device: Python flushes it at exit, and would fail and report again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def printable(text: str) -> str:

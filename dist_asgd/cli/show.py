@@ -13,12 +13,13 @@ from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.format.dcp_metadata import StoredChunk, stored_chunk
 from dist_asgd.checkpoint.format.entries import SavedTensor, dtype_name
 from dist_asgd.checkpoint.format.json_values import decode
-from dist_asgd.checkpoint.format.manifest import MANIFEST, STOCK, Manifest, in_directory, read_manifest
+from dist_asgd.checkpoint.format.manifest import MANIFEST, STOCK, Manifest, read_manifest
+from dist_asgd.checkpoint.loading.ranges import read_record
 from dist_asgd.checkpoint.state.mismatches import truncate
 from dist_asgd.checkpoint.stock.metadata import read_stock_metadata
 from dist_asgd.cli.arguments import add_checkpoint_arguments
 from dist_asgd.cli.output import format_bytes, printable, table, write
-from dist_asgd.cli.urls import OpenedCheckpoint, find_checkpoint, storage_options
+from dist_asgd.cli.urls import find_checkpoint, storage_options
 
 HELP = "what is in a checkpoint: tensors, where they are stored, values"
 MAX_FILES = 3  # files named in the row of a tensor
@@ -35,7 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints what a checkpoint of dist_asgd or of ``torch.distributed.checkpoint`` says of itself. Returns 0."""
     checkpoint = find_checkpoint(arguments.url, storage_options(arguments), arguments.step)
     sizes = checkpoint.sizes()
-    contents = _manifest_report(checkpoint) if MANIFEST in sizes else _stock_report(checkpoint)
+    name = MANIFEST if MANIFEST in sizes else STOCK
+    data = read_record(checkpoint.storage, checkpoint.directory, name, sizes)
+    contents = _manifest_report(data) if name == MANIFEST else _stock_report(data)
     report = {"url": checkpoint.url, "bytes": sum(sizes.values()), **contents}
     for kind in ("tensors", "values"):
         report[kind] = {key: entry for key, entry in report[kind].items() if fnmatch.fnmatchcase(key, arguments.keys)}
@@ -43,8 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _manifest_report(checkpoint: OpenedCheckpoint) -> dict[str, Any]:
-    manifest = read_manifest(checkpoint.storage.read(in_directory(checkpoint.directory, MANIFEST)))
+def _manifest_report(data: bytes) -> dict[str, Any]:
+    manifest = read_manifest(data)
     return {
         "format": "dist_asgd",
         "step": manifest.step,
@@ -63,8 +66,8 @@ def _stored_chunks(manifest: Manifest, key: str) -> list[StoredChunk]:
     return [stored_chunk(chunk.box, manifest.items[chunk.item]) for chunk in manifest.tensors[key].chunks]
 
 
-def _stock_report(checkpoint: OpenedCheckpoint) -> dict[str, Any]:
-    stock = read_stock_metadata(checkpoint.storage.read(in_directory(checkpoint.directory, STOCK)))
+def _stock_report(data: bytes) -> dict[str, Any]:
+    stock = read_stock_metadata(data)
     return {
         "format": "torch.distributed.checkpoint",
         "tensors": {key: _tensor_report(tensor.saved, list(tensor.chunks)) for key, tensor in stock.tensors.items()},

@@ -98,7 +98,8 @@ def storage_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns fsspec's options from ``--storage-options FILE``, overridden by each ``--storage-option KEY=VALUE``.
 
     Raises:
-        UsageError: where the file cannot be read or is no JSON object. Options may be secrets: no message has any.
+        UsageError: where the file cannot be read or is no JSON object. No message has an option,
+            nor the file's name, in whose place options may have been given.
     """
     file, options = arguments.storage_options, {}
     if file is not None:
@@ -106,11 +107,11 @@ def storage_options(arguments: argparse.Namespace) -> dict[str, Any]:
             with open(file, encoding="utf-8") as stream:
                 options = json.load(stream)
         except ValueError:
-            raise UsageError(f"{file} is not valid JSON") from None
+            raise UsageError("the file of --storage-options is not valid JSON") from None
         except OSError as error:
-            raise UsageError(f"cannot read {file}: {error.strerror}") from error
+            raise UsageError(f"cannot read the file of --storage-options: {error.strerror}") from None
         if not isinstance(options, dict):
-            raise UsageError(f"{file} is no JSON object: expected storage options by their names")
+            raise UsageError("the file of --storage-options is no JSON object: expected options by their names")
     return {**options, **dict(arguments.storage_option)}
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 
 from dist_asgd.checkpoint.format.manifest import MANIFEST
 from dist_asgd.checkpoint.loading.verify import verify_checkpoint, verify_stock_checkpoint
 from dist_asgd.cli.arguments import add_checkpoint_arguments
-from dist_asgd.cli.output import format_bytes, printable, progress_bar, write
+from dist_asgd.cli.output import format_bytes, note, printable, progress_bar, write
 from dist_asgd.cli.urls import find_checkpoint, storage_options
 
 HELP = "read every byte of a checkpoint and tell all that is wrong; stock DCP checkpoints, too"
@@ -36,5 +35,5 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     lines = [f"{fault.file}: {f'{fault.key!r}: ' if fault.key else ''}{fault.text}" for fault in faults]
     write("\n".join(map(printable, lines)))
-    print(f"dist-asgd: {url}{basis}, is damaged: {len(faults)} faults", file=sys.stderr)
+    note(f"{url}{basis}, is damaged: {len(faults)} faults")
     return 1

@@ -88,6 +88,8 @@ def _folded(tensor: Tensor) -> Tensor:
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:
     """Yields the elements in row-major order in blocks of ``BLOCK`` words (1-D, int64), zeros behind the last one."""
     size = tensor.element_size()
+    if size < 8:
+        tensor = tensor.view(_INTEGERS[size])  # torch cannot fill tensors of some dtypes, such as float4
     step = BLOCK * 8 // size
     for start in range(0, tensor.numel(), step):
         elements = _elements(tensor, start, min(start + step, tensor.numel()))

@@ -286,6 +286,34 @@ def test_tensors_without_memory_of_their_own_are_refused(tmp_path, kind):
     run_alone(save_and_load_nothing, tmp_path, kind)
 
 
+def overlap(rank, folder):
+    buffer = torch.arange(12.0)
+    views = {"first": buffer[:8], "second": buffer[4:], "tied": buffer[:8], "columns": buffer.view(3, 4).t()}
+    odd = torch.as_strided(torch.arange(8.0), (3, 2), (2, 3))  # its strides look like an overlap, and make none
+    with Checkpointer(folder) as checkpointer:
+        checkpointer.save(1, {**views, "odd": odd, "wide": torch.ones(3, 1).expand(3, 4)})
+        buffer.zero_()
+        target = torch.as_strided(torch.zeros(8), (3, 2), (2, 3))
+        checkpointer.load({**views, "odd": target})
+        assert torch.equal(buffer, torch.arange(12.0)) and torch.equal(target, odd)
+        shared = torch.zeros(3, 1).expand(3, 4) if rank else torch.zeros(3, 4)
+        steps = torch.as_strided(torch.zeros(6), (4, 3), (1, 1)) if rank else torch.zeros(4, 3)
+        for state in ({"wide": shared}, {"first": torch.zeros(8), "columns": steps}):
+            message = message_of(lambda state=state: checkpointer.load(state), TypeError)
+            assert re.search("rank 1: (wide|columns) has several elements in one place", message), message
+            assert not any(tensor.any() for tensor in state.values())
+        checkpointer.save(2, {"a": torch.ones(2000), "b": torch.zeros(2000) + 2})
+        tied = torch.zeros(2000)
+        state = {"a": tied, "b": tied if rank else torch.zeros(2000)}
+        message = message_of(lambda: checkpointer.load(state), CheckpointError)
+        assert "rank 1" in message and "'a' and 'b' are one tensor here" in message and not tied.any()
+
+
+def test_tensors_that_share_memory(tmp_path):
+    """Views of one buffer and tied tensors are loaded; elements in one place, and ties that were none, are refused."""
+    run_ranks(2, overlap, tmp_path)
+
+
 def test_a_tensor_that_is_still_on_its_way(tmp_path):
     """As functional collectives give it."""
     dist_asgd.save(tmp_path / "x", {"x": AsyncCollectiveTensor(torch.ones(3))})

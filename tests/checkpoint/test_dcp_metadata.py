@@ -77,11 +77,6 @@ def test_more_than_a_gibibyte_is_refused():
             part(torch.float32, (MAX_PAYLOAD // 4 + 1,))
 
 
-def test_quantized_dtypes_are_refused():
-    with pytest.raises(CheckpointError, match="int_repr"):
-        item_head(torch.quint8, (2,))
-
-
 # --- whole checkpoints ---
 
 VALUES = {"lr": 0.1, "names": ["a", "ß"], "none": None, "nested": {"1": True}}

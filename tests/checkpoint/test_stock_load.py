@@ -170,7 +170,7 @@ def test_every_dtype_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(stock_reader, "READ_BYTES", 4096)
     tensors = {str(dtype): sample(dtype, (30, 41)) for dtype in DTYPES}
     write(tmp_path, tensors)
-    found = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    found = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
     load(tmp_path, found)
     for name, tensor in tensors.items():
         assert raw_bytes(found[name]) == raw_bytes(tensor), name

@@ -115,7 +115,10 @@ def test_output_that_nobody_reads_or_can_be_written():
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.readline()
         process.stdout.close()
-        assert process.wait() == 1 and process.stderr.read() == ""
+        assert process.wait() == 0 and process.stderr.read() == ""
+    for closed in (">&-", ">&- 2>&-", "2>&- | true; exit ${PIPESTATUS[0]}"):
+        shell = ["bash", "-c", f"{sys.executable} -m dist_asgd --help {closed}"]
+        assert subprocess.run(shell, stdout=subprocess.DEVNULL).returncode == 0
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (

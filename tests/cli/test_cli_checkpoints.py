@@ -1,11 +1,14 @@
 """dist-asgd ls, show, verify, export and gc, on checkpoints that three ranks saved and on stock ones."""
 
+import contextlib
 import io
 import itertools
 import json
+import os
 import random
 import shutil
 import struct
+import subprocess
 import sys
 import zipfile
 from dataclasses import replace
@@ -28,7 +31,7 @@ from dist_asgd.checkpoint.stock.metadata import read_stock_metadata
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.cli.main import main
 from tests.support.format_reader import read_checkpoint
-from tests.support.ranks import message_of, run_ranks
+from tests.support.ranks import message_of, run_alone, run_ranks
 from tests.support.stores import *  # noqa: F403 fixtures
 
 AWKWARD = {"pair": (1, float("inf")), "bytes": b"\x00\xff", "large": 2**70, "named": {3: "three"}, "none": None}
@@ -556,3 +559,42 @@ def test_on_a_store(s3_server, saved, tmp_path, capsys):
     options.write_text(json.dumps({**s3_server.options, "secret": "sesame-of-tests"}))
     status, text, err = called(capsys, "ls", url, *common)
     assert status == 1 and "sesame" not in text + err and url in err
+
+
+def test_a_reader_that_goes_away_changes_no_status(saved):
+    """The exit status is the command's own, whoever reads the output."""
+    folder = saved[0]
+
+    def called_alone(stream, *arguments):
+        def act():
+            with contextlib.suppress(OSError):
+                os.close(2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            if stream is None:
+                sys.stdout = None
+            else:
+                sys.stdout = open(stream, "w")  # noqa: SIM115
+            return main([*map(str, arguments)])
+
+        return run_alone(act)
+
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    commands = [["ls", folder], ["show", folder], ["verify", folder], ["gc", folder, "--keep-last", 9, "--dry-run"]]
+    commands += [["show", folder, "--json"], ["export", folder, folder / "out.pt"], ["plan", "--world-size", 2, 10]]
+    for command in commands:
+        assert [called_alone(stream, *command) for stream in (write_end, None)] == [0, 0], command
+    flip(newest(folder) / "__0_0.distcp", 100)
+    assert called_alone(write_end, "verify", folder) == 1
+    flip(newest(folder) / "__0_0.distcp", 100)
+
+
+def test_secrets_are_told_nowhere(tmp_path):
+    """By the library, the commands and launch/train.py, with secrets wherever one can be: see the module."""
+    program = [sys.executable, "-W", "ignore", "-m", "tests.support.planted_secrets", str(tmp_path)]
+    done = subprocess.run(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    told = [line for line in done.stdout.splitlines() if "sesame" in line]
+    assert not told, told
+    for text in ("could not read loud://host/run/x: LookupError", "Exported the recent average", "== files", "***"):
+        assert text in done.stdout

@@ -5,20 +5,9 @@ import zlib
 import torch
 
 from dist_asgd.checkpoint.format.dcp_metadata import item_head, item_tail
-from dist_asgd.checkpoint.format.torch_archive import STORAGE_CLASSES
+from dist_asgd.checkpoint.format.dtypes import DTYPES as CHECKPOINT_DTYPES
 
-NEW_DTYPES = [
-    torch.uint16,
-    torch.uint32,
-    torch.uint64,
-    torch.complex32,
-    torch.float8_e4m3fn,
-    torch.float8_e4m3fnuz,
-    torch.float8_e5m2,
-    torch.float8_e5m2fnuz,
-    torch.float8_e8m0fnu,
-]
-DTYPES = [*STORAGE_CLASSES, *NEW_DTYPES]
+DTYPES = list(CHECKPOINT_DTYPES.values())
 SHAPES = [(), (0,), (1,), (7,), (3, 0, 2), (2, 3), (5, 1, 4), (2, 3, 4, 5), (300, 70_000 // 300)]
 
 

@@ -17,9 +17,10 @@ from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.export.formats import BATCH_BYTES, Exported
 from dist_asgd.checkpoint.format.casts import rounded
 from dist_asgd.checkpoint.format.entries import Block, TensorEntry
-from dist_asgd.checkpoint.format.manifest import STOCK, Manifest, TensorRecord, ValueRecord, in_directory
+from dist_asgd.checkpoint.format.manifest import STOCK, Manifest, TensorRecord, ValueRecord
 from dist_asgd.checkpoint.format.tensor_bytes import memory
 from dist_asgd.checkpoint.format.torch_archive import payload_bytes
+from dist_asgd.checkpoint.loading.ranges import read_record
 from dist_asgd.checkpoint.loading.reader import plan_reads, read_into
 from dist_asgd.checkpoint.loading.stock_reader import plan_items, read_items_into
 from dist_asgd.checkpoint.state.averages import average_keys, average_names
@@ -196,7 +197,7 @@ class StockExportSource(ExportSource):
     @classmethod
     def open(cls, storage: Storage, directory: str) -> StockExportSource:
         """Opens the checkpoint in ``directory``. Raises CheckpointError if its ``.metadata`` is not valid."""
-        stock = read_stock_metadata(storage.read(in_directory(directory, STOCK)))
+        stock = read_stock_metadata(read_record(storage, directory, STOCK, storage.sizes(directory)))
         tensors = {key: TensorRecord(tensor.saved, (), stock.paths[key]) for key, tensor in stock.tensors.items()}
         values = {key: ValueRecord(None, stock.paths[key]) for key in stock.objects}
         return cls(storage, directory, Manifest(0, 0, 0.0, {}, {}, (), tensors, values), stock)

@@ -17,7 +17,7 @@ from dist_asgd.boxes import Box, batches, intersection, within
 from dist_asgd.checkpoint.errors import CheckpointError, together
 from dist_asgd.checkpoint.export.formats import BATCH_BYTES, Exported
 from dist_asgd.checkpoint.format.entries import TensorEntry
-from dist_asgd.checkpoint.format.tensor_bytes import memory, narrowed
+from dist_asgd.checkpoint.format.tensor_bytes import as_bits, memory, narrowed
 from dist_asgd.checkpoint.saving.assign import Offer, holders_of
 from dist_asgd.comm.consensus import Agreement
 
@@ -91,13 +91,13 @@ class GatherSource:
         parts = [torch.empty(part.sizes, dtype=tensor.dtype, device="cpu") for tensor, part in wanted]
         for at, common in _overlaps(self.owned[0], wanted):
             tensor, part = wanted[at]
-            narrowed(parts[at], within(common, part)).copy_(self._local_view(tensor.key, common))
+            narrowed(as_bits(parts[at]), within(common, part)).copy_(as_bits(self._local_view(tensor.key, common)))
         return parts
 
     def _bytes_to_send(self, wanted: Sequence[tuple[Exported, Box]]) -> list[Tensor]:
         """Returns what this rank owns of the wanted parts: uint8 tensors on the CPU, in the order of `_overlaps`."""
         blocks = (self._local_view(wanted[at][0].key, common) for at, common in _overlaps(self.owned[0], wanted))
-        return [block.cpu().contiguous().view(-1).view(torch.uint8) for block in blocks]
+        return [as_bits(block).cpu().contiguous().view(-1).view(torch.uint8) for block in blocks]
 
     def _receive_from(self, rank: int, wanted: Sequence[tuple[Exported, Box]], parts: Sequence[Tensor]) -> None:
         """Receives what ``rank`` owns of the wanted parts into ``parts``."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dist_asgd.checkpoint.format.tensor_bytes import as_bits
+
 
 def copy_rounded(target: Tensor, source: Tensor) -> None:
     """Copies ``source`` into ``target``, of one shape. Real or complex elements are rounded once, to the nearest.
 
     A NaN stays a NaN, and what is too large becomes infinite.
     """
-    target.copy_(rounded(source, target.dtype))
+    as_bits(target).copy_(as_bits(rounded(source, target.dtype)))
 
 
 def rounded(source: Tensor, dtype: torch.dtype) -> Tensor:

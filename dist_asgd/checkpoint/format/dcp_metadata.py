@@ -45,7 +45,6 @@ from dist_asgd.checkpoint.format.torch_archive import (
 
 MAX_PAYLOAD = 2**30  # bytes of one item, far below the 4 GiB from which on an archive needs the zip64 format
 COMMITTED_BY = "committed_by"  # an attribute that this library adds to DCP's Metadata, and DCP ignores
-QUANTIZED = (torch.qint8, torch.qint32, torch.quint8, torch.quint4x2, torch.quint2x4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +75,7 @@ def item_head(dtype: torch.dtype, shape: Sequence[int]) -> bytes:
     """Returns the bytes of an item before the payload of a contiguous tensor; their number is a multiple of 64.
 
     Raises:
-        CheckpointError: the payload has more than ``MAX_PAYLOAD`` bytes, so the tensor must be cut into several boxes;
-            or the dtype is quantized, and such a tensor consists of more than its elements.
+        CheckpointError: the payload has more than ``MAX_PAYLOAD`` bytes, so the tensor must be cut into several boxes.
     """
     return _head(dtype, tuple(shape))[0]
 
@@ -150,10 +148,6 @@ def _storage_info(stored: StoredChunk | StoredObject) -> StorageInfo:
 @lru_cache(maxsize=1024)
 def _head(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, tuple[ArchiveRecord, ...]]:
     """Returns the head, and the records of the archive, of which the last is the payload's, without its CRC-32."""
-    if dtype in QUANTIZED:
-        raise CheckpointError(
-            f"tensors of {dtype} cannot be saved; save their int_repr(), scale and zero point instead"
-        )
     nbytes = payload_bytes(dtype, shape)
     if nbytes > MAX_PAYLOAD:
         raise CheckpointError(

@@ -27,7 +27,8 @@ from dist_asgd.checkpoint.format.plain_types import BY_TAG, PlainType, plain_typ
 
 MAX_DEPTH = 100  # containers inside each other, far fewer than the json module can read
 _INEXACT = 2**53  # integers from here on are written in hexadecimal, because many JSON readers take numbers for doubles
-_NUMPY_DTYPE = re.compile(r"[<>|=][biufcSUmM]\d{1,4}(\[\w{1,9}\])?")
+# NumPy's dtypes whose bytes mean one thing on every machine: long double is not among them.
+_NUMPY_DTYPE = re.compile(r"\|b1|[<>|][iu][1248]|[<>]f[248]|[<>]c(8|16)|[<>|][SU]\d{1,9}|[<>][mM]8(\[\w{1,12}\])?")
 # NotImplementedError (a RuntimeError): a path of Windows on another system. RuntimeError: the state of a generator.
 _DAMAGE = (ValueError, TypeError, LookupError, ArithmeticError, MemoryError, RuntimeError, struct.error, ImportError)
 _TORCH_DTYPES = {dtype_name(value): value for value in vars(torch).values() if type(value) is torch.dtype}
@@ -119,10 +120,10 @@ def _encode_atom(value: Any, name: str) -> Any:
     if kind in _ENCODERS:
         return {f"#{kind.__name__}": _ENCODERS[kind](value)}
     numpy: Any = sys.modules.get("numpy")  # an array exists only where NumPy was imported; torch works without it
-    is_numpy = numpy is not None and (kind is numpy.ndarray or isinstance(value, numpy.generic))
-    if is_numpy and _NUMPY_DTYPE.fullmatch(value.dtype.str):
+    if numpy is not None and _is_numpys(value, numpy):
         shape = list(value.shape) if kind is numpy.ndarray else None
-        return {"#numpy": [value.dtype.str, shape, base64.b64encode(value.tobytes()).decode()]}
+        data = value.tobytes()[: value.nbytes]  # of an empty string NumPy gives a character
+        return {"#numpy": [value.dtype.str, shape, base64.b64encode(data).decode()]}
     raise TypeError(f"{name} is {_described(value)}, which a checkpoint cannot hold: {_way_out(value)}")
 
 
@@ -144,6 +145,15 @@ def _way_out(value: Any) -> str:
         "give it as tensors, numbers, strings, lists, tuples, dicts or sets, or as an object that has state_dict() and "
         "load_state_dict()"
     )
+
+
+def _is_numpys(value: Any, numpy: Any) -> bool:
+    """Returns whether a value is an array or a scalar of NumPy's own types that its bytes and dtype express."""
+    kind = type(value)
+    if kind is not numpy.ndarray and not (isinstance(value, numpy.generic) and kind is value.dtype.type):
+        return False
+    # Other packages register dtypes, whose text may be that of a dtype of NumPy.
+    return _NUMPY_DTYPE.fullmatch(value.dtype.str) is not None and numpy.dtype(value.dtype.str) == value.dtype
 
 
 def _described(value: Any) -> str:
@@ -192,13 +202,28 @@ def _decode_numpy(content: Any) -> Any:
     dtype, shape, data = content  # shape None stands for a scalar
     if not _NUMPY_DTYPE.fullmatch(dtype) or not (shape is None or all(type(size) is int for size in shape)):
         raise ValueError("not what NumPy has")
-    flat = numpy.frombuffer(base64.b64decode(data, validate=True), numpy.dtype(dtype))
+    raw = base64.b64decode(data, validate=True)
+    if shape is None and dtype[1] in "SU":
+        return _numpy_text(dtype, raw)
+    flat = numpy.frombuffer(raw, numpy.dtype(dtype))
     if shape is None:
         (scalar,) = flat
         return scalar
     if any(size < 0 for size in shape):
         raise ValueError("a negative size")
     return flat.reshape(shape).copy()
+
+
+def _numpy_text(dtype: str, raw: bytes) -> Any:
+    """Returns a scalar string, which may be empty or end in NULs: NumPy's arrays cannot tell these from padding."""
+    import numpy
+
+    size = int(dtype[2:]) * (4 if dtype[1] == "U" else 1)
+    if len(raw) < size:
+        raise ValueError(f"{len(raw)} bytes of {size}")
+    if dtype[1] == "S":
+        return numpy.bytes_(raw[:size])
+    return numpy.str_(raw[:size].decode("utf-32-be" if dtype[0] == ">" else "utf-32-le", "surrogatepass"))
 
 
 _ENCODERS: Mapping[type, Callable[[Any], Any]] = {

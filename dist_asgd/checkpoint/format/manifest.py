@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ import torch
 
 from dist_asgd.boxes import Box, tiles
 from dist_asgd.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from dist_asgd.checkpoint.format.dtypes import DTYPES
 from dist_asgd.checkpoint.format.entries import SavedTensor, dtype_name
 from dist_asgd.checkpoint.format.manifest_rules import (
     EntryPlace,
@@ -34,22 +35,14 @@ FORMAT = "dist_asgd checkpoint"
 VERSION = 1  # of the format that is written
 READER = 1  # the oldest version of a reader that understands the written format
 
+MAX_MANIFEST = 2**32  # bytes of the file: a million entries have less, with all checksums that their items can have
+
 NO_FRAME = "0" * 16  # the checksums of an empty head and an empty tail
 MAX_PATH = 200  # names in the path of an entry
 SHARED = 1024  # bytes up to which a payload may be stored once for several tensors
 _FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp|\.metadata")
 _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"}\s*\Z')
 _ZEROS = b"0" * 64
-
-_DTYPES = {
-    name: getattr(torch, name)
-    for name in (
-        *("float64", "float32", "float16", "bfloat16", "complex128", "complex64", "complex32", "bool"),
-        *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
-        *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
-    )
-    if hasattr(torch, name)
-}
 
 T = TypeVar("T")
 
@@ -182,7 +175,10 @@ def key_of_rank(key: str, rank: int) -> str:
 
 
 def write_manifest(manifest: Manifest) -> bytes:
-    """Returns the bytes of ``manifest.json``, whose last member is the SHA-256 of the file with zeros in that place."""
+    """Returns the bytes of ``manifest.json``, whose last member is the SHA-256 of the file with zeros in that place.
+
+    Raises ``CheckpointError`` where they are more than a reader takes.
+    """
     record: dict[str, Any] = {"format": FORMAT, "version": VERSION, "reader": READER, "step": manifest.step}
     record |= {"world_size": manifest.world_size, "created": manifest.created, "versions": dict(manifest.versions)}
     record["files"] = {
@@ -205,11 +201,18 @@ def write_manifest(manifest: Manifest) -> bytes:
     record["values"] = {key: {"value": value.encoded, **_path_members(value)} for key, value in manifest.values.items()}
     record["sha256"] = _ZEROS.decode()
     data = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
+    check_size(len(data))
     return data[: -len(_ZEROS) - 2] + hashlib.sha256(data).hexdigest().encode() + data[-2:]
 
 
 def _path_members(record: TensorRecord | ValueRecord) -> dict[str, Any]:
     return {"path": list(record.path)} | ({} if record.rank is None else {"rank": record.rank})
+
+
+def check_size(size: int, name: str = MANIFEST) -> None:
+    """Raises ``CheckpointError`` for a size in bytes that the manifest, or the ``.metadata`` beside it, cannot have."""
+    if size > MAX_MANIFEST:
+        raise CheckpointError(f"{name} has {size} bytes, expected at most {MAX_MANIFEST}")
 
 
 def read_manifest(data: bytes) -> Manifest:
@@ -222,8 +225,9 @@ def read_manifest(data: bytes) -> Manifest:
     found = _DIGEST.search(data)
     if found is None:
         raise DamagedCheckpoint(f"{MANIFEST} is not whole: it has no sha256 at its end")
-    zeroed = data[: found.start(1)] + _ZEROS + data[found.end(1) :]
-    if hashlib.sha256(zeroed).hexdigest().encode() != found[1]:
+    digest = hashlib.sha256(memoryview(data)[: found.start(1)])
+    digest.update(_ZEROS + data[found.end(1) :])
+    if digest.hexdigest().encode() != found[1]:
         raise DamagedCheckpoint(f"{MANIFEST} is damaged: its contents do not have the sha256 that stands in it")
     try:
         return _manifest(json.loads(data))
@@ -248,8 +252,7 @@ def _manifest(record: Any) -> Manifest:
     tensors = {key: _tensor(key, value, items) for key, value in _members(record, "tensors")}
     _check_sharing(tensors, items)
     values = {key: _value(key, value) for key, value in _members(record, "values")}
-    places = [(tensor.path, tensor.rank) for tensor in tensors.values()]
-    check_paths([*places, *((value.path, value.rank) for value in values.values())], _paths_of_keys(values))
+    check_places([(tensor.path, tensor.rank) for tensor in tensors.values()], values)
     return Manifest(
         step=_count(record.get("step"), "step"),
         world_size=_count(record.get("world_size"), "world_size"),
@@ -317,7 +320,7 @@ def _item(value: Any, files: Mapping[str, FileRecord]) -> Item:
 
 def _tensor(key: str, value: Any, items: tuple[Item, ...]) -> TensorRecord:
     value = _typed(value, dict, f"tensor {key!r}")
-    dtype = _DTYPES.get(_typed(value.get("dtype"), str, f"the dtype of {key!r}"))
+    dtype = DTYPES.get(_typed(value.get("dtype"), str, f"the dtype of {key!r}"))
     if dtype is None:
         raise FormatError(f"tensor {key!r} has the dtype {value['dtype']!r}, which this torch does not have")
     saved = SavedTensor(_list_of(value.get("shape"), _count, f"the shape of {key!r}"), dtype)
@@ -351,10 +354,18 @@ def _check_sharing(tensors: Mapping[str, TensorRecord], items: tuple[Item, ...])
             used.add(chunk.item)
 
 
-def _paths_of_keys(values: Mapping[str, ValueRecord]) -> set[EntryPlace]:
-    """Returns the places of values that are tuples: a mapping's keys are saved as one, in the mapping's own place."""
-    tuples = (value for value in values.values() if isinstance(value.encoded, dict) and "#tuple" in value.encoded)
-    return {(value.path, value.rank) for value in tuples}
+def check_places(tensors: Iterable[EntryPlace], values: Mapping[str, ValueRecord]) -> None:
+    """Raises ``FormatError`` unless, for each rank, all entries make up one nested state.
+
+    Args:
+        tensors: the place of each tensor.
+    """
+    places = {key: (value.path, value.rank) for key, value in values.items()}
+    # The keys of a mapping are saved as a tuple, in the mapping's own place.
+    keys = {
+        places[key] for key, value in values.items() if isinstance(value.encoded, dict) and "#tuple" in value.encoded
+    }
+    check_paths([*tensors, *places.values()], keys)
 
 
 def _value(key: str, value: Any) -> ValueRecord:

@@ -6,6 +6,7 @@ import ctypes
 import zlib
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from dist_asgd.boxes import Box, cut, whole
@@ -58,7 +59,7 @@ def memory_of(data: Tensor) -> Iterator[memoryview]:
 
     The tensor may be on any device and have any strides and dtype. The bytes of a contiguous CPU tensor are not copied.
     """
-    data = data.detach()
+    data = as_bits(data.detach())
     if data.device.type == "cpu" and data.is_contiguous() and not (data.is_conj() or data.is_neg()):
         everything = memory(data)
         yield from (everything[start : start + COPY_BYTES] for start in range(0, len(everything), COPY_BYTES))
@@ -66,6 +67,11 @@ def memory_of(data: Tensor) -> Iterator[memoryview]:
     box = whole(tuple(data.shape))
     for part in cut(box, max(1, COPY_BYTES // data.dtype.itemsize)) if box.numel else ():
         yield memory(narrowed(data, part).resolve_conj().resolve_neg().cpu().contiguous())
+
+
+def as_bits(data: Tensor) -> Tensor:
+    """Returns ``data`` to be copied: a view as uint8 where an element is a byte, because torch transposes no float4."""
+    return data.view(torch.uint8) if data.dtype.itemsize == 1 else data
 
 
 def narrowed(data: Tensor, box: Box) -> Tensor:

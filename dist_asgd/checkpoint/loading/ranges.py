@@ -1,13 +1,16 @@
-"""Byte ranges of a checkpoint's files: small ranges read by few requests, a large range read as a file object."""
+"""Reads files of a checkpoint: records as a whole, small ranges by few requests, a large range as a file object."""
 
 from __future__ import annotations
 
+import errno
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
+from dist_asgd.checkpoint.errors import naming
 from dist_asgd.checkpoint.format.dcp_metadata import StoredChunk, StoredObject
-from dist_asgd.checkpoint.format.manifest import in_directory
+from dist_asgd.checkpoint.format.manifest import MANIFEST, check_size, in_directory
+from dist_asgd.checkpoint.stock.metadata import check_metadata_size
 from dist_asgd.checkpoint.storage.storage import Storage
 
 READ_BYTES = 8 * 2**20  # bytes of one request, if several ranges are joined or a large one is cut
@@ -19,6 +22,25 @@ ByteRange: TypeAlias = tuple[str, int, int]  # file, start, stop
 def range_of(stored: StoredChunk | StoredObject) -> ByteRange:
     """Returns the bytes of an item of ``.metadata``."""
     return stored.path, stored.offset, stored.offset + stored.length
+
+
+def read_record(storage: Storage, directory: str, name: str, sizes: Mapping[str, int]) -> bytes:
+    """Returns the bytes of ``manifest.json`` or ``.metadata``, the files that are read as a whole.
+
+    Args:
+        directory: of the checkpoint, relative to ``storage``; "" if the storage is that of one checkpoint.
+        sizes: of the files in the directory, as listed: a file that is too large is refused without reading it.
+
+    Raises:
+        FileNotFoundError: the file is not listed.
+        CheckpointError: the file is larger than any that a save writes.
+    """
+    path = in_directory(directory, name)
+    if name not in sizes:
+        raise FileNotFoundError(errno.ENOENT, "no such file", f"{storage.url}/{path}")
+    with naming(in_directory(storage.url, directory)):
+        (check_size if name == MANIFEST else check_metadata_size)(sizes[name])
+    return storage.read(path)
 
 
 def join_ranges(ranges: Sequence[ByteRange], most: int, gap: int = 0) -> list[tuple[ByteRange, list[int]]]:

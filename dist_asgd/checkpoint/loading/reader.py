@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dist_asgd.boxes import Box, cut_to_extents, extent, intersection, strides, whole, within
-from dist_asgd.checkpoint.errors import DamagedCheckpoint
+from dist_asgd.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from dist_asgd.checkpoint.format.casts import copy_rounded
 from dist_asgd.checkpoint.format.entries import Block, TensorEntry
 from dist_asgd.checkpoint.format.manifest import Chunk, Item, Manifest, in_directory
@@ -82,6 +83,24 @@ def chunk_parts(manifest: Manifest, destinations: Iterable[tuple[str, TensorEntr
         for chunk in manifest.tensors[key].chunks
         if (part := _part(key, manifest.tensors[key].saved.dtype, chunk, block)) is not None
     ]
+
+
+def require_equal_ties(manifest: Manifest, parts: Iterable[ChunkPart]) -> None:
+    """Raises ``CheckpointError`` where entries with different elements would be read into one place (tied weights).
+
+    Entries that were saved in different chunks are not compared, nor are views that overlap in part: what is saved from
+    such tensors is equal where they overlap.
+    """
+    seen: dict[tuple[Any, ...], ChunkPart] = {}
+    for part in parts:
+        place = part.data.data_ptr(), part.data.shape, part.data.stride(), part.data.dtype, part.data.device
+        first = seen.setdefault((*place, part.box, part.sizes), part)
+        one, other = manifest.items[first.item], manifest.items[part.item]
+        if part.data.numel() and one.crc32[-8:] != other.crc32[-8:]:
+            raise CheckpointError(
+                f"{first.key!r} and {part.key!r} are one tensor here, and have different elements in the checkpoint: "
+                "load it into a state in which they are not tied, or only one of them"
+            )
 
 
 def _part(key: str, dtype: torch.dtype, chunk: Chunk, block: Block) -> ChunkPart | None:

@@ -17,17 +17,19 @@ from dist_asgd.checkpoint.format.manifest import (
     Manifest,
     TensorRecord,
     ValueRecord,
+    check_size,
     in_directory,
     read_manifest,
 )
 from dist_asgd.checkpoint.format.manifest_rules import FormatError, check_paths
 from dist_asgd.checkpoint.loading.exchange import SharedParts, split_shared
-from dist_asgd.checkpoint.loading.ranges import range_of
+from dist_asgd.checkpoint.loading.ranges import range_of, read_record
 from dist_asgd.checkpoint.loading.reader import (
     VerifiedBlocks,
     chunk_parts,
     plan_parts,
     plan_value_reads,
+    require_equal_ties,
     verify_request,
 )
 from dist_asgd.checkpoint.loading.spool import VerifiedRead
@@ -82,7 +84,10 @@ class OwnSource(CheckpointSource):
     records: Mapping[str, str]  # key -> key in the manifest, which names the rank of a rank's own entry
 
     def plan_reads(self, agreement: Agreement, wanted: Destinations) -> tuple[VerifiedRead, SharedParts | None]:
-        own, shared = chunk_parts(self.manifest, [(self.records[key], entry) for key, entry in wanted]), None
+        shared = None
+        with together(agreement, "load()"), naming(self.url):
+            own = chunk_parts(self.manifest, [(self.records[key], entry) for key, entry in wanted])
+            require_equal_ties(self.manifest, own)
         if not self.storage.is_local:  # the page cache of a local file system serves repeated reads from memory
             own, everyone, mine = split_shared(agreement, own)
             if any(everyone):
@@ -159,10 +164,10 @@ def _opened(storage: Storage, directory: str, stock: bool) -> tuple[bool, bytes]
     """Returns (True, bytes of ``manifest.json``), or (False, bytes of ``.metadata``) for a DCP checkpoint."""
     found, url = storage.sizes(directory), in_directory(storage.url, directory)
     if MANIFEST not in found and stock and STOCK in found:
-        return False, storage.read(in_directory(directory, STOCK))
+        return False, read_record(storage, directory, STOCK, found)
     if MANIFEST not in found:
         raise CheckpointError(_what_is_there(storage, url, found, stock))
-    data = storage.read(in_directory(directory, MANIFEST))
+    data = read_record(storage, directory, MANIFEST, found)
     with naming(url):
         manifest = read_manifest(data)
     for name, file in manifest.files.items():
@@ -186,6 +191,7 @@ def _what_is_there(storage: Storage, url: str, found: Iterable[str], stock: bool
 
 def _verify_stock_files(storage: Storage, directory: str, manifest: Manifest) -> None:
     """Verifies what is in a checkpoint of this library for DCP only: ``.metadata`` and the items of values."""
+    check_size(manifest.files[STOCK].size, STOCK)
     requests = plan_value_reads(manifest)
     ranges = [(in_directory(directory, request.file), request.start, request.stop) for request in requests]
     ranges.append((in_directory(directory, STOCK), 0, manifest.files[STOCK].size))

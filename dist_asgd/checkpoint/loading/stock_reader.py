@@ -23,7 +23,7 @@ from dist_asgd.checkpoint.format.casts import copy_rounded
 from dist_asgd.checkpoint.format.dcp_metadata import StoredObject
 from dist_asgd.checkpoint.format.entries import Block, SavedTensor, TensorEntry
 from dist_asgd.checkpoint.format.manifest import in_directory
-from dist_asgd.checkpoint.format.tensor_bytes import memory, narrowed
+from dist_asgd.checkpoint.format.tensor_bytes import as_bits, memory, narrowed
 from dist_asgd.checkpoint.loading.ranges import GAP, READ_BYTES, ByteRange, FileRange, range_of, read_joined
 from dist_asgd.checkpoint.loading.spool import VerifiedRead
 from dist_asgd.checkpoint.progress import Progress
@@ -89,7 +89,7 @@ class VerifiedItems(VerifiedRead):
     def read(self, progress: Progress) -> None:
         for target, source in self._read():
             if not self._storage.is_local:
-                self._positions.append((target, source.dtype, self._append(memory(source.contiguous()))))
+                self._positions.append((target, source.dtype, self._append(memory(as_bits(source).contiguous()))))
             progress.add(source.numel() * source.element_size())
 
     def apply(self, progress: Progress) -> None:

@@ -16,7 +16,7 @@ from dist_asgd.checkpoint.format.dcp_metadata import stored_chunk
 from dist_asgd.checkpoint.format.entries import SavedTensor
 from dist_asgd.checkpoint.format.json_values import decode
 from dist_asgd.checkpoint.format.manifest import MANIFEST, STOCK, Item, Manifest, in_directory, read_manifest
-from dist_asgd.checkpoint.loading.ranges import READ_BYTES, ByteRange, FileRange, range_of, read_joined
+from dist_asgd.checkpoint.loading.ranges import READ_BYTES, ByteRange, FileRange, range_of, read_joined, read_record
 from dist_asgd.checkpoint.stock.items import check_item
 from dist_asgd.checkpoint.stock.metadata import StockCheckpoint, read_stock_metadata
 from dist_asgd.checkpoint.storage.storage import Storage
@@ -85,19 +85,15 @@ def verify_checkpoint(storage: Storage, directory: str, report: ProgressCallback
     """
     sizes = storage.sizes(directory)
     try:
-        manifest = read_manifest(storage.read(in_directory(directory, MANIFEST)))
+        manifest = read_manifest(read_record(storage, directory, MANIFEST, sizes))
     except CheckpointError as error:
         return [Fault(MANIFEST, "", f"{error}. Without it, nothing else can be verified")]
     faults = [*_check_files(manifest, sizes), *_check_values(manifest)]
     present = {name for name, file in manifest.files.items() if sizes.get(name) == file.size}
     stock = None
     if STOCK in present:
-        data = storage.read(in_directory(directory, STOCK))
-        if hashlib.sha256(data).hexdigest() == manifest.files[STOCK].sha256:
-            stock, problem = _read_stock(data, committed=True)
-            faults += problem
-        else:
-            faults.append(Fault(STOCK, "", f"it does not have the sha256 that {MANIFEST} has of it"))
+        stock, problems = _read_committed_stock(storage, directory, manifest, sizes)
+        faults += problems
     parts = [part for part in _parts(manifest, stock) if part.place[0] in present]
     if stock is not None:
         faults += [*_check_stock_agrees(manifest, stock), *_check_coverage(manifest, parts, present)]
@@ -116,7 +112,7 @@ def verify_stock_checkpoint(storage: Storage, directory: str, report: ProgressCa
         OSError: the storage failed, or there is no ``.metadata``.
     """
     sizes = storage.sizes(directory)
-    stock, faults = _read_stock(storage.read(in_directory(directory, STOCK)), committed=False)
+    stock, faults = _read_stock(read_record(storage, directory, STOCK, sizes), committed=False)
     parts = []
     for part in _archives(stock) if stock is not None else ():
         name, _, stop = part.place
@@ -136,6 +132,19 @@ def _read_stock(data: bytes, committed: bool) -> tuple[StockCheckpoint | None, l
         raise
     except CheckpointError as error:
         return None, [Fault(STOCK, "", str(error))]
+
+
+def _read_committed_stock(
+    storage: Storage, directory: str, manifest: Manifest, sizes: Mapping[str, int]
+) -> tuple[StockCheckpoint | None, list[Fault]]:
+    """Returns the contents of the ``.metadata`` beside a manifest, or None and the fault that makes it unreadable."""
+    try:
+        data = read_record(storage, directory, STOCK, sizes)
+    except CheckpointError as error:
+        return None, [Fault(STOCK, "", str(error))]
+    if hashlib.sha256(data).hexdigest() != manifest.files[STOCK].sha256:
+        return None, [Fault(STOCK, "", f"it does not have the sha256 that {MANIFEST} has of it")]
+    return _read_stock(data, committed=True)
 
 
 def _check_files(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[Fault]:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from dist_asgd.checkpoint.errors import CheckpointError
-from dist_asgd.checkpoint.format.manifest import MANIFEST, STOCK
+from dist_asgd.checkpoint.format.manifest import MANIFEST, STOCK, check_size
 from dist_asgd.checkpoint.run.directories import Directory, directories_of, is_directory_name, newest_by_step
 from dist_asgd.checkpoint.run.history import HISTORY, HistoryEntry, entry_numbers, entry_path, read_entry
 from dist_asgd.checkpoint.storage.storage import Storage
@@ -70,7 +70,7 @@ def list_run(storage: Storage, known: HistoryEntry | None = None) -> Run:
         sizes = _sizes(storage)
         numbers = entry_numbers(sizes)
         try:
-            last = _read(storage, numbers[-1], known) if numbers else None
+            last = _read(storage, numbers[-1], known, sizes) if numbers else None
         except FileNotFoundError:
             continue
         return Run(storage, sizes, directories_of(sizes, set(last.abandoned) if last else ()), last)
@@ -84,18 +84,21 @@ def last_entry(storage: Storage, known: HistoryEntry | None = None) -> HistoryEn
         known: as for ``list_run``.
     """
     for _ in range(LOOKS):
-        numbers = entry_numbers(f"{HISTORY}/{name}" for name in storage.list(HISTORY))
+        sizes = {f"{HISTORY}/{name}": size for name, size in storage.list(HISTORY).items() if size is not None}
+        numbers = entry_numbers(sizes)
         try:
-            return _read(storage, numbers[-1], known) if numbers else None
+            return _read(storage, numbers[-1], known, sizes) if numbers else None
         except FileNotFoundError:
             continue
     raise CheckpointError(f"{storage.url}/{HISTORY} changes faster than it can be read: do several jobs save there?")
 
 
-def _read(storage: Storage, number: int, known: HistoryEntry | None) -> HistoryEntry:
+def _read(storage: Storage, number: int, known: HistoryEntry | None, sizes: Mapping[str, int]) -> HistoryEntry:
     if known is not None and known.number == number:
         return known
-    return read_entry(storage.read(entry_path(number)), f"{storage.url}/{entry_path(number)}")
+    path = entry_path(number)
+    check_size(sizes[path], f"{storage.url}/{path}")
+    return read_entry(storage.read(path), f"{storage.url}/{path}")
 
 
 def _sizes(storage: Storage) -> dict[str, int]:

@@ -17,8 +17,9 @@ from torch import Tensor
 from dist_asgd.boxes import whole, within
 from dist_asgd.checkpoint.errors import CheckpointError, only_checkpoint_errors, together
 from dist_asgd.checkpoint.format.entries import SavedTensor
-from dist_asgd.checkpoint.format.manifest import ValueRecord, key_of_rank
-from dist_asgd.checkpoint.format.tensor_bytes import narrowed
+from dist_asgd.checkpoint.format.manifest import ValueRecord, check_places, key_of_rank
+from dist_asgd.checkpoint.format.manifest_rules import FormatError
+from dist_asgd.checkpoint.format.tensor_bytes import as_bits, narrowed
 from dist_asgd.checkpoint.saving.assign import Assignment, Offer, assign
 from dist_asgd.checkpoint.saving.commit import CommitRecord, commit, stock_values
 from dist_asgd.checkpoint.saving.differences import Differences
@@ -179,6 +180,12 @@ def _plan(step: int, everyone: Sequence[_Contribution]) -> tuple[CommitRecord, l
     differences = Differences()
     for name, by_rank in codes.items():
         differences.compare(name, by_rank)
+    try:
+        check_places([(path, rank) for _, path, rank in tensors.values()], values)
+    except FormatError as error:
+        raise CheckpointError(
+            f"{error}. Ranks have different things in one place: give them names of their own"
+        ) from None
     assignments = assign(offers, differences)
     differences.require_none()
     return CommitRecord(step, tensors, values), assignments
@@ -259,7 +266,8 @@ def stage(blocks: Sequence[BlockToWrite], buffer: Tensor | None) -> tuple[list[B
     for block, start in zip(blocks, offsets, strict=True):
         nbytes = block.data.numel() * block.data.element_size()
         copy = buffer[start : start + nbytes].view(block.data.dtype).view(block.data.shape)
-        staged.append(replace(block, data=copy.copy_(block.data, non_blocking=True)))
+        as_bits(copy).copy_(as_bits(block.data), non_blocking=True)
+        staged.append(replace(block, data=copy))
     if is_cuda:
         torch.cuda.synchronize()
     return staged, buffer

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from dist_asgd._torch_private import AsyncCollectiveTensor, ShardedTensor
 from dist_asgd.boxes import Box
+from dist_asgd.checkpoint.format.dtypes import check_dtype
 from dist_asgd.checkpoint.format.entries import Block, TensorEntry
 
 
@@ -65,7 +66,8 @@ def to_save(key: str, tensor: Tensor) -> TensorEntry:
     Of a DTensor that ranks replicate, DTensor itself decides which rank has the block to write.
 
     Raises:
-        TypeError: for a tensor that is not dense or has no memory; the message has its ``key``.
+        TypeError: for a tensor that is not dense, has no memory, or has a dtype that checkpoints do not hold; the
+            message has its ``key``.
     """
     if isinstance(tensor, Sharded):
         items = tensor.__create_write_items__(key, tensor)
@@ -78,9 +80,33 @@ def to_fill(key: str, tensor: Tensor) -> TensorEntry:
     """Returns all blocks of ``tensor`` that this rank has, to be written to. Copies nothing.
 
     Raises:
-        TypeError: for a tensor that is not dense or has no memory, and for a lazily conjugated or
-            negated view; the message has its ``key``.
+        TypeError: for a tensor that is not dense, has no memory, has a dtype that checkpoints do not hold, or has
+            several elements in one place, and for a lazily conjugated or negated view; the message has its ``key``.
     """
+    entry = _entry_to_fill(key, tensor)
+    if any(_overlaps_itself(block.data) for block in entry.blocks):
+        raise TypeError(
+            f"{key} has several elements in one place of memory, as expand() and as_strided() make them, and cannot be "
+            "written to: load into a tensor of its own, such as a clone()"
+        )
+    return entry
+
+
+def _overlaps_itself(data: Tensor) -> bool:
+    """Returns whether two elements of a plain tensor are in one place of memory."""
+    dims = sorted((step, size) for step, size in zip(data.stride(), data.shape, strict=True) if size > 1)
+    reach = 0  # the largest distance between two elements in the dims before, in elements
+    for step, size in dims:
+        if step <= reach and data.numel():
+            places = torch.zeros(1, dtype=torch.int64, device="cpu")  # exact, and of no use for ordinary tensors
+            for dim_step, dim_size in dims:
+                places = (places[:, None] + dim_step * torch.arange(dim_size, device="cpu")).flatten()
+            return len(places.unique()) < len(places)
+        reach += step * (size - 1)
+    return False
+
+
+def _entry_to_fill(key: str, tensor: Tensor) -> TensorEntry:
     if isinstance(tensor, Sharded):
         chunks = [(chunk, MetadataIndex(key, chunk.offsets)) for chunk in tensor.__create_chunk_list__()]
         return _entry(key, tensor, _sharded_blocks(tensor, chunks))
@@ -94,9 +120,9 @@ def _entry_of_local_tensors(key: str, tensor: Tensor) -> TensorEntry:
         shards = [(shard.metadata, shard.tensor) for shard in tensor.local_shards()]
         blocks = [(Box(tuple(metadata.shard_offsets), tuple(metadata.shard_sizes)), data) for metadata, data in shards]
         return _entry(key, tensor, blocks)
-    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_nested:
         kind = str(tensor.layout).removeprefix("torch.")
-        kind = "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else kind
+        kind = "nested" if tensor.is_nested else kind
         raise TypeError(
             f"{key} is a {kind} tensor on {tensor.device}: checkpoints have dense tensors with values. Give its parts "
             "as tensors of their own"
@@ -110,6 +136,7 @@ def _sharded_blocks(tensor: Sharded, chunks: Iterable[tuple[Any, MetadataIndex]]
 
 
 def _entry(key: str, tensor: Tensor, blocks: Iterable[tuple[Box, Tensor]]) -> TensorEntry:
+    check_dtype(key, tensor.dtype)
     # Empty blocks are left out, but for a tensor without elements, which would have no block at all.
     kept = [(box, data) for box, data in blocks if box.numel or not tensor.numel()]
     return TensorEntry(tuple(tensor.shape), tensor.dtype, [Block(box, _memory(key, data)) for box, data in kept])

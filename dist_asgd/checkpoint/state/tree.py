@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 
+from dist_asgd.checkpoint.format.manifest import MAX_PATH
 from dist_asgd.checkpoint.state.sharing import PerRank
 
 Path = tuple[str | int, ...]
@@ -154,6 +155,8 @@ def has_state(value: Any) -> bool:
 
 
 def _walk(path: Path, value: Any, container: Any, index: Any, per_rank: bool = False) -> Iterator[Leaf]:
+    if len(path) > MAX_PATH:
+        raise ValueError(f"{key_of(path)[:100]}... contains itself, or is more than {MAX_PATH} names deep")
     if isinstance(value, PerRank):
         yield from _walk(path, value.value, vars(value), "value", True)
     elif isinstance(value, Mapping) and not has_state(value) and _is_taken_apart(value, not path):

@@ -17,9 +17,10 @@ from typing import Any
 from dist_asgd.boxes import Box
 from dist_asgd.checkpoint.errors import CheckpointError, NotCommitted
 from dist_asgd.checkpoint.format.dcp_metadata import COMMITTED_BY, StoredChunk, StoredObject
+from dist_asgd.checkpoint.format.dtypes import DTYPES
 from dist_asgd.checkpoint.format.entries import SavedTensor
 from dist_asgd.checkpoint.format.manifest import MANIFEST, MAX_PATH
-from dist_asgd.checkpoint.stock.pickle_reader import DTYPE_GLOBALS, DTYPES, Call, Global, read_pickle, short
+from dist_asgd.checkpoint.stock.pickle_reader import DTYPE_GLOBALS, Call, Global, read_pickle, short
 
 MAX_METADATA = 2**28  # bytes. Reading takes up to a hundred times as much memory; a chunk takes about a hundred bytes
 MAX_DIMS = 64  # torch's own limit
@@ -67,6 +68,12 @@ class StockCheckpoint:
     paths: Mapping[str, tuple[str | int, ...]]  # for each key of both: its path in the nested state that was saved
 
 
+def check_metadata_size(size: int) -> None:
+    """Raises ``CheckpointError`` for a size in bytes of ``.metadata`` that is too large to be read."""
+    if size > MAX_METADATA:
+        raise CheckpointError(f"the metadata has {size} bytes, expected at most {MAX_METADATA}")
+
+
 def read_stock_metadata(data: bytes, trust: bool = False, *, committed: bool = False) -> StockCheckpoint:
     """Returns the contents of a DCP checkpoint that its ``.metadata`` lists. Runs nothing, whatever ``trust`` is.
 
@@ -81,8 +88,7 @@ def read_stock_metadata(data: bytes, trust: bool = False, *, committed: bool = F
             itself: boxes overlap, leave gaps or lie outside of their tensor, a path leads out of the checkpoint's
             directory, a chunk has no place or too few bytes there.
     """
-    if len(data) > MAX_METADATA:
-        raise CheckpointError(f"the metadata has {len(data)} bytes, more than {MAX_METADATA}")
+    check_metadata_size(len(data))
     fields = _fields(read_pickle(data, _ALLOWED, trust=trust), "Metadata", "the metadata")
     if COMMITTED_BY in fields and not committed:
         raise NotCommitted(
@@ -158,11 +164,12 @@ def _dtype(key: str, properties: Any) -> Any:
     if not isinstance(state, tuple) or len(state) != 5:
         raise CheckpointError(f"{where} have the state {short(state)}, expected a tuple of 5")
     dtype, layout = state[:2]
-    if not isinstance(dtype, Global) or dtype.name not in DTYPES:
-        raise CheckpointError(f"{where} have the dtype {short(dtype)}, which this torch does not have")
+    found = DTYPES.get(dtype.name.removeprefix("torch.")) if isinstance(dtype, Global) else None
+    if found is None:
+        raise CheckpointError(f"{where} have the dtype {short(dtype)}, of which this torch reads no tensors")
     if not isinstance(layout, Call) or layout.arguments != ("torch.strided",):
         raise CheckpointError(f"{where} have another layout than torch.strided; only dense tensors can be read")
-    return DTYPES[dtype.name]
+    return found
 
 
 _Places = dict[tuple[str, tuple[int, ...] | None], StoredObject]

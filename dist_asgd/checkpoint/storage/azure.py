@@ -35,6 +35,7 @@ class AzureStore(RemoteStore):
     backend = Backend(
         protocols=("abfs", "abfss", "az"),
         extra="azure",
+        user_options=(),
         options=without_listings_cache,
         prepare=prepare_azure,
         query_option="sas_token",

@@ -25,6 +25,8 @@ class Backend:
         prepare: called with each new fsspec file system before it is used.
         is_thread_safe: whether one file system object serves all threads although it is not asynchronous.
         query_option: storage option that takes over the query of a URL; None refuses URLs with a query.
+        user_options: storage options that take over user and password of a URL; () refuses them, where the driver takes
+            them for a part of a bucket's name; None leaves them in the URL for the driver.
         has_container_before_at: whether "name@" before the host is the name of a container, not of a user.
         secret_options: parts of names of storage options that are secret in this store, beyond the usual ones.
         secret_fields: names of ``name=value`` fields inside secret options whose value alone is secret, too.
@@ -40,6 +42,7 @@ class Backend:
     prepare: Callable[[Any], None] = lambda fs: None
     is_thread_safe: bool = False
     query_option: str | None = None
+    user_options: tuple[str, ...] | None = None
     has_container_before_at: bool = False
     secret_options: tuple[str, ...] = ()
     secret_fields: tuple[str, ...] = ()

@@ -8,12 +8,13 @@ import threading
 from typing import Any
 
 import fsspec
+import fsspec.config
 from fsspec.asyn import AsyncFileSystem
 from fsspec.core import url_to_fs
 
 from dist_asgd.checkpoint.storage.backend import Backend
 from dist_asgd.checkpoint.storage.retry import Requests, StorageError
-from dist_asgd.checkpoint.storage.url import Target
+from dist_asgd.checkpoint.storage.url import Target, secrets_of
 
 
 class Connection:
@@ -37,8 +38,10 @@ class Connection:
         # Keyed by process and thread. A child leaves its parent's objects alone: a lock in them may never be released.
         self._made: dict[tuple[int, int], Any] = {}
         self._locks: dict[tuple[int, int], threading.Lock] = {}
-        self._root = str(kind._strip_protocol(target.full)).rstrip("/")
-        self.requests = Requests(target.url, target.secrets, self._drop, backend)
+        secrets = (*target.secrets, *secrets_of(fsspec.config.conf, backend))
+        self.requests = Requests(target.url, secrets, self._drop, backend)
+        with self.requests.once("open", ""):  # drivers' errors about a URL quote it
+            self._root = str(kind._strip_protocol(target.base)).rstrip("/") + target.path
 
     def fs(self) -> Any:
         """Returns the fsspec file system for the calling thread and process, making it where there is none."""
@@ -48,7 +51,7 @@ class Connection:
                 if key not in self._made:
                     _check_version(self._backend)
                     # fsspec's cache is bypassed: other code may change or close the file systems that are in it.
-                    made = url_to_fs(self._target.full, skip_instance_cache=True, **self._options)[0]
+                    made = url_to_fs(self._target.base, skip_instance_cache=True, **self._options)[0]
                     self._backend.prepare(made)
                     self._made[key] = made
         return self._made[key]

@@ -32,6 +32,7 @@ class GcsStore(RemoteStore):
     backend = Backend(
         protocols=("gs", "gcs"),
         extra="gcs",
+        user_options=(),
         exclusive_since=("gcsfs", (2024, 12)),
         options=without_listings_cache,
         prepare=prepare_gcs,

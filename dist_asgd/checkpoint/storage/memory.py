@@ -13,7 +13,7 @@ from dist_asgd.checkpoint.storage.store import BytesLike
 class MemoryStore(RemoteStore):
     """Changes files in memory; one lock makes each change atomic."""
 
-    backend = Backend(protocols=("memory",), is_thread_safe=True)
+    backend = Backend(protocols=("memory",), user_options=(), is_thread_safe=True)
     _lock = threading.Lock()  # one for all instances, because they share one file system
 
     def create(self, path: str, data: bytes) -> None:

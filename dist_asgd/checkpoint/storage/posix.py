@@ -7,8 +7,9 @@ import errno
 import io
 import os
 import shutil
+import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from dist_asgd.checkpoint.storage.retry import Requests
@@ -18,6 +19,14 @@ FLUSHED = 2**24  # bytes written between flushes to the disk
 
 # Errors of link() on file systems without hard links (FAT, several FUSE file systems).
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.ENOTSUP}
+
+KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISBLK, "a block device"),
+)
 
 
 class LocalStore:
@@ -64,7 +73,7 @@ class LocalStore:
 
     def read_range(self, path: str, start: int, stop: int | None) -> bytes:
         def request() -> bytes:
-            with open(self._at(path), "rb") as file:
+            with open(self._at(path), "rb", opener=open_regular) as file:
                 file.seek(start)
                 return file.read(-1 if stop is None else stop - start)
 
@@ -125,6 +134,18 @@ class LocalStore:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     times.append(os.stat(file).st_mtime)
             return max(times, default=None)
+
+
+def open_regular(path: str, flags: int) -> int:
+    """Opens a regular file, an ``opener`` for ``open()``. Raises ``OSError`` for anything else, without waiting.
+
+    Opening a FIFO may wait for its writer for ever, and a device has no end.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in KINDS if is_kind(mode)), "no file")
+        raise OSError(errno.EINVAL, f"it is {kind}, expected a regular file")
+    return os.open(path, flags | os.O_NONBLOCK)  # it may have become a FIFO since
 
 
 def make_folders(folder: str) -> None:

@@ -36,7 +36,7 @@ def target_of(url: str | os.PathLike[str], options: Mapping[str, Any] | None) ->
 def store_of(target: Target) -> Store:
     """Returns the store that serves ``target``; makes no request. Raises StorageError where the driver is missing."""
     if target.protocol == LOCAL:
-        return LocalStore(target.full, Requests(target.url))
+        return LocalStore(target.path, Requests(target.url))
     kind = _remote_store(target.protocol)
     return kind(Connection(target, kind.backend))
 

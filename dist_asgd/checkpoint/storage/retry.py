@@ -7,12 +7,12 @@ import contextlib
 import errno
 import random
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from dist_asgd.checkpoint.storage.backend import Backend, classes_in
+from dist_asgd.checkpoint.storage.url import redacted
 
 Result = TypeVar("Result")
 
@@ -104,14 +104,12 @@ class Requests:
         return explained
 
     def _redacted(self, text: str) -> str:
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        return text
+        return redacted(text, self.secrets)
 
     def _cause(self, error: Exception) -> Exception:
-        """Returns ``error``, for its traceback, or its text alone where its chain or traceback contains a secret."""
-        whole = "".join(traceback.format_exception(error))
-        if any(secret in whole for secret in self.secrets):
+        """Returns ``error``, for its traceback, or its text alone where it, or one that it came of, has a secret."""
+        whole = "\n".join(f"{link}\n{link!r}\n{link.args!r}\n{vars(link)!r}" for link in _everything_behind(error))
+        if self._redacted(whole) != whole:
             return StorageError(self._redacted(f"{type(error).__name__}: {error}"))
         return error
 
@@ -151,6 +149,18 @@ def _http_answer(error: BaseException) -> tuple[int | None, str | None]:
         if isinstance(status, int):
             return status, None
     return None, None
+
+
+def _everything_behind(error: BaseException) -> list[BaseException]:
+    """Returns the error, its causes and contexts, hidden ones too, and the members of groups, at most a hundred."""
+    found, waiting = list[BaseException](), [error]
+    while waiting and len(found) < 100:
+        link = waiting.pop()
+        if not any(link is known for known in found):
+            found.append(link)
+            members = getattr(link, "exceptions", ())  # of an ExceptionGroup, which Python has from 3.11 on
+            waiting += [other for other in (link.__cause__, link.__context__, *members) if other is not None]
+    return found
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -42,6 +42,7 @@ class S3Store(RemoteStore):
     backend = Backend(
         protocols=("s3", "s3a"),
         extra="s3",
+        user_options=(),
         exclusive_since=("botocore", (1, 35, 20)),
         options=s3_options,
         prepare=prepare_s3,

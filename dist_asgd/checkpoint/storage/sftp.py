@@ -14,6 +14,7 @@ class SftpStore(RenamedStore):
     backend = Backend(
         protocols=("sftp", "ssh"),
         extra="sftp",
+        user_options=("username", "password"),
         transient_errors=classes_in("paramiko.ssh_exception", "NoValidConnectionsError", "SSHException"),
         permanent_errors=classes_in("paramiko.ssh_exception", "AuthenticationException", "BadHostKeyException"),
     )
