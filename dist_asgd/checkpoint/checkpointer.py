@@ -30,6 +30,7 @@ from dist_asgd.checkpoint.saving.rendezvous import Rendezvous, clone_default_sto
 from dist_asgd.checkpoint.saving.save import SavePlan, plan_save, stage, write
 from dist_asgd.checkpoint.state.contents import contents_of
 from dist_asgd.checkpoint.state.tree import has_state
+from dist_asgd.checkpoint.storage.retry import RETRY_TIMEOUT
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.comm.consensus import Agreement
 from dist_asgd.comm.process_groups import default_group
@@ -64,6 +65,8 @@ class Checkpointer:
         keep_every: with ``keep_last``, also keep the steps that are multiples of this number.
         pinned: with ``keep_last``, also keep these steps.
         process_group: the ranks that hold the state; None for all ranks.
+        retry_timeout: seconds for which a request to the storage that fails, in an outage for example, is tried again.
+            The log says so. Choose less than the timeout of the process group, because ranks wait for one another.
 
     Raises:
         ValueError, TypeError: an argument is invalid. Raised on every rank if it is invalid on any.
@@ -78,10 +81,11 @@ class Checkpointer:
         keep_every: int | None = None,
         pinned: Collection[int] = (),
         process_group: dist.ProcessGroup | None = None,
+        retry_timeout: float = RETRY_TIMEOUT,
     ) -> None:
         self._agreement = Agreement(default_group(process_group))
         with together(self._agreement, "Checkpointer()"):
-            self._storage = Storage.open(url, storage_options)
+            self._storage = Storage.open(url, storage_options, retry_timeout=retry_timeout)
             self._retention = RetentionPolicy(keep_last, keep_every, frozenset(pinned))
             self._writer = Writer(self._storage)
             self._damage = DamageRecord()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from dist_asgd.checkpoint.errors import CheckpointError
@@ -13,6 +12,7 @@ from dist_asgd.checkpoint.run.directories import Directory, newest_by_step
 from dist_asgd.checkpoint.run.history import HistoryEntry, entry_numbers, entry_path
 from dist_asgd.checkpoint.run.listing import Run, list_run
 from dist_asgd.checkpoint.storage.storage import Storage
+from dist_asgd.checkpoint.storage.waiting import threads
 
 DELETE_THREADS = 8  # checkpoints that are deleted at once
 GRACE = 3600.0  # seconds since its last change during which an uncommitted attempt counts as under way
@@ -155,7 +155,7 @@ def delete_outdated(
         written: the entry of the save that this process has just committed.
         policy, grace, record: as for ``outdated``.
     """
-    with ThreadPoolExecutor(DELETE_THREADS, thread_name_prefix="dist_asgd-delete") as pool:
+    with threads(DELETE_THREADS, "dist_asgd-delete") as pool:
         uploads = pool.submit(storage.abort_uploads, "", grace)
         run = list_run(storage, written)
         entries = pool.submit(_forget_older_entries, run)

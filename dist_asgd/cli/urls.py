@@ -13,6 +13,8 @@ from dist_asgd.checkpoint.run.listing import Run, list_run
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.checkpoint.storage.url import folder_and_name
 
+RETRY_TIMEOUT = 20.0  # seconds: somebody waits at a terminal
+
 
 class NotFound(Exception):
     """A URL at which there is no checkpoint; exit status 3."""
@@ -42,7 +44,7 @@ class OpenedCheckpoint:
 def open_storage(url: str, options: Mapping[str, Any]) -> Storage:
     """Returns the storage at ``url`` without a request to it. Raises ``UsageError`` for a bad URL or bad options."""
     try:
-        return Storage.open(url, options)
+        return Storage.open(url, options, retry_timeout=RETRY_TIMEOUT)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
 

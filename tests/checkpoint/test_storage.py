@@ -1,7 +1,9 @@
 """Tests storage/ on real servers: one contract for every store, and faults that really happen."""
 
 import errno
+import functools
 import gc
+import http.server
 import itertools
 import logging
 import os
@@ -29,17 +31,23 @@ from dist_asgd.checkpoint.storage.rename import RenamedStore
 from dist_asgd.checkpoint.storage.storage import Storage, StorageError
 from tests.support.ranks import RankError, message_of, run_alone
 from tests.support.stores import (  # noqa: F401
+    AZURE_ACCOUNT,
     AZURE_KEY,
+    answering,
+    azure_options,
     azure_server,
     gcs_server,
     proxied,
     running,
+    s3_options,
     s3_server,
     seaweedfs,
+    sessions,
     sftp_server,
 )
 
 STORES = ["file", "memory", "s3", "azure", "gcs", "sftp"]
+RETRY_LIMITS = [None, "5", -1, float("nan"), float("inf"), True]
 UNSAFE = ["", "/etc/passwd", "../x", "a/../../x", "a//b", "a/", "./a", "a\\b", "a\0b", "a*", "a?b", "a[0-9]", "a\nb"]
 
 
@@ -303,11 +311,10 @@ def test_what_killed_writers_leave_is_cleared_away(request, tmp_path, small_part
     assert storage.abort_uploads("step-1", -5) == 0
 
 
-def test_the_store_dies_in_the_middle_of_an_upload(monkeypatch, small_parts):
+def test_the_store_dies_in_the_middle_of_an_upload(small_parts):
     """SeaweedFS gets SIGKILL; when it runs again, it shows no file, and the unfinished upload can be cleared away."""
-    monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
     with running(seaweedfs()) as server:
-        storage = Storage.open(server.new_url(), server.options)
+        storage = Storage.open(server.new_url(), server.options, retry_timeout=1)
         storage.create("before", b"x")
 
         def chunks():
@@ -315,7 +322,7 @@ def test_the_store_dies_in_the_middle_of_an_upload(monkeypatch, small_parts):
             server.kill()
             yield bytes(2 * PART)
 
-        with pytest.raises(StorageError, match=r"could not write s3://.*step/shard in 5 tries"):
+        with pytest.raises(StorageError, match=r"could not write s3://.*step/shard: .*\d tries in \d+ s"):
             storage.write("step/shard", chunks())
         server.start()
         assert storage.sizes() == {"before": 1}
@@ -331,7 +338,7 @@ def test_the_store_dies_in_the_middle_of_an_upload(monkeypatch, small_parts):
 @pytest.mark.parametrize("store", ["s3", "azure", "gcs", "sftp"])
 def test_connections_that_break_are_made_again(request, tmp_path, monkeypatch, small_parts, store, fault):
     """A create whose request was carried out while its answer was lost finds its own file and succeeds."""
-    monkeypatch.setattr(retry, "FIRST_DELAY", 0.02)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.02)
     server = request.getfixturevalue(f"{store}_server")
     data = bytes(range(256)) * (PART // 100)
     with proxied(server) as (proxy, options):
@@ -341,8 +348,7 @@ def test_connections_that_break_are_made_again(request, tmp_path, monkeypatch, s
         assert getattr(proxy, fault) == 0
         with pytest.raises(FileExistsError):
             storage.create("manifest", b"mine")
-        if store != "sftp":  # a file begun on one connection cannot go on by another
-            setattr(proxy, fault, 3)
+        setattr(proxy, fault, 3)
         assert storage.write("shard", cut(data, 1_300_000)) == len(data)
         setattr(proxy, fault, 3)
         assert dict(storage.read_ranges([("shard", i * 1000, i * 1000 + 1000) for i in range(20)])) == {
@@ -358,22 +364,24 @@ def test_connections_that_break_are_made_again(request, tmp_path, monkeypatch, s
 
 @pytest.mark.parametrize("store", ["s3", "azure", "gcs", "sftp"])
 def test_a_network_that_stays_away_is_told_without_credentials(request, monkeypatch, caplog, capfd, store):
-    monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
     server = request.getfixturevalue(f"{store}_server")
     with proxied(server) as (_, options):
         pass  # nobody listens there any more
     if store == "sftp":
         options["password"] = "secret-of-tests"
     caplog.set_level(logging.DEBUG, "dist_asgd")
-    storage = Storage.open(server.new_url(), options)
+    storage = Storage.open(server.new_url(), options, retry_timeout=0.05)
     for call in [
         lambda: storage.create("x", b""),
         lambda: storage.read("x"),
         lambda: storage.write("x", [b"x"]),
         lambda: storage.sizes(),
+        lambda: storage.list("folder"),
+        lambda: storage.modified("folder"),
         lambda: list(storage.read_ranges([("x", 0, 1)])),
     ]:
-        with pytest.raises(StorageError, match=f"could not .* {re.escape(storage.url)}.* in 5 tries") as raised:
+        with pytest.raises(StorageError, match=rf"could not .* {re.escape(storage.url)}.*\d tries in") as raised:
             call()
         told = "".join(traceback.format_exception(raised.value)) + repr(raised.value) + repr(storage)
         assert not any(secret in told for secret in SECRETS)
@@ -387,11 +395,9 @@ SECRETS = ["secret-of-tests", AZURE_KEY]
 def test_secrets_in_drivers_errors_are_taken_out():
     """botocore's errors contain the whole URL of the endpoint."""
     options = {"key": "some-access-key", "secret": "shh-secret", "endpoint_url": "http://127.0.0.1:9/shh-secret"}
-    storage = Storage.open("s3://bucket/run", {**options, "config_kwargs": {"connect_timeout": 1}})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retry, "TRIES", 1)
-        with pytest.raises(StorageError, match=r"EndpointConnection.*\*\*\*") as raised:
-            storage.read("x")
+    storage = Storage.open("s3://bucket/run", options, retry_timeout=0)
+    with pytest.raises(StorageError, match=r"EndpointConnection.*\*\*\*") as raised:
+        storage.read("x")
     error = raised.value
     while error is not None:
         text = f"{error} {error!r} {error.args}"
@@ -401,20 +407,194 @@ def test_secrets_in_drivers_errors_are_taken_out():
 
 @pytest.mark.parametrize("store", ["s3", "azure"])
 def test_wrong_credentials_and_buckets_are_not_tried_again(request, monkeypatch, store):
-    monkeypatch.setattr(retry.time, "sleep", lambda seconds: pytest.fail("tried again"))
+    monkeypatch.setattr(retry, "pause", lambda seconds: pytest.fail("tried again"))
     server = request.getfixturevalue(f"{store}_server")
     if store == "s3":
         wrong = {**server.options, "secret": "not-the-secret"}
     else:
         text = server.options["connection_string"].replace(AZURE_KEY, "bm90LXRoZS1rZXk=")
         wrong = {"connection_string": text}
-    with pytest.raises(StorageError, match="could not create"):
-        Storage.open(server.new_url(), wrong).create("x", b"")
-    elsewhere = server.root.replace("-of-tests", "-of-nobody")
-    with pytest.raises(StorageError, match=r"could not write .*-of-nobody/x"):
-        Storage.open(elsewhere, server.options).write("x", [b""])
-    with pytest.raises(FileNotFoundError):
-        Storage.open(elsewhere, server.options).read("x")
+    storage = Storage.open(server.new_url(), wrong)
+    for operation, call in [("create", lambda: storage.create("x", b"")), ("list", storage.sizes)]:
+        with pytest.raises(StorageError, match=f"could not {operation} {storage.url}"):
+            call()
+    elsewhere = Storage.open(server.root.replace("-of-tests", "-of-nobody"), server.options)
+    for call in [lambda: elsewhere.write("x", [b""]), lambda: elsewhere.read("x")]:
+        with pytest.raises(StorageError, match=r"-of-nobody/x: the bucket or container does not exist"):
+            call()
+
+
+@pytest.mark.parametrize("store", ["s3", "azure", "gcs"])
+def test_a_missing_bucket_is_not_empty(request, store):
+    server = request.getfixturevalue(f"{store}_server")
+    elsewhere = Storage.open(server.root.replace("-of-tests", "-of-nobody"), server.options)
+    for call in [elsewhere.list, elsewhere.sizes, lambda: elsewhere.list("folder"), lambda: elsewhere.modified("x")]:
+        with pytest.raises(
+            StorageError, match=r"could not list .*-of-nobody.*: the bucket or container does not exist"
+        ):
+            call()
+
+
+FAKES = {
+    "s3": ("s3://bucket/run", lambda port: s3_options(f"http://127.0.0.1:{port}")),
+    "azure": ("az://container/run", lambda port: azure_options(f"http://127.0.0.1:{port}/{AZURE_ACCOUNT}")),
+    "gcs": ("gs://bucket/run", lambda port: {"endpoint_url": f"http://127.0.0.1:{port}", "token": "anon"}),
+    "http": ("http://127.0.0.1:{port}/run", lambda port: None),
+}
+EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+
+
+@pytest.mark.parametrize("store", FAKES)
+@pytest.mark.parametrize(("status", "body"), [(403, b""), (404, b""), (500, b""), (400, EXPIRED)])
+def test_an_answer_that_is_no_listing_is_an_error(store, status, body):
+    url, options = FAKES[store]
+    with answering(status, body) as port:
+        storage = Storage.open(url.format(port=port), options(port), retry_timeout=0)
+        for call in [storage.list, storage.sizes]:
+            with pytest.raises(StorageError, match=f"could not list {storage.url}: ."):
+                call()
+
+
+def test_a_web_server_is_read_by_its_pages(tmp_path):
+    """It shows links, so a page without any is an error, and one of a missing folder below the URL is empty."""
+    Storage.open(tmp_path / "run").create("step/manifest", b"data")
+    (tmp_path / "empty").mkdir()
+    handler = functools.partial(QuietHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        storage = Storage.open(f"{url}/run", retry_timeout=0)
+        assert storage.list() == {"step": None}
+        assert storage.sizes() == {"step/manifest": 4}
+        assert storage.list("nowhere") == {}
+        assert storage.read("step/manifest") == b"data"
+        for name, message in {"nowhere": "no such page", "empty": "no page with links"}.items():
+            with pytest.raises(StorageError, match=f"could not list {url}/{name}: .*{message}"):
+                Storage.open(f"{url}/{name}", retry_timeout=0).sizes()
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(monkeypatch):
+    """fsspec's find() and walk() leave it out."""
+    fsspec.register_implementation("toy", ToyFileSystem, clobber=True)
+    storage = Storage.open(f"toy://{uuid.uuid4().hex}/run", retry_timeout=0)
+    for path in ["a/1", "b/2"]:
+        storage.create(path, b"x")
+    assert storage.sizes() == {"a/1": 1, "b/2": 1}
+
+    def ls(self, path, detail=True, **kwargs):
+        if path.endswith("/b"):
+            raise PermissionError("not yours")
+        return MemoryFileSystem.ls(self, path, detail, **kwargs)
+
+    monkeypatch.setattr(ToyFileSystem, "ls", ls)
+    assert storage.list() == {"a": None, "b": None}
+    for call in [storage.sizes, lambda: storage.abort_uploads("", 0)]:
+        with pytest.raises(StorageError, match=f"could not list {storage.url}: PermissionError: not yours"):
+            call()
+
+
+# Outages
+
+
+@pytest.mark.parametrize("store", ["s3", "azure", "gcs", "sftp"])
+def test_an_outage_does_not_end_a_write(request, monkeypatch, caplog, small_parts, store):
+    """The log tells what is retried, and until when."""
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.05)
+    server = request.getfixturevalue(f"{store}_server")
+    data = random.Random(1).randbytes(2 * PART + 1)
+    with proxied(server) as (proxy, options):
+        storage = Storage.open(server.new_url(), options, retry_timeout=60)
+
+        def chunks():
+            yield data[: PART + 1]
+            proxy.go_down(refuse=4)
+            yield data[PART + 1 :]
+
+        assert storage.write("shard", chunks()) == len(data)
+        assert storage.read("shard") == data
+        assert storage.sizes() == {"shard": len(data)}
+        assert storage.abort_uploads("", -5) == 0
+    assert f"could not write {storage.url}/shard: " in caplog.text
+    assert re.search(r"failed 1 times in \d+ s; retrying until \d\d:\d\d:\d\d, for 60 s", caplog.text)
+    assert sum(record.name.startswith("dist_asgd") for record in caplog.records) == 1  # of all failures in 10 s
+
+
+@pytest.mark.parametrize("store", ["s3", "azure", "gcs", "sftp"])
+def test_a_silent_store_is_given_up(request, monkeypatch, store):
+    """Connecting and the requests of an open connection have a time limit each."""
+    for module in {"sftp": ["sftp", "ssh_transport"]}.get(store, [store]):
+        monkeypatch.setattr(f"dist_asgd.checkpoint.storage.{module}.TIMEOUT", 0.5)
+    server = request.getfixturevalue(f"{store}_server")
+    with proxied(server) as (proxy, options):
+        storage = Storage.open(server.new_url(), options, retry_timeout=0.1)
+        storage.create("a", b"x")
+        proxy.is_silent = True
+        for fresh in [storage, Storage.open(storage.url, options, retry_timeout=0.1)]:
+            with pytest.raises(StorageError, match=f"could not list {storage.url}: ."):
+                fresh.sizes()
+        proxy.is_silent = False
+        assert storage.sizes() == {"a": 1}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=str)
+def test_an_sftp_session_that_dies_or_stops_is_made_again(request, monkeypatch, number):
+    server = request.getfixturevalue("sftp_server")
+    for module in ["sftp", "ssh_transport"]:
+        monkeypatch.setattr(f"dist_asgd.checkpoint.storage.{module}.TIMEOUT", 2)
+    storage = Storage.open(server.new_url(), server.options)
+    stopped = set()
+
+    def end_sessions():
+        for pid in set(sessions(server)) - stopped:
+            os.kill(pid, number)
+            stopped.add(pid)
+
+    data = random.Random(1).randbytes(9_000_000)
+
+    def chunks():
+        yield data[:5_000_000]
+        end_sessions()
+        yield data[5_000_000:]
+
+    storage.create("a", b"x")
+    end_sessions()
+    assert storage.write("b", chunks()) == len(data)
+    end_sessions()
+    assert storage.sizes() == {"a": 1, "b": len(data)}
+    assert storage.read("b") == data
+    for pid in stopped if number == signal.SIGSTOP else ():
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("store", ["s3", "sftp"])
+@pytest.mark.parametrize("fault", ["silent", "down"])
+def test_an_interrupt_ends_the_waiting(request, small_parts, store, fault):
+    server = request.getfixturevalue(f"{store}_server")
+    begun = time.monotonic()
+
+    def interrupted():
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        with proxied(server) as (proxy, options):
+            storage = Storage.open(server.new_url(), options)
+
+            def chunks():
+                yield bytes(PART + 1)
+                proxy.is_silent = fault == "silent"
+                if fault == "down":
+                    proxy.go_down(refuse=10**6)
+                signal.setitimer(signal.ITIMER_REAL, 0.5)
+                yield bytes(3 * PART)
+
+            return message_of(lambda: storage.write("shard", chunks()), KeyboardInterrupt)
+
+    run_alone(interrupted, timeout=50)
+    assert time.monotonic() - begun < retry.TIMEOUT
 
 
 def test_many_reads_are_under_way_at_once(request):
@@ -546,6 +726,9 @@ def test_urls_that_cannot_be_meant():
             Storage.open(url)
     with pytest.raises(ValueError, match=r"no storage options, got \['key'\]"):
         Storage.open("/run", {"key": "x"})
+    for limit in RETRY_LIMITS:
+        with pytest.raises(ValueError, match="retry_timeout must be a finite number"):
+            Storage.open("/run", retry_timeout=limit)
     with pytest.raises(StorageError, match="nonsense:// is not a protocol"):
         Storage.open("nonsense://x")
 
@@ -626,16 +809,16 @@ class ToyStore(RenamedStore):
 
 
 def test_a_new_store_is_one_class_and_one_entry_of_the_registry(monkeypatch):
-    monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(retry, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(registry, "STORES", (*registry.STORES, ToyStore))
     fsspec.register_implementation("toy", ToyFileSystem, clobber=True)
     url = f"toy://{uuid.uuid4().hex}/run"
-    storage = Storage.open(f"{url}?admit-one", {"pin": "12345"})
+    storage = Storage.open(f"{url}?admit-one", {"pin": "12345"}, retry_timeout=0.05)
     assert storage.url == url
     storage.create("a", b"data")
     assert storage.read("a") == b"data"  # by the second try
-    ToyFileSystem.failures = retry.TRIES
-    with pytest.raises(StorageError, match=r"in 5 tries: Busy: \*\*\* \*\*\*"):
+    monkeypatch.setattr(ToyFileSystem, "failures", 1000)
+    with pytest.raises(StorageError, match=r"Busy: \*\*\* \*\*\* \(\d+ tries in 0 s\)"):
         storage.read("a")
 
 

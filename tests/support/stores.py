@@ -7,6 +7,7 @@ each pytest process, and dies with that. What cannot be started is skipped with 
 
 import contextlib
 import ctypes
+import http.server
 import importlib.util
 import json
 import os
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # or gcsfs asks by gRPC, which the emulator has not
 
 READY = 20.0  # seconds a server gets to start
 KEY, SECRET = "access-of-tests", "secret-of-tests"
@@ -240,7 +243,6 @@ def azure_options(endpoint: str) -> dict[str, Any]:
 def gcs_server() -> Iterator[Server]:
     needed("gcsfs")
     needed("gcp_storage_emulator")
-    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # or gcsfs asks by gRPC, which the emulator has not
     folder = tempfile.mkdtemp(prefix="gcs-")
     (port,) = free_ports(1)
     endpoint = f"http://127.0.0.1:{port}"
@@ -292,6 +294,17 @@ def sftp_server() -> Iterator[Server]:
         yield server
 
 
+def sessions(server: Server) -> list[int]:
+    """The processes that serve the connections of an sshd."""
+    assert server.process is not None
+    found, new = [], [server.process.pid]
+    while new:
+        children = [Path(f"/proc/{pid}/task/{pid}/children").read_text().split() for pid in new]
+        new = [int(pid) for pids in children for pid in pids]
+        found += new
+    return found
+
+
 def connects(port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
         return connection.recv(4) == b"SSH-"
@@ -308,12 +321,17 @@ class Proxy:
         cut_requests: so many times more, a connection is reset while the client sends.
         cut_answers: so many times more, a connection is reset when the store begins to answer.
         delay: seconds that each piece of a request waits.
+        late: seconds that each piece of an answer waits.
+        refuse: so many times more, a new connection is closed at once; `go_down` also closes those that are open.
+        is_silent: whether connections are accepted, and nothing is handed on, as by a host that has stopped.
         most: the largest number of connections that were open at a time.
     """
 
     def __init__(self, address: tuple[str, int]) -> None:
         self.cut_requests = self.cut_answers = self.most = 0
-        self.delay = 0.0
+        self.delay = self.late = 0.0
+        self.refuse = 0
+        self.is_silent = False
         self._address = address
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -326,6 +344,11 @@ class Proxy:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        self.go_down(0)
+
+    def go_down(self, refuse: int) -> None:
+        """An outage, which ends when so many connections were refused."""
+        self.refuse = refuse
         with self._lock:
             for each in self._open:
                 with contextlib.suppress(OSError):
@@ -338,6 +361,12 @@ class Proxy:
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
+        with self._lock:
+            is_refused = self.refuse > 0
+            self.refuse -= is_refused
+        if is_refused:
+            client.close()
+            return
         try:
             server = socket.create_connection(self._address)
         except OSError:
@@ -358,8 +387,9 @@ class Proxy:
     def _hand_on(self, source: socket.socket, sink: socket.socket, faults: str) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
-                if faults == "cut_requests" and self.delay:
-                    time.sleep(self.delay)
+                time.sleep(self.delay if faults == "cut_requests" else self.late)
+                while self.is_silent:
+                    time.sleep(0.02)
                 with self._lock:
                     cut = getattr(self, faults) > 0
                     setattr(self, faults, getattr(self, faults) - cut)
@@ -369,6 +399,37 @@ class Proxy:
         for each in (source, sink):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def answering(status: int, body: bytes = b"") -> Iterator[int]:
+    """The port of a web server that gives every request the same answer."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"" if self.command == "HEAD" else body)
+
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @contextlib.contextmanager

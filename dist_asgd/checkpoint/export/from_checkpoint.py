@@ -6,7 +6,7 @@ import fnmatch
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from dist_asgd.checkpoint.state.saved_names import without_wrappers
 from dist_asgd.checkpoint.state.tree import key_of, tree_of
 from dist_asgd.checkpoint.stock.metadata import StockCheckpoint, read_stock_metadata
 from dist_asgd.checkpoint.storage.storage import Storage
+from dist_asgd.checkpoint.storage.waiting import threads
 
 BATCHES_AHEAD = 2  # batches that threads read while the caller writes one
 
@@ -154,17 +155,13 @@ class ExportSource:
             CheckpointError: elements could not be read or are damaged.
         """
         pending: deque[Future[list[tuple[int, memoryview]]]] = deque()
-        with ThreadPoolExecutor(BATCHES_AHEAD, thread_name_prefix="dist_asgd-export") as pool:
-            try:
-                for batch in self._batches(tensors):
-                    pending.append(pool.submit(self._load, tensors, batch))
-                    if len(pending) > BATCHES_AHEAD:
-                        yield from pending.popleft().result()
-                while pending:
+        with threads(BATCHES_AHEAD, "dist_asgd-export") as pool:
+            for batch in self._batches(tensors):
+                pending.append(pool.submit(self._load, tensors, batch))
+                if len(pending) > BATCHES_AHEAD:
                     yield from pending.popleft().result()
-            finally:
-                for future in pending:
-                    future.cancel()
+            while pending:
+                yield from pending.popleft().result()
 
     def _batches(self, tensors: Sequence[Exported]) -> Iterator[list[tuple[int, Box]]]:
         """Yields lists of (index of a tensor in ``tensors``, box of it) to be read together, in row-major order."""

@@ -6,7 +6,6 @@ model: https://huggingface.co/docs/transformers/models#sharded-checkpoints.
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import json
 import re
@@ -21,6 +20,7 @@ from dist_asgd.checkpoint.export.formats import Exported, FileFormat, PayloadSou
 from dist_asgd.checkpoint.format.entries import dtype_name
 from dist_asgd.checkpoint.state.module_names import fqn_of, unwrapped
 from dist_asgd.checkpoint.storage.storage import Storage
+from dist_asgd.checkpoint.storage.waiting import tidying_up
 
 MAX_SHARD_BYTES = 5 * 10**9  # default for the bytes of tensors in one file
 INDEX = "model.safetensors.index.json"
@@ -77,7 +77,7 @@ def write_directory(
         if len(files) > 1:
             total += storage.write(INDEX, [_index_json(files)])
     except BaseException:
-        with contextlib.suppress(Exception):  # an error of the removal must not hide the first error
+        with tidying_up():  # an error of the removal must not hide the first error
             for name in files:
                 storage.remove(name)
         raise

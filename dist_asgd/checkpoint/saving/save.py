@@ -30,6 +30,7 @@ from dist_asgd.checkpoint.state.sharing import Sharing, first_of
 from dist_asgd.checkpoint.state.steps import StepsTaken, require_same_steps
 from dist_asgd.checkpoint.state.tree import Path
 from dist_asgd.checkpoint.storage.storage import Storage
+from dist_asgd.checkpoint.storage.waiting import giving_up_when
 from dist_asgd.comm.consensus import Agreement, fingerprint
 from dist_asgd.comm.digests import digests
 from dist_asgd.comm.objects import scatter_object
@@ -291,7 +292,7 @@ def write(
     Raises:
         CheckpointError: on every rank, if any rank fails before the commit; then the checkpoint does not exist.
     """
-    with only_checkpoint_errors(), rendezvous:
+    with only_checkpoint_errors(), rendezvous, giving_up_when(rendezvous.check):
         objects = {} if plan.record is None else stock_values(plan.record)
         result = write_blocks(storage, plan.directory, rank, plan.blocks, objects, rendezvous.check)
         rendezvous.submit(result.to_json())

@@ -9,16 +9,14 @@ import secrets
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
-from fsspec.asyn import sync
-
 from dist_asgd.checkpoint.storage.backend import Backend, classes_in, without_listings_cache
 from dist_asgd.checkpoint.storage.multipart import LONGEST_PUT, length, rewound, upload
-from dist_asgd.checkpoint.storage.remote import OWNER, RemoteStore, remove_each
-from dist_asgd.checkpoint.storage.retry import CONNECT_TIMEOUT, READ_TIMEOUT
+from dist_asgd.checkpoint.storage.remote import OWNER, Info, RemoteStore, remove_each
+from dist_asgd.checkpoint.storage.retry import TIMEOUT
 from dist_asgd.checkpoint.storage.store import BytesLike
 
 METADATA = {"is_directory": "false"}  # adlfs gives every file this metadata
-TIMEOUTS: dict[str, Any] = {"connection_timeout": CONNECT_TIMEOUT, "read_timeout": READ_TIMEOUT}
+FOLDERS = ("is_directory", "hdi_isfolder")  # metadata of empty blobs that stand for folders, of adlfs and of Azure
 
 
 def prepare_azure(fs: Any) -> None:
@@ -26,7 +24,8 @@ def prepare_azure(fs: Any) -> None:
     from azure.storage.blob.aio import BlobServiceClient
 
     made = fs.service_client
-    fs.service_client = BlobServiceClient(made.url, credential=made.credential, retry_total=0, **TIMEOUTS)
+    timeouts: dict[str, Any] = {"connection_timeout": TIMEOUT, "read_timeout": TIMEOUT}
+    fs.service_client = BlobServiceClient(made.url, credential=made.credential, retry_total=0, **timeouts)
 
 
 class AzureStore(RemoteStore):
@@ -45,7 +44,22 @@ class AzureStore(RemoteStore):
         transient_errors=classes_in(
             "azure.core.exceptions", "IncompleteReadError", "ServiceRequestError", "ServiceResponseError"
         ),
+        missing_container_codes=frozenset({"ContainerNotFound"}),
     )
+
+    def infos(self, path: str, deep: bool) -> list[Info]:
+        """Lists by the client's own request: adlfs takes a missing container for an empty folder."""
+        container, key = self._connection.bucket_and_key(path)
+        prefix, fs = f"{key}/" if key else "", self._connection.fs()
+
+        async def request() -> list[Info]:
+            async with fs.service_client.get_container_client(container) as client:
+                arguments = {"name_starts_with": prefix, "include": ["metadata"]}
+                blobs = client.list_blobs(**arguments) if deep else client.walk_blobs(**arguments, delimiter="/")
+                return [info_of(container, blob) async for blob in blobs]
+
+        found: list[Info] = self._connection.wait_for(request())
+        return [info for info in found if info["name"] != f"{container}/{prefix}"]
 
     def create(self, path: str, data: bytes) -> None:
         owner = secrets.token_hex(16)
@@ -103,11 +117,20 @@ class AzureStore(RemoteStore):
                 return await ask(blob)
 
         try:
-            return sync(fs.loop, request)
+            return self._connection.wait_for(request())
         except ResourceExistsError as error:
             raise FileExistsError from error
         except ResourceNotFoundError as error:
             raise FileNotFoundError(str(error)) from error
+
+
+def info_of(container: str, blob: Any) -> Info:
+    """Returns fsspec's info of what the client lists: a blob, or a prefix that ends in a slash and has no metadata."""
+    metadata = {name.lower(): value for name, value in (blob.get("metadata") or {}).items()}
+    if blob.name.endswith("/") or any(metadata.get(name) == "true" for name in FOLDERS):
+        return {"name": f"{container}/{blob.name}", "type": "directory", "size": 0}
+    name = f"{container}/{blob.name}"
+    return {"name": name, "type": "file", "size": blob.size, "last_modified": blob.last_modified}
 
 
 class AzureBlocks:

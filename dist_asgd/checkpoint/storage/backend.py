@@ -23,6 +23,7 @@ class Backend:
             versions are refused, because they overwrite without an error.
         options: returns the storage options for fsspec, given the user's.
         prepare: called with each new fsspec file system before it is used.
+        close: called with a file system whose connection may be broken, and that nobody uses any more. Does not block.
         is_thread_safe: whether one file system object serves all threads although it is not asynchronous.
         query_option: storage option that takes over the query of a URL; None refuses URLs with a query.
         user_options: storage options that take over user and password of a URL; () refuses them, where the driver takes
@@ -33,6 +34,9 @@ class Backend:
         transient_codes: error codes of the store after which the request may succeed a moment later.
         transient_errors: exception classes after which the request may succeed a moment later.
         permanent_errors: exception classes after which it will not, although a base class is transient.
+        transient_texts: parts of messages after which it may succeed, whatever the class of the exception.
+        permanent_texts: parts of messages after which it will not, although the class is transient.
+        missing_container_codes: error codes of the store for a bucket or container that does not exist.
     """
 
     protocols: tuple[str, ...] = ()
@@ -40,6 +44,7 @@ class Backend:
     exclusive_since: tuple[str, tuple[int, ...]] | None = None
     options: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
     prepare: Callable[[Any], None] = lambda fs: None
+    close: Callable[[Any], None] = lambda fs: None
     is_thread_safe: bool = False
     query_option: str | None = None
     user_options: tuple[str, ...] | None = None
@@ -49,6 +54,9 @@ class Backend:
     transient_codes: frozenset[str] = frozenset()
     transient_errors: frozenset[str] = frozenset()
     permanent_errors: frozenset[str] = frozenset()
+    transient_texts: frozenset[str] = frozenset()
+    permanent_texts: frozenset[str] = frozenset()
+    missing_container_codes: frozenset[str] = frozenset()
 
 
 def classes_in(module: str, *names: str) -> frozenset[str]:

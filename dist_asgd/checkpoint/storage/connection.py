@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import importlib
+import inspect
 import os
 import threading
+from collections.abc import Coroutine
 from typing import Any
 
 import fsspec
@@ -15,6 +19,7 @@ from fsspec.core import url_to_fs
 from dist_asgd.checkpoint.storage.backend import Backend
 from dist_asgd.checkpoint.storage.retry import Requests, StorageError
 from dist_asgd.checkpoint.storage.url import Target, secrets_of
+from dist_asgd.checkpoint.storage.waiting import POLL_SECONDS, check_whether_to_give_up
 
 
 class Connection:
@@ -23,6 +28,9 @@ class Connection:
     fsspec's asynchronous file systems, and those that a backend calls thread-safe, serve all threads of a process.
     Others (sftp) are made once per thread.
 
+    Args:
+        retry_timeout: seconds after its first failure during which a request is tried again.
+
     Attributes:
         requests: runs requests with retries, and drops a broken connection before the next try.
 
@@ -30,7 +38,7 @@ class Connection:
         StorageError: fsspec does not know the protocol, or its driver is not installed.
     """
 
-    def __init__(self, target: Target, backend: Backend) -> None:
+    def __init__(self, target: Target, backend: Backend, retry_timeout: float) -> None:
         self._target, self._backend = target, backend
         kind = filesystem_class(target.protocol, backend.extra)
         self._options = backend.options(target.options)
@@ -39,7 +47,7 @@ class Connection:
         self._made: dict[tuple[int, int], Any] = {}
         self._locks: dict[tuple[int, int], threading.Lock] = {}
         secrets = (*target.secrets, *secrets_of(fsspec.config.conf, backend))
-        self.requests = Requests(target.url, secrets, self._drop, backend)
+        self.requests = Requests(target.url, retry_timeout, secrets, self._drop, backend)
         with self.requests.once("open", ""):  # drivers' errors about a URL quote it
             self._root = str(kind._strip_protocol(target.base)).rstrip("/") + target.path
 
@@ -56,6 +64,33 @@ class Connection:
                     self._made[key] = made
         return self._made[key]
 
+    def call(self, method: str, *args: Any, **arguments: Any) -> Any:
+        """Returns what the file system's ``method`` returns, tried once.
+
+        Raises:
+            GivenUp: a check of the calling thread has raised while an asynchronous file system was asked.
+        """
+        fs = self.fs()
+        asynchronous: Any = getattr(fs, f"_{method}", None) if isinstance(fs, AsyncFileSystem) else None
+        if asynchronous is None or not inspect.iscoroutinefunction(inspect.unwrap(asynchronous)):
+            return getattr(fs, method)(*args, **arguments)
+        return self.wait_for(asynchronous(*args, **arguments))
+
+    def wait_for(self, request: Coroutine[Any, Any, Any]) -> Any:
+        """Returns the result of a coroutine of an asynchronous file system; fsspec's own wait cannot be given up.
+
+        Raises:
+            GivenUp: a check of the calling thread has raised. The request is cancelled.
+        """
+        future = asyncio.run_coroutine_threadsafe(request, self.fs().loop)
+        try:
+            while not concurrent.futures.wait([future], POLL_SECONDS).done:
+                check_whether_to_give_up()
+        except BaseException:
+            future.cancel()
+            raise
+        return future.result()
+
     def full_path(self, path: str) -> str:
         """Returns the file system's name for a path relative to the URL; "" stands for the URL itself."""
         return f"{self._root}/{path}" if path else self._root
@@ -71,8 +106,8 @@ class Connection:
 
     def _drop(self) -> None:
         """Drops the connection of the calling thread, which may be broken; shared ones reconnect by themselves."""
-        if not self._is_shared:
-            self._made.pop(self._key(), None)
+        if not self._is_shared and (broken := self._made.pop(self._key(), None)) is not None:
+            self._backend.close(broken)
 
     def _key(self) -> tuple[int, int]:
         return os.getpid(), 0 if self._is_shared else threading.get_ident()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import io
@@ -12,9 +11,12 @@ from typing import Any
 
 from dist_asgd.checkpoint.storage.backend import Backend, classes_in, without_listings_cache
 from dist_asgd.checkpoint.storage.multipart import LONGEST_PUT, PART, length, split_into_parts
-from dist_asgd.checkpoint.storage.remote import OWNER, RemoteStore, remove_each
-from dist_asgd.checkpoint.storage.retry import CONNECT_TIMEOUT, READ_TIMEOUT, StorageError
+from dist_asgd.checkpoint.storage.remote import OWNER, Info, RemoteStore, remove_each
+from dist_asgd.checkpoint.storage.retry import TIMEOUT, StorageError
 from dist_asgd.checkpoint.storage.store import BytesLike
+from dist_asgd.checkpoint.storage.waiting import tidying_up
+
+LISTED = 1000  # objects in one answer: a limit of Google
 
 
 def prepare_gcs(fs: Any) -> None:
@@ -22,7 +24,7 @@ def prepare_gcs(fs: Any) -> None:
     import aiohttp
 
     if fs.requests_timeout is None:
-        fs.requests_timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
+        fs.requests_timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
     fs._request = functools.partial(inspect.unwrap(type(fs)._request), fs)
 
 
@@ -39,15 +41,31 @@ class GcsStore(RemoteStore):
         transient_errors=classes_in("google.auth.exceptions", "TransportError"),
     )
 
+    def infos(self, path: str, deep: bool) -> list[Info]:
+        """Lists by Google's own request. Raises FileNotFoundError for a missing bucket."""
+        bucket, key = self._connection.bucket_and_key(path)
+        prefix, found = f"{key}/" if key else "", []
+        arguments = {"prefix": prefix, "maxResults": LISTED} | ({} if deep else {"delimiter": "/"})
+        while True:
+            page = self._connection.call("call", "GET", "b/{}/o", bucket, json_out=True, **arguments)
+            for entry in page.get("items", ()):
+                info = {"name": f"{bucket}/{entry['name']}", "type": "file", "size": int(entry["size"])}
+                found.append({**info, "updated": entry.get("updated")})
+            for name in page.get("prefixes", ()):
+                found.append({"name": f"{bucket}/{name}", "type": "directory", "size": 0})
+            if "nextPageToken" not in page:
+                return [info for info in found if info["name"] != f"{bucket}/{prefix}"]
+            arguments["pageToken"] = page["nextPageToken"]
+
     def create(self, path: str, data: bytes) -> None:
         owner = secrets.token_hex(16)
 
         def request() -> None:
-            fs, whole = self._connection.fs(), self._connection.full_path(path)
+            whole = self._connection.full_path(path)
             try:
-                fs.pipe_file(whole, data, metadata={OWNER: owner}, mode="create")
+                self._connection.call("pipe_file", whole, data, metadata={OWNER: owner}, mode="create")
             except FileExistsError:  # perhaps this call's own: the answer to an earlier try may be lost
-                if fs.info(whole).get("metadata", {}).get(OWNER) != owner:
+                if self._connection.call("info", whole).get("metadata", {}).get(OWNER) != owner:
                     raise
 
         self.retry("create", path, request)
@@ -67,19 +85,20 @@ class GcsStore(RemoteStore):
                 piece, following = following, next(pieces, None)
             return sent + self._send(path, session, piece, sent, str(sent + length(piece)))
         except BaseException:
-            with contextlib.suppress(Exception):  # Google drops an unfinished upload within a week
-                self._connection.fs().call("DELETE", session)
+            with tidying_up():  # Google drops an unfinished upload within a week
+                self._connection.call("call", "DELETE", session)
             raise
 
     def _put(self, path: str, piece: io.BytesIO) -> None:
-        self._connection.fs().pipe_file(self._connection.full_path(path), piece.getvalue())
+        self._connection.call("pipe_file", self._connection.full_path(path), piece.getvalue())
 
     def _begin(self, path: str) -> str:
         """Starts a resumable upload and returns its URL."""
         fs = self._connection.fs()
         bucket, key = self._connection.bucket_and_key(path)
         where = f"{fs._location}/upload/storage/v1/b/{bucket}/o"
-        headers, _ = fs.call("POST", where, name=key, uploadType="resumable", json={"name": key})
+        arguments = {"name": key, "uploadType": "resumable", "json": {"name": key}}
+        headers, _ = self._connection.call("call", "POST", where, **arguments)
         return str(headers["Location"])
 
     def _send(self, path: str, session: str, piece: io.BytesIO, start: int, total: str) -> int:
@@ -96,7 +115,7 @@ class GcsStore(RemoteStore):
 
         def request() -> None:
             data = io.BytesIO(piece.getvalue())  # a new object for each try, because aiohttp closes it; not a copy
-            answer, _ = self._connection.fs().call("POST", session, headers=headers, data=data)
+            answer, _ = self._connection.call("call", "POST", session, headers=headers, data=data)
             expected = f"bytes=0-{start + length(piece) - 1}"
             if total == "*" and answer.get("Range") != expected:
                 raise StorageError(f"could not write {path}: expected the answer {expected}, got {answer.get('Range')}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
 from dist_asgd.checkpoint.storage.store import BytesLike
+from dist_asgd.checkpoint.storage.waiting import threads, tidying_up
 
 PART = 14 * 2**20  # bytes; the last part may be shorter. Parts of 16 MiB made a save take 129 MB of memory
 PARTS_AT_ONCE = 3
@@ -45,33 +45,30 @@ def upload(chunks: Iterable[BytesLike], put: Callable[[io.BytesIO], None], begin
         return length(first)
     multipart = begin()
     try:
-        with ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="dist_asgd-write") as pool:
+        with threads(PARTS_AT_ONCE, "dist_asgd-write") as pool:
             parts, size = _send(multipart, itertools.chain([first, second], pieces), pool)
         multipart.finish(parts, size)
     except BaseException:
-        with contextlib.suppress(Exception):  # the store may not answer: abort_uploads() finds the upload later
+        with tidying_up():  # the store may not answer: abort_uploads() finds the upload later
             multipart.abort()
         raise
     return size
 
 
 def _send(multipart: Multipart, pieces: Iterator[io.BytesIO], pool: ThreadPoolExecutor) -> tuple[int, int]:
-    """Sends all parts and returns their number and bytes. Waits, even after an error, until no request is running."""
+    """Sends all parts and returns their number and bytes."""
     pending: set[Future[None]] = set()
     number = size = 0
-    try:
-        for piece in pieces:
-            number, size = number + 1, size + length(piece)
-            pending.add(pool.submit(multipart.send, number, piece))
-            del piece  # otherwise its memory is kept while the next part is made
-            if len(pending) == PARTS_AT_ONCE:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-        for future in pending:
-            future.result()
-    finally:
-        wait(pending)
+    for piece in pieces:
+        number, size = number + 1, size + length(piece)
+        pending.add(pool.submit(multipart.send, number, piece))
+        del piece  # otherwise its memory is kept while the next part is made
+        if len(pending) == PARTS_AT_ONCE:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+    for future in pending:
+        future.result()
     return number, size
 
 

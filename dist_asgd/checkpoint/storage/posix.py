@@ -128,7 +128,8 @@ class LocalStore:
     def modified(self, path: str) -> float | None:
         target = self._at(path)
         with self._requests.once("look at", path):
-            inner = [f"{folder}/{name}" for folder, _, names in os.walk(target) for name in names]
+            walk = os.walk(target, onerror=raise_unless_missing)  # which would leave out what it cannot list
+            inner = [f"{folder}/{name}" for folder, _, names in walk for name in names]
             times = []
             for file in inner or [target]:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -146,6 +147,11 @@ def open_regular(path: str, flags: int) -> int:
         kind = next((name for is_kind, name in KINDS if is_kind(mode)), "no file")
         raise OSError(errno.EINVAL, f"it is {kind}, expected a regular file")
     return os.open(path, flags | os.O_NONBLOCK)  # it may have become a FIFO since
+
+
+def raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def make_folders(folder: str) -> None:

@@ -21,11 +21,12 @@ from dist_asgd.checkpoint.storage.retry import Requests
 from dist_asgd.checkpoint.storage.s3 import S3Store
 from dist_asgd.checkpoint.storage.sftp import SftpStore
 from dist_asgd.checkpoint.storage.url import LOCAL, Target, parse_url
+from dist_asgd.checkpoint.storage.web import WebStore
 
 # A store serves the requests of ``Storage``, whose methods of the same names document them. It gets checked paths only.
 Store: TypeAlias = LocalStore | RemoteStore
 
-STORES: tuple[type[RemoteStore], ...] = (S3Store, GcsStore, AzureStore, SftpStore, MemoryStore)
+STORES: tuple[type[RemoteStore], ...] = (S3Store, GcsStore, AzureStore, SftpStore, WebStore, MemoryStore)
 
 
 def target_of(url: str | os.PathLike[str], options: Mapping[str, Any] | None) -> Target:
@@ -33,12 +34,16 @@ def target_of(url: str | os.PathLike[str], options: Mapping[str, Any] | None) ->
     return parse_url(url, options, lambda protocol: _remote_store(protocol).backend)
 
 
-def store_of(target: Target) -> Store:
-    """Returns the store that serves ``target``; makes no request. Raises StorageError where the driver is missing."""
+def store_of(target: Target, retry_timeout: float) -> Store:
+    """Returns the store that serves ``target``; makes no request. Raises StorageError where the driver is missing.
+
+    Args:
+        retry_timeout: seconds after its first failure during which a request is tried again.
+    """
     if target.protocol == LOCAL:
-        return LocalStore(target.path, Requests(target.url))
+        return LocalStore(target.path, Requests(target.url, retry_timeout))
     kind = _remote_store(target.protocol)
-    return kind(Connection(target, kind.backend))
+    return kind(Connection(target, kind.backend, retry_timeout))
 
 
 def _remote_store(protocol: str) -> type[RemoteStore]:

@@ -11,6 +11,7 @@ from typing import Any
 from dist_asgd.checkpoint.storage.backend import Backend
 from dist_asgd.checkpoint.storage.remote import RemoteStore
 from dist_asgd.checkpoint.storage.store import BytesLike, is_temporary, temporary_path, time_of
+from dist_asgd.checkpoint.storage.waiting import tidying_up
 
 BUFFER = 2**20  # bytes given to a driver's file at once
 
@@ -18,7 +19,8 @@ BUFFER = 2**20  # bytes given to a driver's file at once
 class RenamedStore(RemoteStore):
     """Changes files of any file system of fsspec that has folders and a rename (smb, hdfs and others).
 
-    fsspec has no fsync, so it is up to the server how durable a file is whose last byte it has acknowledged.
+    fsspec has no fsync, so it is up to the server how durable a file is whose last byte it has acknowledged. It has no
+    way to go on with a file either, so an error while a large file is written ends that.
     """
 
     backend = Backend()
@@ -30,11 +32,11 @@ class RenamedStore(RemoteStore):
             number = next(numbers)
             with self._temporary(path) as temporary:
                 self._fill(temporary, data)
-                fs, target = self._connection.fs(), self._connection.full_path(path)
+                target = self._connection.full_path(path)
                 try:
                     self._rename_new(temporary, target)
                 except FileExistsError:  # perhaps this call's own: the answer to an earlier try may be lost
-                    if number == 1 or fs.cat_file(target) != data:
+                    if number == 1 or self._connection.call("cat_file", target) != data:
                         raise
 
         self.retry("create", path, request)
@@ -60,23 +62,23 @@ class RenamedStore(RemoteStore):
 
     def abort_uploads(self, prefix: str, older_than: float) -> int:
         """Removes old temporary files, and returns their number."""
-        whole = self._connection.full_path(prefix)
-        found = self.retry("list", prefix, lambda: self._connection.fs().find(whole, detail=True))
         latest = time.time() - older_than
-        old = [name for name, info in found.items() if is_temporary(name) and (time_of(info) or latest + 1) <= latest]
+        found = [info for info in self._listed(prefix, deep=True) if is_temporary(info["name"])]
+        old = [info["name"] for info in found if (time_of(info) or latest + 1) <= latest]
         self.remove_files([self._connection.relative_path(name) for name in old])
         return len(old)
 
     @contextlib.contextmanager
     def _temporary(self, path: str) -> Iterator[str]:
-        """Yields a new name beside ``path``, whose folder it makes; removes the file of that name at the end."""
+        """Yields a new name beside ``path``, whose folder it makes; removes the file of that name after an error."""
         temporary = self._connection.full_path(temporary_path(path))
         self.retry("write", path, lambda: self._make_folder(temporary.rpartition("/")[0]))
         try:
             yield temporary
-        finally:
-            with contextlib.suppress(Exception):  # renamed, or the connection is lost: abort_uploads() finds it later
-                self._connection.fs().rm_file(temporary)
+        except BaseException:
+            with tidying_up():  # renamed, or the connection is lost: abort_uploads() finds it later
+                self._discard(temporary)
+            raise
 
     def _make_folder(self, folder: str) -> None:
         """Makes a folder and its parents, also where others make some of them at the same time.
@@ -88,10 +90,20 @@ class RenamedStore(RemoteStore):
             try:
                 return fs.makedirs(folder, exist_ok=True)
             except OSError:
-                if fs.isdir(folder):
+                if self._is_folder(folder):
                     return
                 if not left:
                     raise
+
+    def _is_folder(self, name: str) -> bool:
+        """Returns whether a folder exists. Raises the driver's errors; fsspec's ``isdir`` takes them for a no."""
+        with contextlib.suppress(FileNotFoundError):
+            return bool(self._connection.call("info", name)["type"] == "directory")
+        return False
+
+    def _discard(self, name: str) -> None:
+        """Removes a temporary file, if it exists."""
+        self._connection.call("rm_file", name)
 
     def _open_new(self, name: str) -> Any:
         return self._connection.fs().open(name, "wb")
@@ -101,10 +113,10 @@ class RenamedStore(RemoteStore):
 
         fsspec has no rename that spares an existing file, so the last of several concurrent renames wins.
         """
-        fs = self._connection.fs()
-        if fs.exists(new):
+        with contextlib.suppress(FileNotFoundError):
+            self._connection.call("info", new)  # fsspec's exists() takes any error for a no
             raise FileExistsError
-        fs.mv(old, new)
+        self._connection.fs().mv(old, new)
 
     def _fill(self, temporary: str, data: bytes) -> None:
         with self._open_new(temporary) as file:

@@ -12,8 +12,8 @@ from typing import Any
 
 from dist_asgd.checkpoint.storage.backend import Backend, classes_in, without_listings_cache
 from dist_asgd.checkpoint.storage.multipart import PART, rewound, upload
-from dist_asgd.checkpoint.storage.remote import OWNER, RemoteStore
-from dist_asgd.checkpoint.storage.retry import StorageError, http_statuses
+from dist_asgd.checkpoint.storage.remote import OWNER, Info, RemoteStore
+from dist_asgd.checkpoint.storage.retry import TIMEOUT, StorageError, http_statuses
 from dist_asgd.checkpoint.storage.store import BytesLike
 
 MAX_PARTS = 10_000  # of one object: a limit of S3
@@ -24,6 +24,7 @@ CONNECTIONS = 32  # botocore's default of 10 is less than the number of concurre
 def s3_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the options for s3fs. botocore makes one try, because storage/retry.py would multiply its tries."""
     config = {"max_pool_connections": CONNECTIONS, "retries": {"total_max_attempts": 1}}
+    config |= {"connect_timeout": TIMEOUT, "read_timeout": TIMEOUT}
     return {**without_listings_cache(options), "config_kwargs": {**config, **options.get("config_kwargs", {})}}
 
 
@@ -52,7 +53,24 @@ class S3Store(RemoteStore):
             "botocore.exceptions", "ConnectionError", "HTTPClientError", "ReadTimeoutError", "ResponseStreamingError"
         ),
         permanent_errors=classes_in("botocore.exceptions", "SSLError"),
+        missing_container_codes=frozenset({"NoSuchBucket"}),
     )
+
+    def infos(self, path: str, deep: bool) -> list[Info]:
+        """Lists by S3's own request: s3fs takes a missing bucket for an empty folder."""
+        bucket, key = self._connection.bucket_and_key(path)
+        prefix, found = f"{key}/" if key else "", []
+        arguments = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "" if deep else "/"}
+        while True:
+            page = self._connection.call("call_s3", "list_objects_v2", **arguments)
+            for entry in page.get("Contents", ()):
+                info = {"name": f"{bucket}/{entry['Key']}", "type": "file", "size": entry["Size"]}
+                found.append({**info, "LastModified": entry["LastModified"]})
+            for entry in page.get("CommonPrefixes", ()):
+                found.append({"name": f"{bucket}/{entry['Prefix']}", "type": "directory", "size": 0})
+            if not page.get("IsTruncated"):
+                return [info for info in found if info["name"] != f"{bucket}/{prefix}"]
+            arguments["ContinuationToken"] = page["NextContinuationToken"]
 
     def create(self, path: str, data: bytes) -> None:
         owner = secrets.token_hex(16)
@@ -86,20 +104,16 @@ class S3Store(RemoteStore):
             return
         bucket, _ = self._connection.bucket_and_key("")
         keys = [{"Key": self._connection.bucket_and_key(path)[1]} for path in paths]
-        answer = self._connection.fs().call_s3("delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+        objects = {"Objects": keys, "Quiet": True}
+        answer = self._connection.call("call_s3", "delete_objects", Bucket=bucket, Delete=objects)
         for failure in answer.get("Errors", []):  # the status of the answer is 200 even so
             raise StorageError(f"{failure.get('Code')}: {failure.get('Message')} ({failure.get('Key')})")
 
     def remove_folders(self, paths: list[str]) -> None:
         """Deletes placeholders of empty folders, which SeaweedFS keeps; AWS has no folders."""
-        if self.retry("list", paths[-1], lambda: self._is_listed(paths[-1])):
+        above, _, name = paths[-1].rpartition("/")
+        if name in self.entries(above):
             self.remove_files([f"{path}/" for path in paths])
-
-    def _is_listed(self, path: str) -> bool:
-        whole = self._connection.full_path(path)
-        with contextlib.suppress(FileNotFoundError):
-            return whole in self._connection.fs().ls(whole.rpartition("/")[0])
-        return False
 
     def abort_uploads(self, prefix: str, older_than: float) -> int:
         bucket, key = self._connection.bucket_and_key(prefix)
@@ -116,7 +130,7 @@ class S3Store(RemoteStore):
         found: list[dict[str, Any]] = []
         marker: dict[str, str] = {}
         while True:
-            page = self._connection.fs().call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **marker)
+            page = self._connection.call("call_s3", "list_multipart_uploads", Bucket=bucket, Prefix=prefix, **marker)
             # Some servers ignore the prefix of the request.
             found += [entry for entry in page.get("Uploads", []) if entry["Key"].startswith(prefix)]
             if not page.get("IsTruncated"):
@@ -125,12 +139,12 @@ class S3Store(RemoteStore):
 
     def _abort(self, bucket: str, key: str, upload_id: str) -> None:
         with contextlib.suppress(FileNotFoundError):  # finished or aborted since it was listed
-            self._connection.fs().call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload_id)
+            self._connection.call("call_s3", "abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload_id)
 
     def call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
         """Returns botocore's answer to one request about the object at ``path``, tried once."""
         bucket, key = self._connection.bucket_and_key(path)
-        answer: dict[str, Any] = self._connection.fs().call_s3(method, Bucket=bucket, Key=key, **arguments)
+        answer: dict[str, Any] = self._connection.call("call_s3", method, Bucket=bucket, Key=key, **arguments)
         return answer
 
 

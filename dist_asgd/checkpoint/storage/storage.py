@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from dist_asgd.checkpoint.storage.registry import Store, store_of, target_of
-from dist_asgd.checkpoint.storage.retry import StorageError
+from dist_asgd.checkpoint.storage.retry import RETRY_TIMEOUT, StorageError, checked_timeout
 from dist_asgd.checkpoint.storage.store import BytesLike
 from dist_asgd.checkpoint.storage.url import checked_path
+from dist_asgd.checkpoint.storage.waiting import threads
 
 __all__ = ["Storage", "StorageError"]
 
@@ -37,7 +38,7 @@ class Storage:
         ValueError: a path is unsafe: absolute, or with "..", empty parts, backslashes, wildcards or control characters.
         FileNotFoundError: a file that is to be read does not exist.
         FileExistsError: a file that is to be created exists.
-        StorageError: the store failed for good, after several tries where the error was transient.
+        StorageError: the store failed for good, or for longer than ``retry_timeout`` where the error was transient.
     """
 
     def __init__(self, url: str, store: Store) -> None:
@@ -45,20 +46,28 @@ class Storage:
         self._store = store
 
     @classmethod
-    def open(cls, url: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Storage:
+    def open(
+        cls,
+        url: str | os.PathLike[str],
+        options: Mapping[str, Any] | None = None,
+        *,
+        retry_timeout: float = RETRY_TIMEOUT,
+    ) -> Storage:
         """Returns the files below ``url``. Makes no request, so nothing has to exist there.
 
         Args:
             url: a local path (may be relative, or begin with "~"), or a URL of any fsspec protocol: file://,
                 memory://, s3://, gs://, abfs://, az://, sftp:// and others.
             options: fsspec's storage options for the protocol, such as credentials.
+            retry_timeout: seconds after its first failure during which a request is tried again; 0 for one try.
 
         Raises:
-            ValueError: the URL cannot hold checkpoints (chained, with a query), or a local path is given options.
+            ValueError: the URL cannot hold checkpoints (chained, with a query), a local path is given options, or
+                ``retry_timeout`` is no such number.
             StorageError: the protocol is unknown to fsspec, or its driver is not installed.
         """
         target = target_of(url, options)
-        return cls(target.url, store_of(target))
+        return cls(target.url, store_of(target, checked_timeout(retry_timeout)))
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
@@ -117,8 +126,7 @@ class Storage:
         lengths = [stop - start for _, start, stop in ranges]
         pending: dict[Future[bytes], int] = {}
         held = following = 0
-        pool = ThreadPoolExecutor(min(READS, len(ranges)) or 1, thread_name_prefix="dist_asgd-read")
-        try:
+        with threads(min(READS, len(ranges)) or 1, "dist_asgd-read") as pool:
             while pending or following < len(ranges):
                 while following < len(ranges) and len(pending) < READS:
                     if pending and held + lengths[following] > READ_BYTES:
@@ -131,8 +139,6 @@ class Storage:
                 index = pending.pop(future)
                 yield index, future.result()
                 held -= lengths[index]
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def _read_range(self, path: str, start: int, stop: int) -> bytes:
         data = self._store.read_range(path, start, stop) if stop > start else b""
@@ -143,7 +149,10 @@ class Storage:
         return data
 
     def list(self, path: str = "") -> dict[str, int | None]:
-        """Returns the names directly below ``path``: sizes of files in bytes, None for folders; {} where nothing is."""
+        """Returns the names directly below ``path``: sizes of files in bytes, None for folders; {} where nothing is.
+
+        Nothing is there only if the store has answered so: a missing bucket, like any other failure, is an error.
+        """
         return self._store.entries(checked_path(path, may_be_empty=True))
 
     def is_file(self) -> bool:
@@ -151,7 +160,10 @@ class Storage:
         return self._store.is_file()
 
     def sizes(self, path: str = "") -> dict[str, int]:
-        """Returns the sizes in bytes of all files below ``path``, at any depth, by their paths relative to ``path``."""
+        """Returns the sizes in bytes of all files below ``path``, at any depth, by their paths relative to ``path``.
+
+        {} where nothing is. If any folder cannot be listed, that is an error, as for ``list``.
+        """
         return self._store.sizes(checked_path(path, may_be_empty=True))
 
     def remove(self, path: str) -> None:
