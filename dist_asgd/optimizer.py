@@ -189,7 +189,7 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         # Connect the ranks first, then check on all of them, compare, and build the buckets.
         self._set_up(arguments, module)
         group = default_group(process_group)
-        self._connect(group, Agreement(group), module)
+        self._connect(group, Agreement(group, "ShardedASGD"), module)
         with self._agreement.together("ShardedASGD()"):
             check_arguments(**arguments, module=module, unknown=unknown)
             self._setting = self._make_setting(precision, named_averages(average))
@@ -672,7 +672,7 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         former, groups = self._built_for.former_groups(), self._built_for.current_groups()
         buckets, params = self._all_buckets(), [param for group in groups for param in group["params"]]
         # Check on all ranks, and compare.
-        agreement = self._agreement if group is None else Agreement(group)
+        agreement = self._agreement if group is None else Agreement(group, "ShardedASGD")
         with agreement.together(operation):
             facts = check_rebuild(groups, former, buckets, agreement.ranks, self._arguments, module)
         agreement.require_equal("the model, which was changed after the optimizer was built", facts)

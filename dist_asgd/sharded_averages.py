@@ -115,7 +115,7 @@ class ShardedAverages:
         module: nn.Module | None = None,
     ) -> None:
         group = default_group(process_group)
-        self.process_group, self._agreement = group, Agreement(group)
+        self.process_group, self._agreement = group, Agreement(group, "ShardedAverages")
         self._module, self._modules, self._swap_guard = module, ParallelModules(module, "ShardedAverages"), SwapGuard()
         self._buckets: list[tuple[int, AveragedBucket]] = []  # with the number of the optimizer that each follows
         with self._agreement.together("ShardedAverages()"):

@@ -15,7 +15,6 @@ from dist_asgd.asgd.schedule import Hyperparameters, Scalars, scalar_dtype
 from dist_asgd.averages.options import average_of, same_averages
 from dist_asgd.buckets.base import Bucket
 from dist_asgd.comm.consensus import Agreement, Facts
-from dist_asgd.comm.objects import broadcast_object
 from dist_asgd.sharding.layout import Piece
 from dist_asgd.sharding.placement import Placement
 from dist_asgd.sharding.saved_state import has_begun
@@ -102,7 +101,7 @@ def state_for_all(
     for index, state in whole["state"].items() if whole else ():
         averages = [key for key in state if key == "ax" or key.startswith("ax_")]
         state.update({key: state[key].to(dtypes[index]) for key in averages})
-    return broadcast_object(whole, agreement.group)
+    return agreement.broadcast(whole)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ class NonMonotonicTrigger:
     """
 
     def __init__(self, n: int = 5, process_group: dist.ProcessGroup | None = None) -> None:
-        self._agreement = Agreement(default_group(process_group))
+        self._agreement = Agreement(default_group(process_group), "NonMonotonicTrigger")
         with self._agreement.together("NonMonotonicTrigger()"):
             if isinstance(n, bool) or not isinstance(n, int) or n < 0:
                 raise ValueError(f"n must be a whole number of at least 0, got {n!r}")

@@ -26,7 +26,7 @@ from dist_asgd.checkpoint.run.directories import Directory
 from dist_asgd.checkpoint.run.listing import Run, list_run
 from dist_asgd.checkpoint.run.writer import PlannedSave, Writer
 from dist_asgd.checkpoint.saving.async_save import BackgroundSave
-from dist_asgd.checkpoint.saving.rendezvous import Rendezvous, clone_default_store
+from dist_asgd.checkpoint.saving.rendezvous import Rendezvous
 from dist_asgd.checkpoint.saving.save import SavePlan, plan_save, stage, write
 from dist_asgd.checkpoint.state.contents import contents_of
 from dist_asgd.checkpoint.state.tree import has_state
@@ -83,13 +83,12 @@ class Checkpointer:
         process_group: dist.ProcessGroup | None = None,
         retry_timeout: float = RETRY_TIMEOUT,
     ) -> None:
-        self._agreement = Agreement(default_group(process_group))
+        self._agreement = Agreement(default_group(process_group), "Checkpointer")
         with together(self._agreement, "Checkpointer()"):
             self._storage = Storage.open(url, storage_options, retry_timeout=retry_timeout)
             self._retention = RetentionPolicy(keep_last, keep_every, frozenset(pinned))
             self._writer = Writer(self._storage)
             self._damage = DamageRecord()
-            self._store = clone_default_store()
         self._background: BackgroundSave | None = None
         self._buffer: Tensor | None = None  # 1-D, uint8, on the CPU: staged blocks of the last asynchronous save
         self._last_rendezvous: Rendezvous | None = None
@@ -143,8 +142,7 @@ class Checkpointer:
         plan = plan_save(self._agreement, step, name, contents, self.latest)
         if self._last_rendezvous is not None and self._agreement.rank == 0:
             self._last_rendezvous.delete_keys()  # all ranks have left it: they have taken part in plan_save
-        place = self._agreement.rank, self._agreement.world_size
-        rendezvous = self._last_rendezvous = Rendezvous(self._store, f"dist_asgd/{plan.directory}", *place)
+        rendezvous = self._last_rendezvous = Rendezvous(self._agreement, f"save/{plan.directory}")
         if wait:
             self._write(plan, rendezvous, planned)  # raises on every rank if it raises on one
         else:
@@ -355,17 +353,16 @@ def save(
             ``Checkpointer.save``.
         ValueError, TypeError: an argument is invalid, or ``state`` has something that a checkpoint cannot hold.
     """
-    agreement = Agreement(default_group(None))
+    agreement = Agreement(default_group(None), "dist_asgd.save()")
     with together(agreement, "save()"):
         storage = Storage.open(url, storage_options)
         _check_state(state)
         contents = contents_of(state)
-        store = clone_default_store()
         if agreement.rank == 0 and storage.list():
             raise CheckpointError(f"{storage.url} is not empty: checkpoints are never overwritten. Take another URL")
     plan = plan_save(agreement, 0, "", contents)
-    name = f"dist_asgd/{secrets.token_hex(8)}" if agreement.rank == 0 else ""
-    rendezvous = Rendezvous(store, agreement.gather(name)[0], agreement.rank, agreement.world_size)
+    name = f"save/{secrets.token_hex(8)}" if agreement.rank == 0 else ""
+    rendezvous = Rendezvous(agreement, agreement.gather(name)[0])
     write(storage, plan, rendezvous, agreement.rank)
 
 
@@ -401,7 +398,7 @@ def load(
         ValueError: ``strict``, ``average``, ``cast``, ``prefix`` or ``trust`` differ between ranks.
         TypeError: ``state`` is not a dict.
     """
-    agreement = Agreement(default_group(None))
+    agreement = Agreement(default_group(None), "dist_asgd.load()")
     with together(agreement, "load()"):
         storage = Storage.open(url, storage_options)
         _check_state(state)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from dist_asgd.comm.consensus import Agreement, error_text, same_on_all_ranks
+from dist_asgd.comm.roll_call import RankMissing
 
 
 class CheckpointError(Exception):
@@ -19,6 +20,10 @@ class NotCommitted(CheckpointError):
 @same_on_all_ranks
 class DamagedCheckpoint(CheckpointError):
     """A checkpoint was committed, and is not whole any more: bytes or files of it are missing or have changed."""
+
+
+class RankUnresponsive(CheckpointError, RankMissing):
+    """Another rank, or the key-value store by which ranks talk during a save, gives no sign of life."""
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
 import weakref
@@ -10,9 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 from dist_asgd._torch_private import timeout_of
+from dist_asgd.comm.roll_call import ELSEWHERE, MAX_VALUES, Exchange, RankMissing, RollCall
 
 
 def default_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -49,30 +53,84 @@ class SharedGroups:
 
     Args:
         group: the user's group. Construction is collective among its ranks.
+        call: the user's call.
+        generation: number of instances that ``group`` had before.
 
     Attributes:
         host: gloo group of all ranks, for exchanges that every rank makes in the same order.
         agreements: number of objects that have used ``host``.
+        roll_call: finds the ranks that keep an exchange waiting.
+        seconds: the timeout of ``group``.
+
+    Raises:
+        RankMissing: a rank of ``group`` does not come within the timeout.
+        DifferentOperations: ranks of ``group`` wait for one another in other calls.
     """
 
     _of_group: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, SharedGroups]] = weakref.WeakKeyDictionary()
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.host = _new_group(group, dist.get_process_group_ranks(group), "gloo")
+    def __init__(self, group: dist.ProcessGroup, call: str, generation: int = 0) -> None:
+        self._ranks = dist.get_process_group_ranks(group)
+        self.seconds = seconds_of(group)
+        self.roll_call = RollCall.of_world()
+        # new_group() waits without naming anybody, so ranks meet before it.
+        name = f"{group.group_name}, groups beside it, number {generation}"
+        self.roll_call.assemble(Exchange(name, self.roll_call.count(name, call), self._ranks, call, self.seconds))
+        self.host = _new_group(group, self._ranks, "gloo")
         self.agreements = 0
+        self.generation = generation
+        self._broken = False
         self._sets: dict[int, _GroupSet] = {}  # by number, which is the same on every rank
+        self.roll_call.joins[self.host.group_name] = functools.partial(_join_elsewhere, self.host)
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup, *, renew: bool = False) -> SharedGroups:
+    def of(cls, group: dist.ProcessGroup, call: str, *, renew: bool = False) -> SharedGroups:
         """Returns the one instance of ``group``; collective when it is made.
 
         Args:
             group: the user's group; after ``destroy_process_group()`` there is another one, and so another instance.
+            call: the user's call.
             renew: whether to make another instance, as a collective on ``host`` has failed on every rank.
         """
-        if renew or group not in cls._of_group:
-            cls._of_group[group] = cls(group)
+        former = cls._of_group.get(group)
+        if former is None or former._broken or renew:
+            cls._of_group[group] = cls(group, call, 0 if former is None else former.generation + 1)
         return cls._of_group[group]
+
+    @contextlib.contextmanager
+    def exchange(self, call: str) -> Iterator[Exchange]:
+        """Counts an exchange on ``host``, which the block makes, and names the ranks that keep it waiting. Collective.
+
+        Args:
+            call: the user's call.
+
+        Raises:
+            RankMissing: a rank does not come; see ``RollCall.waiting``.
+            RuntimeError: an earlier exchange has failed.
+        """
+        if self._broken:
+            raise RuntimeError(
+                f"{call}: an earlier exchange between these ranks has failed, so their process group cannot be used "
+                "any more. Build optimizers and checkpointers again on every rank, or start the run again"
+            )
+        exchange = Exchange(self.host.group_name, self.note(call), self._ranks, call, self.seconds)
+        try:
+            with self.roll_call.waiting(exchange):
+                yield exchange
+        except RankMissing:
+            self._broken = True
+            raise
+
+    def note(self, call: str) -> int:
+        """Counts a call that every rank makes, and that may send nothing; returns its number."""
+        return self.roll_call.count(self.host.group_name, call)
+
+    def complete(self, work: dist.Work, exchange: Exchange) -> None:
+        """Waits for ``work``, which ``exchange`` has started; see ``RollCall.complete``."""
+        try:
+            self.roll_call.complete(work, exchange)
+        finally:
+            self._broken |= not work.is_completed()  # it would be matched with the next exchange of other ranks
 
     def free(self) -> tuple[int, dict[int, int]]:
         """Returns the number that a new set would get on this rank, and the uses of each set that is free on it."""
@@ -91,7 +149,7 @@ class SharedGroups:
         first, *others = [sets for _, sets in everyone]
         usable = [number for number, uses in first.items() if all(other.get(number) == uses for other in others)]
         number = min(usable, default=max(count for count, _ in everyone))
-        return SeparateGroups(group, self._sets.setdefault(number, _GroupSet()))
+        return SeparateGroups(group, self._sets.setdefault(number, _GroupSet()), self.roll_call)
 
 
 @dataclass
@@ -116,8 +174,10 @@ class SeparateGroups:
     is gone, another optimizer may take over the groups.
     """
 
-    def __init__(self, group: dist.ProcessGroup, groups: _GroupSet) -> None:
-        self._group, self._set = group, groups
+    def __init__(self, group: dist.ProcessGroup, groups: _GroupSet, roll_call: RollCall) -> None:
+        self._group, self._set, self._roll_call = group, groups, roll_call
+        self._ranks = dist.get_process_group_ranks(group)
+        self._seconds = seconds_of(group)
         groups.user = weakref.ref(self)
 
     def of(self, ranks: Sequence[int], backend: str | None = None, purpose: str = "") -> dist.ProcessGroup:
@@ -140,12 +200,28 @@ class SeparateGroups:
 
     @contextlib.contextmanager
     def using(self) -> Iterator[None]:
-        """Keeps the groups from later optimizers if the block, which starts or awaits a collective, raises."""
+        """Keeps the groups from later optimizers if the block, which starts or awaits a collective, raises.
+
+        Raises:
+            RankMissing: the collective failed, and a rank of the user's group does not answer.
+        """
         try:
-            yield
+            with self._roll_call.waiting(Exchange("", 0, self._ranks, self._roll_call.last_call, self._seconds)):
+                yield
         except BaseException:
             self._set.broken = True
             raise
+
+
+def seconds_of(group: dist.ProcessGroup) -> float:
+    """Returns the timeout of the collectives of ``group``."""
+    return (timeout_of(group) or default_pg_timeout).total_seconds()
+
+
+def _join_elsewhere(host: dist.ProcessGroup) -> dist.Work:
+    """Starts the exchange of ``Agreement.maximum`` for a rank that is in a call of another group."""
+    vector = torch.tensor([ELSEWHERE, ELSEWHERE, *[0] * (MAX_VALUES + 1)], dtype=torch.int64, device="cpu")
+    return dist.all_reduce(vector, dist.ReduceOp.MAX, group=host, async_op=True)
 
 
 def _new_group(group: dist.ProcessGroup, ranks: Sequence[int], backend: str | None) -> dist.ProcessGroup:

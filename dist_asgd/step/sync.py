@@ -16,7 +16,8 @@ from torch import Tensor
 from dist_asgd.asgd.schedule import Hyperparameters, Scaling
 from dist_asgd.buckets.base import Bucket
 from dist_asgd.buckets.reducer import Reducer
-from dist_asgd.comm.consensus import Agreement, DifferentOperations, fingerprint
+from dist_asgd.comm.consensus import Agreement, fingerprint
+from dist_asgd.comm.roll_call import DifferentOperations, RankMissing
 from dist_asgd.step.consistency import TRAINED_WITH_GRADIENT, step_code, step_facts
 from dist_asgd.step.cuda_graphs import refuse_capture
 from dist_asgd.step.forward_wait import ForwardWaits
@@ -158,6 +159,8 @@ class StepAgreement:
         error: BaseException | None = None
         try:
             yield values
+        except RankMissing:
+            raise
         except BaseException as caught:
             error = caught
         written = not replaces_state and any(bucket.was_written for bucket in self._buckets)
@@ -168,6 +171,8 @@ class StepAgreement:
         except RuntimeError as failure:
             if isinstance(failure, DifferentOperations):  # whose first value is the number of passes, on every rank
                 self._reducer.catch_up(failure.values[0])
+            if error is None:
+                raise
             raise failure from error
         passes, news, high, minus_low = maxima[:4]
         values[:] = maxima[4:]
@@ -229,6 +234,7 @@ class StepAgreement:
 
     def _agree_later(self, groups: Groups, buckets: Sequence[Bucket]) -> StepPlan:
         """Checks a step on this rank alone; the next exchange finds out whether the ranks took the same one."""
+        self.agreement.note(STEP)
         plan, facts = self._check_step(groups, buckets)
         self.history = fingerprint((self.history, self._code(plan, facts)))
         for bucket in buckets:

@@ -17,8 +17,9 @@ from torch import nn
 from dist_asgd import Checkpointer
 from dist_asgd.checkpoint import CheckpointError
 from dist_asgd.checkpoint.saving import rendezvous
-from dist_asgd.checkpoint.saving.rendezvous import Rendezvous, clone_default_store
+from dist_asgd.checkpoint.saving.rendezvous import Rendezvous
 from dist_asgd.checkpoint.storage.posix import LocalStore
+from dist_asgd.comm.consensus import Agreement
 from tests.support.kill import FAULTS, kill_all, local_place, s3_place
 from tests.support.ranks import RankError, message_of, run_ranks
 from tests.support.stores import *  # noqa: F403 fixtures
@@ -69,7 +70,7 @@ def test_the_others_hear_who_died(tmp_path, wait):
         run_ranks(3, dying, tmp_path, wait)
     for rank in (0, 2):
         text = (tmp_path / f"{rank}").read_text()
-        assert "rank 1 has given no sign of life" in text
+        assert "rank 1 (process " in text and "has given no sign of life" in text
         assert text.endswith("\n[1]")
 
 
@@ -139,9 +140,9 @@ def leaving(rank):
     """A rank looks for signs of life of another one all the time, also in the moment when that leaves."""
     over_tcp(rank)
     rendezvous.HEARTBEAT_SECONDS = rendezvous.POLL_SECONDS = 0.0001
-    store = clone_default_store()
+    agreement = Agreement(dist.group.WORLD, "a test")
     for number in range(ROUNDS):
-        with Rendezvous(store, f"{number}", rank, 2) as meeting:
+        with Rendezvous(agreement, f"{number}") as meeting:
             meeting.submit(b"")
             if rank == 0:
                 meeting.collect()
@@ -163,7 +164,7 @@ def waiting_in_the_store(rank, folder):
         checkpointer.save(1, {"x": torch.ones(3)})
         assert thread.is_alive()
         dist.barrier()
-        clone_default_store().set("later", "now")
+        training.clone().set("later", "now")
         thread.join()
 
 

@@ -16,7 +16,7 @@ LARGE = 3 * 2**19  # elements of a shard: what no socket takes at once
 
 
 def on_cpu():
-    shared = SharedGroups.of(dist.group.WORLD)
+    shared = SharedGroups.of(dist.group.WORLD, "a test")
     groups = shared.take(dist.group.WORLD, [shared.free()])
     return Collectives.on(groups, range(dist.get_world_size()), CPU)
 

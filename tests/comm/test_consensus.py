@@ -17,7 +17,7 @@ def raised(error, agreement, together):
 
 
 def ranks(rank, error, together, kind):
-    agreement = Agreement(dist.group.WORLD)
+    agreement = Agreement(dist.group.WORLD, "Test")
     text = message_of(lambda: raised(error, agreement, together), type(error) if rank else kind)
     assert agreement.gather(rank) == [0, 1]  # nobody is left in another collective
     return text
@@ -40,13 +40,13 @@ class Silent(Exception):
 
 
 def silent_ranks(rank, error, together, kind):
-    agreement = Agreement(dist.group.WORLD)
+    agreement = Agreement(dist.group.WORLD, "Test")
     return message_of(lambda: raised(error, agreement, together), kind)
 
 
 def silent_alone(error, together):
     try:
-        raised(error, Agreement(None), together)
+        raised(error, Agreement(None, "Test"), together)
     except Exception as caught:
         return type(caught), error_text(caught)
 
@@ -81,7 +81,7 @@ def test_an_error_that_was_never_raised_has_the_name_of_its_type():
 
 def unheard(rank, error):
     """Rank 0 has no group to hear of it any more."""
-    agreement = Agreement(dist.group.WORLD)
+    agreement = Agreement(dist.group.WORLD, "Test")
     if rank == 0:
         return None
     agreement.maximum = lambda *args, **options: (_ for _ in ()).throw(RuntimeError("the connection is closed"))

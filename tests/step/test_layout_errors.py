@@ -423,4 +423,4 @@ def test_a_rank_in_another_call_than_its_replicas() -> None:
         backward(model, "hsdp", 2)
         return quick_message(optimizer.step if rank else optimizer.full_state_dict)
 
-    one_message(run_ranks(2, ranks), "rank 0: full_state_dict()", "rank 1: step()")
+    one_message(run_ranks(2, ranks), "rank 0 called ShardedASGD.full_state_dict()", "rank 1 called ShardedASGD.step()")

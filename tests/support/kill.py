@@ -28,6 +28,7 @@ from dist_asgd import Checkpointer, ShardedASGD
 from dist_asgd.checkpoint.retention import RetentionPolicy, delete_outdated
 from dist_asgd.checkpoint.saving import rendezvous
 from dist_asgd.checkpoint.storage.storage import Storage
+from dist_asgd.comm import roll_call
 
 KEEP = 2
 
@@ -131,6 +132,8 @@ def run_rank(job: Job, rank: int, tell: Tell, ports: tuple[int, int]) -> None:
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # torch writes stack traces there when ranks die
         rendezvous.HEARTBEAT_SECONDS, rendezvous.DEAD_SECONDS = job.beats
+        roll_call.LISTEN_SECONDS = min(roll_call.LISTEN_SECONDS, job.beats[0])
+        roll_call.ANSWER_SECONDS = min(roll_call.ANSWER_SECONDS, job.beats[1] / 2)
         if job.world_size > 1:
             if rank == 0 and job.store_on_rank:
                 store = make_store(ports, job.world_size)

@@ -29,7 +29,6 @@ from dist_asgd.checkpoint.state.tensor_blocks import to_save
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.checkpoint.storage.url import folder_and_name
 from dist_asgd.comm.consensus import Agreement
-from dist_asgd.comm.objects import scatter_object
 from dist_asgd.comm.process_groups import default_group
 
 
@@ -84,7 +83,7 @@ def export(
         CheckpointError: the files could not be written. Every rank raises it. No incomplete file is left.
         ValueError, TypeError: a bad argument on some rank. Every rank raises it.
     """
-    agreement = Agreement(default_group(None))
+    agreement = Agreement(default_group(None), "dist_asgd.export()")
     with together(agreement, "export()"):
         _check(model, max_shard_bytes)
         entries, contribution = _contribution(model)
@@ -98,7 +97,7 @@ def export(
             tensors = _all_tensors(by_rank)
             plans = _plan(by_rank, tensors, kind, name, max_shard_bytes)
             configs = config_files(model, tensors)
-    plan: _ExportPlan = scatter_object(plans, agreement.group)
+    plan: _ExportPlan = agreement.scatter(plans)
     _write_or_send(agreement, plan, GatherSource(agreement, entries, plan.owned), storage, configs)
 
 

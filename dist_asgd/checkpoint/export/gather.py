@@ -77,10 +77,11 @@ class GatherSource:
                     sent = self._bytes_to_send(wanted) if self.agreement.rank else []
             except Exception as error:
                 raise FailedOnAllRanks(error) from error
-            if sent:
-                dist.send(torch.cat(sent), group=self.agreement.group, group_dst=0)
-            for rank in range(1, self.agreement.world_size) if self.agreement.rank == 0 else ():
-                self._receive_from(rank, wanted, parts)
+            with self.agreement.exchange():
+                if sent:
+                    dist.send(torch.cat(sent), group=self.agreement.group, group_dst=0)
+                for rank in range(1, self.agreement.world_size) if self.agreement.rank == 0 else ():
+                    self._receive_from(rank, wanted, parts)
             if self.agreement.rank:
                 yield from ((number, memoryview(b"")) for number, _ in batch)
             else:

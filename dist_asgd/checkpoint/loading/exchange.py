@@ -143,7 +143,7 @@ class SharedParts(Spool):
                 by_rank = self._read_and_pack(by_reader[agreement.rank])
                 counts = [self._exchanged_bytes(reads, agreement.rank) for reads in by_reader]
                 received = torch.empty(sum(counts), dtype=torch.uint8, device="cpu")
-            with only_checkpoint_errors():
+            with only_checkpoint_errors(), agreement.exchange():
                 sizes = [part.numel() for part in by_rank]
                 dist.all_to_all_single(received, torch.cat(by_rank), counts, sizes, group=agreement.group)
             with together(agreement, "load()"):

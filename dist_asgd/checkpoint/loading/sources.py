@@ -41,7 +41,6 @@ from dist_asgd.checkpoint.stock.items import item_object
 from dist_asgd.checkpoint.stock.metadata import StockCheckpoint, read_stock_metadata
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.comm.consensus import Agreement
-from dist_asgd.comm.objects import broadcast_object
 
 Destinations = Iterable[tuple[str, TensorEntry]]  # keys, each with a live tensor to be filled
 
@@ -127,7 +126,7 @@ def open_source(
     url = in_directory(storage.url, directory)
     with together(agreement, "load()"):
         opened = _opened(storage, directory, stock) if agreement.rank == 0 else (True, b"")
-    has_manifest, data = broadcast_object(opened, agreement.group)
+    has_manifest, data = agreement.broadcast(opened)
     if has_manifest:
         with together(agreement, "load()"):
             return _own_source(storage, directory, read_manifest(data), agreement.rank, viewers_of(state, agreement))
@@ -143,7 +142,7 @@ def open_source(
     }
     with together(agreement, "load()"), naming(url):
         read = read_objects(storage, directory, objects) if agreement.rank == 0 else {}
-    values = Values(broadcast_object(read, agreement.group), lambda item, key: _value(item, key, trust))
+    values = Values(agreement.broadcast(read), lambda item, key: _value(item, key, trust))
     tensors = {key: tensor.saved for key, tensor in found.tensors.items()}
     return DcpSource(storage, directory, tensors, values, found.paths, {}, {}, found)
 

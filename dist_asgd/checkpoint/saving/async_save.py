@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor  # noqa: F401 registers its exit hook before ours: see the end
 
-from dist_asgd.checkpoint.errors import CheckpointError
+from dist_asgd.checkpoint.errors import CheckpointError, RankUnresponsive
 from dist_asgd.comm.consensus import error_text
 
 logger = logging.getLogger(__name__)
@@ -43,13 +43,12 @@ class BackgroundSave:
             self._done.wait()
 
     def wait_and_raise(self) -> None:
-        """Waits for the work. Raises ``CheckpointError`` if the work raised."""
+        """Waits for the work. Raises ``CheckpointError``, maybe ``RankUnresponsive``, if the work raised."""
         self.wait()
         _running.discard(self)
         if self._error is not None:
-            raise CheckpointError(
-                f"the last save, in the background, has failed: {error_text(self._error)}"
-            ) from self._error
+            kind = RankUnresponsive if isinstance(self._error, RankUnresponsive) else CheckpointError
+            raise kind(f"the last save, in the background, has failed: {error_text(self._error)}") from self._error
 
     def wait_and_log(self) -> None:
         """Waits for the work. Logs an error of the work, for callers that have nobody to raise it to."""

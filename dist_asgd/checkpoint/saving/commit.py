@@ -13,7 +13,8 @@ The steps of a save, in order:
    ``__<rank>_0.distcp``. The file appears under that name when it is whole and durable; until then its bytes are in a
    temporary file or in an unfinished upload.
 3. *Report* (``Rendezvous.submit``). Each rank sends rank 0 the sizes, places and checksums of what it has written.
-   Rank 0 waits until every rank has reported, has failed, or has given no sign of life for 30 s.
+   Rank 0 waits until every rank has reported, has failed, or has given no sign of life for 30 s, or
+   for the timeout of the process group if that is shorter.
 4. *Commit* (``commit``, rank 0 only). Rank 0 compares the sizes of the files in the storage with the reported sizes.
    A ``Checkpointer`` adds the save to the history of its run, which fails if another writer has saved meanwhile
    ([Note: history] in ``checkpoint/run/history.py``). Meanwhile rank 0 creates ``.metadata``, the index that

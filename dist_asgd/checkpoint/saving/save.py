@@ -33,7 +33,6 @@ from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.checkpoint.storage.waiting import giving_up_when
 from dist_asgd.comm.consensus import Agreement, fingerprint
 from dist_asgd.comm.digests import digests
-from dist_asgd.comm.objects import scatter_object
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +110,7 @@ def plan_save(
             require_same_steps([contribution.steps for contribution in everyone], latest)
             record, assignments = _plan(step, everyone)
             answers = [(directory, assignment) for assignment in assignments]
-    answer = scatter_object(answers, agreement.group)
+    answer = agreement.scatter(answers)
     return SavePlan(answer[0], _blocks(answer[1], contents, owned), record)
 
 
