@@ -6,6 +6,7 @@ from dist_asgd.averages.kinds import EMA, PolynomialDecay, Tail, TwoTailed, Unif
 from dist_asgd.averages.triggers import NonMonotonicTrigger
 from dist_asgd.checkpoint import Checkpointer, load, save
 from dist_asgd.checkpoint.export.from_model import export
+from dist_asgd.checkpoint.merging.merge import merge
 from dist_asgd.optimizer import ShardedASGD
 from dist_asgd.sharded_averages import ShardedAverages
 
@@ -22,5 +23,6 @@ __all__ = [
     "__version__",
     "export",
     "load",
+    "merge",
     "save",
 ]

@@ -35,6 +35,7 @@ CHECKPOINT_FLOORS = [
     {"checkpoint.retention", "checkpoint.state", "checkpoint.stock"},
     {"checkpoint.loading", "checkpoint.saving"},
     {"checkpoint.checkpointer", "checkpoint.export"},
+    {"checkpoint.merging"},
     {"checkpoint"},
 ]
 BELOW_CHECKPOINT = {"_torch_private", "boxes", "comm", "averages"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_asgd import Checkpointer, ShardedASGD
+from dist_asgd import Checkpointer, PolynomialDecay, ShardedASGD, Uniform
 from dist_asgd.cli.main import main
 from tests.support.ranks import run_alone, run_ranks
 
@@ -29,6 +29,7 @@ COMMANDS = [
     for command in text.splitlines()
 ]
 RUNS = [("averaging", 0), ("averaging", 2), ("parallelism", 2), ("parallelism", 4), ("export", 0), ("export", 2)]
+RUNS += [("merging", 0), ("merging", 2)]
 
 
 def run_page(page, language="python"):
@@ -52,7 +53,7 @@ def pages_on(ranks, page):
 
 
 def test_every_block_has_a_language_that_is_run():
-    assert set(BLOCKS) == {"averaging", "parallelism", "checkpoints", "export", "cli"}
+    assert set(BLOCKS) == {"averaging", "parallelism", "checkpoints", "export", "merging", "cli"}
     kinds = {(page, kind) for page, blocks in BLOCKS.items() for kind, _ in blocks}
     assert {kind for _, kind in kinds} == {"python", "python gpu", "sh"}
     run = {page for page, _ in RUNS} | {"checkpoints"}
@@ -110,7 +111,8 @@ def run(tmp_path_factory):
 
     def save():
         model = torch.nn.Linear(8, 4)
-        optimizer = ShardedASGD(model.named_parameters(), lr=0.1, t0=0)
+        averages = {"mean": Uniform(), "wide": PolynomialDecay(6.94), "narrow": PolynomialDecay(16.97)}
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.1, t0=0, average=averages)
         with Checkpointer(folder / "run") as checkpointer:
             for step in range(1, 11):
                 model(torch.ones(2, 8)).square().mean().backward()
@@ -130,7 +132,7 @@ def test_a_command(page, command, run, tmp_path, monkeypatch, capsys):
     program, *arguments = shlex.split(command, comments=True)
     if program == "dist-asgd":
         assert main([argument.replace("s3://bucket/run", "run") for argument in arguments]) == 0
-        if arguments[0] == "export":
+        if arguments[0] in ("export", "merge"):
             assert list(Path(arguments[2]).rglob("model.safetensors") if arguments[2][-1] == "/" else [arguments[2]])
     elif program == "torchrun":
         assert arguments[:3] == ["--nproc-per-node", "2", "launch/train.py"]
@@ -149,7 +151,7 @@ def help_of(capsys, *command):
 def test_every_subcommand_and_option_is_in_the_guide(capsys):
     text = (GUIDE / "cli.md").read_text()
     commands = re.findall(r"^    (\w+) ", help_of(capsys), re.MULTILINE)
-    assert {"ls", "show", "verify", "export", "gc", "plan"} <= set(commands)
+    assert {"ls", "show", "verify", "export", "merge", "gc", "plan"} <= set(commands)
     for name in commands:
         options = set(re.findall(r"--[a-z-]+", help_of(capsys, name))) - {"--help"}
         missing = sorted(option for option in options if option not in text)

@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 import dist_asgd
 
-PUBLIC = {"Checkpointer", "NonMonotonicTrigger", "ShardedASGD", "__version__", "export", "load", "save"}
+PUBLIC = {"Checkpointer", "NonMonotonicTrigger", "ShardedASGD", "__version__", "export", "load", "merge", "save"}
 PUBLIC |= {"EMA", "PolynomialDecay", "ShardedAverages", "Tail", "TwoTailed", "Uniform"}
 
 

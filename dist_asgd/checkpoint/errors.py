@@ -26,6 +26,10 @@ class RankUnresponsive(CheckpointError, RankMissing):
     """Another rank, or the key-value store by which ranks talk during a save, gives no sign of life."""
 
 
+class NoCheckpoint(CheckpointError):
+    """There is no checkpoint at a URL, or nothing else that was asked for there."""
+
+
 @contextlib.contextmanager
 def together(agreement: Agreement, operation: str) -> Iterator[None]:
     """Runs the block on every rank; if it raises on any rank, every rank raises an error that names that rank.

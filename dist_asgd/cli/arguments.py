@@ -20,14 +20,14 @@ class Parser(argparse.ArgumentParser):
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares ``URL`` (the directory of a run), ``--json`` and the storage options."""
     parser.add_argument("url", metavar="URL", help="a path or fsspec URL: the directory of a run")
-    _add_output_and_storage_options(parser)
+    add_output_and_storage_options(parser)
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares ``URL`` (a checkpoint, or the directory of a run), ``--step``, ``--json`` and the storage options."""
     parser.add_argument("url", metavar="URL", help="a path or fsspec URL: of one checkpoint, or the directory of a run")
     parser.add_argument("--step", type=non_negative, metavar="N", help="of the run (default: the newest)")
-    _add_output_and_storage_options(parser)
+    add_output_and_storage_options(parser)
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,8 @@ def non_negative(text: str) -> int:
     return int(text)
 
 
-def _add_output_and_storage_options(parser: argparse.ArgumentParser) -> None:
+def add_output_and_storage_options(parser: argparse.ArgumentParser) -> None:
+    """Declares ``--json`` and the storage options."""
     add_json_argument(parser)
     parser.add_argument(
         "--storage-option",

@@ -7,12 +7,12 @@ import importlib
 from collections.abc import Sequence
 
 from dist_asgd import __version__
-from dist_asgd.checkpoint.errors import CheckpointError, NotCommitted
+from dist_asgd.checkpoint.errors import CheckpointError, NoCheckpoint, NotCommitted
 from dist_asgd.cli.arguments import Parser
 from dist_asgd.cli.output import OutputError, flush, note, open_closed_streams
 from dist_asgd.cli.urls import NotFound, UsageError
 
-COMMANDS = ("ls", "show", "verify", "export", "gc", "plan")  # modules of cli/, in the order that --help lists them
+COMMANDS = ("ls", "show", "verify", "export", "merge", "gc", "plan")  # modules of cli/, in the order of --help
 EXIT_STATUSES = "Exit status: 0 done, 1 damaged or failed, 2 wrong arguments, 3 no checkpoint there."
 
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(f"cannot write the output: {error}", 1)
     except UsageError as error:
         return _failed(error, 2)
-    except (NotFound, NotCommitted) as error:
+    except (NotFound, NoCheckpoint, NotCommitted) as error:
         return _failed(error, 3)
     except (CheckpointError, OSError) as error:
         return _failed(error, 1)

@@ -413,6 +413,32 @@ def test_export_of_one_of_several_averages(tmp_path, capsys):
     assert status == 1 and "has no average 'other', it has ['mean', 'ema']" in err
 
 
+def test_merge(saved, tmp_path, capsys):
+    folder, _, averages = saved
+    done = answer(capsys, "merge", folder, tmp_path / "out", "--steps", "5:10:5", "--weights", "1,3")
+    assert list(done["weights"].values()) == [0.25, 0.75] and done["step"] == 10 and done["format"] == "checkpoint"
+    assert (
+        answer(capsys, "show", tmp_path / "out")["step"] == 10
+        and answer(capsys, "verify", tmp_path / "out")["faults"] == []
+    )
+    status, out, err = called(capsys, "merge", folder, f"{tmp_path}/hf/", "--average")
+    assert status == 0 and "sources: 1 up to step 10" in out and "not averages, as they have none: scale" in err
+    found = loaded(tmp_path / "hf" / "model.safetensors")
+    averages = {**averages, "head.weight": averages["wte.weight"]}
+    assert all(torch.equal(found[name], averages[name].to(found[name].dtype)) for name in averages)
+    for arguments, code, text in (
+        (["--steps", "5:10", "--weights", "1"], 2, "1 weights are given for 2 checkpoints"),
+        (["--steps", "5:15:5"], 1, "no checkpoint of step 15"),
+        (["--ema-width", "0.1"], 1, "of the kind PolynomialDecay"),
+        (["--ema-width", "3"], 2, "ema_width must be in"),
+    ):
+        status, _, err = called(capsys, "merge", folder, tmp_path / "x", *arguments)
+        assert status == code and text in err and not (tmp_path / "x").exists()
+    with pytest.raises(SystemExit):
+        main(["merge", "run", "x", "--weights", "1,x"])
+    assert "are no weights" in capsys.readouterr().err
+
+
 def test_sizes_are_read(tmp_path, capsys):
     model = {"a": torch.zeros(1000, dtype=torch.uint8), "b": torch.zeros(24, dtype=torch.uint8)}
     save(tmp_path / "saved", {"model": model})
@@ -455,9 +481,9 @@ def test_gc(run, capsys):
     assert [folder.name for folder in directories(run)] == ["step-00000010-0003-0000abcd", incomplete.name]
 
 
-@pytest.mark.parametrize("command", ["ls", "show", "verify", "gc", "export"])
+@pytest.mark.parametrize("command", ["ls", "show", "verify", "gc", "export", "merge"])
 def test_where_there_is_no_checkpoint(tmp_path, capsys, command):
-    arguments = [command, tmp_path, *(["out.pt"] if command == "export" else [])]
+    arguments = [command, tmp_path, *(["out.pt"] if command in ("export", "merge") else [])]
     status, out, err = called(capsys, *arguments)
     assert status == 3 and not out and str(tmp_path) in err
     assert called(capsys, command, tmp_path / "nothing", *arguments[2:])[0] == 3

@@ -79,6 +79,19 @@ def narrowed(data: Tensor, box: Box) -> Tensor:
     return data[tuple(slice(offset, offset + size) for offset, size in zip(box.offsets, box.sizes, strict=True))]
 
 
+def elements_of(data: bytes, dtype: torch.dtype) -> Tensor:
+    """Returns bytes as the elements of a 1-D CPU tensor, which must not be written to: it is no copy if it is aligned.
+
+    The tensor keeps ``data`` alive.
+    """
+    address = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value
+    if not data or not address or address % dtype.itemsize:
+        return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype, device="cpu")
+    array = (ctypes.c_char * len(data)).from_address(address)
+    array.owner = data  # type: ignore[attr-defined]
+    return torch.frombuffer(array, dtype=dtype)
+
+
 def memory(tensor: Tensor) -> memoryview:
     """Returns the memory of a contiguous CPU tensor as writable bytes. The view keeps the tensor alive."""
     if not tensor.nbytes:

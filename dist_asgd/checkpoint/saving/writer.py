@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,29 @@ class BlockToWrite:
     box: Box  # in the whole tensor
     data: Tensor  # of the box's sizes, any dtype, strides and device
     is_whole: bool  # whether the box is the whole tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the tensor."""
+        return self.data.dtype
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Yields the bytes of the elements in row-major order."""
+        return memory_of(self.data)
+
+
+class WritableBlock(Protocol):
+    """What is written of a block of a tensor: in memory, as ``BlockToWrite``, or made meanwhile, as a merge does."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def box(self) -> Box: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def is_whole(self) -> bool: ...
+    def pieces(self) -> Iterator[memoryview]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +82,7 @@ def write_blocks(
     storage: Storage,
     directory: str,
     rank: int,
-    blocks: Sequence[BlockToWrite],
+    blocks: Sequence[WritableBlock],
     objects: Mapping[str, Any],
     check: Callable[[], None],
 ) -> WriteResult:
@@ -77,7 +100,7 @@ def write_blocks(
     """
     name, result = f"__{rank}_0.distcp", WriteResult()
     if blocks or objects:
-        total = sum(block.data.numel() * block.data.element_size() for block in blocks)
+        total = sum(block.box.numel * block.dtype.itemsize for block in blocks)
         progress = Progress(f"saving {in_directory(storage.url, directory)}", total, rank)
         with ThreadPoolExecutor(1, "dist_asgd-checksums") as checksum_thread:
             file = _FileWriter(name, result, check, checksum_thread, progress)
@@ -101,25 +124,27 @@ class _FileWriter:
         self._position = 0  # bytes of the file so far
         self._small: dict[tuple[torch.dtype, tuple[int, ...], bytes], int] = {}  # content -> index of its item
 
-    def pieces(self, blocks: Sequence[BlockToWrite], objects: Mapping[str, Any]) -> Iterator[bytes | memoryview]:
+    def pieces(self, blocks: Sequence[WritableBlock], objects: Mapping[str, Any]) -> Iterator[bytes | memoryview]:
         """Yields the bytes of the file, in order."""
         for block in blocks:
             yield from self._block(block)
         if objects:
             yield self._objects(objects)
 
-    def _block(self, block: BlockToWrite) -> Iterator[bytes | memoryview]:
+    def _block(self, block: WritableBlock) -> Iterator[bytes | memoryview]:
         """Yields the item of a block: nothing where a small tensor with equal content is in the file already."""
-        dtype, sizes, size = block.data.dtype, block.box.sizes, block.box.numel * block.data.dtype.itemsize
+        dtype, sizes, size = block.dtype, block.box.sizes, block.box.numel * block.dtype.itemsize
+        pieces: Iterable[memoryview] = block.pieces()
         if block.is_whole and size <= SHARED:
-            content = dtype, sizes, b"".join(memory_of(block.data))
+            pieces = [memoryview(b"".join(pieces))]
+            content = dtype, sizes, bytes(pieces[0])
             if content in self._small:
                 self._result.chunks.append((block.key, block.box, self._small[content]))
                 return
             self._small[content] = len(self._result.items)
         head, sums = item_head(dtype, sizes), Checksums(block_bytes(size))
         yield head
-        for piece in memory_of(block.data):
+        for piece in pieces:
             self._check()
             if len(piece) < CHECKSUM_THREAD_BYTES:
                 sums.add(piece)

@@ -123,6 +123,9 @@ class Storage:
 
     def _read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Iterator[tuple[int, bytes]]:
         """Reads ahead while ranges that are being read or not yet taken have ``READ_BYTES``, or are a single one."""
+        if len(ranges) == 1:  # threads have memory of their own that the allocator keeps
+            yield 0, self._read_range(*ranges[0])
+            return
         lengths = [stop - start for _, start, stop in ranges]
         pending: dict[Future[bytes], int] = {}
         held = following = 0

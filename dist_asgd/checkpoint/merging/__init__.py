@@ -1,0 +1,1 @@
+"""Merging checkpoints: a weighted mean of the weights in several sources, streamed into a new checkpoint or file."""
