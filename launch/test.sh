@@ -51,6 +51,13 @@ check_compiler() {
     fi
 }
 
+# Files whose tests take long. pytest-xdist would begin with those that have the most tests.
+LONGEST=(
+    tests/optimizer/test_{memory,bits,layout_features,swap,portability,layouts}.py tests/launch/test_train.py
+    tests/comm/test_link_bytes.py tests/checkpoint/test_{kill,export,storage}.py tests/averages/test_kinds.py
+    tests/kernels tests/asgd/test_precision.py tests/buckets/test_fsdp1.py tests/test_readme.py
+)
+
 # Real stores for the tests of checkpoints: tests/support/stores.py. SeaweedFS (S3) comes with the extra "test".
 AZURITE=3.35.0
 check_stores() {
@@ -97,9 +104,16 @@ say "ruff check"
 "$PY" -m ruff check .
 say "ruff format --check"
 "$PY" -m ruff format --check .
+package=
+if ((!$#)); then
+    check_package & # mypy and pip keep one core busy each
+    package=$!
+fi
 say "mypy dist_asgd"
-"$PY" -m mypy dist_asgd
-(($#)) || check_package
-(($#)) || set -- -n 2 --dist loadfile tests/launch/test_train.py tests/optimizer/test_bits.py tests
+types=0
+"$PY" -m mypy dist_asgd || types=$?
+[[ -z "$package" ]] || wait "$package"
+((types == 0)) || exit "$types"
+(($#)) || set -- -n 2 --dist loadfile --no-loadscope-reorder "${LONGEST[@]}" tests
 say "pytest $*"
 exec "$PY" -m pytest "$@"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import dist_asgd
+from tests.support.ranks import run_alone
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -16,15 +17,21 @@ DOCUMENTS += [*sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmark
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]])
-def test_the_first_screen(launcher, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_first_screen(ranks, tmp_path, capfd):
+    """One process, and two ranks of torchrun."""
     (train,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "train.py").write_text(train)
-    command = [sys.executable, *launcher, "train.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    found = re.findall(r"error of the last iterate ([\d.]+), of the average ([\d.]+)", done.stdout)
-    assert len(found) == (2 if launcher else 1)
+    if ranks == 1:
+        run_alone(exec, train, {})
+        printed = capfd.readouterr().out
+    else:
+        (tmp_path / "train.py").write_text(train)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    found = re.findall(r"error of the last iterate ([\d.]+), of the average ([\d.]+)", printed)
+    assert len(found) == ranks
     assert all(float(averaged) < float(raw) for raw, averaged in found)
     assert "\n" + re.search(r"^\+(opt = .*)$", README, re.MULTILINE)[1] in train  # the changed line is the example's
 

@@ -1,6 +1,7 @@
 """Every private name of torch that the package uses exists, does what it is used for, and is used in one file only."""
 
 import ast
+import functools
 import importlib
 import io
 import pickle
@@ -527,6 +528,11 @@ def tree_of(path):
 TREES = {path: tree_of(path) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
+@functools.cache
+def defined_anywhere():
+    return {name for tree in TREES.values() for name in defined(tree)}
+
+
 def defined(tree):
     """Names that the file defines itself: functions, classes, variables, fields, attributes that it sets."""
     for node in ast.walk(tree):
@@ -565,7 +571,7 @@ def test_the_scan_finds_what_it_looks_for():
 
 @pytest.mark.parametrize("path", [path for path in TREES if path != HOME], ids=lambda path: str(path.name))
 def test_private_names_of_torch_are_in_one_file(path):
-    own = {name for tree in TREES.values() for name in defined(tree)} - PRIVATE | OF_OTHERS | set(on_self(TREES[path]))
+    own = defined_anywhere() - PRIVATE | OF_OTHERS | set(on_self(TREES[path]))
     names = [(line, name) for line, name in used(TREES[path]) if is_private(name) and name not in own]
     assert not names, (
         f"{path.relative_to(PACKAGE.parent)}:{names[0][0]} uses {names[0][1]}: if it is torch's, give it an entry in "

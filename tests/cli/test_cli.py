@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import runpy
 import subprocess
 import sys
 
@@ -95,9 +96,11 @@ def test_sizes_are_readable():
     assert [format_bytes(n) for n in sizes] == ["0 B", "1023 B", "1.00 KiB", "25.00 MiB", "2.00 TiB", "32768.00 TiB"]
 
 
-def test_python_dash_m():
-    done = subprocess.run([sys.executable, "-m", "dist_asgd", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == __version__
+def test_the_package_is_a_program(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dist_asgd", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("dist_asgd", run_name="__main__")
+    assert not ended.value.code and capsys.readouterr().out.strip() == __version__
 
 
 def test_output_that_nobody_reads_or_can_be_written():

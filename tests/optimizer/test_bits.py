@@ -32,7 +32,7 @@ class Case:
     options: dict[str, Any]
     specs: tuple[Spec, ...] = PLAIN
     groups: tuple[dict[str, Any], ...] = ({},)  # parameters are dealt out to them in turn
-    steps: int = 120
+    steps: int = 50
     missing: float = 0.0
     bucket_bytes: tuple[int, ...] = (25 * 2**20,)
 
@@ -51,13 +51,13 @@ LONG = (
 )
 SHORT = (
     Case({}, specs=MIXED, steps=15),
-    Case({"lr": 0.1, "t0": 2.5, "alpha": 0.0}, steps=30),
+    Case({"lr": 0.1, "t0": 2.5, "alpha": 0.0}, steps=15),
     Case({"lr": 0.0, "t0": 0}, steps=12),
-    Case({"lr": torch.tensor(0.1), "t0": 0, "lambd": 0.01}, steps=30),
-    Case({"lr": 0.1, "t0": 3, "lambd": 0.01}, specs=MIXED, steps=40, missing=0.5, bucket_bytes=(64, 4096)),
-    Case({"lr": 1e-3, "t0": 0}, specs=(Spec(()),), steps=20),
-    Case({"lr": 0.1, "t0": 0}, specs=(Spec((0,)), Spec((2,))), steps=20),
-    Case({"lr": 0.1, "t0": 1}, specs=(Spec((3,), torch.complex64),), steps=20),
+    Case({"lr": torch.tensor(0.1), "t0": 0, "lambd": 0.01}, steps=15),
+    Case({"lr": 0.1, "t0": 3, "lambd": 0.01}, specs=MIXED, steps=20, missing=0.5, bucket_bytes=(64, 4096)),
+    Case({"lr": 1e-3, "t0": 0}, specs=(Spec(()),), steps=12),
+    Case({"lr": 0.1, "t0": 0}, specs=(Spec((0,)), Spec((2,))), steps=12),
+    Case({"lr": 0.1, "t0": 1}, specs=(Spec((3,), torch.complex64),), steps=12),
     Case(
         {"lr": 0.1, "t0": 1},
         specs=(Spec((1000, 40)), Spec((1000,)), Spec((10,))),

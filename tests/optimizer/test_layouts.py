@@ -26,7 +26,7 @@ from tests.support.oracle import check_dense_state, same_bits
 from tests.support.ranks import run_ranks
 
 OPTIONS: dict[str, Any] = {"lr": 0.05, "lambd": 1e-3, "t0": 10}
-LAST = 60
+LAST = 24
 
 
 def reference(steps: int, given: bool = True, **options: Any) -> tuple[Model, torch.optim.ASGD]:

@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.processes import free_port
+
 GRACE = 5.0  # seconds the other ranks get after one rank has failed
 
 
@@ -42,6 +44,19 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
 def run_alone(fn: Callable[..., Any], *args: Any, timeout: float = 60) -> Any:
     """Run `fn(*args)` in one child without a process group."""
     return _run(1, lambda rank: fn(*args), (), timeout, process_group=False)[0]
+
+
+def run_launched(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+    """Run `fn(*args)` on ranks that have the environment of torchrun's and no process group: `fn` makes that itself."""
+    port = free_port()
+
+    def launched(rank: int) -> Any:
+        facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        os.environ.update({name: str(value) for name, value in facts.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+        return fn(*args)
+
+    return _run(world_size, launched, (), timeout, process_group=False)
 
 
 def _run(
