@@ -435,6 +435,7 @@ class ShardedAverages:
             precision=precision,
             averages=self._kinds,
             bucket_bytes=BUCKET_BYTES,
+            offload=offload,
         )
         self._shares = shard_replicas
 

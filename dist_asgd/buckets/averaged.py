@@ -45,7 +45,7 @@ class AveragedBucket(InPlaceBucket):
 
         The tensors have the shapes of the blocks, by position. An average that has not started is the parameter.
         """
-        own = self.shard.average_copy(suffix)
+        own = self.shard.average_copy(suffix).to(self.device)
         flat = own
         if self.collectives is not None:
             flat = torch.empty(self.layout.numel, dtype=own.dtype, device=self.device)

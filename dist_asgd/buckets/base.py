@@ -50,6 +50,7 @@ class ShardingOptions:
         precision: dtypes of averages, masters and messages.
         averages: the kinds of average by name; the first is saved as ``ax``.
         bucket_bytes: bytes of parameters after which a bucket is closed.
+        offload: whether averages are kept in the memory of the host.
     """
 
     rank: int
@@ -59,6 +60,7 @@ class ShardingOptions:
     precision: Precision
     averages: Mapping[str, Average]
     bucket_bytes: int
+    offload: bool = False
     collectives_by_type: dict[str, Collectives] = field(default_factory=dict, init=False)  # by device type
 
     def collectives(self, device: torch.device) -> Collectives | None:
@@ -135,9 +137,8 @@ class ParameterBucket(ABC):
         seed = zlib.crc32(repr((self.names[0], self.placements[0].offsets)).encode())
         rounding = precision.rounding(self.dtype, self.collectives is not None, seed)
         kinds = by_suffix(options.averages)
-        self.shard = Shard(
-            parameters, layout, self.placements, rank, precision, rounding, kinds, any(self.requires_grad())
-        )
+        trained, offload = any(self.requires_grad()), options.offload
+        self.shard = Shard(parameters, layout, self.placements, rank, precision, rounding, kinds, trained, offload)
         self._known_writes = self._writes()  # writes that the optimizer has made or ranks have compared
 
     def requires_grad(self) -> list[bool]:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,6 +36,7 @@ from dist_asgd.asgd.schedule import (
 from dist_asgd.averages.kinds import Average
 from dist_asgd.kernels.averaging import move_averages_
 from dist_asgd.kernels.dispatch import UpdateSlice, advance_, can_fuse
+from dist_asgd.kernels.offloading import copy_on, move_host_averages_
 from dist_asgd.kernels.tensor_list import TensorList, as_real
 from dist_asgd.sharding.layout import BucketLayout, Piece
 from dist_asgd.sharding.placement import Placement
@@ -59,6 +61,7 @@ class Shard:
         rounding: how a step rounds parameters; element 0 of the bucket is its element 0.
         kinds: the kinds of average by suffix. The first has the empty suffix.
         trained: whether a parameter is to be trained. Otherwise masters are made by the first step, if there is one.
+        offload: whether averages are kept in the memory of the host.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Shard:
         rounding: Rounding,
         kinds: Mapping[str, Average],
         trained: bool = True,
+        offload: bool = False,
     ) -> None:
         self.parameters, self.dtype, self.rounding = parameters, parameters.dtype, rounding
         self.layout, self.placements = layout, tuple(placements)
@@ -82,6 +86,7 @@ class Shard:
             self._make_master()
         self._raw: Tensor | None = None  # 1-D, copy of the parameters while averages are swapped in
         self.average_dtype = precision.average(self.dtype)
+        self._average_device = torch.device("cpu") if offload else parameters.device
         self.averages: dict[str, Tensor | None] = dict.fromkeys(kinds)  # 1-D, average_dtype
         self._lent: dict[str, tuple[Tensor, Tensor]] = {}  # averages and master, with what state dicts have of them
         self._borrowers: list[weakref.ref[StatePiece]] = []  # pieces that share memory of parameters or masters
@@ -89,11 +94,14 @@ class Shard:
         self._capturable, self._kinds = precision.capturable, tuple(kinds.values())
         if self._capturable:
             self.averages = {suffix: self.average_copy(suffix) for suffix in kinds}
-        # Whether one kernel updates all parameters of the shard, wherever they lie.
-        self.fuses = can_fuse(parameters.device, self.dtype, self.average_dtype, self._needs_master, rounding)
         self.runs: list[Run] = []
         self._fresh = Scalars(0, 0.0, (1.0,) * len(kinds))  # the scalars before the first step
         self._set_runs([Run(0, len(self.placements), self._fresh)])
+
+    @functools.cached_property
+    def fuses(self) -> bool:
+        """Whether one kernel updates all parameters of the shard, wherever they lie. The first look may compile it."""
+        return can_fuse(self.parameters.device, self.dtype, self.average_dtype, self._needs_master, self.rounding)
 
     def slice_of(self, run: Run) -> slice:
         """Returns where the parameters of ``run`` lie in the shard; an empty slice if they lie in other shards."""
@@ -151,8 +159,9 @@ class Shard:
         known = run.scalars.read()
         pairs = zip(self.averages.values(), known.mus, strict=True)
         moving = [(average, mu) for average, mu in pairs if average is not None and mu != 0]
+        move = move_averages_ if self._average_device == self.parameters.device else move_host_averages_
         for where, tensors in parts if moving else ():
-            move_averages_(tensors, [as_real(average[where]) for average, _ in moving], [mu for _, mu in moving])
+            move(tensors, [as_real(average[where]) for average, _ in moving], [mu for _, mu in moving])
         return self._advance(run, following(known.step + 1))
 
     def promote_average(self, source: str, target: str, following: Following) -> None:
@@ -220,7 +229,9 @@ class Shard:
     def average_copy(self, suffix: str) -> Tensor:
         """Returns a copy of an average (1-D, ``average_dtype``); an average that has not started is the parameters."""
         average = self.averages[suffix]
-        return self._iterate().to(self.average_dtype, copy=True) if average is None else average.clone()
+        if average is None:
+            return copy_on(self._average_device, self._iterate(), self.average_dtype)
+        return average.clone()
 
     def forget_averages(self) -> None:
         """Resets all averages to their state before they started, also for parameters that are frozen now."""
@@ -360,7 +371,7 @@ class Shard:
         for number, suffix in enumerate(self.averages) if self._made else ():
             average = self.averages[suffix]
             if suffix in self._made and average is not None and not _has_begun(self.runs, number):
-                same = torch.equal(average, self._iterate().to(average.dtype))
+                same = torch.equal(average, self._iterate().to(average))
                 self.averages[suffix] = None if same else average
         self._made.clear()
 
@@ -477,7 +488,7 @@ class Shard:
                 continue
             # An average that has not started is dropped to save its memory, unless it differs from the parameters.
             if loaded is not None and not self.has_average(suffix):
-                loaded = None if torch.equal(loaded, self._iterate().to(loaded.dtype)) else loaded
+                loaded = None if torch.equal(loaded, self._iterate().to(loaded)) else loaded
             self.averages[suffix] = loaded
 
     def _load_tensors(self, position: int, state: Mapping[str, Any], averages: Mapping[str, Tensor]) -> None:

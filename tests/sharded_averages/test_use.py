@@ -69,7 +69,7 @@ def test_dtypes_and_shapes(world_size):
 
 def starts():
     params = parameters()
-    averages = ShardedAverages(params.items(), {"mean": Uniform(), "ema": EMA(0.5)}, start=2)
+    averages = ShardedAverages(params.items(), {"mean": Uniform(), "ema": EMA(0.5)}, start=2, offload=True)
     waiting = ShardedAverages(params.items(), Uniform(), start=math.inf)
     iterates = []
     for step in range(6):
