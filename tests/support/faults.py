@@ -158,6 +158,28 @@ def duplicated(choices: random.Random, folder: Path, other: Path, place: Place) 
     shutil.copyfile(folder / _other_file(choices, folder, place), folder / place.file)
 
 
+def fifo(choices: random.Random, folder: Path, other: Path, place: Place) -> None:
+    """A reader would wait for its writer for ever."""
+    (folder / place.file).unlink()
+    os.mkfifo(folder / place.file)
+
+
+def device(choices: random.Random, folder: Path, other: Path, place: Place) -> None:
+    """A file without an end."""
+    (folder / place.file).unlink()
+    (folder / place.file).symlink_to("/dev/zero")
+
+
+def folder_instead(choices: random.Random, folder: Path, other: Path, place: Place) -> None:
+    (folder / place.file).unlink()
+    (folder / place.file).mkdir()
+
+
+def huge(choices: random.Random, folder: Path, other: Path, place: Place) -> None:
+    """A sparse file, larger than memory."""
+    os.truncate(folder / place.file, 2**40)
+
+
 def _other_file(choices: random.Random, folder: Path, place: Place) -> str:
     return choices.choice(sorted(path.name for path in folder.iterdir() if path.name != place.file))
 
@@ -176,7 +198,10 @@ def _put(path: Path, start: int, data: bytes) -> None:
 IN_PLACE: list[Damage] = [flip, flip, flip, zeros, stale_bytes, moved_bytes]
 
 
-WHOLE: list[Damage] = [flip, truncated, longer, missing, empty, stale, swapped, duplicated]
+UNREADABLE: list[Damage] = [fifo, device, folder_instead, huge]
+
+
+WHOLE: list[Damage] = [flip, truncated, longer, missing, empty, stale, swapped, duplicated, *UNREADABLE]
 
 
 WHOLE_KINDS = ("file of a rank", STOCK, MANIFEST)
@@ -192,7 +217,7 @@ def put_fault(choices: random.Random, folder: Path, pristine: Path, other: Path)
         place, damage = choices.choice(places[kind]), choices.choice(WHOLE if kind in WHOLE_KINDS else IN_PLACE)
         if place.start < place.stop:
             damage(choices, folder, other, place)
-            if contents(folder) != contents(pristine):
+            if damage in UNREADABLE or contents(folder) != contents(pristine):
                 return damage, place
 
 
@@ -217,6 +242,8 @@ def load_all(rank: int, folder: Path, count: int, seed: int) -> list[dict[str, A
         try:
             dist_asgd.load(folder / "damaged", state)
             answer = "", "loaded"
+        except CheckpointError as error:
+            answer = CheckpointError.__name__, str(error)
         except Exception as error:
             answer = type(error).__name__, str(error)
         intact = all(map(same, values_of(state), before))

@@ -99,6 +99,7 @@ class Job:
     options: Mapping[str, Any] | None
     world_size: int
     trains: bool  # or loads only
+    goes_back: bool  # begins with the checkpoint before the newest, whose line it abandons by its first save
     store_on_rank: bool  # the key-value store is rank 0's and dies with it; otherwise it is a launcher's
     seed: int
     beats: tuple[float, float]  # seconds: between heartbeats, and of silence
@@ -115,8 +116,12 @@ def work(job: Job, tell: Tell) -> None:
     state: dict[str, Any] = {"model": model, "optimizer": optimizer, "rows": rows(-1), "data": {"step": -1}}
     with Checkpointer(job.url, job.options, keep_last=KEEP) as checkpointer:
         tell("load")
-        step = checkpointer.load(state) or 0
+        steps = checkpointer.steps()
+        goes_back = job.goes_back and len(steps) > 1
+        step = checkpointer.load(state, step=steps[-2] if goes_back else None) or 0
         tell("loaded", step, differences(state, step, job.truth) if step else [])
+        if goes_back:
+            tell("back", step)
         while job.trains:
             step += 1
             train(model, optimizer, step)
@@ -260,6 +265,7 @@ class Place:
     url: str
     options: Mapping[str, Any] | None
     files: Callable[[], list[str]]  # by paths relative to the URL
+    read: Callable[[str], bytes]
     is_fast: bool  # so that a phase can be waited for
 
     def attempts(self) -> dict[tuple[int, int], set[str]]:
@@ -272,7 +278,12 @@ class Place:
         return dict(sorted(found.items()))
 
     def newest(self) -> int:
-        return max((step for (step, _), names in self.attempts().items() if "manifest.json" in names), default=0)
+        """The newest committed step that the last entry of the history does not call abandoned."""
+        files = self.files()
+        entries = [path for path in files if path.startswith("history/") and path.endswith(".json")]
+        abandoned = json.loads(json.loads(self.read(max(entries)))["entry"])["abandoned"] if entries else []
+        folders = {path.partition("/")[0] for path in files if path.endswith("/manifest.json")} - set(abandoned)
+        return max((int(match[1]) for folder in folders if (match := _DIRECTORY.fullmatch(folder))), default=0)
 
     def phase(self, step: int) -> str:
         """What ranks that were about to save ``step`` must be doing."""
@@ -291,7 +302,11 @@ def local_place(folder: str) -> Place:
     def files() -> list[str]:
         return [os.path.relpath(f"{above}/{name}", folder) for above, _, names in os.walk(folder) for name in names]
 
-    return Place(folder, None, files, is_fast=True)
+    def read(path: str) -> bytes:
+        with open(f"{folder}/{path}", "rb") as file:
+            return file.read()
+
+    return Place(folder, None, files, read, is_fast=True)
 
 
 def s3_place(url: str, options: Mapping[str, Any]) -> Place:
@@ -308,7 +323,10 @@ def s3_place(url: str, options: Mapping[str, Any]) -> Place:
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
         return [entry["Key"][len(prefix) + 1 :] for page in pages for entry in page.get("Contents", [])]
 
-    return Place(url, options, files, is_fast=False)
+    def read(path: str) -> bytes:
+        return bytes(client.get_object(Bucket=bucket, Key=f"{prefix}/{path}")["Body"].read())
+
+    return Place(url, options, files, read, is_fast=False)
 
 
 @dataclass
@@ -341,8 +359,10 @@ class Run:
 
     def _start(self, trains: bool) -> Start:
         size, on_rank, seed = self._choices.choice([1, 2, 2, 3]), self._choices.random(), self._choices.getrandbits(32)
-        place = self.place
-        return Start(Job(place.url, place.options, size, trains, on_rank < 0.3, seed, self.beats, self._truth))
+        place, goes_back = self.place, trains and self._choices.random() < 0.25
+        return Start(
+            Job(place.url, place.options, size, trains, goes_back, on_rank < 0.3, seed, self.beats, self._truth)
+        )
 
     def _kill(self) -> dict[str, Any]:
         choices = self._choices
@@ -366,12 +386,14 @@ class Run:
         said = {rank: [words[1:] for words in start.of(rank, "failed")] for rank in others if delay is None}
         times = [at - killed for rank in said for at, words in start.told[rank] if words[0] == "failed"]
         self.seconds = statistics.median([self.seconds, *start.seconds()])
-        self.durable = max(self.durable, start.durable())
+        back = [step for _, step in start.all_of("back")]
+        self.durable = max(start.durable(), *(back[:1] or [self.durable]))
         background = last[0] in ("save", "saved") and not last[2]
         return {
             "phase": phase,
             "background": background,
             "ranks": len(ranks),
+            "back": bool(back),
             "killed": victims,
             "survivors": len(said),
             "hangs": 0 if ended else 1,
