@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 from dist_asgd.checkpoint.storage.storage import Storage
+from dist_asgd.checkpoint.storage.url import without_credentials
 
 try:
     import matplotlib
@@ -58,7 +59,7 @@ def make_folders(*urls: str) -> None:
             storage.write("may-be-written", [b""])
             storage.remove("may-be-written")
         except (ValueError, OSError) as error:  # neither has credentials in its text
-            raise SystemExit(str(error)) from None
+            raise SystemExit(f"{without_credentials(url)}: {error}") from None
 
 
 def read_metrics(out: str) -> list[Record]:
