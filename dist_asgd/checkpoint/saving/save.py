@@ -180,14 +180,14 @@ def _plan(step: int, everyone: Sequence[_Contribution]) -> tuple[CommitRecord, l
     differences = Differences()
     for name, by_rank in codes.items():
         differences.compare(name, by_rank)
+    assignments = assign(offers, differences)
+    differences.require_none()
     try:
         check_places([(path, rank) for _, path, rank in tensors.values()], values)
     except FormatError as error:
         raise CheckpointError(
             f"{error}. Ranks have different things in one place: give them names of their own"
         ) from None
-    assignments = assign(offers, differences)
-    differences.require_none()
     return CommitRecord(step, tensors, values), assignments
 
 
