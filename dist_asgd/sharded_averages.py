@@ -62,14 +62,14 @@ class ShardedAverages:
     Every average is the recursion ``ax = ax + (p - ax) * mu`` over the iterates ``p``, each operation rounded once, in
     ``average_dtype``. The first iterate becomes the average.
 
-    Collective calls, which every rank must make in the same order and with the same arguments: the constructor,
+    Collective calls, which every rank must make in one order and with equal arguments: the constructor,
     ``add_param_group``, ``averaged_parameters``, ``full_state_dict``, ``load_state_dict``, ``copy_to`` and
     ``compare_tails``. ``update``, ``start_averaging``, ``restart_averaging`` and ``state_dict`` send nothing, but every
     rank must call them alike; the next collective call compares that.
 
     Args:
         params (iterable): parameters as ``torch.optim`` takes them, best ``model.named_parameters()``: averages are
-            saved by these names, without those of wrappers. Real or complex leaf tensors of at least 2 bytes a number.
+            saved by these names, without wrappers' parts. Real or complex leaf tensors of at least 2 bytes a number.
         average (Average, or mapping of names to them): what to keep: ``EMA``, ``Uniform``, ``PolynomialDecay``,
             ``Tail`` or ``TwoTailed``. Several averages are kept in one pass over the parameters.
         optimizer (Optimizer, sequence of them, or None; default None): whose steps to follow. Each parameter follows
@@ -80,8 +80,8 @@ class ShardedAverages:
         average_dtype (floating-point dtype or None, default None): dtype of the averages. None is fp32, or the
             parameter's dtype if that is wider.
         trainable_only (bool, default True): whether frozen parameters are left out. One that is unfrozen later joins.
-        buffers ("average", "copy", mapping or None; default None): what belongs to the averages of the model's buffers.
-            ``"average"`` averages those of floating point and takes the others, such as counters, as they are;
+        buffers ("average", "copy", mapping or None; default None): which buffers of the model belong to the averages.
+            ``"average"`` averages floating-point buffers and takes others, such as counters, as they are;
             ``"copy"`` takes all as they are; a mapping has one of the two for names, in which ``*`` stands for
             anything. Inside ``averaged_parameters`` every rank then has rank 0's, and afterwards its own again.
         offload (bool, default False): whether averages are kept in the memory of the host. Blocks of parameters are
@@ -95,7 +95,7 @@ class ShardedAverages:
 
     Raises:
         TypeError, ValueError: for arguments that are out of range or do not fit together, that differ between ranks,
-            and where there is no parameter to average; the same error on every rank.
+            and where there is no parameter to average; one error on every rank.
         RuntimeError: on every rank, naming parameters, where ranks that share averages hold different values.
     """
 
@@ -145,7 +145,7 @@ class ShardedAverages:
 
     @property
     def updates(self) -> int:
-        """The updates so far; those of the first optimizer where several are followed."""
+        """The number of updates so far; the first optimizer's where several are followed."""
         return self._timings[0].updates
 
     @torch.compiler.disable
@@ -201,7 +201,7 @@ class ShardedAverages:
         self._restart(even_later_ones=False)
 
     def restart_averaging(self) -> None:
-        """Forgets all averages and begins them anew with the next update, also a ``Tail`` that would begin later.
+        """Forgets all averages and begins them anew with the next update, even a ``Tail`` that would begin later.
 
         Sends nothing, but every rank must call it.
         """
@@ -230,7 +230,7 @@ class ShardedAverages:
 
         Raises:
             ValueError, TypeError: on every rank, where a loss of any rank is NaN, -inf or no number, or the averages
-                are not those of ``TwoTailed``; nothing has changed then.
+                are not ``TwoTailed()``; nothing has changed then.
         """
         with self._agreement.together("compare_tails()"):
             self._require_two_tails("compare_tails()")
@@ -276,11 +276,11 @@ class ShardedAverages:
         to parameters inside the block are dropped. Each rank needs extra memory for 1/N of the parameters.
 
         Args:
-            name: which average, the same on every rank; None for the first.
+            name: which average, equal on every rank; None for the first.
 
         Raises:
             ValueError: on every rank, where there is no average ``name``; nothing has changed then.
-            RuntimeError: the same on every rank, where ranks hold different parameters or have taken different
+            RuntimeError: on every rank, where ranks hold different parameters or have taken different
                 updates, where FSDP modules outside of ``module`` hold copies of parameters, or where parameters are not
                 what the averages were built for. On this rank alone, inside another such block. Inside the block, steps
                 of the optimizer and ``update()`` raise it.
@@ -295,20 +295,20 @@ class ShardedAverages:
     @refused_during_swap()
     @torch.no_grad()
     def copy_to(self, module: nn.Module, name: str | None = None) -> None:
-        """Writes an average into the parameters and buffers of another module of the same names. Collective.
+        """Writes an average into the parameters and buffers of another module with equal names. Collective.
 
         Gathers one bucket of parameters after the other where ranks share averages. The module may be plain or placed
         as the averaged model is: a teacher for distillation, or a model for another process to evaluate. Its parameters
-        are rounded once to their dtype. Those that have no average get the present values of the averaged model.
+        are rounded once to their dtype. A parameter without an average gets its present value in the averaged model.
 
         Args:
-            module: has a parameter for each of these, of the same name (without those of wrappers) and shape.
-            name: which average, the same on every rank; None for the first.
+            module: has a parameter of equal name (without wrappers' parts) and shape for each averaged one.
+            name: which average, equal on every rank; None for the first.
 
         Raises:
             ValueError, TypeError: on every rank, where the module lacks a parameter or has one of another shape, or
                 there is no average ``name``; nothing has changed then.
-            RuntimeError: the same on every rank, as for ``averaged_parameters``.
+            RuntimeError: on every rank, as for ``averaged_parameters``.
         """
         suffix = self._agree("copy_to()", name)
         buffers = self._buffers.first_values(self._name_of(name), self._agreement)
@@ -323,11 +323,11 @@ class ShardedAverages:
         dtype.
 
         Args:
-            name: which average, the same on every rank; None for the first.
+            name: which average, equal on every rank; None for the first.
 
         Raises:
             ValueError: on every rank, where there is no average ``name``.
-            RuntimeError: the same on every rank, as for ``averaged_parameters``.
+            RuntimeError: on every rank, as for ``averaged_parameters``.
         """
         suffix = self._agree("full_state_dict()", name)
         whole = whole_averages(self._members(), suffix, self._agreement, self._modules.slices())
@@ -343,10 +343,10 @@ class ShardedAverages:
     def state_dict(self) -> dict[str, Any]:
         """Returns each average as a dict by the names of parameters, and counts under ``"progress"``. Sends nothing.
 
-        Of plain parameters on several ranks, and where replicas share averages, tensors are this rank's pieces, which
-        ``Checkpointer`` and ``torch.distributed.checkpoint`` save, and load on any number of ranks and in any layout.
-        In a checkpoint an average is so a model's state dict: ``averages.ema.<parameter>``. Frozen parameters are left
-        out. Later updates do not change what it returned.
+        Where ranks share averages (plain parameters, replicas), tensors are this rank's pieces, which ``Checkpointer``
+        and ``torch.distributed.checkpoint`` save, and load on any number of ranks and in any layout. In a checkpoint
+        an average is a model's state dict: ``averages.ema.<parameter>``. Frozen parameters are left out. Later
+        updates do not change what it returned.
         """
         self._optimizers.synchronize()
         self._modules.drop_copies()
@@ -366,10 +366,10 @@ class ShardedAverages:
         """Loads what ``state_dict()`` has returned, by the names of parameters. Collective.
 
         Args:
-            state_dict: a state dict of averages of the same names and kinds.
+            state_dict: a state dict of averages with equal names and kinds.
 
         Raises:
-            ValueError, TypeError: the same on every rank, where it has other averages, parameters or shapes, or counts
+            ValueError, TypeError: on every rank, where it has other averages, parameters or shapes, or counts
                 differ between ranks; nothing has changed then.
         """
         self._optimizers.synchronize()
@@ -412,7 +412,7 @@ class ShardedAverages:
             param_group: dict with ``"params"``, as ``torch.optim`` takes it.
 
         Raises:
-            ValueError, TypeError: the same on every rank, where parameters are bad, already averaged, or differ between
+            ValueError, TypeError: on every rank, where parameters are bad, already averaged, or differ between
                 ranks; nothing is added then.
         """
         with self._agreement.together("add_param_group()"):

@@ -1,4 +1,4 @@
-"""README.md: its example run as written, its figures looked up in benchmarks/results, its links and names followed."""
+"""README.md: its examples run as written, its figures looked up in benchmarks/results, its links and names followed."""
 
 import re
 import subprocess
@@ -6,12 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import dist_asgd
-from tests.support.ranks import run_alone
+from tests.support.ranks import run_alone, run_ranks
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "launch" / "README.md"]
 DOCUMENTS += [*sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -20,7 +25,7 @@ each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_first_screen(ranks, tmp_path, capfd):
     """One process, and two ranks of torchrun."""
-    (train,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    train, _ = EXAMPLES
     if ranks == 1:
         run_alone(exec, train, {})
         printed = capfd.readouterr().out
@@ -34,6 +39,22 @@ def test_the_first_screen(ranks, tmp_path, capfd):
     assert len(found) == ranks
     assert all(float(averaged) < float(raw) for raw, averaged in found)
     assert "\n" + re.search(r"^\+(opt = .*)$", README, re.MULTILINE)[1] in train  # the changed line is the example's
+
+
+def beside_adamw(rank):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 1))
+    names = {"torch": torch, "model": fully_shard(model) if dist.is_initialized() else model}
+    exec(EXAMPLES[1], names)
+    x = names["x"]
+    return (model(x) - x.mean(1, keepdim=True)).square().mean().item(), names["averaged"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_second_example(ranks):
+    """One process, and two ranks under FSDP2."""
+    found = [run_alone(beside_adamw, 0)] if ranks == 1 else run_ranks(ranks, beside_adamw)
+    assert all(averaged < raw for raw, averaged in found)
 
 
 def test_the_promises_name_their_tests():

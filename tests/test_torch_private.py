@@ -65,6 +65,7 @@ DYNAMIC = {
     "_is_root",
     "_join_config",
     "_modules",
+    "_non_persistent_buffers_set",
     "_optimizer_load_state_dict_post_hooks",
     "_param_fqn",
     "_params",
@@ -339,6 +340,14 @@ def test_submodules():
     module.first, module.second = child, child
     module.register_module("third", None)
     assert dict(private().submodules(module)) == {"first": child, "second": child, "third": None}
+
+
+def test_non_persistent_buffers():
+    module = nn.BatchNorm1d(2)
+    module.register_buffer("scratch", torch.zeros(2), persistent=False)
+    assert set(private().non_persistent_buffers(module)) == {"scratch"}
+    assert set(private().non_persistent_buffers(nn.Sequential(module))) == set()
+    assert "scratch" not in module.state_dict() and "running_mean" in module.state_dict()
 
 
 def names_of_wrappers(rank):

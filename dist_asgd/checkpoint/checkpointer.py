@@ -178,8 +178,8 @@ class Checkpointer:
             strict: True: raise if an entry is missing from the checkpoint, unexpected in it, or of another shape.
                 False: leave what is missing or of another shape as it is, and ignore what is unexpected; a warning in
                 the log lists the shapes.
-            average: True: load an optimizer's averages (``ax``) into the parameters of modules. A name: load the
-                average of this name, of an optimizer that has several.
+            average: True: load averages, of ``ShardedASGD`` or ``ShardedAverages``, into the parameters of modules. A
+                name: load the average of this name, where there are several.
             cast: True: convert fp64, fp32, fp16 and bf16 into each other, and complex dtypes, where the live tensor has
                 another dtype, rounded once; where an optimizer has saved a master, from it. The log says how many.
             prefix: left out of the checkpoint's names of parameters and buffers: ``"model."`` to load a module that was

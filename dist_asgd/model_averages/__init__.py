@@ -1,1 +1,1 @@
-"""The parts of ``ShardedAverages``: whose steps it follows, when averages begin, buffers, state dicts, copies."""
+"""Parts of ``ShardedAverages``: followed optimizers, the start of averages, buffers, state dicts, copies."""

@@ -28,7 +28,7 @@ class _Buffer:
 
     owner: nn.Module
     attribute: str
-    is_averaged: bool  # otherwise its average is its own present value
+    is_averaged: bool  # otherwise the buffer counts as its own average
 
     @property
     def tensor(self) -> Tensor:
@@ -41,7 +41,7 @@ class _Buffer:
 class AveragedBuffers:
     """Buffers that belong to the averages of a model: averaged ones, and copied ones, which keep their values.
 
-    Every rank averages its own buffers, which are small. Where ranks differ, those of rank 0 count.
+    Every rank averages its own buffers, which are small. Where ranks differ, rank 0's buffers count.
 
     Args:
         module: the model; None without buffers.
@@ -92,7 +92,7 @@ class AveragedBuffers:
         self._averages[target], self._averages[source] = self._averages[source], {}
 
     def values(self, average: str) -> dict[str, Tensor]:
-        """Returns this rank's average of each buffer, by name; of a copied one its present value."""
+        """Returns this rank's average of each buffer by name. A copied buffer counts as its own average."""
         held = self._averages[average]
         return {name: held.get(name, buffer.tensor) for name, buffer in self._buffers.items()}
 
@@ -130,7 +130,7 @@ class AveragedBuffers:
 
 
 def persistent_buffers(module: nn.Module | None) -> dict[str, Tensor]:
-    """Returns the buffers that a module saves, by their names without those of wrappers; none without a module."""
+    """Returns the buffers that a module saves, by their names without wrappers' parts; none without a module."""
     found = {
         f"{path}.{name}" if path else name: value
         for path, owner in (() if module is None else module.named_modules(remove_duplicate=False))

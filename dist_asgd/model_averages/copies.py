@@ -15,6 +15,7 @@ from dist_asgd.comm.consensus import Agreement
 from dist_asgd.model_averages.parameters import named_in, unwrapped_names
 from dist_asgd.model_averages.state import Member
 from dist_asgd.step.validation import some_of
+from dist_asgd.wrappers import ParallelModules
 
 
 @torch.no_grad()
@@ -25,7 +26,7 @@ def copy_averages(
 
     Args:
         members: the parameters that are averaged.
-        suffix: of the average in the state.
+        suffix: the suffix of the average in the state.
         buffers: values by the names of buffers.
         module: has parameters and buffers of these names.
         agreement: among the ranks of the averages.
@@ -60,6 +61,7 @@ def _targets(
     """Returns the parameters and buffers of ``module`` to write to. Raises where one is missing or does not fit."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"copy_to() needs a torch.nn.Module, got {type(module).__name__}")
+    ParallelModules(module).drop_copies()  # otherwise FSDP2 has whole parameters here, whose values it drops later
     held = named_in(module)
     pairs = list(module.named_buffers(remove_duplicate=False))
     found = dict(zip(unwrapped_names([name for name, _ in pairs], module), (value for _, value in pairs), strict=True))

@@ -16,15 +16,15 @@ DDP_PREFIX = "module."
 def named_parameters(params: Iterable[Any], module: nn.Module | None) -> dict[Tensor, str]:
     """Returns the parameters with their names in the model, each once.
 
-    Names are without those that wrappers (``torch.compile``, FSDP1, DistributedDataParallel) add.
+    Names lack the parts that wrappers (``torch.compile``, FSDP1, DistributedDataParallel) add.
 
     Args:
         params: tensors, (name, tensor) pairs, or param groups of either, as ``torch.optim`` takes them.
         module: the model, which has names for tensors that come without one; None if it is not known.
 
     Raises:
-        TypeError: ``params`` is of other things.
-        ValueError: there are none, or a parameter has no name or another one's.
+        TypeError: ``params`` has something that is no tensor, pair or param group.
+        ValueError: ``params`` is empty, a parameter has no name, or two have one name.
     """
     if isinstance(params, Tensor):
         raise TypeError("params must be an iterable of tensors, such as model.named_parameters(), got a Tensor")
@@ -69,7 +69,7 @@ def _pairs(item: Any) -> Iterator[tuple[str | None, Tensor]]:
 
 
 def unwrapped_names(names: Sequence[str], module: nn.Module | None) -> list[str]:
-    """Returns the names without those of wrappers. Raises ``ValueError`` where two become equal."""
+    """Returns the names without the parts that wrappers add. Raises ``ValueError`` where two become equal."""
     found = [without_wrappers(name) for name in names]
     under_ddp = module is None or isinstance(module, DistributedDataParallel)
     if under_ddp and all(name.startswith(DDP_PREFIX) for name in found):
@@ -81,7 +81,7 @@ def unwrapped_names(names: Sequence[str], module: nn.Module | None) -> list[str]
 
 
 def named_in(module: nn.Module) -> dict[str, Tensor]:
-    """Returns all parameters of ``module`` by their names without those of wrappers, tied ones by each name."""
+    """Returns all parameters of ``module`` by their names without wrappers' parts, tied ones by each name."""
     pairs = list(module.named_parameters(remove_duplicate=False))
     names = unwrapped_names([name for name, _ in pairs], module)
     return dict(zip(names, (param for _, param in pairs), strict=True))

@@ -75,7 +75,7 @@ def sharded_averages(members: Sequence[Member], suffixes: Mapping[str, str], sli
 
 
 def iterates_of(members: Sequence[Member]) -> dict[str, Any]:
-    """Returns how many iterates each parameter has: one number, and the names of those that have another one."""
+    """Returns how many iterates parameters have: the largest number, and the parameters that have another one."""
     counts = {member.names[0]: member.iterates for member in members}
     common = max(counts.values(), default=0)
     return {"iterates": common, "others": {name: count for name, count in counts.items() if count != common}}
@@ -86,8 +86,8 @@ def whole_averages(members: Sequence[Member], suffix: str, agreement: Agreement,
     """Returns one average as whole CPU tensors, by the names of parameters, on rank 0; ``{}`` on others. Collective.
 
     Args:
-        members: all parameters, also those that are not averaged, which count as their own average.
-        suffix: of the average in the state.
+        members: all parameters. One without an average counts as its own average.
+        suffix: the suffix of the average in the state.
         agreement: among the ranks that share the averages.
         slices: FSDP1's slices by ``id``.
     """

@@ -57,13 +57,13 @@ class Timing:
         return float(self.kinds[name].mu(updates, first - 1, self.restarted))
 
     def state(self) -> dict[str, Any]:
-        """Returns all of it but the kinds, as plain data."""
+        """Returns the counts and starts, but not the kinds, as plain data."""
         start = None if math.isinf(self.start) else self.start
         return {"updates": self.updates, "start": start, "restarted": self.restarted, "firsts": dict(self.firsts)}
 
     @classmethod
     def of(cls, kinds: Mapping[str, Average], state: Mapping[str, Any]) -> Timing:
-        """Returns a timing with what ``state()`` has returned."""
+        """Returns a timing with the counts and starts that ``state()`` has returned."""
         start = state["start"]
         timing = cls(kinds, math.inf if start is None else float(start))
         timing.updates, timing.restarted = int(state["updates"]), bool(state["restarted"])

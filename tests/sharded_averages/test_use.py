@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_asgd import EMA, PolynomialDecay, ShardedASGD, ShardedAverages, Tail, TwoTailed, Uniform
@@ -345,7 +346,12 @@ def test_two_tailed_averages(world_size):
 def copied(rank, layout, other):
     _, _, averages, iterates = trained(layout)
     teacher = place(other, Model(3)) if other != "plain" else Model(3)
+    averages.copy_to(teacher, "ema")
+    with torch.no_grad():
+        teacher(torch.ones(4, 7))  # FSDP2 keeps whole parameters from here on, which it drops at the next reshard()
     averages.copy_to(teacher, "mean")
+    if isinstance(teacher, FSDPModule):
+        teacher.reshard()
     expected = averaged(iterates, Uniform())
     assert all(torch.equal(whole(param), expected[name]) for name, param in named_parameters(teacher).items())
 
