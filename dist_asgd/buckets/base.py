@@ -278,7 +278,7 @@ def require_same(
         raise RuntimeError(
             f"parameter {name!r} has become {describe(found)}; {built} for {expected}. "
             "Convert and shard the model (model.to(...), fully_shard(...)) before the optimizer's first step, or build "
-            "again what was built for it"
+            "it again"
         )
 
 

@@ -49,7 +49,7 @@ def test_encoded_credentials_are_taken_out_and_all_else_comes_back(
 @given(
     st.sampled_from(["s3", "gs", "az", "abfs", "sftp", "https", "memory", "nonsense", "S3"]),
     st.sampled_from(["://", ":/", ":///"]),
-    TEXT,
+    TEXT.filter(lambda user: "/" not in user),  # "s3://bucket/a:b@c" is a bucket and a path, whatever was meant
     TEXT,
     HOSTS,
     PATHS,
