@@ -52,7 +52,7 @@ def _run_reports(found: Run, progress: ReportProgress | None) -> list[dict[str, 
     paths = {
         directory.name: f"{directory.name}/{MANIFEST}" for directory in found.directories if directory.is_committed
     }
-    names = [name for name, path in paths.items() if found.sizes[path] <= MAX_MANIFEST]
+    names = [name for name, path in paths.items() if 0 < found.sizes[path] <= MAX_MANIFEST]  # 0: a FIFO, too
     ranges = [(paths[name], 0, found.sizes[paths[name]]) for name in names]
     data = {names[index]: data for index, data in found.storage.read_ranges(ranges)}
     live = {directory.name for directory in found.live().values()}

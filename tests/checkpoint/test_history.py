@@ -267,6 +267,9 @@ def test_a_damaged_history_is_an_error_that_says_so(tmp_path):
         file.write_bytes(wrong)
         assert f"{file} is damaged" in message_of(lambda: loaded(tmp_path), CheckpointError)
     file.unlink()
+    os.mkfifo(file)
+    assert f"{file} is damaged" in message_of(lambda: loaded(tmp_path), CheckpointError)
+    file.unlink()
     assert loaded(tmp_path) == 2
 
 
@@ -298,7 +301,16 @@ def spoil_stock(folder):
     (folder / ".metadata").write_bytes(data)
 
 
-DAMAGES = [flip, cut, cut_manifest, lose, spoil_stock]
+def block_manifest(folder):
+    (folder / "manifest.json").unlink()
+    os.mkfifo(folder / "manifest.json")
+
+
+def inflate_manifest(folder):
+    os.truncate(folder / "manifest.json", 2**40)
+
+
+DAMAGES = [flip, cut, cut_manifest, lose, spoil_stock, block_manifest, inflate_manifest]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -322,7 +334,7 @@ def test_a_load_falls_back_if_asked_and_retention_does_not_count_what_is_damaged
     assert checkpointer.steps() == [2, 4] and loaded(tmp_path) == 4
 
 
-@pytest.mark.parametrize("damage", [cut, cut_manifest, lose])
+@pytest.mark.parametrize("damage", [cut, cut_manifest, lose, block_manifest])
 def test_retention_finds_damage_by_manifests_and_sizes(tmp_path, damage):
     checkpointer = saved(tmp_path, (1, 2, 3), keep_last=3)
     damage(directory(tmp_path, 3))

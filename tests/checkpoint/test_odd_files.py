@@ -59,6 +59,8 @@ def look_at(folder: Path, kind: str) -> None:
             if is_read and kind == "huge":
                 limit = MAX_MANIFEST if name == "manifest.json" else 2**28
                 assert f"has {MAX_MANIFEST + 1} bytes, expected at most {limit}" in message, message
+            elif name == "manifest.json" and kind not in ("a directory", "a dangling link"):
+                assert f"{odd}: {name} is empty, or it is no regular file" in message, message
             elif is_read and kind not in ("a directory", "a dangling link"):
                 assert f"{odd}/{name}" in message and f"it is {kind}, expected a regular file" in message, message
             for command in (["ls", run], ["show", odd], ["verify", odd], ["export", odd, folder / "out.pt"]):

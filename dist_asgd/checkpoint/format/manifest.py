@@ -210,9 +210,14 @@ def _path_members(record: TensorRecord | ValueRecord) -> dict[str, Any]:
 
 
 def check_size(size: int, name: str = MANIFEST) -> None:
-    """Raises ``CheckpointError`` for a size in bytes that the manifest, or the ``.metadata`` beside it, cannot have."""
+    """Raises ``DamagedCheckpoint`` for a size in bytes that the manifest, or the ``.metadata`` beside it, cannot have.
+
+    A FIFO, a socket and a device have the size 0.
+    """
+    if size == 0:
+        raise DamagedCheckpoint(f"{name} is empty, or it is no regular file")
     if size > MAX_MANIFEST:
-        raise CheckpointError(f"{name} has {size} bytes, expected at most {MAX_MANIFEST}")
+        raise DamagedCheckpoint(f"{name} has {size} bytes, expected at most {MAX_MANIFEST}")
 
 
 def read_manifest(data: bytes) -> Manifest:

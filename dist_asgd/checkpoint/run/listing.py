@@ -6,11 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from dist_asgd.checkpoint.errors import CheckpointError
-from dist_asgd.checkpoint.format.manifest import MANIFEST, STOCK, check_size
+from dist_asgd.checkpoint.format.manifest import MANIFEST, STOCK
 from dist_asgd.checkpoint.run.directories import Directory, directories_of, is_directory_name, newest_by_step
 from dist_asgd.checkpoint.run.history import HISTORY, HistoryEntry, entry_numbers, entry_path, read_entry
 from dist_asgd.checkpoint.storage.storage import Storage
 
+MAX_ENTRY = 2**28  # bytes of a file of the history: the names of millions of abandoned checkpoints
 LOOKS = 10  # at a history whose newest file disappears, because a writer has added a newer one meanwhile
 
 
@@ -97,8 +98,8 @@ def _read(storage: Storage, number: int, known: HistoryEntry | None, sizes: Mapp
     if known is not None and known.number == number:
         return known
     path = entry_path(number)
-    check_size(sizes[path], f"{storage.url}/{path}")
-    return read_entry(storage.read(path), f"{storage.url}/{path}")
+    is_readable = 0 < sizes[path] <= MAX_ENTRY  # a FIFO has the size 0
+    return read_entry(storage.read(path) if is_readable else b"", f"{storage.url}/{path}")
 
 
 def _sizes(storage: Storage) -> dict[str, int]:

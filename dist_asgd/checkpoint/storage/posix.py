@@ -239,15 +239,22 @@ def link(temporary: str, target: str, data: bytes) -> None:
             os.fsync(file)
 
 
+@contextlib.contextmanager
+def ignoring_links_to_nothing() -> Iterator[None]:
+    """Hides the errors of a file that is gone, and of a link that leads to no file or back to itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
+
+
 def list_folder(folder: str) -> dict[str, int | None]:
     """Returns the names in a folder: sizes of files in bytes, None for folders; {} where there is no folder."""
     found: dict[str, int | None] = {}
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         for entry in entries:
             if not is_temporary(entry.name):
-                with contextlib.suppress(FileNotFoundError):
-                    if not entry.is_dir():
-                        found[entry.name] = entry.stat().st_size
-                    else:
-                        found[entry.name] = None
+                with ignoring_links_to_nothing():
+                    found[entry.name] = None if entry.is_dir() else entry.stat().st_size
     return found
