@@ -12,6 +12,7 @@ gradients of different backwards.
 from __future__ import annotations
 
 import contextlib
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -98,6 +99,12 @@ class Reducer:
         while self._in_flight:
             self._in_flight.popleft().finish_oldest_reduce()
         self._patience = PATIENCE
+
+    def finish_within(self, seconds: float) -> None:
+        """Waits at most ``seconds`` for reductions under way, which other ranks may never begin; leaves the rest."""
+        end = time.monotonic() + seconds
+        while self._in_flight and self._in_flight[0].reduces_within(max(end - time.monotonic(), 0.0)):
+            self._in_flight.popleft().finish_oldest_reduce()
 
     def run_pass(self) -> None:
         """Runs one pass without a backward, and does not wait for its reductions. Collective."""

@@ -17,7 +17,7 @@ from dist_asgd.asgd.schedule import Hyperparameters, Scaling
 from dist_asgd.buckets.base import Bucket
 from dist_asgd.buckets.reducer import Reducer
 from dist_asgd.comm.consensus import Agreement, fingerprint
-from dist_asgd.comm.roll_call import DifferentOperations, RankMissing
+from dist_asgd.comm.roll_call import SLOW_SECONDS, DifferentOperations, RankMissing
 from dist_asgd.step.consistency import TRAINED_WITH_GRADIENT, step_code, step_facts
 from dist_asgd.step.cuda_graphs import refuse_capture
 from dist_asgd.step.forward_wait import ForwardWaits
@@ -169,8 +169,10 @@ class StepAgreement:
         try:
             maxima = self.agreement.maximum(operation, [self._reducer.passes, news, history, -history, *values])
         except RuntimeError as failure:
-            if isinstance(failure, DifferentOperations):  # whose first value is the number of passes, on every rank
-                self._reducer.catch_up(failure.values[0])
+            if isinstance(failure, DifferentOperations) and any(failure.values):
+                self._reducer.catch_up(failure.values[0])  # the number of passes, on every rank
+            elif isinstance(failure, DifferentOperations):  # a rank that calls another object may run no backward
+                self._reducer.finish_within(SLOW_SECONDS)
             if error is None:
                 raise
             raise failure from error

@@ -81,6 +81,27 @@ def test_a_call_of_rank_0_alone_and_the_step_of_the_others_are_both_named(tmp_pa
             assert f"rank 0 called {name}" in text and "ranks 1-2 called ShardedASGD.step()" in text, text
 
 
+def alone_before_a_backward(rank, url):
+    """Rank 0 saves after a step, and the reductions of the others' next backward wait for its backward."""
+    pair = Pair(make_parameters(PLAIN), lr=0.1, t0=0)
+    run = Checkpointer(url)
+    pair.train(range(2))
+    if rank:
+        pair.backward(random_gradients(PLAIN, 2, 9))
+    text, seconds = timed(pair.optimizer.step if rank else lambda: run.save(1, {"optimizer": pair.optimizer}))
+    assert seconds < LONG / 2, "nobody waits until the timeout of the group"
+    if not rank:
+        pair.backward(random_gradients(PLAIN, 2, 9))
+    pair.zero_grad()
+    pair.train(range(3))
+    return text
+
+
+def test_a_save_of_rank_0_alone_is_named_by_ranks_that_have_run_their_next_backward(tmp_path):
+    for text in run_ranks(2, alone_before_a_backward, str(tmp_path), timeout=LONG):
+        assert "rank 0 called Checkpointer.save(), rank 1 called ShardedASGD.step()" in text
+
+
 def across_groups(rank, url):
     """The optimizer lives on a group of its own; in the end on ranks 0 and 1 only, while ranks 2 and 3 do nothing."""
     texts, groups = [], [group_of(range(3), LONG), group_of(range(2), LONG)]
