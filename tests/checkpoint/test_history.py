@@ -21,6 +21,7 @@ from dist_asgd.checkpoint.run.history import entry_path, read_entry
 from dist_asgd.checkpoint.run.listing import list_run
 from dist_asgd.checkpoint.run.writer import PlannedSave, Writer
 from dist_asgd.checkpoint.storage.posix import LocalStore
+from dist_asgd.checkpoint.storage.retry import StorageError
 from dist_asgd.checkpoint.storage.storage import Storage
 from tests.support.failures import one_message
 from tests.support.ranks import message_of, run_alone, run_ranks
@@ -393,17 +394,24 @@ def test_a_wrong_place_is_told(tmp_path):
     dist_asgd.save(tmp_path / "single", at(1))
     dcp.save(at(1), checkpoint_id=tmp_path / "stock", no_dist=True)
     (tmp_path / "file").write_text("text")
+    os.mkfifo(tmp_path / "fifo")
+    os.symlink("not-mounted", tmp_path / "link")
     wrong = {
         one: "is one checkpoint, not the directory of a run",
         tmp_path / "single": "is one checkpoint, not the directory of a run",
         tmp_path / "stock": "which torch.distributed.checkpoint writes",
         tmp_path / "file": "is a file",
+        tmp_path / "file" / "run": "lies below one",
+        tmp_path / "fifo": "is a file",
+        tmp_path / "link": "is a link to nothing",
     }
     for place, part in wrong.items():
         checkpointer = Checkpointer(place)
         calls = (lambda c=checkpointer: c.load(at(0)), lambda c=checkpointer: c.save(9, at(9)), checkpointer.latest)
         for call in calls:
-            assert part in message_of(call, CheckpointError)
+            assert part in message_of(call, CheckpointError, StorageError)
+    inside = Checkpointer(Path(one) / "run")
+    assert "is inside of a checkpoint" in message_of(lambda: inside.save(9, at(9)), CheckpointError)
     assert "is the directory of a run" in message_of(lambda: dist_asgd.load(run, at(0)), CheckpointError)
     assert "is a file" in message_of(lambda: dist_asgd.load(tmp_path / "file", at(0)), CheckpointError)
     assert "not empty" in message_of(lambda: dist_asgd.save(one, at(0)), CheckpointError)

@@ -48,13 +48,17 @@ class Run:
                 f"{url} is one checkpoint, not the directory of a run: it has a {MANIFEST}. To load it, call "
                 "dist_asgd.load(url, state). Checkpointer takes the directory that holds the directories of all steps"
             )
+        if saving and any(is_directory_name(name) for name in url.split("/")):
+            raise CheckpointError(
+                f"{url} is inside of a checkpoint's directory. Give Checkpointer a directory of its own"
+            )
         if STOCK in self.sizes and not has_run:
             raise CheckpointError(
                 f"{url} is not the directory of a run: it has a {STOCK}, which torch.distributed.checkpoint writes. To "
                 "load it, call dist_asgd.load(url, state). Give Checkpointer a directory of its own"
             )
         if not self.sizes and self.storage.is_file():
-            raise CheckpointError(f"{url} is a file. Checkpointer takes the directory of a run")
+            raise CheckpointError(f"{url} is a file, or lies below one. Checkpointer takes the directory of a run")
 
 
 def list_run(storage: Storage, known: HistoryEntry | None = None) -> Run:

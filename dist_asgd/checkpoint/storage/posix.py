@@ -80,10 +80,19 @@ class LocalStore:
         return self._requests.retry("read", path, request)
 
     def entries(self, path: str) -> dict[str, int | None]:
-        return self._requests.retry("list", path, lambda: list_folder(self._at(path)))
+        def request() -> dict[str, int | None]:
+            if not path and os.path.islink(self._folder) and not os.path.exists(self._folder):
+                raise OSError("it is a link to nothing: is a file system not mounted?")
+            return list_folder(self._at(path))
+
+        return self._requests.retry("list", path, request)
 
     def is_file(self) -> bool:
-        return os.path.isfile(self._folder)
+        """Returns whether the folder is a file, a FIFO or a device, or lies below one."""
+        try:
+            return not os.path.isdir(self._folder) and bool(os.stat(self._folder))
+        except OSError as error:
+            return isinstance(error, NotADirectoryError)
 
     def sizes(self, path: str) -> dict[str, int]:
         found: dict[str, int] = {}
