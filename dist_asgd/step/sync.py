@@ -169,10 +169,8 @@ class StepAgreement:
         try:
             maxima = self.agreement.maximum(operation, [self._reducer.passes, news, history, -history, *values])
         except RuntimeError as failure:
-            if isinstance(failure, DifferentOperations) and any(failure.values):
-                self._reducer.catch_up(failure.values[0])  # the number of passes, on every rank
-            elif isinstance(failure, DifferentOperations):  # a rank that calls another object may run no backward
-                self._reducer.finish_within(SLOW_SECONDS)
+            if isinstance(failure, DifferentOperations):
+                self._finish_reductions(failure)
             if error is None:
                 raise
             raise failure from error
@@ -191,6 +189,13 @@ class StepAgreement:
             )
         if news == WRITTEN:
             require_same_values(self.agreement, self._buckets, written_only=True)
+
+    def _finish_reductions(self, failure: DifferentOperations) -> None:
+        """Finishes what the ranks reduce, so far as those in another call take part in it."""
+        if any(failure.values):
+            self._reducer.catch_up(failure.values[0])  # the number of passes, on every rank
+        else:  # a rank that calls another object may run no backward
+            self._reducer.finish_within(SLOW_SECONDS)
 
     def agree_on(self, operation: str, groups: Groups | None = None, buckets: Sequence[Bucket] = ()) -> None:
         """Makes the exchange of ``together`` for an operation that checks only what the optimizer was built for.
