@@ -79,6 +79,7 @@ def test_however_credentials_are_typed_they_are_not_shown(
         "sftp://user:sesame/1@host/run": "write '/' as %2F",
         "s3:/key:sesame@bucket/run": "two slashes",
         "key:sesame@bucket/run": "two slashes",
+        "s3//key:sesame@bucket/run": "two slashes",
         "file://user:sesame@host/run": "two slashes",
         "s3:///key:sesame@bucket/run": "not percent-encoded",
         "az:/c/run?sig=sesame": "two slashes",

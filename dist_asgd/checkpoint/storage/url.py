@@ -204,13 +204,14 @@ def _forms(secret: str) -> Iterator[str]:
     yield base64.b64encode(secret.encode(errors="surrogateescape")).decode().rstrip("=")
 
 
-_LIKE_A_URL = re.compile(r"[A-Za-z0-9+.-]{2,}:/|[^/]+:[^/]*@")  # "s3:/bucket", "user:password@host"
+# Matches "s3:/bucket", "user:password@host" and, without the colon, "s3//bucket".
+_LIKE_A_URL = re.compile(r"[A-Za-z0-9+.-]{2,}:/|[^/]+:[^/]*@|(?:s3a?|gc?s|az|abfss?|sftp|ssh|ftp|https?)//")
 
 
 def _local(path: str, options: Mapping[str, Any]) -> Target:
     if _LIKE_A_URL.match(path):
         raise ValueError(
-            "it is no local path and no URL: a URL has two slashes behind its colon, of which pathlib makes one, so "
+            "it is no local path and no URL: a URL has a colon and two slashes, of which pathlib makes one, so "
             "give a URL as a str ('s3://...'). A local path like that is written with ./ in front"
         )
     if options:
