@@ -88,20 +88,17 @@ bare() {
     env -u PYTHONPATH OMP_NUM_THREADS=1 "$BARE/bin/python" "$@"
 }
 
-# Writes each Python block of README.md to a file of its own and runs it.
+# Writes the first Python block of README.md, which is a program, to a file and runs it. Later blocks go on from its names.
 run_readme() {
-    local program ran=0
-    awk -v folder="$PACKAGE" '
-        /^```python$/ { file = folder "/readme-" ++n ".py"; next }
-        /^```$/ { file = "" }
-        file { print > file }' "$ROOT/README.md"
-    for program in "$PACKAGE"/readme-*.py; do
-        [[ -e "$program" ]] || die "README.md has no Python to run."
-        ran=$((ran + 1))
-        say "README.md, Python block $ran, in .venv/bare: one process"
-        (cd "$PACKAGE" && bare "$program" </dev/null) || die "block $ran of README.md fails where only the wheel is."
-        say "README.md, Python block $ran, in .venv/bare: two ranks"
-        (cd "$PACKAGE" && bare -m torch.distributed.run --standalone --nproc-per-node 2 "$program" </dev/null) ||
-            die "block $ran of README.md fails on two ranks where only the wheel is."
-    done
+    local program="$PACKAGE/readme.py"
+    awk -v file="$program" '
+        /^```python$/ && !n++ { inside = 1; next }
+        /^```$/ { inside = 0 }
+        inside { print > file }' "$ROOT/README.md"
+    [[ -s "$program" ]] || die "README.md has no Python to run."
+    say "README.md, first Python block, in .venv/bare: one process"
+    (cd "$PACKAGE" && bare "$program" </dev/null) || die "the first block of README.md fails where only the wheel is."
+    say "README.md, first Python block, in .venv/bare: two ranks"
+    (cd "$PACKAGE" && bare -m torch.distributed.run --standalone --nproc-per-node 2 "$program" </dev/null) ||
+        die "the first block of README.md fails on two ranks where only the wheel is."
 }
