@@ -173,7 +173,7 @@ def test_ls_shows_one_checkpoint(run, tmp_path, capsys):
         assert (row["step"], row["state"], row["tensors"]) == (None, "torch.distributed.checkpoint", 1)
     assert "torch.distributed.checkpoint" in called(capsys, "ls", tmp_path / "stock")[1]
     (newest(run) / "manifest.json").write_text("")
-    assert "not whole" in answer(capsys, "ls", newest(run), status=1)["checkpoints"][0]["damage"]
+    assert "is empty" in answer(capsys, "ls", newest(run), status=1)["checkpoints"][0]["damage"]
     (newest(run) / "manifest.json").unlink()
     status, _, err = called(capsys, "ls", newest(run))
     assert status == 3 and "has no manifest.json" in err
