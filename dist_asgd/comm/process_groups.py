@@ -129,8 +129,9 @@ class SharedGroups:
         """Waits for ``work``, which ``exchange`` has started; see ``RollCall.complete``."""
         try:
             self.roll_call.complete(work, exchange)
-        finally:
+        except BaseException:
             self._broken |= not work.is_completed()  # it would be matched with the next exchange of other ranks
+            raise
 
     def free(self) -> tuple[int, dict[int, int]]:
         """Returns the number that a new set would get on this rank, and the uses of each set that is free on it."""

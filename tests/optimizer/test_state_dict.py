@@ -456,7 +456,7 @@ def test_a_consolidated_state_dict_is_whole_once(world_size: int) -> None:
             with pytest.raises(ValueError, match=rf"to={bad}"):
                 optimizer.consolidate_state_dict(to=bad)  # type: ignore[arg-type]
         if world_size > 1:
-            with pytest.raises(RuntimeError, match=r"rank 0: consolidate_state_dict\(to=0\)"):
+            with pytest.raises(RuntimeError, match=r"rank 0 called ShardedASGD\.consolidate_state_dict\(to=0\)"):
                 optimizer.consolidate_state_dict(to=rank)
         step(6)
         pair.check("at the end")

@@ -23,7 +23,7 @@ from torch.optim import ASGD, Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_asgd import ShardedASGD
-from dist_asgd.comm import consensus
+from dist_asgd.comm import consensus, roll_call
 from dist_asgd.sharding.layout import BucketLayout, plan_buckets
 from dist_asgd.sharding.placement import Placement
 from dist_asgd.sharding.sharded_state import ScalarCopy, StatePiece
@@ -50,10 +50,26 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
     return result, round(seconds, 3), round((peak_resident() - before) / MIB, 1)
 
 
+class LonelyStore(FakeStore):
+    """Has room for nothing, and nobody else looks into it."""
+
+    def add(self, key: str, amount: int) -> int:
+        return amount
+
+    def check(self, keys: list[str]) -> bool:
+        return False
+
+    def set(self, key: str, value: str) -> None:
+        pass
+
+    def delete_key(self, key: str) -> bool:
+        return False
+
+
 @contextlib.contextmanager
 def fake_ranks(world_size: int, rank: int) -> Iterator[None]:
     """Inside, this process is one rank of many, of which the others do not exist."""
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=LonelyStore())
     new_group, gather = dist.new_group, consensus.all_gather_object
 
     def fake_group(*args: Any, **kwargs: Any) -> Any:
@@ -66,7 +82,10 @@ def fake_ranks(world_size: int, rank: int) -> Iterator[None]:
 
     try:
         gathers = mock.patch.object(consensus, "all_gather_object", fake_gather)
-        with mock.patch.object(dist, "new_group", fake_group), gathers:
+        # Nobody else comes, and no work is ever said to be complete.
+        nobody = {"assemble": lambda *_: None, "complete": lambda self, work, exchange: work.wait()}
+        calls = mock.patch.multiple(roll_call.RollCall, **nobody)
+        with mock.patch.object(dist, "new_group", fake_group), gathers, calls:
             yield
     finally:
         dist.destroy_process_group()
