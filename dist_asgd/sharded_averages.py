@@ -379,15 +379,23 @@ class ShardedAverages:
                 bucket.check_parameters()
             kinds = {name: repr(kind) for name, kind in self._kinds.items()}
             slices, buffers = self._modules.slices(), self._buffers.names
+            numbers = {id(bucket): number for number, bucket in self._buckets}
+
+            def scalars_of(member: Member, progress: Mapping[str, Any], iterates: int) -> Scalars:
+                timing = Timing.of(self._kinds, progress["timings"][numbers[id(member.bucket)]])
+                return timing.scalars(iterates, timing.updates)
+
             loaded = plan_load(
-                self._members(), self._suffixes(), kinds, buffers, state_dict, slices, self._saved_scalars
+                self._members(),
+                self._suffixes(),
+                kinds,
+                len(self._timings),
+                buffers,
+                state_dict,
+                slices,
+                scalars_of,
             )
             timings = [Timing.of(self._kinds, saved) for saved in loaded.progress["timings"]]
-            if len(timings) != len(self._timings):
-                raise ValueError(
-                    f"the state dict follows {len(timings)} optimizers, these averages {len(self._timings)}: pass as "
-                    "many to ShardedAverages"
-                )
         self._agreement.require_equal("the state dict", [*loaded.facts, ("timings", repr(loaded.progress["timings"]))])
         loaded.apply()
         self._timings, self._has_compared = timings, bool(loaded.progress["compared"])
@@ -502,8 +510,3 @@ class ShardedAverages:
 
     def _following(self, timing: Timing) -> Callable[[int], Scalars]:
         return lambda iterates: timing.scalars(iterates, timing.updates)
-
-    def _saved_scalars(self, member: Member, progress: Mapping[str, Any], iterates: int) -> Scalars:
-        numbers = {id(bucket): number for number, bucket in self._buckets}
-        timing = Timing.of(self._kinds, progress["timings"][numbers[id(member.bucket)]])
-        return timing.scalars(iterates, timing.updates)

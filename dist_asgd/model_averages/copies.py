@@ -42,7 +42,7 @@ def copy_averages(
         if member.bucket is not bucket:
             bucket = member.bucket
             blocks = bucket.whole_averages(suffix)
-        _write(targets[member.names[0]], _placed(member, blocks[member.position]))
+        _write(targets[member.names[0]], bucket.shard.parameters.wrap(member.position, blocks[member.position]))
     for name, value in buffers.items():
         target_buffers[name].copy_(value)
 
@@ -79,16 +79,6 @@ def _targets(
     if any(id(held[name]) in own for name in names):
         raise ValueError("copy_to() into the averaged model itself would end its training: use averaged_parameters()")
     return held, found
-
-
-def _placed(member: Member, block: Tensor) -> Tensor:
-    """Returns this rank's block of an average as a DTensor like its parameter, or as it is for a plain one."""
-    param = member.param
-    if not isinstance(param, DTensor):
-        return block
-    return DTensor.from_local(
-        block, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
-    )
 
 
 def _write(target: Tensor, value: Tensor) -> None:

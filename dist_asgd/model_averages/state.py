@@ -132,6 +132,7 @@ def plan_load(
     members: Sequence[Member],
     suffixes: Mapping[str, str],
     kinds: Mapping[str, str],
+    optimizers: int,
     buffers: Sequence[str],
     state_dict: Mapping[str, Any],
     slices: Slices,
@@ -143,6 +144,7 @@ def plan_load(
         members: all parameters.
         suffixes: the suffix of each average in the state, by its name.
         kinds: the kind of each average as text, by its name.
+        optimizers: the number of timings, one for each optimizer that is followed.
         buffers: the names of the buffers that the averages have.
         state_dict: what ``ShardedAverages.state_dict()`` has returned, sharded or whole.
         slices: FSDP1's slices by ``id``.
@@ -151,7 +153,7 @@ def plan_load(
     Raises:
         ValueError, TypeError: it does not fit; the message has the names.
     """
-    progress = _progress(state_dict, kinds)
+    progress = _progress(state_dict, kinds, optimizers)
     _check_names(members, suffixes, buffers, state_dict)
     others = dict(progress.get("others") or {})
     states: dict[int, tuple[AveragedBucket, dict[int, dict[str, Any]]]] = {}
@@ -176,7 +178,7 @@ def plan_load(
     return AveragesLoad(list(states.values()), found, progress, facts)
 
 
-def _progress(state_dict: Mapping[str, Any], kinds: Mapping[str, str]) -> Mapping[str, Any]:
+def _progress(state_dict: Mapping[str, Any], kinds: Mapping[str, str], optimizers: int) -> Mapping[str, Any]:
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"load_state_dict() needs a state dict on every rank, got {type(state_dict).__name__}")
     progress = state_dict.get(PROGRESS)
@@ -186,6 +188,11 @@ def _progress(state_dict: Mapping[str, Any], kinds: Mapping[str, str]) -> Mappin
         raise ValueError(
             f"the state dict has the averages {dict(progress['kinds'])}, and these are {dict(kinds)}: build "
             "ShardedAverages with those of the state dict"
+        )
+    if len(progress["timings"]) != optimizers:
+        raise ValueError(
+            f"the state dict follows {len(progress['timings'])} optimizers, these averages {optimizers}: pass as many "
+            "to ShardedAverages"
         )
     return progress
 

@@ -96,6 +96,10 @@ def two_optimizers():
     again = ShardedAverages(model.named_parameters(), KINDS, optimizer=optimizers)
     again.load_state_dict(state)
     assert again.state_dict()["progress"] == state["progress"]
+    alone = ShardedAverages(model.named_parameters(), KINDS)
+    for other, saved in ((alone, state), (again, alone.state_dict())):
+        with pytest.raises(ValueError, match="optimizers, these averages"):
+            other.load_state_dict(saved)
 
 
 def test_two_optimizers():
