@@ -15,11 +15,11 @@ The steps of a save, in order:
 3. *Report* (``Rendezvous.submit``). Each rank sends rank 0 the sizes, places and checksums of what it has written.
    Rank 0 waits until every rank has reported, has failed, or has given no sign of life for 30 s, or
    for the timeout of the process group if that is shorter.
-4. *Commit* (``commit``, rank 0 only). Rank 0 compares the sizes of the files in the storage with the reported sizes.
-   A ``Checkpointer`` adds the save to the history of its run, which fails if another writer has saved meanwhile
-   ([Note: history] in ``checkpoint/run/history.py``). Meanwhile rank 0 creates ``.metadata``, the index that
-   ``torch.distributed.checkpoint`` (DCP) reads, and after both ``manifest.json``, which has the sha256 of ``.metadata``
-   and the checksums of all items. Both requests fail if the file exists.
+4. *Commit* (``commit``, rank 0 only). A ``Checkpointer`` adds the save to the history of its run, which fails if
+   another writer has saved meanwhile ([Note: history] in ``checkpoint/run/history.py``). At the same time rank 0
+   compares the sizes of the files in the storage with the reported sizes, and then creates ``.metadata``, the index that
+   ``torch.distributed.checkpoint`` (DCP) reads. After all of this it creates ``manifest.json``, which has the sha256 of
+   ``.metadata`` and the checksums of all items. Both files are created by requests that fail if the file exists.
 5. *Announce* (``Rendezvous.announce``). The other ranks learn that the checkpoint exists, and ``save`` returns on them.
 6. *Retention* (``delete_outdated``, rank 0 of a ``Checkpointer``). Older checkpoints are deleted only after the commit,
    ``manifest.json`` first.
@@ -105,24 +105,29 @@ def commit(
     Args:
         directory: of the checkpoint, relative to ``storage``; "" if the storage is that of one checkpoint.
         results: what each rank has written, by rank.
-        register: called in a thread when all files are there; no checkpoint comes into existence if it raises.
+        register: called in a thread meanwhile; no checkpoint comes into existence if it raises.
 
     Raises:
         CheckpointError: a file is missing or has another size than was written, or ``register`` raised.
         OSError: the storage failed, or ``.metadata`` or ``manifest.json`` exists already.
     """
+    with ThreadPoolExecutor(1, thread_name_prefix="dist_asgd-register") as pool:  # at once, as each costs round trips
+        registered = pool.submit(register)
+        _require_files(storage, directory, results)
+        manifest, stock = _manifest(record, results)
+        storage.create(in_directory(directory, STOCK), stock)
+        registered.result()
+    storage.create(in_directory(directory, MANIFEST), write_manifest(manifest))  # from here on the checkpoint exists
+
+
+def _require_files(storage: Storage, directory: str, results: Sequence[WriteResult]) -> None:
+    """Raises ``CheckpointError`` if a file is missing or has another size than was written."""
     found = storage.sizes(directory)
     for name, size in [entry for result in results for entry in result.files.items()]:
         if found.get(name) != size:
             raise CheckpointError(
                 f"{in_directory(directory, name)} below {storage.url} has {found.get(name)} bytes, {size} were written"
             )
-    manifest, stock = _manifest(record, results)
-    with ThreadPoolExecutor(1, thread_name_prefix="dist_asgd-register") as pool:  # at once, as each costs a round trip
-        registered = pool.submit(register)
-        storage.create(in_directory(directory, STOCK), stock)
-        registered.result()
-    storage.create(in_directory(directory, MANIFEST), write_manifest(manifest))  # from here on the checkpoint exists
 
 
 def _manifest(record: CommitRecord, results: Sequence[WriteResult]) -> tuple[Manifest, bytes]:
