@@ -17,9 +17,10 @@ The steps of a save, in order:
    for the timeout of the process group if that is shorter.
 4. *Commit* (``commit``, rank 0 only). A ``Checkpointer`` adds the save to the history of its run, which fails if
    another writer has saved meanwhile ([Note: history] in ``checkpoint/run/history.py``). At the same time rank 0
-   compares the sizes of the files in the storage with the reported sizes, and then creates ``.metadata``, the index that
-   ``torch.distributed.checkpoint`` (DCP) reads. After all of this it creates ``manifest.json``, which has the sha256 of
-   ``.metadata`` and the checksums of all items. Both files are created by requests that fail if the file exists.
+   compares the sizes of the files in the storage with the reported sizes, and then creates ``.metadata``, the index
+   that ``torch.distributed.checkpoint`` (DCP) reads. After all of this it creates ``manifest.json``, which has the
+   sha256 of ``.metadata`` and the checksums of all items. Both files are created by requests that fail if the file
+   exists.
 5. *Announce* (``Rendezvous.announce``). The other ranks learn that the checkpoint exists, and ``save`` returns on them.
 6. *Retention* (``delete_outdated``, rank 0 of a ``Checkpointer``). Older checkpoints are deleted only after the commit,
    ``manifest.json`` first.
