@@ -6,9 +6,10 @@ A size is the number of parameters x the elements of each, fp32. The contestants
 disturbance of the machine meets all of them; the figure is the least. "plain pass" is a loop in C that adds one vector
 to one or two others: it moves 12 bytes an element with one average, 20 with two. "foreach" is ``torch._foreach_lerp_``
 for each average, "AveragedModel" is torch.optim.swa_utils.AveragedModel with ``get_ema_multi_avg_fn``. Ours is
-``move_averages_`` (kernels/averaging.py), without the look at what has changed that a user's call adds.
+``ShardedAverages.update()``; "its pass" is the pass over memory in it (``move_averages_``, kernels/averaging.py).
 
-The second table is the step of ShardedASGD with one average and with two. It moves 20 and 28 bytes an element.
+The second table is a training step: torch.optim.AdamW(fused=True) alone, and with ``ShardedAverages`` that follows it.
+The third is the step of ShardedASGD with one average and with two. It moves 20 and 28 bytes an element.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks.table import print_table, write_json_lines
 from benchmarks.update import size
-from dist_asgd import EMA, ShardedASGD, Uniform
+from dist_asgd import EMA, ShardedASGD, ShardedAverages, Uniform
 from dist_asgd.kernels.averaging import move_averages_
 from dist_asgd.kernels.tensor_list import TensorList
 
@@ -37,12 +38,21 @@ COLUMNS = {
     "size": "parameters x elements",
     "averages": "averages",
     "ours": "ours, ms",
+    "ours_pass": "its pass, ms",
     "plain": "plain pass, ms",
     "foreach": "foreach, ms",
     "averaged_model": "AveragedModel, ms",
     "ours_over_plain": "ours/plain pass",
     "ours_over_foreach": "ours/foreach",
     "ours_over_averaged_model": "ours/AveragedModel",
+}
+BESIDE_COLUMNS = {
+    "size": "parameters x elements",
+    "adamw": "AdamW(fused), ms",
+    "with_average": "with an average, ms",
+    "plain": "plain pass, ms",
+    "ratio": "with/without",
+    "floor": "floor: (AdamW + plain pass)/AdamW",
 }
 STEP_COLUMNS = {
     "size": "parameters x elements",
@@ -70,18 +80,22 @@ def main() -> None:
     options = _arguments()
     torch.set_num_threads(options.threads)
     rows = [_row(*one, averages, options.turns) for one in options.sizes for averages in (1, 2)]
+    beside = [_beside_row(*one, options.turns) for one in options.beside_sizes]
     steps = [_step_row(*one, options.turns) for one in options.step_sizes]
     print(f"\nfp32, {options.threads} threads, one process, least of {options.turns * TURN} calls\n")
     print_table(rows, COLUMNS)
+    print("\nA step of AdamW\n")
+    print_table(beside, BESIDE_COLUMNS)
     print("\nShardedASGD\n")
     print_table(steps, STEP_COLUMNS)
-    write_json_lines(options.json, [*rows, *steps])
+    write_json_lines(options.json, [*rows, *beside, *steps])
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.averages", description=__doc__.splitlines()[0])
     sizes = [(1, 10**8), (300, 10**5), (10_000, 64)]
     parser.add_argument("--sizes", type=size, nargs="+", default=sizes, metavar="COUNTxELEMENTS")
+    parser.add_argument("--beside-sizes", type=size, nargs="+", default=[(60, 10**6)], metavar="COUNTxELEMENTS")
     parser.add_argument("--step-sizes", type=size, nargs="+", default=[(1, 10**7)], metavar="COUNTxELEMENTS")
     parser.add_argument("--turns", type=int, default=8, help="timed ones of each contestant, of five calls")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -107,16 +121,39 @@ def _row(count: int, numel: int, averages: int, turns: int) -> dict[str, Any]:
         for model in models:
             model.update_parameters(params)
 
+    kinds = dict([("ema", EMA(DECAY)), ("mean", Uniform())][:averages])
     contestants = {
-        "ours": lambda: move_averages_(parts, own, [1 - DECAY] * averages),
+        "ours": ShardedAverages(params.named_parameters(), kinds).update,
+        "ours_pass": lambda: move_averages_(parts, own, [1 - DECAY] * averages),
         "plain": pass_over,
         "foreach": foreach,
         "averaged_model": averaged_model,
     }
     times = _least(contestants, turns)
-    ratios = {f"ours_over_{name}": round(times["ours"] / times[name], 2) for name in times if name != "ours"}
+    ratios = {
+        f"ours_over_{name}": round(times["ours"] / times[name], 2) for name in times if not name.startswith("ours")
+    }
     milliseconds = {name: round(taken, 2) for name, taken in times.items()}
     return {"size": f"{count:,} x {numel:,}", "averages": averages, **milliseconds, **ratios}
+
+
+def _beside_row(count: int, numel: int, turns: int) -> dict[str, Any]:
+    alone, followed = (torch.optim.AdamW(_with_gradients(count, numel), lr=1e-3, fused=True) for _ in range(2))
+    named = [(str(number), param) for number, param in enumerate(followed.param_groups[0]["params"])]
+    _averages = ShardedAverages(named, EMA(DECAY), optimizer=followed)
+    vectors = [torch.randn(count * numel) for _ in range(2)]
+    pass_over = functools.partial(_plain_pass(), vectors[0], vectors[1:])
+    times = _least({"adamw": alone.step, "with_average": followed.step, "plain": pass_over}, turns)
+    milliseconds = {name: round(taken, 2) for name, taken in times.items()}
+    ratio, floor = (times[key] / times["adamw"] for key in ("with_average", "plain"))
+    return {"size": f"{count:,} x {numel:,}", **milliseconds, "ratio": round(ratio, 2), "floor": round(1 + floor, 2)}
+
+
+def _with_gradients(count: int, numel: int) -> list[torch.nn.Parameter]:
+    params = [torch.nn.Parameter(torch.randn(numel)) for _ in range(count)]
+    for param in params:
+        param.grad = torch.randn(numel)
+    return params
 
 
 def _step_row(count: int, numel: int, turns: int) -> dict[str, Any]:
@@ -128,10 +165,7 @@ def _step_row(count: int, numel: int, turns: int) -> dict[str, Any]:
 
 
 def _step(kinds: Mapping[str, Any], count: int, numel: int) -> Callable[[], None]:
-    params = [torch.nn.Parameter(torch.randn(numel)) for _ in range(count)]
-    for param in params:
-        param.grad = torch.randn(numel)
-    optimizer = ShardedASGD(params, lr=1e-3, average=kinds)
+    optimizer = ShardedASGD(_with_gradients(count, numel), lr=1e-3, average=kinds)
 
     def take_step() -> None:
         optimizer.step()
