@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from dist_asgd.checkpoint.errors import CheckpointError, DamagedCheckpoint, only_checkpoint_errors, together
 from dist_asgd.checkpoint.loading.load import load_checkpoint
@@ -27,7 +26,9 @@ from dist_asgd.checkpoint.run.listing import Run, list_run
 from dist_asgd.checkpoint.run.writer import PlannedSave, Writer
 from dist_asgd.checkpoint.saving.async_save import BackgroundSave
 from dist_asgd.checkpoint.saving.rendezvous import Rendezvous
-from dist_asgd.checkpoint.saving.save import SavePlan, plan_save, stage, write
+from dist_asgd.checkpoint.saving.save import SavePlan, plan_save, write
+from dist_asgd.checkpoint.saving.staging import StagingMemory
+from dist_asgd.checkpoint.saving.writer import WritableBlock
 from dist_asgd.checkpoint.state.contents import contents_of
 from dist_asgd.checkpoint.state.tree import has_state
 from dist_asgd.checkpoint.storage.retry import RETRY_TIMEOUT
@@ -90,7 +91,7 @@ class Checkpointer:
             self._writer = Writer(self._storage)
             self._damage = DamageRecord()
         self._background: BackgroundSave | None = None
-        self._buffer: Tensor | None = None  # 1-D, uint8, on the CPU: staged blocks of the last asynchronous save
+        self._memory = StagingMemory()  # of the last asynchronous save
         self._last_rendezvous: Rendezvous | None = None
 
     @property
@@ -147,9 +148,8 @@ class Checkpointer:
             self._write(plan, rendezvous, planned)  # raises on every rank if it raises on one
         else:
             with together(self._agreement, "save()"):
-                staged, self._buffer = stage(plan.blocks, self._buffer)
-            plan = SavePlan(plan.directory, staged, plan.record)
-            self._background = BackgroundSave(lambda: self._write(plan, rendezvous, planned))
+                staged = SavePlan(plan.directory, self._memory.stage(plan.blocks), plan.record)
+            self._background = BackgroundSave(lambda: self._write(staged, rendezvous, planned))
         return f"{self._storage.url}/{plan.directory}"
 
     @only_checkpoint_errors()
@@ -243,15 +243,15 @@ class Checkpointer:
         self._finish_background("wait()")
 
     def close(self) -> None:
-        """Waits like ``wait``, then frees the buffer of this object. Collective."""
+        """Waits like ``wait``, then frees the memory for background saves. Collective."""
         self._finish_background("close()")
-        self._buffer = None
+        self._memory.free()
 
     def _finish_background(self, operation: str) -> None:
         """Waits for a save in the background, and raises its error on every rank. Collective."""
         with together(self._agreement, operation):
             if self._background is not None:
-                self._background.wait()  # if this is interrupted, the save stays ours: it still uses the buffer
+                self._background.wait()  # if this is interrupted, the save stays ours: it still uses the memory
                 background, self._background = self._background, None
                 background.wait_and_raise()
 
@@ -291,7 +291,7 @@ class Checkpointer:
         was_deleted = bool(found) and all(other.name != directory.name for other in found)
         return bool(self._agreement.gather(was_deleted)[0])
 
-    def _write(self, plan: SavePlan, rendezvous: Rendezvous, planned: PlannedSave | None) -> None:
+    def _write(self, plan: SavePlan[WritableBlock], rendezvous: Rendezvous, planned: PlannedSave | None) -> None:
         """Writes and commits a checkpoint; then rank 0 deletes outdated ones. Runs no collectives.
 
         Args:

@@ -1,4 +1,4 @@
-"""The steps of one save: the plan of all ranks, the staging copy of asynchronous saves, the writing and the commit.
+"""The steps of one save: the plan of all ranks, the writing and the commit.
 
 ``plan_save`` and ``write`` are called by ``checkpoint/checkpointer.py``; ``write`` ends in ``commit`` of
 ``checkpoint/saving/commit.py``, whose [Note: commit] describes the protocol.
@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from dist_asgd.boxes import whole, within
 from dist_asgd.checkpoint.errors import CheckpointError, only_checkpoint_errors, together
 from dist_asgd.checkpoint.format.entries import SavedTensor
 from dist_asgd.checkpoint.format.manifest import ValueRecord, check_places, key_of_rank
 from dist_asgd.checkpoint.format.manifest_rules import FormatError
-from dist_asgd.checkpoint.format.tensor_bytes import as_bits, narrowed
+from dist_asgd.checkpoint.format.tensor_bytes import narrowed
 from dist_asgd.checkpoint.saving.assign import Assignment, Offer, assign
 from dist_asgd.checkpoint.saving.commit import CommitRecord, commit, stock_values
 from dist_asgd.checkpoint.saving.differences import Differences
 from dist_asgd.checkpoint.saving.rendezvous import Rendezvous
-from dist_asgd.checkpoint.saving.writer import BlockToWrite, WriteResult, write_blocks
+from dist_asgd.checkpoint.saving.writer import BlockToWrite, WritableBlock, WriteResult, write_blocks
 from dist_asgd.checkpoint.state.contents import Contents
 from dist_asgd.checkpoint.state.sharing import Sharing, first_of
 from dist_asgd.checkpoint.state.steps import StepsTaken, require_same_steps
@@ -34,13 +31,15 @@ from dist_asgd.checkpoint.storage.waiting import giving_up_when
 from dist_asgd.comm.consensus import Agreement, fingerprint
 from dist_asgd.comm.digests import digests
 
+Block = TypeVar("Block", bound=WritableBlock, covariant=True)
 
-@dataclass(frozen=True, slots=True)
-class SavePlan:
+
+@dataclass(frozen=True)
+class SavePlan(Generic[Block]):
     """The share of one rank in a save."""
 
     directory: str  # of the checkpoint, relative to the storage; "" if the storage is that of one checkpoint
-    blocks: Sequence[BlockToWrite]
+    blocks: Sequence[Block]
     record: CommitRecord | None  # on rank 0, which commits; None on other ranks
 
 
@@ -82,7 +81,7 @@ def plan_save(
     directory: str | None,
     contents: Contents,
     latest: Callable[[], int | None] | None = None,
-) -> SavePlan:
+) -> SavePlan[BlockToWrite]:
     """Plans a save on all ranks: who writes which blocks, and what the manifest records. Collective. Writes nothing.
 
     Args:
@@ -244,38 +243,9 @@ def _blocks(assignment: Assignment, contents: Contents, owned: Mapping[str, Owne
     return blocks
 
 
-def stage(blocks: Sequence[BlockToWrite], buffer: Tensor | None) -> tuple[list[BlockToWrite], Tensor]:
-    """Copies the blocks into one buffer on the CPU, so that the training may change its tensors when this returns.
-
-    Synchronizes the current CUDA device if any block is on a GPU; the buffer is in pinned memory then.
-
-    Args:
-        buffer: 1-D uint8 from an earlier call, reused if it is large enough; None to allocate one.
-
-    Returns:
-        The blocks, with data in the buffer, and the buffer.
-    """
-    offsets, size = [], 0
-    for block in blocks:
-        offsets.append(size)
-        size += -(-block.data.numel() * block.data.element_size() // 64) * 64
-    is_cuda = any(block.data.is_cuda for block in blocks)
-    if buffer is None or len(buffer) < size:
-        buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=is_cuda)
-    staged = []
-    for block, start in zip(blocks, offsets, strict=True):
-        nbytes = block.data.numel() * block.data.element_size()
-        copy = buffer[start : start + nbytes].view(block.data.dtype).view(block.data.shape)
-        as_bits(copy).copy_(as_bits(block.data), non_blocking=True)
-        staged.append(replace(block, data=copy))
-    if is_cuda:
-        torch.cuda.synchronize()
-    return staged, buffer
-
-
 def write(
     storage: Storage,
-    plan: SavePlan,
+    plan: SavePlan[WritableBlock],
     rendezvous: Rendezvous,
     rank: int,
     register: Callable[[], None] = lambda: None,
