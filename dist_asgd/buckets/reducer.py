@@ -12,6 +12,7 @@ gradients of different backwards.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 import weakref
 from collections import deque
@@ -29,7 +30,8 @@ from dist_asgd.buckets.hooks import register_hook, remove_hooks
 class Reducer:
     """Starts the reductions of ``buckets`` as backward makes their gradients.
 
-    Hooks hold the reducer weakly. When the optimizer is deleted they are removed, and gradients are plain again.
+    Hooks hold the reducer weakly. When the optimizer is deleted they are removed, and gradients are plain again. A lock
+    keeps hooks apart: backward runs those of parameters on several devices in a thread for each device.
 
     Attributes:
         buckets: the buckets that average gradients, in the order of their reductions.
@@ -55,6 +57,7 @@ class Reducer:
         self._ends: list[weakref.ref[_EndOfBackward]] = []  # one for each running backward
         self._in_flight: deque[FlatBucket] = deque()  # one entry for each reduction under way, oldest first
         self._patience = PATIENCE
+        self._lock = threading.RLock()  # reentrant: the start of a reduction may run code that makes gradients
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, remove_hooks, self._hooks)
 
@@ -139,10 +142,12 @@ class Reducer:
 
     def gradient_ready(self, index: int, position: int) -> None:
         """Hook: backward has accumulated the gradient of parameter ``position`` of bucket ``index``."""
-        if not (
-            self.enabled and self._fits and self.buckets[index].holds(position)
-        ):  # another optimizer may have taken it
-            return
+        with self._lock:
+            if self.enabled and self._fits and self.buckets[index].holds(position):  # else another optimizer took it
+                self._count_in(index, position)
+
+    def _count_in(self, index: int, position: int) -> None:
+        """Counts a gradient in, and starts the reductions for which nothing is missing."""
         if any(at_end() is None for at_end in self._ends):
             # The engine has dropped the callback of an earlier backward without calling it: that backward failed, and
             # this gradient belongs to a new one.
@@ -198,10 +203,11 @@ class Reducer:
         queue_callback(at_end)
 
     def end_of_backward(self, at_end: _EndOfBackward) -> None:
-        self._ends = [other for other in self._ends if other() is not at_end]
-        # Inside a node, an inner backward (reentrant checkpointing) has ended, and the outer one goes on.
-        if current_autograd_node() is None:
-            self.close_pass()
+        with self._lock:
+            self._ends = [other for other in self._ends if other() is not at_end]
+            # Inside a node, an inner backward (reentrant checkpointing) has ended, and the outer one goes on.
+            if current_autograd_node() is None:
+                self.close_pass()
 
 
 class _EndOfBackward:

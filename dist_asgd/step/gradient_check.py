@@ -19,6 +19,7 @@ from dist_asgd.buckets.local_tensors import local_gradient
 from dist_asgd.kernels.tensor_list import as_real
 from dist_asgd.sharding.shard_views import local_of
 
+CHUNK = 2**22  # elements of a gradient that are summed up at once
 SAMPLED = 8  # number of gradients of a bucket that are compared at most
 
 # (name of the parameter, weighted sum and 2-norm of the tensor, owner). The owner is the first rank of the ranks that
@@ -99,8 +100,15 @@ def _sum_and_norm(tensor: Tensor) -> Tensor:
     """Returns a weighted sum and the 2-norm of the elements of ``tensor``: 1-D, 2 elements, fp64, on its device.
 
     Two tensors for which they differ have different values. No two elements have one weight, because the plain sum says
-    nothing about the gradients of a softmax, which add up to zero.
+    nothing about the gradients of a softmax, which add up to zero. The fp64 copies are of ``CHUNK`` elements each.
     """
-    flat = as_real(tensor.detach().flatten().resolve_conj()).double()
-    weights = torch.linspace(0.5, 1.5, len(flat), dtype=flat.dtype, device=flat.device)
-    return torch.stack([weights @ flat, flat.norm()])
+    flat = as_real(tensor.detach().flatten().resolve_conj())
+    if not flat.numel():
+        return torch.zeros(2, dtype=torch.float64, device=flat.device)
+    found = []
+    for number, chunk in enumerate(flat.split(CHUNK)):
+        wide = chunk.double()
+        places = torch.arange(number * CHUNK, number * CHUNK + len(wide), dtype=wide.dtype, device=wide.device)
+        found.append(torch.stack([places.div_(len(flat)).add_(0.5) @ wide, wide.norm()]))
+    sums, norms = torch.stack(found).unbind(1)
+    return torch.stack([sums.sum(), norms.norm()])

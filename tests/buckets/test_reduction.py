@@ -2,6 +2,7 @@
 
 import gc
 import random
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from dist_asgd import ShardedASGD
+from dist_asgd.buckets.flat import FlatBucket
 from tests.support.oracle import (
     MIXED,
     PLAIN,
@@ -442,3 +444,45 @@ def test_zeroing_a_gradient_whose_reduction_is_under_way() -> None:
             pair.check(step)
 
     run_ranks(2, ranks)
+
+
+def test_hooks_in_two_threads_start_reductions_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward has a thread for each device; here two threads run a backward each, on one device."""
+
+    def ranks(rank):
+        params = [torch.nn.Parameter(torch.full((4,), float(number))) for number in range(3)]
+        optimizer = ShardedASGD(
+            [(f"p{number}", p) for number, p in enumerate(params)], lr=0.1, lambd=0, bucket_bytes=16
+        )
+        arrived, starting, order = threading.Event(), threading.Event(), []
+        buckets = optimizer._reducer.buckets
+        assert len(buckets) == 3
+        first, second, third = (bucket.params[0] for bucket in buckets)
+        first.register_post_accumulate_grad_hook(lambda _: arrived.set())
+        start = FlatBucket.start_reduce
+
+        def start_slowly(bucket, *args):
+            if bucket is buckets[0]:
+                starting.set()
+                time.sleep(0.3)
+            order.append(buckets.index(bucket))
+            start(bucket, *args)
+
+        monkeypatch.setattr(FlatBucket, "start_reduce", start_slowly)
+
+        def backward(*losses, wait):
+            losses[0].register_hook(lambda _: wait.wait(10) and None)
+            sum(loss.sum() for loss in losses).backward()
+
+        one = threading.Thread(target=backward, args=(third * 1, first * 1), kwargs={"wait": starting})
+        other = threading.Thread(target=backward, args=(second * 1,), kwargs={"wait": arrived})
+        for thread in (one, other):
+            thread.start()
+        for thread in (one, other):
+            thread.join()
+        optimizer.step()
+        return order, [param.detach().tolist() for param in params]
+
+    for order, values in run_ranks(2, ranks):
+        assert order[:3] == [0, 1, 2]
+        assert values == [[pytest.approx(number - 0.1)] * 4 for number in range(3)]
