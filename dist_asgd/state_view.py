@@ -164,7 +164,7 @@ class ParameterState(MutableMapping[str, Any]):
             bucket.shard.set_tensor(key, position, value)
             self._note(_written(bucket, position, {key: value}))
             return
-        number = float(torch.as_tensor(value).to("cpu", torch.float64 if key == "step" else scalars[key].dtype))
+        number = float(torch.as_tensor(value, device="cpu").to(torch.float64 if key == "step" else scalars[key].dtype))
         if number != float(scalars[key]):
             bucket.shard.set_scalars(position, {**scalars, key: number})
             if number != float(self.scalars()[key]):

@@ -108,6 +108,9 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(PACKAGE.parent))
 
 
+_NAMES = "empty empty_strided zeros ones full tensor as_tensor asarray arange linspace eye rand randn randint randperm"
+MAKES_TENSORS = {f"torch.{name}" for name in _NAMES.split()}
+
 each_file = pytest.mark.parametrize("path", FILES, ids=name_of)
 
 
@@ -168,6 +171,17 @@ def test_no_asserts(path):
         f"{name_of(path)}:{lines[0]} asserts: raise ValueError, TypeError or RuntimeError with a message that says "
         "what to do (python -O removes asserts), or restructure so that mypy sees it by itself."
     )
+
+
+@each_file
+def test_new_tensors_name_their_device(path):
+    for node in ast.walk(tree(path)):
+        if not (isinstance(node, ast.Call) and ast.unparse(node.func) in MAKES_TENSORS):
+            continue
+        assert any(keyword.arg in ("device", None) for keyword in node.keywords), (
+            f"{name_of(path)}:{node.lineno} calls {ast.unparse(node.func)} without device=: it would make a tensor on "
+            "the device that the user has given to torch.set_default_device."
+        )
 
 
 def test_no_test_imports_a_test_or_a_benchmark():

@@ -40,7 +40,7 @@ class DeviceTables:
         tables = [torch.frombuffer(table, dtype=torch.int64) for table in (parts.addresses, parts.starts, parts.numels)]
         blocks = (tables[2] + (block - 1)) // block
         part = torch.repeat_interleave(blocks)
-        place = torch.arange(len(part)) - (blocks.cumsum(0) - blocks)[part]
+        place = torch.arange(len(part), device="cpu") - (blocks.cumsum(0) - blocks)[part]
         self.programs = len(part)
         self.of_parts = self._pinned(torch.cat([*tables, part << 32 | place])).to(self._device, non_blocking=True)
         self._sent: tuple[array[int], Tensor] | None = None  # the gradients' addresses, and their copy on the device
@@ -58,7 +58,7 @@ class DeviceTables:
         if is_captured(self._device):
             return self._captured(addresses)
         if self._device.type == "cuda" and not self._spares:
-            host = self._pinned(torch.zeros(self._count, dtype=torch.int64))
+            host = self._pinned(torch.zeros(self._count, dtype=torch.int64, device="cpu"))
             self._spares.append((host, torch.empty_like(host, device=self._device)))
         if self._sent is None or self._sent[0] != addresses:
             values = self._pinned(torch.frombuffer(addresses, dtype=torch.int64))

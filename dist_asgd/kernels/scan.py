@@ -202,7 +202,8 @@ def _functions() -> Functions | None:
 
 def _see_layouts(functions: Functions) -> bool:
     """Returns whether the compiled functions accept expected layouts and refuse others on this machine."""
-    params = tuple(torch.nn.Parameter(torch.zeros(shape)) for shape in ((3,), (2, 4), ()))
+    zeros = functools.partial(torch.zeros, device="cpu")
+    params = tuple(torch.nn.Parameter(zeros(shape)) for shape in ((3,), (2, 4), ()))
     shapes, strides = [tuple(param.shape) for param in params], [param.stride() for param in params]
     scan, places = LayoutScan(shapes, strides, params[0].detach(), functions), ParameterPlaces.of(params)
     grads = [torch.zeros_like(param) for param in params]
@@ -213,10 +214,10 @@ def _see_layouts(functions: Functions) -> bool:
         return False
     if seen.addresses != Gradients.of(grads).addresses:
         return False
-    for other in (None, torch.zeros(4, 2).t(), torch.zeros(1, 4).expand(2, 4), torch.zeros(2, 4).to_sparse()):
+    for other in (None, zeros(4, 2).t(), zeros(1, 4).expand(2, 4), zeros(2, 4).to_sparse()):
         params[1].grad = other
         if scan.scan_gradients(places) is not None:
             return False
-    wrong = (torch.zeros(2, 4, dtype=torch.int32), torch.zeros(8), torch.zeros(2, 5), torch.zeros(2, 4, device="meta"))
-    params[1].grad, params[1].data = grads[1], torch.zeros(2, 4)
+    wrong = (zeros(2, 4, dtype=torch.int32), zeros(8), zeros(2, 5), torch.empty(2, 4, device="meta"))
+    params[1].grad, params[1].data = grads[1], zeros(2, 4)
     return scan.scan_gradients(places) is None and not any(scan.scan([grads[0], other, grads[2]]) for other in wrong)

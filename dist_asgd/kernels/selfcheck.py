@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from dist_asgd.asgd.rounding import Rounding, compute_dtype
 from dist_asgd.asgd.rule import average_step_, low_precision_step_
@@ -37,9 +38,9 @@ def matches_operators(
     combinations = itertools.product((False, True), (0.0, 0.1), MUS[1:3] if on_device else MUS)
     for maximize, weight_decay, mus in combinations:
         h = Hyperparameters(lr=0.1, lambd=0.1, alpha=0.75, t0=0.0, weight_decay=weight_decay, maximize=maximize)
-        # A device keeps scalars in fp32.
-        scalars = Scalars(3, torch.tensor(0.07, dtype=FP32).item(), tuple(torch.tensor(mus, dtype=FP32).tolist()))
-        values = torch.randn(3 + len(mus), CHECKED, dtype=torch.float64, generator=generator).to(device, dtype)
+        eta, *rounded = torch.tensor([0.07, *mus], dtype=FP32, device="cpu").tolist()  # a device keeps scalars in fp32
+        scalars = Scalars(3, eta, tuple(rounded))
+        values = _random(3 + len(mus), generator).to(device, dtype)
         first, second, other, *averages = values
         p, g = first.to(kind.param), second.to(kind.grad)
         p = torch.where(second > 0, p, p.to(rounding.dtype).to(kind.param))  # some are already rounded
@@ -71,7 +72,7 @@ def averages_match_operators(
     """
     generator = torch.Generator().manual_seed(0)
     for mus in MUS[1:]:
-        values = torch.randn(1 + len(mus), CHECKED, dtype=torch.float64, generator=generator).to(device)
+        values = _random(1 + len(mus), generator).to(device)
         p, own = values[0].to(param), list(values[1:].to(average, copy=True))
         expected = [ax.clone() for ax in own]
         move(TensorList.of([p]), own, mus)
@@ -80,6 +81,10 @@ def averages_match_operators(
         if not all(map(torch.equal, own, expected)):
             return False
     return True
+
+
+def _random(rows: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(rows, CHECKED, dtype=torch.float64, generator=generator, device="cpu")
 
 
 def warn_once(what: str, why: str = "") -> None:

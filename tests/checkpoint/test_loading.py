@@ -1,12 +1,15 @@
 """load_state_dict: all ranks refuse what one cannot load, and nothing has changed; what is loaded costs no more."""
 
 import copy
+import pathlib
 from typing import Any
 
 import pytest
 import torch
 
-from dist_asgd import ShardedASGD
+from dist_asgd import EMA, Checkpointer, ShardedASGD, ShardedAverages, Uniform
+from dist_asgd.kernels.averaging import move_averages_
+from dist_asgd.kernels.selfcheck import averages_match_operators
 from tests.support import memory
 from tests.support.oracle import PLAIN, Pair, Spec, backward, make_parameters, named, random_gradients, same_bits
 from tests.support.ranks import message_of, run_ranks
@@ -226,13 +229,29 @@ def test_a_checkpoint_from_before_averaging_costs_no_memory_for_ever(world_size:
     run_ranks(world_size, ranks)
 
 
-def test_the_default_device_does_not_matter() -> None:
-    def ranks(rank: int) -> None:
+def test_the_default_device_does_not_matter(tmp_path: pathlib.Path) -> None:
+    def ranks(rank: int) -> list[list[float]]:
         torch.set_default_device("meta")
+        assert averages_match_operators(move_averages_, torch.device("cpu"), torch.float32, torch.float32)
         params = [torch.nn.Parameter(torch.ones(5, device="cpu"))]
-        optimizer = ShardedASGD(params, lr=0.1)
-        params[0].grad = torch.ones(5, device="cpu")
-        optimizer.step()
-        assert optimizer.state_dict()["state"][0]["step"].item() == 1
+        optimizer = ShardedASGD([("p", params[0])], lr=0.1, average={"mean": Uniform(), "ema": EMA(0.5)})
+        averages = ShardedAverages([("p", params[0])], EMA(0.9), optimizer=optimizer)
+        state = {"parameter": params[0].detach(), "optimizer": optimizer, "averages": averages}
+        for _ in range(3):
+            params[0].grad = torch.ones(5, device="cpu")
+            optimizer.step()
+        assert optimizer.state_dict()["state"][0]["step"].item() == 3
+        found = []
+        for _ in range(2):
+            with optimizer.averaged_parameters("mean"):
+                found.append(params[0].tolist())
+            with averages.averaged_parameters():
+                found.append(params[0].tolist())
+            with Checkpointer(tmp_path) as checkpoints:
+                checkpoints.load(state)
+                checkpoints.save(1, state, wait=False)
+        assert found[:2] == found[2:]
+        return found
 
-    run_ranks(2, ranks)
+    first, other = run_ranks(2, ranks)
+    assert first == other

@@ -131,18 +131,18 @@ def combine(profiles: Sequence[Profile], target: Profile) -> tuple[list[float], 
     The error is the norm of the difference of the weights of all iterates, relative to the norm of those of ``target``.
     """
     everything = [*profiles, target]
-    products = torch.zeros(len(everything), len(everything), dtype=torch.float64)
+    products = torch.zeros(len(everything), len(everything), dtype=torch.float64, device="cpu")
     last = max(profile.count for profile in everything)
     for first in range(1, last + 1, ITERATES):
-        iterates = torch.arange(first, min(first + ITERATES, last + 1), dtype=torch.float64)
+        iterates = torch.arange(first, min(first + ITERATES, last + 1), dtype=torch.float64, device="cpu")
         weights = torch.stack([_weights(profile, iterates) for profile in everything])
         products += weights @ weights.T
     norms = products.diagonal().sqrt()
     cosines = products / norms.outer(norms)  # between profiles
-    ridge = RIDGE * torch.eye(len(profiles), dtype=torch.float64)
+    ridge = RIDGE * torch.eye(len(profiles), dtype=torch.float64, device="cpu")
     solution = torch.linalg.solve(cosines[:-1, :-1] + ridge, cosines[:-1, -1]) * norms[-1] / norms[:-1]
     solution /= solution.sum()
-    signed = torch.cat([solution, -torch.ones(1, dtype=torch.float64)])
+    signed = torch.cat([solution, -torch.ones(1, dtype=torch.float64, device="cpu")])
     error = (signed @ products @ signed).clamp(min=0).sqrt() / norms[-1]
     return solution.tolist(), float(error)
 
