@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,10 @@ from dist_asgd.asgd.schedule import DeviceScalars, Hyperparameters, Scalars
 from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList, UpdateKind
 
 # Elements on which each combination of options is compared: several vectors of PyTorch's operators and a remainder.
-CHECKED = 211
+# Three parts, so that tables are used. Each has vectors and a rest. The second one is not aligned for vectors.
+PART = 2 * 2048 + 211  # elements
+STARTS = (0, 4352 + 1, 2 * 4352)
+CHECKED = 3 * 4352  # elements of the tensors in which the parts lie
 MUS = ((), (1.0,), (0.3,), (0.3, 1.0, 0.7))  # of each average; a device that holds the scalars has one average
 FP32 = torch.float32
 
@@ -50,11 +54,12 @@ def matches_operators(
         given = DeviceScalars.of(scalars, device) if on_device else scalars
         p, master, *averages = own
         state = (averages, master if kind.has_master else None)
-        update(TensorList.of([p]), Gradients.of([g]), SliceStep(*state, h, given, rounding))
-        p, master, *averages = expected
-        state = (averages, master if kind.has_master else None)
-        expected_rounding = rounding.at(rounding.first, scalars) if on_device else rounding
-        low_precision_step_(p, g, *state, h, scalars, expected_rounding)
+        update(TensorList.of(_parts(p), STARTS), Gradients.of(_parts(g)), SliceStep(*state, h, given, rounding))
+        numbered = rounding.at(rounding.first, scalars) if on_device else rounding
+        for start, *part in zip(STARTS, *map(_parts, (g, *expected)), strict=True):
+            grad, p, master, *averages = part
+            state = (averages, master if kind.has_master else None)
+            low_precision_step_(p, grad, *state, h, scalars, replace(numbered, first=numbered.first + start))
         if not all(map(torch.equal, own, expected)):
             return False
     return True
@@ -75,12 +80,17 @@ def averages_match_operators(
         values = _random(1 + len(mus), generator).to(device)
         p, own = values[0].to(param), list(values[1:].to(average, copy=True))
         expected = [ax.clone() for ax in own]
-        move(TensorList.of([p]), own, mus)
+        move(TensorList.of(_parts(p), STARTS), own, mus)
         for ax, mu in zip(expected, mus, strict=True):
-            average_step_(ax, p, mu)
+            for ax_part, p_part in zip(_parts(ax), _parts(p), strict=True):
+                average_step_(ax_part, p_part, mu)
         if not all(map(torch.equal, own, expected)):
             return False
     return True
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    return [tensor[start : start + PART] for start in STARTS]
 
 
 def _random(rows: int, generator: torch.Generator) -> Tensor:
