@@ -154,6 +154,15 @@ amp_unscale_: Callable[..., None] = torch._amp_foreach_non_finite_check_and_unsc
 The gradients of this package recognize it in ``__torch_function__``, and apply it to the local tensors.
 """
 
+# torch.compile --------------------------------------------------------------------------------------------------------
+
+outside_graphs = torch._disable_dynamo
+"""Decorates a function that torch.compile leaves out of its graphs, with everything that the function calls.
+
+torch's own optimizers use it. The public ``torch.compiler.disable`` imports ``torch._dynamo`` where it decorates, which
+takes as long as half of ``import torch``; this one imports it at the first call.
+"""
+
 # Modules and FSDP ----------------------------------------------------------------------------------------------------
 
 submodules: Callable[[nn.Module], Mapping[str, nn.Module | None]] = operator.attrgetter("_modules")

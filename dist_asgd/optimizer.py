@@ -16,6 +16,7 @@ from torch.distributed.algorithms.join import Joinable
 from dist_asgd._torch_private import (
     load_state_dict_post_hooks,
     load_state_dict_pre_hooks,
+    outside_graphs,
     set_takes_scaled_gradients,
     state_dict_post_hooks,
     state_dict_pre_hooks,
@@ -243,7 +244,7 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         add_agreed(self, param_group, self._setting, self._agreement, self._arguments, self._forward_waits.module)
         self._build_buckets(first)
 
-    @torch.compiler.disable  # here and below: collectives and checks of the ranks are no part of a compiled graph
+    @outside_graphs  # here and below: collectives and checks of the ranks are no part of a compiled graph
     @refused_during_swap()
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -296,7 +297,7 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
             if not self._forward_waits.covers(bucket):
                 bucket.wait()
 
-    @torch.compiler.disable
+    @outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients, as in torch; the memory of reduced gradients is freed. Not collective.
 
@@ -309,7 +310,7 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
             for bucket in self._reducer.buckets:
                 bucket.drop_gradient()
 
-    @torch.compiler.disable
+    @outside_graphs
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scales all gradients in place so that their common norm is at most ``max_norm``. Collective.

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dist_asgd._torch_private import outside_graphs
 from dist_asgd.asgd.schedule import Scalars
 from dist_asgd.averages.kinds import Average, TwoTailed
 from dist_asgd.averages.options import PROGRESS, beside_optimizer, by_suffix, suffix_of
@@ -148,7 +149,7 @@ class ShardedAverages:
         """The number of updates so far; the first optimizer's where several are followed."""
         return self._timings[0].updates
 
-    @torch.compiler.disable
+    @outside_graphs
     def update(self) -> None:
         """Takes one iterate: the parameters as they are now. Sends nothing, but every rank must call it.
 

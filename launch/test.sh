@@ -53,9 +53,11 @@ check_compiler() {
 
 # Files whose tests take long. pytest-xdist would begin with those that have the most tests.
 LONGEST=(
-    tests/optimizer/test_{memory,bits,layout_features,swap,portability,layouts}.py tests/launch/test_train.py
-    tests/comm/test_link_bytes.py tests/checkpoint/test_{kill,export,storage}.py tests/averages/test_kinds.py
-    tests/kernels tests/asgd/test_precision.py tests/buckets/test_fsdp1.py tests/test_readme.py
+    tests/kernels/test_gpu.py tests/launch/test_train.py
+    tests/optimizer/test_{layout_features,swap,portability,memory,layouts,bits,state_dict}.py
+    tests/checkpoint/test_{kill,checkpoint,storage,export,stock_load}.py tests/comm/test_{link_bytes,roll_call}.py
+    tests/optimizer/test_ddp_and_compile.py tests/buckets/test_{placements,fsdp1}.py tests/averages/test_kinds.py
+    tests/kernels tests/asgd/test_precision.py tests/test_readme.py
 )
 
 # Real stores for the tests of checkpoints: tests/support/stores.py. SeaweedFS (S3) comes with the extra "test".

@@ -5,6 +5,8 @@ import functools
 import importlib
 import io
 import pickle
+import subprocess
+import sys
 from collections import OrderedDict
 from datetime import timedelta
 from pathlib import Path
@@ -42,6 +44,7 @@ STATIC = [
     "torch._foreach_mul_",
     "torch._foreach_norm",
     "torch._chunk_cat",
+    "torch._disable_dynamo",
     "torch._amp_foreach_non_finite_check_and_unscale_",
     "torch.distributed._composable_state._module_state_mapping",
     "torch.distributed.fsdp._runtime_utils._reshard",
@@ -333,6 +336,31 @@ def test_amp_unscale_():
     scaler.unscale_(torch.optim.SGD([param], lr=0.1))
     assert any(func is private().amp_unscale_ for func in Watching.seen)
     assert torch.equal(param.grad.as_subclass(Tensor), torch.ones(2))
+
+
+def test_outside_graphs():
+    """The package is imported without torch's compiler, and what it decorates stays out of graphs with its callees."""
+    seen = []
+
+    def is_compiling():
+        return torch.compiler.is_compiling()
+
+    @private().outside_graphs
+    def look():
+        seen.append(is_compiling())
+
+    def work(x):
+        look()
+        seen.append(torch.compiler.is_compiling())
+        return x + 1
+
+    torch.compile(work, backend="eager")(torch.ones(1))
+    assert seen == [False, True]
+
+
+def test_an_import_of_the_package_leaves_out_the_compiler_of_torch():
+    code = "import sys, dist_asgd.cli.main; print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_submodules():

@@ -6,9 +6,10 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+
+from dist_asgd._torch_private import outside_graphs
 
 
 def register_hook(param: Tensor, method: Callable[..., None], *arguments: Any) -> RemovableHandle:
@@ -29,7 +30,7 @@ def register_hook(param: Tensor, method: Callable[..., None], *arguments: Any) -
     return handle
 
 
-@torch.compiler.disable  # compiled autograd would trace the hook, whose collectives and counts are no part of a graph
+@outside_graphs  # compiled autograd would trace the hook, whose collectives and counts are no part of a graph
 def _call(weak: weakref.WeakMethod[Callable[..., None]], arguments: Sequence[Any]) -> None:
     method = weak()
     if method is not None:

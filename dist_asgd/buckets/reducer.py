@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from dist_asgd._torch_private import current_autograd_node, current_graph_task_id, queue_callback
+from dist_asgd._torch_private import current_autograd_node, current_graph_task_id, outside_graphs, queue_callback
 from dist_asgd.buckets.base import MAX_IN_FLIGHT, PATIENCE, Bucket
 from dist_asgd.buckets.flat import FlatBucket
 from dist_asgd.buckets.hooks import register_hook, remove_hooks
@@ -216,7 +216,7 @@ class _EndOfBackward:
     def __init__(self, reducer: Reducer) -> None:
         self._reducer = weakref.ref(reducer)
 
-    @torch.compiler.disable  # compiled autograd calls it while dynamo still looks for code to compile
+    @outside_graphs  # compiled autograd calls it while dynamo still looks for code to compile
     def __call__(self) -> None:
         reducer = self._reducer()
         if reducer is not None:

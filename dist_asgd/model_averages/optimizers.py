@@ -8,11 +8,11 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from dist_asgd._torch_private import outside_graphs
 from dist_asgd.step.cuda_graphs import scaling_of
 from dist_asgd.step.validation import some_of
 
@@ -102,7 +102,7 @@ class FollowedOptimizers:
         self._held[number] = found
 
     def _pre_hook(self, alive: weakref.ref[Follower], number: int) -> Any:
-        @torch.compiler.disable
+        @outside_graphs
         def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             follower = alive()
             if follower is None:
@@ -115,7 +115,7 @@ class FollowedOptimizers:
         return before
 
     def _post_hook(self, alive: weakref.ref[Follower], number: int) -> Any:
-        @torch.compiler.disable
+        @outside_graphs
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             follower = alive()
             if follower is not None and self._took_step(optimizer, number):

@@ -7,11 +7,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from dist_asgd._torch_private import outside_graphs
 from dist_asgd.buckets.base import Bucket
 from dist_asgd.buckets.hooks import remove_hooks
 
@@ -120,7 +120,7 @@ class _WaitHook:
     def __init__(self, buckets: set[Bucket]) -> None:
         self._buckets = weakref.WeakSet(buckets)  # the module may outlive the optimizer
 
-    @torch.compiler.disable
+    @outside_graphs
     def __call__(self, *_: Any) -> None:
         for bucket in self._buckets:
             bucket.wait()

@@ -17,19 +17,27 @@ def low_specs(dtype: torch.dtype) -> list[Spec]:
     return [*shapes, Spec((4, 6), dtype, "transposed"), Spec((33,)), Spec((65,), dtype)]
 
 
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("gradients", ["local", "reduced"])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("world_size", "gradients", "dtype"),
+    [
+        (1, "local", torch.bfloat16),
+        (2, "local", torch.float16),
+        (3, "local", torch.bfloat16),
+        (4, "local", torch.float16),
+        (1, "reduced", torch.float16),
+        (2, "reduced", torch.bfloat16),
+    ],
+)
 def test_masters_and_averages_equal_an_fp32_run(world_size: int, gradients: str, dtype: torch.dtype) -> None:
     def ranks(rank: int) -> None:
         specs = low_specs(dtype)
         for options in ({"t0": 0, "lambd": 0.01}, {"t0": 3, "weight_decay": 0.1, "maximize": True}, {"t0": 1e6}):
             pair = Pair(make_parameters(specs), lr=0.01, gradients=gradients, bucket_bytes=256, **options)
-            for step in range(20):
+            for step in range(12):
                 pair.backward(random_gradients(specs, world_size, step))
                 pair.step()
                 pair.zero_grad()
-                if step < 6 or step % 10 == 9:
+                if step < 6 or step == 11:
                     pair.check((step, options))
 
     run_ranks(world_size, ranks)

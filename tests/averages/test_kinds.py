@@ -258,8 +258,9 @@ def check_bits(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         assert all(same_bits(mine[key], value) for key, value in entry.items()), index
 
 
-@pytest.mark.parametrize("stop", [T0 - 1, T0 + 8, STEPS - 3])
-@pytest.mark.parametrize(("saved_on", "loaded_on"), [(3, 2), (1, 3)])
+@pytest.mark.parametrize(
+    ("saved_on", "loaded_on", "stop"), [(3, 2, T0 - 1), (3, 2, T0 + 8), (1, 3, T0 + 8), (1, 3, STEPS - 3)]
+)
 def test_several_averages_go_on_from_state_of_other_ranks(
     saved_on: int, loaded_on: int, stop: int, tmp_path: Path
 ) -> None:

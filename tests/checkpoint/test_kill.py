@@ -80,7 +80,7 @@ def busy(rank, folder):
     trained = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with Checkpointer(folder / "run", keep_last=2) as checkpointer:
-        for step in range(100):
+        for step in range(30):
             checkpointer.save(step, {"model": model, "optimizer": optimizer}, wait=False)
             saved_weight = model.weight.detach().clone()
             for _ in range(3):
@@ -89,12 +89,12 @@ def busy(rank, folder):
                 optimizer.zero_grad()
     fresh = nn.Linear(40, 40)
     with Checkpointer(folder / "run") as checkpointer:
-        assert checkpointer.load({"model": fresh}) == 99
-        assert checkpointer.steps() == [98, 99]
+        assert checkpointer.load({"model": fresh}) == 29
+        assert checkpointer.steps() == [28, 29]
     assert torch.equal(fresh.weight, saved_weight)
 
 
-def test_a_hundred_saves_in_the_background_under_collectives(tmp_path):
+def test_thirty_saves_in_the_background_under_collectives(tmp_path):
     run_ranks(2, busy, tmp_path)
     assert not [path for path in Path(tmp_path).rglob("*") if path.name.endswith(".part")]
 

@@ -61,7 +61,7 @@ def test_one_pass_has_the_bits_of_the_operators(
         generator, wide = torch.Generator().manual_seed(1), compute_dtype(param)
         starts = list(itertools.accumulate((n + 8 for n in SIZES[threads]), initial=0))
         options = list(itertools.product((False, True), (0.0, 0.1), MUS, (0.0, 1e-2)))
-        for maximize, decay, mus, lambd in options if threads == 1 else options[::5]:
+        for maximize, decay, mus, lambd in options[:: {1: 3, 2: 5}[threads]]:
             h = Hyperparameters(lr=0.1, lambd=lambd, alpha=0.75, t0=0.0, weight_decay=decay, maximize=maximize)
             scalars = Scalars(3, 0.07, mus)
             params, grads = (scattered(SIZES[threads], dtype, generator) for dtype in (param, grad))

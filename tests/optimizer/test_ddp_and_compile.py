@@ -80,7 +80,7 @@ def test_no_warning_without_ddp() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_compiled_model(overlap: bool) -> None:
     def ranks(rank: int) -> None:
-        model, twin = Messenger(), Messenger()
+        model, twin = Messenger(depth=2), Messenger(depth=2)
         optimizer = ShardedASGD(model.named_parameters(), lr=0.3, t0=2, module=model if overlap else None)
         compiled = torch.compile(model, backend="aot_eager")
         reference = torch.optim.ASGD(twin.parameters(), lr=0.3, t0=2, foreach=False)

@@ -33,7 +33,7 @@ from tests.support.ranks import Sent, message_of, run_alone, run_ranks
 SPECS = [*MIXED, Spec((37,), torch.bfloat16), Spec((3, 50)), Spec((2, 3), torch.float16)]
 OPTIONS: dict[str, Any] = {"lr": 0.05, "lambd": 0.01, "t0": 3, "bucket_bytes": 300}
 LATE = 4  # a parameter that gets its first gradient late
-SAVED_AT, LAST = 12, 20
+SAVED_AT, LAST = 8, 12
 
 
 class Model(torch.nn.Module):
@@ -108,10 +108,10 @@ def load_world(rank: int, folder: str, saved_on: Sequence[int]) -> None:
 
 def test_a_run_resumed_on_any_number_of_ranks_equals_the_uninterrupted_run(tmp_path: Path) -> None:
     """By ``optimizer.state_dict()``, whose state is numbered; test_portability.py has the forms by names."""
-    numbers = (1, 2, 3, 4)
-    for world_size in numbers:
+    saved_on = {1: (4,), 2: (1, 3), 3: (2, 4), 4: (3,)}  # by the number of ranks that load
+    for world_size in saved_on:
         run_ranks(world_size, save_world, str(tmp_path), world_size)
-    for world_size in numbers:
+    for world_size, numbers in saved_on.items():
         run_ranks(world_size, load_world, str(tmp_path), numbers, timeout=120)
 
 

@@ -15,8 +15,10 @@ NAN = float("nan")
 NORMS = (2.0, 1.0, 3.0, float("inf"), "inf", 2, 0.5, torch.tensor(2.0))
 
 
-@pytest.mark.parametrize("gradients", ["local", "reduced"])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("world_size", "gradients"),
+    [(1, "local"), (2, "local"), (3, "local"), (4, "local"), (1, "reduced"), (2, "reduced")],
+)
 def test_clip_grad_norm_equals_torchs(world_size: int, gradients: str) -> None:
     def clip(pair: Pair, max_norm: float, norm_type: Any, where: object) -> None:
         total = pair.optimizer.clip_grad_norm_(max_norm, norm_type)
@@ -32,7 +34,7 @@ def test_clip_grad_norm_equals_torchs(world_size: int, gradients: str) -> None:
 
     def ranks(rank: int) -> None:
         for specs in (PLAIN, [Spec((2,))], [*MIXED, Spec((90,))]):
-            for norm_type in NORMS if world_size % 2 else NORMS[:4]:
+            for norm_type in NORMS if world_size == 3 else NORMS[:4]:
                 pair = Pair(make_parameters(specs), lr=0.1, t0=1, gradients=gradients, bucket_bytes=512)
                 for step, max_norm in enumerate([0.5, 1e6, 0.01]):
                     pair.backward(random_gradients(specs, world_size, step))

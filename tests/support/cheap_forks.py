@@ -6,11 +6,13 @@ Hundreds of megabytes are torch and the modules of the tests, so the kernel's wo
 import ctypes
 import functools
 import gc
+import importlib
 import re
 from pathlib import Path
 
 import torch
 
+from dist_asgd import ShardedASGD
 from dist_asgd.kernels.cpu import native_update
 from dist_asgd.kernels.scan import LayoutScan
 from dist_asgd.kernels.tensor_list import UpdateKind
@@ -23,6 +25,7 @@ MADV_COLLAPSE = 25
 def prepare() -> None:
     """Has effect once in a process; its children are prepared."""
     _compile_kernels()
+    _rehearse()
     gc.collect()
     gc.freeze()  # a collection writes to each object that it looks at, and so copies all of them
     _collapse_pages()
@@ -37,6 +40,21 @@ def _compile_kernels() -> None:
             native_update(UpdateKind(dtype, gradient, True, dtype, False))
             native_update(UpdateKind(dtype, gradient, False, dtype, False))
     LayoutScan.of([], [], torch.zeros(0))
+
+
+def _rehearse() -> None:
+    """Takes steps, so that children find imported what torch imports on first use, and caches and bytecode warm."""
+    importlib.import_module("torch._dynamo")
+    if torch.backends.cuda.is_built():
+        return  # torch's optimizers look for a GPU, which no child could use then
+    for kind in (ShardedASGD, torch.optim.ASGD):
+        weight = torch.nn.Parameter(torch.ones(3))
+        optimizer = kind([("weight", weight)], lr=0.1, t0=0)
+        for _ in range(10):  # Python specializes a function's bytecode when it has run several times
+            weight.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.state_dict()
 
 
 def _collapse_pages() -> None:
