@@ -9,7 +9,8 @@ FsspecWriter and FsspecReader, on local files with FileSystemWriter and FileSyst
 - time: of saves and loads, contestants in turns, what they wrote on the disk before the next turn. The plain write is
   of the same bytes to as many files, with fsync.
 - latency: a proxy lets every request to S3 wait for 40 ms.
-- memory: growth of a fresh process's resident memory while it saves or loads, at its highest.
+- memory: growth of a fresh process's resident memory while it saves or loads, at its highest; then that of two ranks
+  which save ShardedAverages of plain parameters.
 - async: how long save(wait=False) keeps the training loop from going on, beside a clone of all tensors.
 """
 

@@ -11,6 +11,9 @@ same work is checked: the parameters of ours and of the for-loop are compared bi
 Memory: of a model of residual feed-forward blocks after a few iterations, the bytes of ``ax`` that a rank holds, and
 for a check all that can be reached from the optimizer (see memory.py). Of the same optimizers, what ``step()`` hands
 to collectives.
+
+Beside: two averages of ShardedAverages beside AdamW (with "zero", beside ShardedASGD): the bytes of averages that a
+rank holds before and after they start, and what update() and a swap hand to collectives.
 """
 
 from __future__ import annotations
@@ -32,17 +35,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import ASGD, Optimizer
+from torch.optim import ASGD, AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.quiet import undisturbed
 from benchmarks.table import print_table, write_json_lines
-from dist_asgd import ShardedASGD
+from dist_asgd import EMA, ShardedASGD, ShardedAverages, Uniform
 from tests.support import contestants
 from tests.support.memory import reachable
 from tests.support.processes import end_cleanly, free_port, report, start_ranks
 
+TABLES = ("cost", "memory", "beside")
 LAYOUTS = ("zero", "ddp", "fsdp", "hsdp", "tp", "fsdp+tp")
 COST_LAYOUTS = ("fsdp", "hsdp", "tp")  # those in which every parameter is a DTensor
 COST_RANKS = 2
@@ -86,6 +90,19 @@ MEMORY_COLUMNS = {
     "peer_reachable": "all reachable",
     "peer_over_ours": "ASGD/ours",
 }
+BESIDE_COLUMNS = {
+    "ranks": "ranks",
+    "layout": "layout",
+    "share": "8P/N",
+    "held_before": "before start",
+    "held_max": "averages, max",
+    "held_min": "min",
+    "ratio": "max/(8P/N)",
+    "update": "collectives of update()",
+    "swap_in": "bytes of a swap in",
+    "swap_out": "and out",
+    "swap_in_ratio": "in, of what the rank has of the parameters",
+}
 WIRE_COLUMNS = {
     "ranks": "ranks",
     "layout": "layout",
@@ -107,12 +124,14 @@ def main() -> None:
         rows += _cost_table(options)
     if "memory" in options.tables:
         rows += _memory_tables(options)
+    if "beside" in options.tables:
+        rows += _beside_table(options)
     write_json_lines(options.json, rows)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.layouts", description=__doc__.splitlines()[0])
-    parser.add_argument("--tables", nargs="+", default=["cost", "memory"], choices=["cost", "memory"])
+    parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
     parser.add_argument("--layouts", nargs="+", default=COST_LAYOUTS, choices=COST_LAYOUTS, help="cost")
     parser.add_argument("--counts", type=int, nargs="+", default=[10, 100, 300, 1000], help="cost: of parameters")
     parser.add_argument("--side", type=int, default=64, help="cost: of the square parameters")
@@ -121,10 +140,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="cost: fresh processes each time")
     patience = "cost: seconds to wait, before each round of each row, for other processes to be quiet"
     parser.add_argument("--patience", type=float, default=0.0, help=patience)
-    parser.add_argument("--parameters", type=float, default=8e6, help="memory: of the model, about")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="memory: even numbers")
+    parser.add_argument("--parameters", type=float, default=8e6, help="memory, beside: of the model")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="memory, beside: even numbers")
     parser.add_argument("--json", type=Path, default=Path(__file__).with_name("layouts.jsonl"), metavar="FILE")
-    parser.add_argument("--worker", choices=["cost", "memory"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=TABLES, help=argparse.SUPPRESS)
     parser.add_argument("--layout", choices=LAYOUTS, help=argparse.SUPPRESS)
     parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -141,6 +160,8 @@ def _worker(options: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
     if options.worker == "cost":
         report(_timed(options))
+    elif options.worker == "beside":
+        report(_measured_beside(options.layout, options.parameters))
     else:
         report({name: _measured(options.layout, name, options.parameters) for name in ("ours", "peer")})
     dist.barrier()
@@ -395,6 +416,61 @@ def _wire_row(layout: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "sent": sum(whole - own for whole, own in gathers(most)),
         "parameter_bytes": most["parameters"],
     }
+
+
+# Averages beside another optimizer
+
+
+def _measured_beside(layout: str, parameters: float) -> dict[str, Any]:
+    """One rank: the bytes of two averages before and after they start, and the calls of an update and of a swap."""
+    model = contestants.make_model(parameters)
+    total = contestants.parameter_bytes(model)
+    place(model, layout, mesh_of(layout))
+    called = DistributedDataParallel(model) if layout == "ddp" else model
+    if layout == "zero":
+        optimizer: Optimizer = ours(model, layout)
+    else:
+        optimizer = AdamW(model.parameters(), lr=contestants.LR, foreach="tp" not in layout)
+    averages = ShardedAverages(model.named_parameters(), {"ema": EMA(0.9), "mean": Uniform()}, start=1, module=model)
+    batch, held = contestants.make_batch(data_rank(layout), rows=ROWS), []
+    before = reachable([averages, optimizer], model) - reachable(optimizer, model)
+    for _ in range(WARMUP):
+        contestants.iterate(called, optimizer, batch)
+        with Handed() as update:
+            averages.update()
+        held.append(reachable([averages, optimizer], model) - reachable(optimizer, model))
+    with Handed() as swap_in:
+        swap = averages.averaged_parameters()
+        swap.__enter__()
+    with Handed() as swap_out:
+        swap.__exit__(None, None, None)
+    own = {"total": total, "parameters": local_bytes(model.parameters()), "before": before, "held": held}
+    return own | {"update": update.calls, "in": swap_in.calls, "out": swap_out.calls}
+
+
+def _beside_table(options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for ranks in options.ranks:
+        for layout in LAYOUTS:
+            results = _run(ranks, "beside", layout, f"--parameters={options.parameters}")
+            rows.append(_beside_row(layout, results))
+    print(f"\nBeside: {rows[0]['total'] // 4} fp32 parameters (P), two averages of ShardedAverages; bytes on a rank\n")
+    print_table(rows, BESIDE_COLUMNS)
+    return rows
+
+
+def _beside_row(layout: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    total, ranks = results[0]["total"], len(results)
+    held = [result["held"][-1] for result in results]
+    row: dict[str, Any] = {"table": "beside", "ranks": ranks, "layout": layout, "total": total}
+    row |= {"share": 2 * total // ranks, "held_max": max(held), "held_min": min(held)}
+    row["held_before"] = max(max(result["before"], result["held"][0]) for result in results)  # before, and after start
+    row["ratio"] = round(max(held) / row["share"], 3)
+    row["update"] = max(len(result["update"]) for result in results)
+    for key, phase in (("swap_in", "in"), ("swap_out", "out")):
+        row[key] = max(sum(most for _, most, _ in result[phase]) for result in results)
+    row["swap_in_ratio"] = round(row["swap_in"] / max(result["parameters"] for result in results), 4)
+    return row
 
 
 if __name__ == "__main__":

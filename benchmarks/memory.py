@@ -61,6 +61,9 @@ SWAPS = {
     "DDP + ASGD, by hand": "DDP + ASGD",
     "FSDP2 + ASGD, by hand": "FSDP2 + ASGD",
     "DDP + AveragedModel": "DDP + ASGD",
+    "DDP + AdamW + averages": "DDP + AdamW",
+    "FSDP2 + AdamW + averages": "FSDP2 + AdamW",
+    "HSDP (2 replicas) + AdamW + averages": "HSDP (2 replicas) + AdamW",
 }
 SWAP_COLUMNS = {
     "ranks": "ranks",
@@ -136,17 +139,12 @@ def _worker(name: str, table: str, parameters: float) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     if table == "swap":
-        report(measure_swap(contestants.CONTESTANTS[SWAPS[name]], parameters, averaged=name.endswith("AveragedModel")))
+        ways = {"averaged": name.endswith("AveragedModel"), "beside": name.endswith("+ averages")}
+        report(measure_swap(contestants.CONTESTANTS[SWAPS[name]], parameters, **ways))
     else:
         report(measure(contestants.CONTESTANTS[name], parameters))
     dist.barrier()
     dist.destroy_process_group()
-
-
-# What is resident
-
-
-# What is reachable
 
 
 if __name__ == "__main__":

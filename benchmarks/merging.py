@@ -6,8 +6,9 @@ The sources are checkpoints of one step each, of float32 or bfloat16 weights in 
 state beside them that a merge does not read. The target is a checkpoint. S3 is SeaweedFS on this machine.
 
 - time: contestants in turns. "read" takes the bytes of the weights, and nothing else, in ranges of 8 MiB, by as many
-  requests at once as the library makes, and drops them. Pages of local files are dropped from memory before each turn,
-  where the table does not say "in memory".
+  requests at once as the library makes, and drops them. "copy" does that and writes those of one source to one file,
+  made durable, since a merge has to write as much. Pages of local files are dropped from memory before each turn, where
+  the table does not say "in memory". CPU seconds are the process's own, without those of the server of S3.
 - bytes: what the process read by read(2) during the merge, over the weights of all sources (local files).
 - memory: growth of a fresh process's resident memory during the merge, at its highest, after a small merge that
   imports everything.
@@ -25,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -48,6 +49,11 @@ COLUMNS = {
     "read": "read, s",
     "ratio": "merge/read",
     "least": "of least",
+    "copy": "copy, s",
+    "over_copy": "merge/copy",
+    "merge_cpu": "merge, CPU s/GB",
+    "read_cpu": "read, CPU s/GB",
+    "copy_cpu": "copy, CPU s/GB",
     "bytes": "bytes/weights",
     "growth": "growth, MB",
     "foreign": "others' CPU",
@@ -97,8 +103,12 @@ def _row(options: argparse.Namespace, server: Any, store: str, dtype: str, megab
         found, foreign = undisturbed(lambda: _start(job | {"do": "measure"}), options.patience)
         growth = _start(job | {"do": "grow"})["growth"]
     row = {key: job[key] for key in ("store", "dtype", "sources", "megabytes")}
-    row |= {name: statistics.median(found[name]) for name in ("merge", "read")}
+    gigabytes = megabytes * options.sources / 1e3
+    for name in CONTESTANTS:
+        row[name] = statistics.median(found[name])
+        row[f"{name}_cpu"] = statistics.median(found[f"{name}_cpu"]) / gigabytes
     row |= {"ratio": row["merge"] / row["read"], "least": min(found["merge"]) / min(found["read"])}
+    row["over_copy"] = row["merge"] / row["copy"]
     row |= {"bytes": found["bytes"], "growth": growth / 1e6, "foreign": foreign, "turns": found}
     print(json.dumps(row), file=sys.stderr, flush=True)
     return row
@@ -110,6 +120,8 @@ def _start(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # The process that is measured.
+
+_Ranges: TypeAlias = Mapping[str, list[tuple[str, int, int]]]  # by the URL of a source: file, start, stop
 
 
 def work(job: Mapping[str, Any]) -> None:
@@ -135,31 +147,32 @@ def _save(job: Mapping[str, Any]) -> dict[str, Any]:
 
 def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
     """Runs the contestants in turns; the first turn does not count."""
-    found: dict[str, Any] = {"merge": [], "read": []}
+    found: dict[str, Any] = {f"{name}{clock}": [] for name in CONTESTANTS for clock in ("", "_cpu")}
     ranges = {url: _ranges(url, job["options"]) for url in _sources(job)}
     size = sum(stop - start for of_source in ranges.values() for _, start, stop in of_source)
     for turn in range(job["turns"] + 1):
-        before = _bytes_read()
-        out = f"{job['root']}/out{turn}"
-        merge = _timed(job, lambda out=out: dist_asgd.merge(_sources(job), out, job["options"]))
-        found["bytes"] = None if job["store"] == "S3" else (_bytes_read() - before) / size
-        Storage.open(f"{job['root']}", job["options"]).remove_tree(f"out{turn}")
-        read = _timed(job, lambda: _read(ranges, job["options"]))
-        if turn:
-            found["merge"].append(merge)
-            found["read"].append(read)
+        for name, act in CONTESTANTS.items():
+            before, out = _bytes_read(), f"out{turn}"
+            taken = _timed(job, lambda act=act, out=out: act(job, ranges, out))
+            if name == "merge":
+                found["bytes"] = None if job["store"] == "S3" else (_bytes_read() - before) / size
+            Storage.open(job["root"], job["options"]).remove_tree(out)
+            if turn:
+                for clock, seconds in zip(("", "_cpu"), taken, strict=True):
+                    found[f"{name}{clock}"].append(seconds)
     return found
 
 
-def _timed(job: Mapping[str, Any], act: Callable[[], object]) -> float:
+def _timed(job: Mapping[str, Any], act: Callable[[], object]) -> tuple[float, float]:
+    """Returns seconds by the clock, and of the CPU."""
     if job["store"] == "file":
         os.sync()
         for file in Path(job["root"]).rglob("*.distcp"):
             with open(file, "rb") as opened:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     act()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
 def _ranges(url: str, options: Any) -> list[tuple[str, int, int]]:
@@ -178,10 +191,32 @@ def _ranges(url: str, options: Any) -> list[tuple[str, int, int]]:
     ]
 
 
-def _read(ranges: Mapping[str, list[tuple[str, int, int]]], options: Any) -> None:
+def _merge(job: Mapping[str, Any], ranges: _Ranges, out: str) -> None:
+    dist_asgd.merge(_sources(job), f"{job['root']}/{out}", job["options"])
+
+
+def _read(job: Mapping[str, Any], ranges: _Ranges, out: str) -> None:
+    for _ in _data(job, ranges):
+        pass
+
+
+def _copy(job: Mapping[str, Any], ranges: _Ranges, out: str) -> None:
+    last = list(ranges)[-1]
+    chunks = (data for url, data in _data(job, ranges) if url == last)
+    Storage.open(job["root"], job["options"]).write(f"{out}/copy", chunks)
+
+
+CONTESTANTS: Mapping[str, Callable[[Mapping[str, Any], _Ranges, str], None]] = {
+    "merge": _merge,
+    "read": _read,
+    "copy": _copy,
+}
+
+
+def _data(job: Mapping[str, Any], ranges: _Ranges) -> Iterator[tuple[str, bytes]]:
     for url, of_source in ranges.items():
-        for _ in Storage.open(url, options).read_ranges(of_source):
-            pass
+        for _, data in Storage.open(url, job["options"]).read_ranges(of_source):
+            yield url, data
 
 
 def _bytes_read() -> int:

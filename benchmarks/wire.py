@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.table import print_table, write_json_lines
+from dist_asgd import ShardedAverages
 from tests.support import contestants, netns
 from tests.support.processes import end_cleanly, report
 
@@ -30,13 +31,19 @@ NAMES = (
     "DDP + ZeroRedundancyOptimizer",
     "FSDP2 + ASGD",
     "FSDP2 (no reshard) + ASGD",
+    "DDP + AdamW",
+    "DDP + AdamW + averages",
+    "FSDP2 + AdamW",
+    "FSDP2 + AdamW + averages",
 )
+AVERAGES = " + averages"  # at the end of a name: with ShardedAverages beside the optimizer
 COLUMNS = {
     "name": "",
     "step": "one step, bytes",
     "step_ratio": "of 2P(N-1)/N",
     "update": "of these step()",
     "accumulate": "a backward under no_sync",
+    "swap": "averages in and out",
     "idle": "idle",
 }
 MICRO_BATCHES = 3  # backward passes counted under no_sync
@@ -62,7 +69,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.wire", description=__doc__.splitlines()[0])
     parser.add_argument("--parameters", type=float, default=27e6, help="of the model, about")
     parser.add_argument("--json", type=Path, default=Path(__file__).with_name("wire.jsonl"), metavar="FILE")
-    parser.add_argument("--names", nargs="+", default=NAMES, choices=list(contestants.CONTESTANTS), metavar="NAME")
+    parser.add_argument("--names", nargs="+", default=NAMES, metavar="NAME")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -71,7 +78,8 @@ def measure(hosts: Sequence[netns.Host], names: Sequence[str], parameters: float
     """One row per name: bytes sent per rank (the larger of the two ranks' counts) in each phase.
 
     ``step``: forward, backward and step(); ``update``: step() alone; ``accumulate``: one backward under no_sync
-    (None for the peers); ``idle``: as long without any work, the noise of the link.
+    (None for the peers); ``swap``: averaged_parameters() of averages beside the optimizer (None without); ``idle``: as
+    long without any work, the noise of the link.
     """
     arguments = ["--worker", f"--parameters={parameters}", "--names", *names]
     ranks = netns.run_on_hosts(hosts, "benchmarks.wire", arguments)
@@ -81,9 +89,9 @@ def measure(hosts: Sequence[netns.Host], names: Sequence[str], parameters: float
 def _row(name: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     size = ranks[0]["parameter_bytes"]
     phases = {phase: max(rank[phase] for rank in ranks) for phase in ("step", "update", "idle")}
-    accumulate = None if ranks[0]["accumulate"] is None else max(rank["accumulate"] for rank in ranks)
+    own = {key: ranks[0][key] and max(rank[key] for rank in ranks) for key in ("accumulate", "swap")}
     ratio = round(phases["step"] / size, 4)
-    return {"name": name, **phases, "accumulate": accumulate, "step_ratio": ratio, "parameters": size // 4}
+    return {"name": name, **phases, **own, "step_ratio": ratio, "parameters": size // 4}
 
 
 def _worker(names: Sequence[str], parameters: float) -> None:
@@ -98,7 +106,8 @@ def _phases(name: str, parameters: float) -> dict[str, Any]:
     """One rank, one contestant: two steps to warm up, then each phase by itself."""
     model = contestants.make_model(parameters)
     size = contestants.parameter_bytes(model)
-    model, optimizer = contestants.CONTESTANTS[name](model, 0.0)
+    model, optimizer = contestants.CONTESTANTS[name.removesuffix(AVERAGES)](model, 0.0)
+    averages = contestants.averages_beside(model, optimizer) if name.endswith(AVERAGES) else None
     batch = contestants.make_batch(dist.get_rank())
     for _ in range(2):
         contestants.iterate(model, optimizer, batch)
@@ -108,7 +117,13 @@ def _phases(name: str, parameters: float) -> dict[str, Any]:
     result["update"] = count(optimizer.step)
     optimizer.zero_grad()
     result["accumulate"] = _accumulation(model, optimizer, batch) if name == "ours" else None
+    result["swap"] = None if averages is None else count(lambda: _swap(averages))
     return result
+
+
+def _swap(averages: ShardedAverages) -> None:
+    with averages.averaged_parameters():
+        pass
 
 
 def _accumulation(model: torch.nn.Module, optimizer: Any, batch: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A folder, or a file that stands in none, may import only what is in the floors above its own in this list.
 FLOORS = [
-    {"_torch_private", "boxes"},
+    {"_torch_private", "boxes", "c_library"},
     {"comm"},
     {"averages"},
     {"asgd"},
@@ -27,7 +27,7 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-# The folders of checkpoints stand on _torch_private, boxes, comm and averages only: they serve any torch state dict.
+# The folders of checkpoints stand on few others only: they serve any torch state dict.
 CHECKPOINT_FLOORS = [
     {"checkpoint.progress", "checkpoint.storage"},
     {"checkpoint.errors"},
@@ -39,7 +39,7 @@ CHECKPOINT_FLOORS = [
     {"checkpoint.merging"},
     {"checkpoint"},
 ]
-BELOW_CHECKPOINT = {"_torch_private", "boxes", "comm", "averages"}
+BELOW_CHECKPOINT = {"_torch_private", "boxes", "c_library", "comm", "averages"}
 ABOVE_CHECKPOINT = {"__init__", "cli", "__main__"}
 MAX_FUNCTION_LINES = 35
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from dist_asgd.asgd.rule import average_step_
+from dist_asgd.c_library import warn_once
 from dist_asgd.kernels.cpu import native_averaging
 from dist_asgd.kernels.dispatch import block_size
-from dist_asgd.kernels.selfcheck import averages_match_operators, warn_once
+from dist_asgd.kernels.selfcheck import averages_match_operators
 from dist_asgd.kernels.tensor_list import TensorList
 
 

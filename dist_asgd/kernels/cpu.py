@@ -11,16 +11,18 @@ import ctypes
 import functools
 from array import array
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dist_asgd.asgd.rounding import compute_dtype
 from dist_asgd.asgd.schedule import DeviceScalars
-from dist_asgd.kernels.c_library import compile_library
-from dist_asgd.kernels.selfcheck import averages_match_operators, matches_operators, warn_once
+from dist_asgd.c_library import compile_library, warn_once
+from dist_asgd.kernels.selfcheck import averages_match_operators, matches_operators
 from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList, UpdateKind
 
+FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno")
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -103,7 +105,8 @@ def native_update(kind: UpdateKind) -> NativeUpdate | None:
     types = [f"-DPARAM={DTYPES[param]}", f"-DREAL={DTYPES[compute_dtype(param)]}", f"-DGRAD={DTYPES[grad]}"]
     types += [f"-DMASTER={int(kind.has_master)}"]
     types += [f"-DROUNDED={DTYPES[rounded]}", f"-DSTOCHASTIC={int(kind.stochastic)}"]
-    library = compile_library("cpu.c", [*FLAGS, *types], f"the update of {param} parameters in one pass over memory")
+    purpose = f"the update of {param} parameters in one pass over memory"
+    library = compile_library(FOLDER / "cpu.c", [*FLAGS, *types], purpose)
     if library is None:
         return None
     function, address, count = library.update, ctypes.c_void_p, ctypes.c_int64
@@ -130,7 +133,7 @@ def native_averaging(param: torch.dtype, average: torch.dtype) -> NativeAveragin
     if param not in DTYPES or average not in (torch.float32, torch.float64) or average != wider:
         return None
     flags = [*FLAGS, f"-DPARAM={DTYPES[param]}", f"-DREAL={DTYPES[average]}"]
-    library = compile_library("averaging.c", flags, f"averages of {param} parameters in one pass over memory")
+    library = compile_library(FOLDER / "averaging.c", flags, f"averages of {param} parameters in one pass over memory")
     if library is None:
         return None
     function, address, count = library.move, ctypes.c_void_p, ctypes.c_int64

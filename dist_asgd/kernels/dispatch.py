@@ -17,8 +17,9 @@ from torch import Tensor
 from dist_asgd.asgd.rounding import Rounding, compute_dtype
 from dist_asgd.asgd.rule import low_precision_step_
 from dist_asgd.asgd.schedule import AnyScalars, DeviceScalars, Hyperparameters
+from dist_asgd.c_library import warn_once
 from dist_asgd.kernels.cpu import native_update
-from dist_asgd.kernels.selfcheck import matches_operators, warn_once
+from dist_asgd.kernels.selfcheck import matches_operators
 from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList, UpdateKind, as_real
 
 # Elements, for each thread, of a block that CPU operators work on. Parameter, gradient, average and temporaries of a

@@ -13,12 +13,13 @@ import operator
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dist_asgd.kernels.c_library import compile_library
+from dist_asgd.c_library import compile_library
 from dist_asgd.kernels.tensor_list import Gradients
 
 CAPSULE = "__dlpack_c_exchange_api__"  # an attribute of torch.Tensor
@@ -187,7 +188,8 @@ def _functions() -> Functions | None:
     api = _ExchangeApi.from_address(pointer_of(capsule, b"dlpack_exchange_api"))
     if api.major != DLPACK_MAJOR or not api.view:
         return None
-    library = compile_library("scan.c", ["-O2"], "the check of all gradients by one call", ctypes.PyDLL)
+    file, purpose = Path(__file__).with_name("scan.c"), "the check of all gradients by one call"
+    library = compile_library(file, ["-O2"], purpose, ctypes.PyDLL)
     if library is None:
         return None
     functions = (library.scan, library.scan_gradients)

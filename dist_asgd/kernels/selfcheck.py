@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,9 +21,6 @@ STARTS = (0, 4352 + 1, 2 * 4352)
 CHECKED = 3 * 4352  # elements of the tensors in which the parts lie
 MUS = ((), (1.0,), (0.3,), (0.3, 1.0, 0.7))  # of each average; a device that holds the scalars has one average
 FP32 = torch.float32
-
-logger = logging.getLogger("dist_asgd")
-_warned: set[str] = set()
 
 
 def matches_operators(
@@ -95,10 +91,3 @@ def _parts(tensor: Tensor) -> list[Tensor]:
 
 def _random(rows: int, generator: torch.Generator) -> Tensor:
     return torch.randn(rows, CHECKED, dtype=torch.float64, generator=generator, device="cpu")
-
-
-def warn_once(what: str, why: str = "") -> None:
-    """Logs, once for each ``what``, that PyTorch's operators are used instead of a faster form, and why."""
-    if what not in _warned:
-        _warned.add(what)
-        logger.warning("%s; PyTorch's operators are used instead: the same bits, but slower. %s", what, why)

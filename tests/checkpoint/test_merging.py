@@ -16,10 +16,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 import dist_asgd
-from dist_asgd import Checkpointer, PolynomialDecay, ShardedASGD, Uniform, merge
+from dist_asgd import Checkpointer, PolynomialDecay, ShardedASGD, Uniform, c_library, merge
 from dist_asgd.checkpoint import CheckpointError
 from dist_asgd.checkpoint.format.manifest import read_manifest
-from dist_asgd.checkpoint.merging import mean, sources, target
+from dist_asgd.checkpoint.merging import mean, sources, sums, target
 from dist_asgd.checkpoint.merging.power_averages import Profile, combine, gamma_of_width
 from dist_asgd.checkpoint.merging.steps import parse_steps, select_steps
 from dist_asgd.checkpoint.merging.weights import DECAYS, decay_weights
@@ -81,7 +81,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_sources_of_every_kind_into_targets_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several layouts, world sizes and libraries, cut into parts that no block of a checksum fits."""
-    monkeypatch.setattr(mean, "SUM_BYTES", 1000)
+    monkeypatch.setattr(mean, "PART_BYTES", 1000)
     monkeypatch.setattr(sources, "STREAMED", 1500)
     monkeypatch.setattr(target, "MAX_ITEM_BYTES", 300)
     states = [Model(seed).state_dict() for seed in range(5)]
@@ -172,12 +172,43 @@ def test_a_mean_is_rounded_once() -> None:
     """PyTorch rounds float64 to float32 first, and just above the middle of two bfloat16 that is the middle."""
     values = torch.tensor([1 + 2**-8 + 2**-40, 1 + 2**-8, 1 + 2**-8 - 2**-40, -1 - 2**-8 - 2**-40], dtype=torch.float64)
     assert values.to(torch.bfloat16).tolist() == [1, 1, 1, -1]
-    assert mean.rounded(values, torch.bfloat16).tolist() == [1 + 2**-7, 1, 1, -1 - 2**-7]
+    assert sums.rounded(values, torch.bfloat16).tolist() == [1 + 2**-7, 1, 1, -1 - 2**-7]
     special = torch.tensor([math.inf, -math.inf, 1e300, -1e300, 1e-300, 0.0, -0.0, 65519.99, 65520.0, 2**-25])
     special = torch.cat([special.double(), torch.tensor([2**-25 + 2**-60, math.nan], dtype=torch.float64)])
     expected = [math.inf, -math.inf, math.inf, -math.inf, 0, 0, 0, 65504, math.inf, 0, 2**-24]
-    assert mean.rounded(special, torch.float16)[:-1].tolist() == expected
-    assert mean.rounded(special, torch.float16)[-1].isnan()
+    assert sums.rounded(special, torch.float16)[:-1].tolist() == expected
+    assert sums.rounded(special, torch.float16)[-1].isnan()
+
+
+def test_compiled_means_have_the_bits_of_operators() -> None:
+    """Of all values of 16 bits, and of means at and around the middles between them."""
+
+    def alone() -> None:
+        for dtype in (torch.bfloat16, torch.float16):
+            values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+            exact = values.double()[values.isfinite()].sort().values
+            middles = (exact[1:] + exact[:-1]) / 2
+            around = [torch.nextafter(middles, exact[1:]), torch.nextafter(middles, exact[:-1])]
+            special = torch.tensor([1e300, -1e300, 1e-300, -1e-300, math.inf, math.nan], dtype=torch.float64)
+            check_arithmetic(dtype, [values, values.flip(0)], torch.cat([exact, middles, *around, special]))
+        for dtype in (torch.float32, torch.float64):
+            check_arithmetic(dtype, list(torch.randn(3, 10_001).to(dtype)), torch.randn(10_001, dtype=torch.float64))
+
+    run_alone(alone)
+
+
+def check_arithmetic(dtype: torch.dtype, parts: list[Tensor], totals: Tensor) -> None:
+    compiled, weights = sums.compiled(dtype), [0.3, -1.7, 0.6][: len(parts)]
+    assert compiled is not None
+    found = []
+    for arithmetic in (compiled, sums.Operators()):
+        total, mean = torch.empty(len(parts[0]), dtype=torch.float64), torch.empty(len(totals), dtype=dtype)
+        arithmetic.add(total, parts, weights, True)
+        arithmetic.add(total, parts, weights, False)
+        arithmetic.finish(mean, totals.clone(), 1.0)
+        found.append((total, mean))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.isnan(), other.isnan()) and torch.equal(one[~one.isnan()], other[~other.isnan()])
 
 
 # Weights
@@ -400,10 +431,13 @@ def test_errors(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "2" / "x.safetensors").read_text() == "older"
 
 
-@pytest.mark.parametrize("out", ["out", "x.safetensors", "x/"])
-def test_damage_is_noticed_and_leaves_nothing(out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the last block of one source of two, whichever library wrote it."""
-    monkeypatch.setattr(mean, "SUM_BYTES", 100_000)
+@pytest.mark.parametrize(("out", "worth_it"), [("out", 0), ("x.safetensors", 2**30), ("x/", 2**30)])
+def test_damage_is_noticed_and_leaves_nothing(
+    out: str, worth_it: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the last block of one source of two, whichever library wrote it, by compiled code and without."""
+    monkeypatch.setattr(mean, "PART_BYTES", 100_000)
+    monkeypatch.setattr(c_library, "WORTH_IT", worth_it)
     weights = {"a": torch.randn(300, 100), "b": torch.randn(200, 300)}
 
     def alone() -> None:
@@ -422,6 +456,7 @@ def test_damage_is_noticed_and_leaves_nothing(out: str, tmp_path: Path, monkeypa
             assert {path.parent.name for path in tmp_path.rglob("*") if path.is_file()} == {"ours", "stock"}
             file.write_bytes(sound)
         merge([tmp_path / "ours", tmp_path / "stock"], f"{tmp_path}/{out}")
+        assert main(["verify", str(tmp_path / "out")]) == 0 if out == "out" else same(read(tmp_path / out), weights)
 
     run_alone(alone)
 
@@ -478,7 +513,7 @@ def test_processes_without_a_group_are_refused(run: Path, tmp_path: Path, monkey
 
 def test_on_a_store(s3_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each byte of the weights is sent once, whatever the layouts, and little else."""
-    monkeypatch.setattr(mean, "SUM_BYTES", 2**20)
+    monkeypatch.setattr(mean, "PART_BYTES", 2**20)
     url, size = s3_server.new_url(), 4 * (600 * 700 + 400 * 300 + 50)
 
     def weights(seed: int) -> Tensors:
@@ -515,7 +550,7 @@ def test_on_a_store(s3_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mean, "SUM_BYTES", 2**20)
+    monkeypatch.setattr(mean, "PART_BYTES", 2**20)
 
     def alone() -> int:
         map_large_blocks()

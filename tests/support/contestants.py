@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import ASGD, Optimizer
+from torch.optim import ASGD, AdamW, Optimizer
 
-from dist_asgd import ShardedASGD
+from dist_asgd import EMA, ShardedASGD, ShardedAverages
 
 WIDTH = 512
 ROWS = 8  # batch: small, so that an iteration is mostly what is measured
@@ -86,6 +86,16 @@ def ddp(model: nn.Module, t0: float, *, view: bool = False) -> tuple[nn.Module, 
     return wrapped, ASGD(wrapped.parameters(), lr=LR, t0=t0)
 
 
+def ddp_adamw(model: nn.Module, t0: float) -> tuple[nn.Module, Optimizer]:
+    wrapped = DistributedDataParallel(model)
+    return wrapped, AdamW(wrapped.parameters(), lr=LR)
+
+
+def fsdp2_adamw(model: nn.Module, t0: float, *, replicas: int = 1) -> tuple[nn.Module, Optimizer]:
+    shard(model, replicas)
+    return model, AdamW(model.parameters(), lr=LR)
+
+
 def zero(model: nn.Module, t0: float, *, view: bool = False) -> tuple[nn.Module, Optimizer]:
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=view)
     return wrapped, ZeroRedundancyOptimizer(wrapped.parameters(), optimizer_class=ASGD, lr=LR, t0=t0)
@@ -100,13 +110,23 @@ def fsdp2(model: nn.Module, t0: float, *, reshard: bool) -> tuple[nn.Module, Opt
 
 
 def ours_fsdp2(model: nn.Module, t0: float, *, replicas: int = 1, **options: Any) -> tuple[nn.Module, Optimizer]:
+    shard(model, replicas)
+    return model, ShardedASGD(model.named_parameters(), lr=LR, t0=t0, module=model, **options)
+
+
+def shard(model: nn.Module, replicas: int) -> None:
+    """Shards the parameters by FSDP2, or by HSDP where there are several replicas."""
     size = dist.get_world_size()
     shape, names = ((size,), ("shards",)) if replicas == 1 else ((replicas, size // replicas), ("replicas", "shards"))
     mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
     for block in model.children():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return model, ShardedASGD(model.named_parameters(), lr=LR, t0=t0, module=model, **options)
+
+
+def averages_beside(model: nn.Module, optimizer: Optimizer, start: float = 0) -> ShardedAverages:
+    """One average of the weights, which follows the optimizer."""
+    return ShardedAverages(model.named_parameters(), EMA(0.999), optimizer=optimizer, start=start, module=model)
 
 
 CONTESTANTS: dict[str, Build] = {
@@ -122,5 +142,8 @@ CONTESTANTS: dict[str, Build] = {
     "FSDP2 (no reshard) + ASGD": partial(fsdp2, reshard=False),
     "FSDP2 + ours": ours_fsdp2,
     "HSDP (2 replicas) + ours": partial(ours_fsdp2, replicas=2),
+    "DDP + AdamW": ddp_adamw,
+    "FSDP2 + AdamW": fsdp2_adamw,
+    "HSDP (2 replicas) + AdamW": partial(fsdp2_adamw, replicas=2),
 }
 CONTESTANTS |= {f"ours, {n} MiB buckets": partial(ours, overlap=True, bucket_bytes=n * 2**20) for n in (1, 4, 8, 25)}

@@ -55,19 +55,25 @@ def measure(build: contestants.Build, parameters: float, width: int = contestant
 
 
 def measure_swap(
-    build: contestants.Build, parameters: float, width: int = contestants.WIDTH, *, averaged: bool = False
+    build: contestants.Build,
+    parameters: float,
+    width: int = contestants.WIDTH,
+    *,
+    averaged: bool = False,
+    beside: bool = False,
 ) -> dict[str, int]:
     """What it takes to have the average in the model, in bytes of this rank.
 
     ``whole``, ``parameters``: of the model, and of the rank's part of it. ``average``: held all the time for it, by the
-    optimizer or, if ``averaged``, by ``AveragedModel``. ``swap_peak``: the highest growth of resident memory while it
-    is swapped in and out; without a forward.
+    optimizer; if ``averaged``, by ``AveragedModel``; if ``beside``, by ``ShardedAverages``. ``swap_peak``: the highest
+    growth of resident memory while it is swapped in and out; without a forward.
     """
     map_large_blocks()
     batch = contestants.make_batch(dist.get_rank(), width, rows=1)
     model = contestants.make_model(parameters, width)
     whole = contestants.parameter_bytes(model)
     model, optimizer = build(model, 0.0)
+    averages = contestants.averages_beside(model, optimizer) if beside else None
     for _ in range(3):  # averaging starts with the second step
         contestants.iterate(model, optimizer, batch)
     copied = AveragedModel(model.module) if averaged else None
@@ -76,14 +82,17 @@ def measure_swap(
         start = reset_peak()
         dist.barrier()
         if copied is None:
-            with swapped(optimizer):
+            with swapped(optimizer) if averages is None else averages.averaged_parameters():
                 pass
         peak = peak_resident() - start
     own = sum(_local(param).nbytes for param in model.parameters())
+    held = reachable(optimizer, model)
+    if averages is not None:
+        held = reachable([averages, optimizer], model) - held
     return {
         "whole": whole,
         "parameters": own,
-        "average": contestants.parameter_bytes(copied) if copied else reachable(optimizer, model),
+        "average": contestants.parameter_bytes(copied) if copied else held,
         "swap_peak": peak,
     }
 
@@ -182,7 +191,7 @@ def _status(key: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {key}")
 
 
-def reachable(optimizer: Optimizer, model: nn.Module) -> int:
+def reachable(optimizer: object, model: nn.Module) -> int:
     """Bytes of the different storages reachable from ``optimizer``, without those that hold the model's parameters.
 
     Gradients count, and whatever else hangs on a parameter or in a closure; the modules themselves are not entered.

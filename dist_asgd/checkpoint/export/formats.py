@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import struct
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
@@ -17,6 +16,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from dist_asgd.checkpoint.errors import CheckpointError
+from dist_asgd.checkpoint.format.crc32 import crc32
 from dist_asgd.checkpoint.format.entries import dtype_name
 from dist_asgd.checkpoint.format.torch_archive import (
     Stub,
@@ -138,7 +138,7 @@ def torch_file(source: PayloadSource, tensors: Sequence[Exported]) -> Iterator[b
         yield record.local_header()
         crc = 0
         for _, data in pieces:
-            crc = zlib.crc32(data, crc)
+            crc = crc32(data, crc)
             yield data
         record = replace(record, crc32=crc)
         yield record.descriptor()

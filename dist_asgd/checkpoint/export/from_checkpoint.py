@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -16,6 +15,7 @@ from dist_asgd.boxes import Box, batches, grouped, whole
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.export.formats import BATCH_BYTES, Exported
 from dist_asgd.checkpoint.format.casts import rounded
+from dist_asgd.checkpoint.format.crc32 import crc32
 from dist_asgd.checkpoint.format.entries import Block, TensorEntry
 from dist_asgd.checkpoint.format.manifest import STOCK, Manifest, TensorRecord, ValueRecord
 from dist_asgd.checkpoint.format.tensor_bytes import memory
@@ -203,7 +203,7 @@ class StockExportSource(ExportSource):
         """Returns a value that is equal for two tensors of equal bytes. Reads all of the tensor."""
         saved, crc = self.manifest.tensors[key].saved, 0
         for _, data in self.payloads([_exported(key, key, self.manifest.tensors[key])]):
-            crc = zlib.crc32(data, crc)
+            crc = crc32(data, crc)
         return saved, crc
 
     def _batches(self, tensors: Sequence[Exported]) -> Iterator[list[tuple[int, Box]]]:

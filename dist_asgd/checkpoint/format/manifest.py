@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ import torch
 
 from dist_asgd.boxes import Box, tiles
 from dist_asgd.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from dist_asgd.checkpoint.format.crc32 import crc32
 from dist_asgd.checkpoint.format.dtypes import DTYPES
 from dist_asgd.checkpoint.format.entries import SavedTensor, dtype_name
 from dist_asgd.checkpoint.format.manifest_rules import (
@@ -99,15 +99,15 @@ class Item:
             data: the bytes of ``reach(blocks)``.
         """
         first, last = self.reach(blocks)
-        if first == self.offset and zlib.crc32(data[: self.head]) != int(self.frame[:8], 16):
+        if first == self.offset and crc32(data[: self.head]) != int(self.frame[:8], 16):
             yield self.offset, self.start
         for block in blocks:
             start = self.start + block * self.block
             stop = min(start + self.block, self.start + self.size)
-            if zlib.crc32(data[start - first : stop - first], self.crc_before(block)) != self.crc_before(block + 1):
+            if crc32(data[start - first : stop - first], self.crc_before(block)) != self.crc_before(block + 1):
                 yield start, stop
         end = self.start + self.size
-        if last == self.stop and zlib.crc32(data[end - first :]) != int(self.frame[8:], 16):
+        if last == self.stop and crc32(data[end - first :]) != int(self.frame[8:], 16):
             yield end, self.stop
 
 

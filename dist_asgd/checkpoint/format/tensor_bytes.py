@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import zlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from dist_asgd.boxes import Box, cut, whole
+from dist_asgd.checkpoint.format.crc32 import crc32
 from dist_asgd.checkpoint.format.manifest_rules import MAX_CRC_BLOCK, MIN_CRC_BLOCK
 
 COPY_BYTES = 8 * 2**20  # bytes that are copied at once from a device, or from a tensor that is not contiguous
@@ -39,7 +39,7 @@ class Checksums:
             stop = min(len(data), start + self.block - self._done % self.block)
             if self._done % self.block == 0:
                 self._crcs.append(0)
-            self._crcs[-1] = self.last = zlib.crc32(data[start:stop], self.last)
+            self._crcs[-1] = self.last = crc32(data[start:stop], self.last)
             self._done += stop - start
             start = stop
 

@@ -9,7 +9,6 @@ theirs.
 from __future__ import annotations
 
 import io
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO, cast
@@ -20,6 +19,7 @@ from torch import Tensor
 from dist_asgd.boxes import Box, boxes, intersection, strides, whole, within
 from dist_asgd.checkpoint.errors import CheckpointError, naming
 from dist_asgd.checkpoint.format.casts import copy_rounded
+from dist_asgd.checkpoint.format.crc32 import crc32
 from dist_asgd.checkpoint.format.dcp_metadata import StoredObject
 from dist_asgd.checkpoint.format.entries import Block, SavedTensor, TensorEntry
 from dist_asgd.checkpoint.format.manifest import in_directory
@@ -170,7 +170,7 @@ def _large_item(storage: Storage, directory: str, item: StockItem) -> Iterator[t
     first = start + layout.start
     crc, at = 0, 0
     for data in _pieces(storage, path, first, first + layout.nbytes):
-        crc = zlib.crc32(data, crc)
+        crc = crc32(data, crc)
         yield from _boxes_in(item.saved, layout, order, at, data)
         at += len(data)
     if crc != layout.crc32:

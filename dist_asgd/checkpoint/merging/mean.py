@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,16 +12,18 @@ import torch
 from torch import Tensor
 
 from dist_asgd.boxes import Box, cut, grouped, whole
+from dist_asgd.c_library import is_worth_compiling
 from dist_asgd.checkpoint.errors import naming
 from dist_asgd.checkpoint.export.formats import Exported
 from dist_asgd.checkpoint.format.tensor_bytes import memory
 from dist_asgd.checkpoint.format.torch_archive import payload_bytes
 from dist_asgd.checkpoint.merging.payload import PayloadReader
 from dist_asgd.checkpoint.merging.sources import WeightSource
+from dist_asgd.checkpoint.merging.sums import arithmetic
 
-SUM_BYTES = 2**22  # bytes of the sums, in float64, of the parts that are merged at once
-READS_AHEAD = 4  # sources of which a part is read while another one is added
-SLICE = 2**15  # elements that are converted and added at once: they stay in a core's cache, and torch starts no threads
+PART_BYTES = 2**22  # bytes of a source that are read at once
+READS_AHEAD = 4  # sources of which a part is read while others are added
+ADDED_AT_ONCE = 4  # sources of which parts are held until they are added together, while a part of the sum is in cache
 
 AVERAGED = (
     *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -56,6 +59,7 @@ class MeanSource:
     ) -> None:
         self.sources, self._weights, self._from_last, self._report = sources, weights, from_last, report
         self._readers = [PayloadReader(source.storage, source.tensors) for source in sources]
+        self._is_large = is_worth_compiling(bytes_to_read(sources, from_last))
         self._last = len(sources) - 1
         self.differing: set[str] = set()
 
@@ -80,24 +84,26 @@ class MeanSource:
 
         The boxes of a tensor must follow one another in row-major order.
         """
-        size = torch.float64.itemsize
         parts = (
-            ((number, part), part.numel * size)
-            for number, (_, box) in enumerate(wanted)
-            for part in cut(box, SUM_BYTES // size)
+            ((number, part), part.numel * tensor.dtype.itemsize)
+            for number, (tensor, box) in enumerate(wanted)
+            for part in cut(box, max(1, PART_BYTES // tensor.dtype.itemsize))
         )
-        batches = grouped(parts, SUM_BYTES)
+        batches = grouped(parts, PART_BYTES)
         tasks = ((batch, number) for batch in batches for number in range(len(self._readers)))
         sums: list[_Sum] = []
         for (batch, number), found in self._read_ahead(wanted, tasks):
             if number == 0:
-                sums = [_Sum(wanted[index][0].dtype, self.is_mean(wanted[index][0])) for index, _ in batch]
+                sums = [self._sum(wanted[index][0]) for index, _ in batch]
             for one, part in zip(sums, found, strict=True):
                 if part is not None:
                     one.add(part, self._weights[number])
-            self._report(sum(part.nbytes for part in found if part is not None))
+                    self._report(part.nbytes)
             if number == self._last:
                 yield from self._results(wanted, batch, sums)
+
+    def _sum(self, tensor: Exported) -> _Sum:
+        return _Sum(tensor.dtype, self.is_mean(tensor), self._is_large)
 
     def is_mean(self, tensor: Exported) -> bool:
         """Returns whether a tensor is averaged; else it is the last source's."""
@@ -152,62 +158,52 @@ class _Sum:
     Args:
         dtype: of the result.
         is_mean: whether parts are added.
+        is_large: whether the merge is large enough for compiled code.
     """
 
-    def __init__(self, dtype: torch.dtype, is_mean: bool) -> None:
-        self._dtype, self._is_mean = dtype, is_mean
-        self._sum = torch.empty(0, dtype=torch.float64, device="cpu")  # 1-D: of ``_numbers``
-        self._part: Tensor | None = None  # of the source that was added last; without memory where parts are summed
+    def __init__(self, dtype: torch.dtype, is_mean: bool, is_large: bool) -> None:
+        self._dtype, self._is_mean, self._is_large = dtype, is_mean, is_large
+        self._sum: Tensor | None = None  # 1-D, float64, of ``_numbers``; None before parts are added
+        self._waiting: list[tuple[Tensor, float]] = []  # ``_numbers`` of parts that are not added yet, their weights
+        self._last: Tensor | None = None  # the part of the source that came last
         self.is_differing = False
 
     def add(self, part: Tensor, weight: float) -> None:
-        """Adds the part of the next source: CPU, contiguous, of the source's dtype."""
+        """Takes the part of the next source: CPU, contiguous, of the source's dtype."""
         if not self._is_mean:
-            self.is_differing |= self._part is not None and memory(self._part) != memory(part)
-            self._part = part
-            return
-        values = _numbers(part)
-        if self._part is None:
-            self._part = torch.empty(part.shape, dtype=self._dtype, device="meta")
-            self._sum = torch.empty(values.numel(), dtype=torch.float64, device="cpu")
-            for total, slice_ in zip(self._sum.split(SLICE), values.split(SLICE), strict=True):
-                total.copy_(slice_).mul_(weight) if weight else total.zero_()  # a weight of 0 ignores inf and NaN
-        elif weight:
-            wide = torch.empty(min(SLICE, values.numel()), dtype=torch.float64, device="cpu")
-            for total, slice_ in zip(self._sum.split(SLICE), values.split(SLICE), strict=True):
-                total.add_(wide[: slice_.numel()].copy_(slice_), alpha=weight)
+            self.is_differing |= self._last is not None and memory(self._last) != memory(part)
+        elif weight:  # a weight of 0 ignores inf and NaN
+            self._waiting.append((_numbers(part), weight))
+            if len(self._waiting) == ADDED_AT_ONCE:
+                self._add_waiting()
+        self._last = part
+
+    def _add_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for dtype, pairs in itertools.groupby(waiting, key=lambda pair: pair[0].dtype):
+            values, weights = zip(*pairs, strict=True)
+            is_first = self._sum is None
+            if self._sum is None:
+                self._sum = torch.empty(values[0].numel(), dtype=torch.float64, device="cpu")
+            arithmetic(dtype, self._is_large).add(self._sum, values, weights, is_first)
 
     def result(self, total: float) -> Tensor:
         """Returns the sum divided by ``total``, or the part of the last source. Called once, after ``add``."""
-        if self._part is None:
+        if self._last is None:
             raise ValueError("nothing was added")
         if not self._is_mean:
-            return self._part
-        mean = torch.empty(self._part.shape, dtype=self._dtype, device="cpu")
-        for values, slice_ in zip(self._sum.split(SLICE), _numbers(mean).split(SLICE), strict=True):
-            slice_.copy_(rounded(values.div_(total), slice_.dtype))
+            return self._last
+        self._add_waiting()
+        if self._sum is None:
+            raise ValueError("all weights are 0")
+        mean = torch.empty(self._last.shape, dtype=self._dtype, device="cpu")
+        arithmetic(_numbers(mean).dtype, self._is_large).finish(_numbers(mean), self._sum, total)
         return mean
 
 
 def _numbers(tensor: Tensor) -> Tensor:
     """Returns a 1-D view of a contiguous tensor: its elements, or the real and imaginary parts of complex ones."""
     return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).view(-1)
-
-
-def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns ``values`` (float64) rounded once to the nearest numbers of a floating dtype, ties to even.
-
-    PyTorch converts to dtypes of 16 bits by way of float32, which rounds twice: a value just above the middle of two
-    bfloat16 may become the middle in float32, and then the lower one. Here float32 gets, of its two numbers around a
-    value, the one with an odd last bit, which is never such a middle.
-    """
-    if dtype in (torch.float64, torch.float32):
-        return values.to(dtype)
-    near = values.to(torch.float32)
-    is_even = (near.view(torch.int32) & 1) == 0
-    beyond = torch.where(near < values, torch.inf, -torch.inf).to(torch.float32)
-    odd = torch.where(is_even & (near != values), torch.nextafter(near, beyond), near)
-    return odd.to(dtype)
 
 
 def bytes_to_read(sources: Sequence[WeightSource], from_last: frozenset[str]) -> int:

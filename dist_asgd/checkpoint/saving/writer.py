@@ -6,7 +6,6 @@ An item is laid out as [Note: items] in ``checkpoint/format/dcp_metadata.py`` de
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_asgd.boxes import Box
+from dist_asgd.checkpoint.format.crc32 import crc32
 from dist_asgd.checkpoint.format.dcp_metadata import item_head, item_tail, object_item
 from dist_asgd.checkpoint.format.manifest import NO_FRAME, SHARED, Item, in_directory
 from dist_asgd.checkpoint.format.tensor_bytes import Checksums, block_bytes, memory_of
@@ -155,7 +155,7 @@ class _FileWriter:
                 added.result()
             self._progress.add(len(piece))
         tail = item_tail(dtype, sizes, sums.last)
-        frame = f"{zlib.crc32(head):08x}{zlib.crc32(tail):08x}"
+        frame = f"{crc32(head):08x}{crc32(tail):08x}"
         item = Item(self._name, self._position, len(head), size, len(tail), sums.block, sums.text(), frame)
         self._result.chunks.append((block.key, block.box, len(self._result.items)))
         self._result.items.append(item)

@@ -1,4 +1,4 @@
-"""Compiles the C files of this folder by the machine's C compiler, once in each process, and loads them.
+"""Compiles C files of this package by the machine's C compiler, once in each process, and loads them.
 
 A compiled file is not kept for other processes: compiling takes some tenths of a second, and a library that another
 user could have written must not be loaded.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import shutil
 import subprocess
 import tempfile
@@ -15,18 +16,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_asgd.kernels.selfcheck import logger, warn_once
-
 COMPILERS = ("cc", "gcc", "clang")
+WORTH_IT = 2**30  # bytes to go through from which on a faster loop saves more time than its compiling takes
+
+logger = logging.getLogger("dist_asgd")
+_warned: set[str] = set()
 
 
 def compile_library(
-    file: str, flags: Sequence[str], purpose: str, kind: type[ctypes.CDLL] = ctypes.CDLL
+    file: Path, flags: Sequence[str], purpose: str, kind: type[ctypes.CDLL] = ctypes.CDLL
 ) -> ctypes.CDLL | None:
-    """Compiles one C file of this folder and loads it. Logs that at INFO, or at WARNING why it is not possible.
+    """Compiles one C file and loads it. Logs that at INFO, or at WARNING why it is not possible.
 
     Args:
-        file: the name of the file, such as ``"cpu.c"``.
+        file: of this package.
         flags: for the compiler, besides those that make a shared library. OpenMP is used where the compiler has it.
         purpose: what the library does, for the log.
         kind: ``ctypes.PyDLL`` for a library that calls Python, and so must hold its lock.
@@ -42,7 +45,7 @@ def compile_library(
     try:
         with tempfile.TemporaryDirectory(prefix="dist_asgd-") as folder:
             library = f"{folder}/library.so"
-            command = [compiler, *flags, "-shared", "-fPIC", str(Path(__file__).with_name(file)), "-o", library, "-lm"]
+            command = [compiler, *flags, "-shared", "-fPIC", str(file), "-o", library, "-lm"]
             run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=60)
             if run([*command, "-fopenmp"]).returncode != 0:  # Apple's compiler has no OpenMP: one thread does the work
                 run(command, check=True)
@@ -52,6 +55,22 @@ def compile_library(
         return None
     seconds = time.monotonic() - start
     logger.info(
-        "compiled %s by %s in %.1f s for %s; results have the same bits without it", file, compiler, seconds, purpose
+        "compiled %s by %s in %.1f s for %s; results have the same bits without it",
+        file.name,
+        compiler,
+        seconds,
+        purpose,
     )
     return loaded
+
+
+def is_worth_compiling(total: int) -> bool:
+    """Returns whether to compile a loop for ``total`` bytes that it will go through once, and no more."""
+    return total >= WORTH_IT
+
+
+def warn_once(what: str, why: str = "") -> None:
+    """Logs, once for each ``what``, that PyTorch's operators are used instead of a faster form, and why."""
+    if what not in _warned:
+        _warned.add(what)
+        logger.warning("%s; PyTorch's operators are used instead: the same bits, but slower. %s", what, why)
