@@ -360,7 +360,8 @@ class ShardedAverages:
         kinds = {name: repr(kind) for name, kind in self._kinds.items()}
         timings = [timing.state() for timing in self._timings]
         counts = {"kinds": kinds, "timings": timings, "compared": self._has_compared, **iterates_of(members)}
-        return {**state, PROGRESS: counts | {"buffers": self._buffers.iterates}}
+        of_buffers = {"buffers": self._buffers.iterates, "treatment": self._buffers.treatment}
+        return {**state, PROGRESS: counts | of_buffers}
 
     @refused_during_swap()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -14,6 +14,9 @@ TORCHS = repr(Uniform())  # the text of torch.optim.ASGD's average
 PROGRESS = "progress"  # key of the counts in the state dict of ``ShardedAverages``, beside those of the averages
 
 
+AVERAGE, COPY = "average", "copy"  # what ``ShardedAverages`` does with a buffer
+
+
 FIRST = "average"  # the name of the first average if it was given none
 
 

@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from dist_asgd.checkpoint.errors import CheckpointError
+from dist_asgd.checkpoint.export.from_checkpoint import keys_in_average, names_of_averages, stock_manifest
 from dist_asgd.checkpoint.format.dcp_metadata import StoredChunk, stored_chunk
 from dist_asgd.checkpoint.format.entries import SavedTensor, dtype_name
 from dist_asgd.checkpoint.format.json_values import decode
@@ -30,6 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the checkpoint and which of its entries are shown."""
     add_checkpoint_arguments(parser)
     parser.add_argument("--keys", default="*", metavar="GLOB", help="only entries with such keys, as 'model.*'")
+    parser.add_argument(
+        "--average",
+        nargs="?",
+        default=False,
+        const=True,
+        metavar="NAME",
+        help="only the tensors of an average; of several the first, or that of the NAME",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,17 +47,20 @@ def run(arguments: argparse.Namespace) -> int:
     sizes = checkpoint.sizes()
     name = MANIFEST if MANIFEST in sizes else STOCK
     data = read_record(checkpoint.storage, checkpoint.directory, name, sizes)
-    contents = _manifest_report(data) if name == MANIFEST else _stock_report(data)
-    report = {"url": checkpoint.url, "bytes": sum(sizes.values()), **contents}
+    contents, manifest = _manifest_report(data) if name == MANIFEST else _stock_report(data)
+    report = {"url": checkpoint.url, "bytes": sum(sizes.values()), **contents, "averages": names_of_averages(manifest)}
+    if arguments.average is not False:
+        keys = keys_in_average(manifest, None if arguments.average is True else arguments.average)
+        report |= {"tensors": {key: contents["tensors"][key] for key in keys}, "values": {}}
     for kind in ("tensors", "values"):
         report[kind] = {key: entry for key, entry in report[kind].items() if fnmatch.fnmatchcase(key, arguments.keys)}
     write(report if arguments.json else _report_text(report))
     return 0
 
 
-def _manifest_report(data: bytes) -> dict[str, Any]:
+def _manifest_report(data: bytes) -> tuple[dict[str, Any], Manifest]:
     manifest = read_manifest(data)
-    return {
+    report = {
         "format": "dist_asgd",
         "step": manifest.step,
         "world_size": manifest.world_size,
@@ -60,19 +72,21 @@ def _manifest_report(data: bytes) -> dict[str, Any]:
         },
         "values": {key: value.encoded for key, value in manifest.values.items()},
     }
+    return report, manifest
 
 
 def _stored_chunks(manifest: Manifest, key: str) -> list[StoredChunk]:
     return [stored_chunk(chunk.box, manifest.items[chunk.item]) for chunk in manifest.tensors[key].chunks]
 
 
-def _stock_report(data: bytes) -> dict[str, Any]:
+def _stock_report(data: bytes) -> tuple[dict[str, Any], Manifest]:
     stock = read_stock_metadata(data)
-    return {
+    report = {
         "format": "torch.distributed.checkpoint",
         "tensors": {key: _tensor_report(tensor.saved, list(tensor.chunks)) for key, tensor in stock.tensors.items()},
         "values": dict.fromkeys(stock.objects),
     }
+    return report, stock_manifest(stock)
 
 
 def _tensor_report(saved: SavedTensor, chunks: list[StoredChunk]) -> dict[str, Any]:
@@ -102,6 +116,8 @@ def _report_text(report: Mapping[str, Any]) -> str:
         facts += [["step", str(report["step"])], ["ranks", str(report["world_size"])]]
         facts += [["saved", f"{created:%Y-%m-%d %H:%M:%S} UTC"], ["by", printable(versions)]]
         facts += [["files", str(len(report["files"]))]]
+    if report["averages"]:
+        facts += [["averages", printable(", ".join(report["averages"]))]]
     sections = [printable(report["url"]), table(facts, left_aligned=(0, 1))]
     if report["tensors"]:
         rows = [_tensor_row(key, tensor) for key, tensor in report["tensors"].items()]

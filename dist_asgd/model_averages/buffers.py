@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from dist_asgd._torch_private import non_persistent_buffers
 from dist_asgd.asgd.rounding import compute_dtype
 from dist_asgd.asgd.rule import average_step_
+from dist_asgd.averages.options import AVERAGE, COPY
 from dist_asgd.comm.consensus import Agreement
 from dist_asgd.model_averages.parameters import unwrapped_names
 from dist_asgd.model_averages.timing import Timing
-
-AVERAGE, COPY = "average", "copy"
 
 Treatment = str | Mapping[str, str] | None  # the option ``buffers`` of ShardedAverages
 
@@ -65,6 +64,11 @@ class AveragedBuffers:
     def names(self) -> list[str]:
         """The names of the buffers in the model."""
         return list(self._buffers)
+
+    @property
+    def treatment(self) -> dict[str, str]:
+        """``AVERAGE`` or ``COPY`` by the name of the buffer in the model."""
+        return {name: AVERAGE if buffer.is_averaged else COPY for name, buffer in self._buffers.items()}
 
     @torch.no_grad()
     def take_iterate(self, timing: Timing) -> None:

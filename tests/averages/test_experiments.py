@@ -1,6 +1,12 @@
-"""An experiment of benchmarks/averaging at its real size: figures that the guide to averaging gives."""
+"""Experiments of benchmarks/averaging: one at its real size, for figures of the guide, and one to see that it runs."""
 
-from tests.support.processes import free_port, start_ranks
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.support.processes import ROOT, free_port, start_ranks
 
 
 def test_the_average_is_optimal_on_least_squares() -> None:
@@ -10,3 +16,17 @@ def test_the_average_is_optimal_on_least_squares() -> None:
     figures = start_ranks(module, command, prefixes=[[]], environment=environment, timeout=300.0)[0]
     assert 0.9 < figures["average"] <= 1.15
     assert figures["last"] >= 40
+
+
+def test_averages_beside_adamw_at_a_tiny_size(tmp_path: Path) -> None:
+    """All that the experiment does, from the training to the tables and the plot."""
+    out, plot = tmp_path / "rows.jsonl", tmp_path / "plot.svg"
+    options = ["--size=tiny", "--seeds=1", "--rates", "0.01", "--ranks", "1", f"--json={out}", f"--plot={plot}"]
+    subprocess.run([sys.executable, "-m", "benchmarks.averaging.adamw", *options], cwd=ROOT, check=True, timeout=300)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    of_seeds, others = rows[:-4], rows[-4:]
+    figures = {row["name"]: row["test"] for row in of_seeds}
+    assert len(set(figures.values())) == len(figures) == 13 and all(map(math.isfinite, figures.values()))
+    shown = {"last iterate", "EMA 0.05", "merge, linear", "decay, linear"}
+    assert others == [row for row in of_seeds if row["name"] in shown]
+    assert "Byte-level GPT" in plot.read_text()

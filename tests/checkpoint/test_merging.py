@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 import dist_asgd
-from dist_asgd import Checkpointer, PolynomialDecay, ShardedASGD, Uniform, c_library, merge
+from dist_asgd import Checkpointer, PolynomialDecay, ShardedASGD, ShardedAverages, Uniform, c_library, merge
 from dist_asgd.checkpoint import CheckpointError
 from dist_asgd.checkpoint.format.manifest import read_manifest
 from dist_asgd.checkpoint.merging import mean, sources, sums, target
@@ -26,7 +26,7 @@ from dist_asgd.checkpoint.merging.weights import DECAYS, decay_weights
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.cli.main import main
 from tests.support import counting_proxy
-from tests.support.layouts import Model, build, place
+from tests.support.layouts import Model, backward, build, named_parameters, place, whole
 from tests.support.memory import map_large_blocks, peak_resident, reset_peak
 from tests.support.ranks import message_of, run_alone, run_ranks
 from tests.support.stores import *  # noqa: F403 fixtures
@@ -294,6 +294,87 @@ def test_a_power_average_of_another_width(tmp_path: Path) -> None:
     def plain(folder: Path) -> None:
         dist_asgd.save(folder / "plain", {"model": nn.Linear(2, 2)})
         merge(folder / "plain", folder / "y", ema_width=0.05)
+
+    run_alone(alone)
+
+
+class Normed(Model):
+    """A model with two buffers that each step changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(3))
+        self.register_buffer("newest", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.seen += x.detach().abs().mean()
+            self.newest.fill_(x.detach().mean().item())
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "tp"])
+def test_a_power_average_beside_another_optimizer(layout: str, tmp_path: Path) -> None:
+    """Out of checkpoints of two ranks. The oracle has the exact profile of the width over whole iterates, in fp64."""
+
+    def ranks(rank: int) -> list[Tensors]:
+        model = place(layout, Normed())
+        named, inner = named_parameters(model), getattr(model, "module", model)
+        optimizer = torch.optim.AdamW(named.values(), lr=0.02, foreach="tp" not in layout)
+        kinds = {"wide": PolynomialDecay(6.94), "mean": Uniform(), "narrow": PolynomialDecay(16.97)}
+        buffers = {"seen": "average", "newest": "copy"}
+        averages = ShardedAverages(named.items(), kinds, optimizer=optimizer, start=5, module=model, buffers=buffers)
+        iterates = []
+        with Checkpointer(tmp_path / "run") as checkpointer:
+            for step in range(1, 66):
+                backward(model, layout, step)
+                optimizer.step()
+                optimizer.zero_grad()
+                if step > 5:
+                    whole_now = {name: whole(param).double() for name, param in named.items()}
+                    iterates.append(whole_now | {name: value.double() for name, value in inner.named_buffers()})
+                if step == 5 or step % 5 == 0:
+                    checkpointer.save(step, {"model": model, "averages": averages})
+        return iterates
+
+    def alone(iterates: list[Tensors]) -> None:
+        width = 0.08
+        gamma, exact = gamma_of_width(width), dict(iterates[0])
+        for number, iterate in enumerate(iterates[1:], 2):
+            mu = PolynomialDecay(gamma).weight(number)
+            exact = {name: value + (iterate[name] - value) * mu for name, value in exact.items()}
+        report = merge(tmp_path / "run", tmp_path / "x.safetensors", steps="15:", ema_width=width)
+        assert len(report.weights) == 2 * 11 and report.profile_error < 0.01 and report.from_last == ["newest"]
+        found = read(tmp_path / "x.safetensors")
+        assert torch.equal(found.pop("newest").double(), iterates[-1]["newest"])
+        for name, value in found.items():
+            assert (value - exact[name]).norm() <= 0.03 * (iterates[-1][name] - exact[name]).norm(), name
+        text = message_of(lambda: merge(tmp_path / "run", tmp_path / "y", steps="5", ema_width=width), CheckpointError)
+        assert "'averages' has not begun to average" in text
+
+    run_alone(alone, run_ranks(2, ranks)[0])
+
+
+def test_power_averages_that_cannot_be_combined(tmp_path: Path) -> None:
+    def saved(name: str, other: str = "PolynomialDecay(every=1, gamma=16.97)", **progress: Any) -> None:
+        kinds = {"wide": "PolynomialDecay(every=1, gamma=6.94)", "narrow": other}
+        counts = {"kinds": kinds, "iterates": 20, "others": {}, "buffers": 20, "treatment": {}} | progress
+        averages = {"wide": {"w": torch.zeros(2)}, "narrow": {"w": torch.ones(2)}, "progress": counts}
+        dist_asgd.save(tmp_path / name, {"model": {"w": torch.ones(2)}, "averages": averages})
+        merge(tmp_path / name, tmp_path / f"{name}.pt", ema_width=0.08)
+
+    def alone() -> None:
+        saved("good", treatment={"b": "copy"}, buffers=3)
+        for number, (text, changes) in enumerate(
+            {
+                "take iterates at different distances, every=[1, 2]": {"other": "PolynomialDecay(every=2, gamma=17.0)"},
+                "different numbers of iterates into their averages: [3, 20]": {"others": {"w.x": 3}},
+                "iterates into their averages: [7, 20]": {"buffers": 7, "treatment": {"b": "average"}},
+                "'averages' has not begun to average": {"iterates": 0},
+                "has one power average": {"other": "Uniform(every=1)"},
+            }.items()
+        ):
+            assert text in message_of(lambda changes=changes, n=number: saved(f"bad{n}", **changes), CheckpointError)
 
     run_alone(alone)
 

@@ -188,7 +188,21 @@ def test_show(saved, capsys):
     assert (wide["dtype"], wide["shape"], wide["bytes"]) == ("float32", [700, 600], 4 * 700 * 600)
     assert len({chunk["file"] for chunk in wide["chunks"]}) > 1
     _, out, _ = called(capsys, "show", newest(folder), "--keys", "data.*")
-    assert "data.mine@rank2" in out and "'everywhere'" in out and "model." not in out and "step    10" in out
+    assert "data.mine@rank2" in out and "'everywhere'" in out and "model." not in out and "step      10" in out
+
+
+def test_show_of_one_average(saved, tmp_path, capsys):
+    folder, _, averages = saved
+    expected = {f"optimizer.state.{name}.ax" for name in averages}
+    for arguments in ([], ["average"]):
+        found = answer(capsys, "show", folder, "--average", *arguments)
+        assert found["averages"] == ["average"] and found["tensors"].keys() == expected and not found["values"]
+    assert "averages  average" in called(capsys, "show", folder)[1]
+    found = answer(capsys, "show", folder, "--average", "--keys", "*.low.weight.ax")
+    assert found["tensors"].keys() == {"optimizer.state.low.weight.ax"}
+    save(tmp_path / "plain", {"model": {"w": torch.ones(2)}})
+    status, _, err = called(capsys, "show", tmp_path / "plain", "--average")
+    assert status == 1 and "has no averages" in err
 
 
 def test_verify_reads_every_byte(run, capsys):
@@ -303,6 +317,8 @@ def test_export_of_a_stock_checkpoint(tmp_path, capsys, suffix):
     found = answer(capsys, "export", tmp_path / "saved", out, "--average")
     assert found["not_averaged"] == ["other", "conv"]
     assert torch.equal(loaded(out)["wte.weight"], average) and torch.equal(loaded(out)["head.weight"], average)
+    shown = answer(capsys, "show", tmp_path / "saved", "--average")
+    assert [*shown["tensors"]] == ["optimizer.state.wte.weight.ax"]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -409,6 +425,10 @@ def test_export_of_one_of_several_averages(tmp_path, capsys):
             "w": number,
             "v": number + 2,
         }
+        key = "ax_ema" if name == "ema" else "ax"
+        shown = answer(capsys, "show", tmp_path / "saved", "--average", *filter(None, [name]))
+        assert shown["tensors"].keys() == {f"optimizer.state.w.{key}", f"optimizer.state.v.{key}"}
+        assert shown["averages"] == ["mean", "ema"]
     status, _, err = called(capsys, "export", tmp_path / "saved", tmp_path / "y.pt", "--average", "other")
     assert status == 1 and "has no average 'other', it has ['mean', 'ema']" in err
 
@@ -504,6 +524,7 @@ def test_what_was_not_committed_is_no_checkpoint(run, tmp_path, capsys, command)
     [
         (["show", "{run}", "--step", "7"], "has no checkpoint of step 7; it has [5, 10]"),
         (["show", "{newest}", "--step", "5"], "is one checkpoint"),
+        (["show", "{run}", "--average", "ema"], "has no average 'ema', it has ['average']"),
         (["export", "{run}", "out"], "say --format"),
         (["export", "{run}", "out.pt", "--max-shard-size", "5GB"], "are for --format huggingface"),
         (["export", "{run}", "out/", "--config", "{run}/none.json"], "cannot read"),

@@ -1,10 +1,16 @@
 """Averages in checkpoints: any layout in, any out; plain `dcp.load` reads one as a model; loads by name."""
 
+import contextlib
+import io
+import json
+
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 
-from dist_asgd import Checkpointer, load
+from dist_asgd import Checkpointer, export, load
+from dist_asgd.cli.main import main
 from tests.support.beside import KINDS, build, trained
 from tests.support.layouts import Model, named_parameters, whole
 from tests.support.ranks import run_alone, run_ranks
@@ -16,6 +22,9 @@ def save(rank, layout, folder):
     model, optimizer, averages, _ = trained(layout)
     with Checkpointer(folder) as checkpoints:
         checkpoints.save(5, {"model": model, "averages": averages, "optimizer": optimizer})
+    for name in KINDS:
+        with averages.averaged_parameters(name):
+            export(folder / f"live-{name}.safetensors", model)
     return {name: averages.full_state_dict(name) for name in KINDS}
 
 
@@ -50,3 +59,23 @@ def read_as_a_model(folder, expected):
     dcp.load(state, checkpoint_id=folder / next(iter_steps(folder)), no_dist=True)
     for name in KINDS:
         assert all(torch.equal(state["averages"][name][key], expected[name][key]) for key in expected[name])
+        export_and_show(folder, name, expected[name])
+
+
+def export_and_show(folder, name, expected):
+    out = folder / f"{name}.safetensors"
+    command("export", folder, out, "--average", name)
+    for exported in map(safetensors.torch.load_file, (out, folder / f"live-{name}.safetensors")):
+        assert exported.keys() == expected.keys()
+        assert all(torch.equal(exported[key], expected[key]) for key in expected)
+    shown = command("show", folder, "--average", name)
+    assert shown["averages"][:2] == list(KINDS) and not shown["values"]
+    assert {key: tensor["shape"] for key, tensor in shown["tensors"].items()} == {
+        f"averages.{name}.{key}": list(tensor.shape) for key, tensor in expected.items()
+    }
+
+
+def command(*arguments):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main([*map(str, arguments), "--json"]) == 0
+    return json.loads(out.getvalue())

@@ -23,9 +23,9 @@ from dist_asgd.checkpoint.format.torch_archive import payload_bytes
 from dist_asgd.checkpoint.loading.ranges import read_record
 from dist_asgd.checkpoint.loading.reader import plan_reads, read_into
 from dist_asgd.checkpoint.loading.stock_reader import plan_items, read_items_into
-from dist_asgd.checkpoint.state.averages import average_keys, average_names
+from dist_asgd.checkpoint.state.averages import average_keys, average_names, keys_of_average
 from dist_asgd.checkpoint.state.saved_names import without_wrappers
-from dist_asgd.checkpoint.state.tree import key_of, tree_of
+from dist_asgd.checkpoint.state.tree import TreeNode, key_of, tree_of
 from dist_asgd.checkpoint.stock.metadata import StockCheckpoint, read_stock_metadata
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.checkpoint.storage.waiting import threads
@@ -69,6 +69,13 @@ def entry_names(manifest: Manifest) -> list[str]:
     return sorted({str(path[0]) for path in paths})
 
 
+def shared_entries(manifest: Manifest) -> tuple[TreeNode, dict[str, Any]]:
+    """Returns the tree of the entries that are no single rank's own, and all values by key, encoded."""
+    of_all: dict[str, TensorRecord | ValueRecord] = {**manifest.tensors, **manifest.values}
+    root = tree_of({key: entry.path for key, entry in of_all.items() if entry.rank is None})
+    return root, {key: value.encoded for key, value in manifest.values.items()}
+
+
 def _exported(name: str, key: str, tensor: TensorRecord) -> Exported:
     return Exported(name, key, tensor.saved.shape, tensor.saved.dtype)
 
@@ -91,11 +98,8 @@ def with_averages(source: ExportSource, tensors: Sequence[Exported], average: st
             of one tensor, the shape of an average differs, or tensors could not be read to compare their bytes.
     """
     manifest = source.manifest
-    of_all: dict[str, TensorRecord | ValueRecord] = {**manifest.tensors, **manifest.values}
-    root = tree_of({key: entry.path for key, entry in of_all.items() if entry.rank is None})
-    values = {key: value.encoded for key, value in manifest.values.items()}
-    if average is not None and average not in (known := average_names(root, values)):
-        raise CheckpointError(f"the checkpoint has no average {average!r}, it has {known}")
+    _check_name(average, names_of_averages(manifest))
+    root, values = shared_entries(manifest)
     found: dict[str, str] = {}
     for tensor in tensors:
         path = manifest.tensors[tensor.key].path
@@ -114,6 +118,34 @@ def with_averages(source: ExportSource, tensors: Sequence[Exported], average: st
     return [replace(tensor, key=found.get(tensor.key, tensor.key)) for tensor in tensors]
 
 
+def names_of_averages(manifest: Manifest) -> list[str]:
+    """Returns the names of all averages of a checkpoint, each once; none where it has no averages."""
+    return average_names(*shared_entries(manifest))
+
+
+def keys_in_average(manifest: Manifest, average: str | None) -> list[str]:
+    """Returns the keys of the tensors of an average, whichever optimizer or ``ShardedAverages`` has it.
+
+    Args:
+        manifest: of the checkpoint.
+        average: the name of one of several averages; None for the first.
+
+    Raises:
+        CheckpointError: the checkpoint has no averages, or none of that name.
+    """
+    known = names_of_averages(manifest)
+    _check_name(average, known)
+    if not known:
+        raise CheckpointError("the checkpoint has no averages, neither an optimizer's ('ax') nor of ShardedAverages")
+    keys = keys_of_average(*shared_entries(manifest), average)
+    return [key for key in keys if key in manifest.tensors]
+
+
+def _check_name(average: str | None, known: Sequence[str]) -> None:
+    if average is not None and average not in known:
+        raise CheckpointError(f"the checkpoint has no average {average!r}, it has {known}")
+
+
 def _averages_of_ties(source: ExportSource, keys: Sequence[str], found: Mapping[str, str]) -> dict[str, str]:
     """Returns keys of averages for those ``keys`` whose tensor has equal bytes as a tensor in ``found``."""
     tensors = source.manifest.tensors
@@ -128,6 +160,13 @@ def _averages_of_ties(source: ExportSource, keys: Sequence[str], found: Mapping[
         if len({source.fingerprint(average) for average in averages}) == 1:
             ties[key] = averages[0]
     return ties
+
+
+def stock_manifest(stock: StockCheckpoint) -> Manifest:
+    """Returns a manifest with the paths, shapes and dtypes of a checkpoint that torch wrote, and with nothing else."""
+    tensors = {key: TensorRecord(tensor.saved, (), stock.paths[key]) for key, tensor in stock.tensors.items()}
+    values = {key: ValueRecord(None, stock.paths[key]) for key in stock.objects}
+    return Manifest(0, 0, 0.0, {}, {}, (), tensors, values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,9 +234,7 @@ class StockExportSource(ExportSource):
     def open(cls, storage: Storage, directory: str) -> StockExportSource:
         """Opens the checkpoint in ``directory``. Raises CheckpointError if its ``.metadata`` is not valid."""
         stock = read_stock_metadata(read_record(storage, directory, STOCK, storage.sizes(directory)))
-        tensors = {key: TensorRecord(tensor.saved, (), stock.paths[key]) for key, tensor in stock.tensors.items()}
-        values = {key: ValueRecord(None, stock.paths[key]) for key in stock.objects}
-        return cls(storage, directory, Manifest(0, 0, 0.0, {}, {}, (), tensors, values), stock)
+        return cls(storage, directory, stock_manifest(stock), stock)
 
     def fingerprint(self, key: str) -> Any:
         """Returns a value that is equal for two tensors of equal bytes. Reads all of the tensor."""

@@ -124,8 +124,9 @@ def merge(
         decay: ``"linear"``, ``"cosine"`` or ``"1-sqrt"``: weights by which checkpoints of a training at a constant
             learning rate stand for its decay over their steps. Linear is the uniform mean.
         ema_width: makes the power average (``PolynomialDecay``) of this width at the newest of the checkpoints, out of
-            the power averages that optimizers have in all of them. The width is the standard deviation of the weights
-            of iterates, as a share of the training so far. Tensors without an average are the last source's.
+            the power averages that ``ShardedASGD`` or ``ShardedAverages`` has in all of them. The width is the standard
+            deviation of the weights of iterates, as a share of the training so far. Tensors without an average are the
+            last source's.
         average: True: merge optimizers' averages in place of the weights. A name: of several averages, the one of this
             name.
         entry: of the saved state, whose tensors are merged; "" for all tensors. Names lose it.
@@ -287,11 +288,7 @@ def _posthoc(job: MergeJob, found: Sequence[Checkpoint], width: float) -> tuple[
         averages += [(profile, checkpoint_source(opened, job.entry, name)) for name, profile in profiles.items()]
     averages.sort(key=lambda pair: pair[0].count)  # the newest is the last
     profiles_of_all = [profile for profile, _ in averages]
-    if len(averages) < 2:
-        raise CheckpointError(
-            f"{found[0].url} has one power average, of which no other can be made: two, or several checkpoints, are "
-            "needed"
-        )
+    _check_profiles(profiles_of_all, found[0].url)
     newest = Profile(gamma_of_width(width), profiles_of_all[-1].count)
     weights, error = combine(profiles_of_all, newest)
     if error > LARGEST_ERROR:
@@ -302,6 +299,18 @@ def _posthoc(job: MergeJob, found: Sequence[Checkpoint], width: float) -> tuple[
             100 * error,
         )
     return [source for _, source in averages], weights, error
+
+
+def _check_profiles(profiles: Sequence[Profile], url: str) -> None:
+    if len(profiles) < 2:
+        raise CheckpointError(
+            f"{url} has one power average, of which no other can be made: two, or several checkpoints, are needed"
+        )
+    if len(distances := sorted({profile.every for profile in profiles})) > 1:
+        raise CheckpointError(
+            f"the power averages take iterates at different distances, every={distances}, and cannot be combined: "
+            "merge checkpoints whose power averages have one every="
+        )
 
 
 def _check_once(sources: Sequence[WeightSource]) -> None:

@@ -13,18 +13,19 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dist_asgd.averages.options import FIRST
+from dist_asgd.averages.options import AVERAGE, FIRST, PROGRESS
 from dist_asgd.checkpoint.errors import CheckpointError
 from dist_asgd.checkpoint.export.formats import Exported
 from dist_asgd.checkpoint.export.from_checkpoint import ExportSource
 from dist_asgd.checkpoint.format.json_values import decode
+from dist_asgd.checkpoint.format.manifest import Manifest
 from dist_asgd.checkpoint.state.tree import Path, key_of
 
 WIDEST = 1 / math.sqrt(12)  # the width of the uniform mean, whose gamma is 0
@@ -40,31 +41,81 @@ class Profile:
     """A power average of the first ``count`` iterates."""
 
     gamma: float
-    count: int
+    count: int  # of the iterates that it takes
+    every: int = 1  # it takes one step of so many as an iterate
 
 
 def power_averages(source: ExportSource) -> dict[str, Profile]:
-    """Returns the power averages (``PolynomialDecay``) that an optimizer of a checkpoint keeps, by name.
+    """Returns the power averages (``PolynomialDecay``) of a checkpoint by name, ``ShardedASGD``'s and others'.
 
     Raises:
-        CheckpointError: there is none, it has not begun, or parameters have taken different numbers of steps.
+        CheckpointError: there is none, it has not begun, or parameters have taken different numbers of iterates.
     """
+    found = {**_of_optimizers(source), **_of_model_averages(source.manifest)}
+    if not found:
+        raise CheckpointError(
+            "the checkpoint has no averages of the kind PolynomialDecay(gamma), of which others can be made: "
+            "ShardedASGD or ShardedAverages has to keep two of them, such as PolynomialDecay(6.94) and "
+            "PolynomialDecay(16.97), and be saved by dist_asgd"
+        )
+    return found
+
+
+def _of_optimizers(source: ExportSource) -> dict[str, Profile]:
+    """Returns the power averages that optimizers keep; their kinds are text in the param groups."""
     kinds = {
         (value.path[:-3], found[1] or FIRST): (int(found[2]), float(found[3]))
         for key, value in source.manifest.values.items()
         if value.path[-1] == "average" and value.path[-3:-2] == ("param_groups",)
         for found in _KIND.finditer(str(decode(value.encoded, key)))
     }
-    if not kinds:
-        raise CheckpointError(
-            "the checkpoint has no averages of the kind PolynomialDecay(gamma), of which others can be made: an "
-            "optimizer has to keep two of them, such as PolynomialDecay(6.94) and PolynomialDecay(16.97)"
-        )
     counts = {optimizer: _steps_averaged(source, optimizer) for optimizer, _ in kinds}
-    return {
-        name: Profile(gamma, (counts[optimizer] - 1) // every + 1)
-        for (optimizer, name), (every, gamma) in kinds.items()
+    return {name: _profile(gamma, counts[optimizer], every) for (optimizer, name), (every, gamma) in kinds.items()}
+
+
+def _of_model_averages(manifest: Manifest) -> dict[str, Profile]:
+    """Returns the power averages of every ``ShardedAverages``, which has their kinds and counts as plain data."""
+    values = {
+        value.path: decode(value.encoded, key)
+        for key, value in manifest.values.items()
+        if PROGRESS in value.path and value.rank is None
     }
+    kinds = {
+        (path[:-3], str(path[-1])): found
+        for path, kind in values.items()
+        if path[-3:-1] == (PROGRESS, "kinds") and (found := _KIND.fullmatch(str(kind)))
+    }
+    counts = {averages: _iterates(values, averages) for averages, _ in kinds}
+    return {
+        name: _profile(float(found[3]), counts[averages], int(found[2])) for (averages, name), found in kinds.items()
+    }
+
+
+def _profile(gamma: float, steps: int, every: int) -> Profile:
+    """Returns the profile after ``steps`` steps, of which the average takes the first and each ``every``-th after."""
+    return Profile(gamma, (steps - 1) // every + 1, every)
+
+
+def _iterates(values: Mapping[Path, Any], averages: Path) -> int:
+    """Returns the number of iterates of all parameters and buffers of the ``ShardedAverages`` at this path."""
+    size = len(averages) + 1
+    progress = {path[size:]: value for path, value in values.items() if path[:size] == (*averages, PROGRESS)}
+    counts = {int(progress.get(("iterates",), 0))}
+    counts |= {int(count) for path, count in progress.items() if path[:1] == ("others",) and path[1:]}
+    if any(path[:1] == ("treatment",) and treated == AVERAGE for path, treated in progress.items()):
+        counts.add(int(progress.get(("buffers",), 0)))
+    return _the_count(averages, counts)
+
+
+def _the_count(owner: Path, counts: set[int]) -> int:
+    if len(counts) != 1:
+        raise CheckpointError(
+            f"parameters or buffers of {key_of(owner)!r} have taken different numbers of iterates into their averages: "
+            f"{sorted(counts)}. Averages are combined where all are over equally many"
+        )
+    if (count := next(iter(counts))) < 1:
+        raise CheckpointError(f"{key_of(owner)!r} has not begun to average")
+    return count
 
 
 def _steps_averaged(source: ExportSource, optimizer: Path) -> int:
@@ -76,15 +127,7 @@ def _steps_averaged(source: ExportSource, optimizer: Path) -> int:
         if value.path[:size] == optimizer and value.path[-1] == "t0" and value.path[size] == "param_groups"
     }
     steps = _numbers(source, optimizer, "step")
-    if len(starts) != 1 or len(steps) != 1:
-        raise CheckpointError(
-            f"parameters of {key_of(optimizer)!r} have taken different numbers of steps into their averages: "
-            f"t0 {sorted(starts)}, steps {sorted(steps)}. Averages are combined where all are over equally many"
-        )
-    count = math.ceil(steps.pop() - 1 - starts.pop())
-    if count < 1:
-        raise CheckpointError(f"{key_of(optimizer)!r} has not begun to average")
-    return count
+    return _the_count(optimizer, {math.ceil(step - 1 - start) for step in steps for start in starts})
 
 
 def _numbers(source: ExportSource, optimizer: Path, name: str) -> set[float]:

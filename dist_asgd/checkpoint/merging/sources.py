@@ -17,6 +17,7 @@ from dist_asgd.checkpoint.export.formats import Exported, format_by
 from dist_asgd.checkpoint.export.from_checkpoint import (
     ExportSource,
     StockExportSource,
+    shared_entries,
     tensors_matching,
     tensors_of,
     with_averages,
@@ -40,6 +41,7 @@ from dist_asgd.checkpoint.merging.payload import Chunk, Payload, SourceTensor, W
 from dist_asgd.checkpoint.merging.safetensors_files import SUFFIX, files_in, tensors_of_file
 from dist_asgd.checkpoint.merging.steps import select_steps
 from dist_asgd.checkpoint.run.listing import list_run
+from dist_asgd.checkpoint.state.averages import copied_keys
 from dist_asgd.checkpoint.state.tree import Path, key_of
 from dist_asgd.checkpoint.stock.items import item_layout
 from dist_asgd.checkpoint.storage.storage import Storage
@@ -199,6 +201,8 @@ def checkpoint_source(source: ExportSource, entry: str, average: bool | str) -> 
         saved = _tensors(manifest, entry)
         wanted = with_averages(source, saved, None if average is True else average) if average else saved
     pairs = list(zip(wanted, saved, strict=True))
+    own = {tensor.name for tensor, before in pairs if tensor.key == before.key} if average else set[str]()
+    copied = copied_keys(*shared_entries(manifest)) if average else set[str]()
     values = {key: value for key, value in manifest.values.items() if _is_in(key, entry)}
     return WeightSource(
         url,
@@ -208,7 +212,7 @@ def checkpoint_source(source: ExportSource, entry: str, average: bool | str) -> 
         {tensor.name: _place(manifest.tensors[tensor.key]) for tensor in saved},
         None if stock else manifest.step,
         None if average is False else "average" if average is True else average,
-        frozenset(tensor.name for tensor, before in pairs if tensor.key == before.key) if average else frozenset(),
+        frozenset(own | {tensor.name for tensor in wanted if tensor.key in copied}),
         {} if stock else values,
         sorted(values) if stock else (),
     )

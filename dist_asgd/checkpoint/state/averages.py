@@ -3,7 +3,8 @@
 An optimizer has the average of a parameter as ``<optimizer>.state.<parameter>.ax``. Further averages, of an optimizer
 that keeps several, are ``ax_<name>``; the name of the first is in the text of ``param_groups.0.average``.
 
-``ShardedAverages`` has it as ``<averages>.<name>.<parameter>``, and the names under ``<averages>.progress.kinds``.
+``ShardedAverages`` has it as ``<averages>.<name>.<parameter>``, and the names under ``<averages>.progress.kinds``. What
+it does with a buffer, "average" or "copy", is ``<averages>.progress.treatment.<buffer>``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from dist_asgd.averages.options import PROGRESS, first_name
+from dist_asgd.averages.options import COPY, PROGRESS, first_name
 from dist_asgd.checkpoint.state.tree import TreeNode
 
 NO_VALUES: Mapping[str, Any] = MappingProxyType({})
@@ -56,6 +57,37 @@ def average_names(root: TreeNode, values: Mapping[str, Any] = NO_VALUES) -> list
             others = [str(key).removeprefix("ax_") for key in state.children if str(key).startswith("ax_")]
             names |= dict.fromkeys([*first, *others])
     return list(names)
+
+
+def keys_of_average(root: TreeNode, values: Mapping[str, Any], average: str | None) -> list[str]:
+    """Returns the keys of all entries of an average, of every optimizer and ``ShardedAverages`` that has it.
+
+    Args:
+        root: the tree of the checkpoint's entries. Optimizers and averages are looked for among its children.
+        values: of the checkpoint, by key; the options of an optimizer's groups tell the name of its first average.
+        average: the name of one of several averages; None for the first.
+    """
+    keys: list[str] = []
+    for child in root.children.values():
+        of_model = _model_averages(child)
+        if of_model:
+            keys += child.at((of_model[0] if average is None else average,)).entry_keys()
+            continue
+        entry = "ax" if average in (None, _first_name(child, values)) else f"ax_{average}"
+        keys += [key for state in child.at(("state",)).children.values() if (key := state.at((entry,)).key) is not None]
+    return keys
+
+
+def copied_keys(root: TreeNode, values: Mapping[str, Any]) -> set[str]:
+    """Returns the keys of buffers that a ``ShardedAverages`` has not averaged but copied, under all its averages."""
+    found = [
+        child.at((average, name)).key
+        for child in root.children.values()
+        for average in _model_averages(child)
+        for name, treated in child.at((PROGRESS, "treatment")).children.items()
+        if values.get(str(treated.key)) == COPY
+    ]
+    return {key for key in found if key is not None}
 
 
 def _model_averages(node: TreeNode) -> list[str]:
