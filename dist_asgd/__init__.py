@@ -1,6 +1,6 @@
 """Averaged SGD with its state sharded over ranks, further averages of weights, and checkpoints on any fsspec URL."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from dist_asgd.averages.kinds import EMA, PolynomialDecay, Tail, TwoTailed, Uniform
 from dist_asgd.averages.triggers import NonMonotonicTrigger

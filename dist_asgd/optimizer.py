@@ -23,13 +23,14 @@ from dist_asgd._torch_private import (
 )
 from dist_asgd.asgd.schedule import own_options
 from dist_asgd.averages.kinds import Average
-from dist_asgd.averages.options import group_options, named_averages, suffix_of
+from dist_asgd.averages.options import group_options, named_averages, suffix_of, suffixes_of
 from dist_asgd.buckets.base import Bucket, BucketOptions
 from dist_asgd.buckets.build import build_buckets
 from dist_asgd.buckets.reducer import Reducer
 from dist_asgd.buckets.replicas import Replicas
 from dist_asgd.comm.consensus import Agreement
 from dist_asgd.comm.process_groups import default_group
+from dist_asgd.metrics import DISTANCE, distances, optimizer_metrics
 from dist_asgd.sharding.precision import Precision
 from dist_asgd.state_dict import (
     full_state_dict,
@@ -74,7 +75,8 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
 
     Collective calls, which every rank must make in the same order and with the same arguments: the constructor,
     ``step``, ``add_param_group``, ``clip_grad_norm_``, ``restart_averaging``, ``load_state_dict``, ``full_state_dict``,
-    ``consolidate_state_dict`` and ``averaged_parameters``, and ``unscale_`` of a ``torch.amp.GradScaler``.
+    ``consolidate_state_dict``, ``averaged_parameters`` and ``metrics(distance=True)``, and ``unscale_`` of a
+    ``torch.amp.GradScaler``.
     ``start_averaging`` and writes to ``state`` send nothing, but every rank must make them.
 
     Source: B. T. Polyak and A. B. Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control
@@ -149,6 +151,7 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
 
     _consolidated: dict[str, Any] | None = None  # what the next state_dict() returns; None: one with pieces
     _join: StepJoin | None = None  # set by join_hook()
+    _norm: Tensor | None = None  # 0-dim, what clip_grad_norm_() returned last; read by metrics() only
 
     def __init__(
         self,
@@ -332,7 +335,8 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         """
         self._take_up_changes("clip_grad_norm_()")
         buckets = self._all_buckets()
-        return clip_(self._step_agreement, self.param_groups, buckets, self._setting.group, max_norm, norm_type)
+        self._norm = clip_(self._step_agreement, self.param_groups, buckets, self._setting.group, max_norm, norm_type)
+        return self._norm
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -417,6 +421,48 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         """
         for bucket in self._all_buckets():
             bucket.wait()
+
+    def metrics(self, *, distance: bool = False) -> dict[str, float]:
+        """Returns numbers for a logger, by name. With ``distance=True`` it is collective; otherwise it sends nothing.
+
+        Of the parameter that has taken the most steps:
+
+        - ``step``: steps taken (int).
+        - ``lr``: the learning rate, and ``eta``: the step size of the next step.
+        - ``mu``: the fraction by which the next step moves the average; 1 before its average begins.
+
+        Of the whole model:
+
+        - ``averaging``: 1 if an average of any parameter is kept, 0 before averages begin (int).
+        - ``grad_norm``: what ``clip_grad_norm_`` has returned last; missing before it was called.
+        - ``distance``: the 2-norm, over all parameters, of the difference between the parameters and the average. Only
+          with ``distance=True``. Of parameters with masters, it is the masters that are compared with the average.
+
+        With several averages, each has its own ``mu/<name>`` and ``distance/<name>``. Further param groups have
+        ``step/1``, ``lr/1``, ``eta/1``, ``mu/1`` or ``mu/<name>/1``, and so on.
+
+        Steps keep nothing for this, and never wait for a GPU because of it: ``grad_norm``, an ``lr`` that is a tensor,
+        and scalars of ``capturable=True`` are read here.
+
+        Args:
+            distance: whether to compute distances, which takes a pass over parameters and averages, and on a GPU waits
+                for it. Every rank must then call this, and gets equal numbers.
+
+        Raises:
+            RuntimeError: with ``distance=True``, the same on every rank, where parameters are not what the optimizer
+                was built for, or ranks differ; inside ``averaged_parameters()``, on this rank alone.
+        """
+        suffixes = suffixes_of(self._setting.averages)
+        found = optimizer_metrics(self.param_groups, self._buckets, suffixes)
+        if self._norm is not None:
+            found["grad_norm"] = self._norm.item()
+        if not distance:
+            return found
+        with self._swap_guard.no_swap(DISTANCE):
+            self._take_up_changes(DISTANCE)
+            self._complete_parameters()
+            self._step_agreement.agree_on(DISTANCE, self.param_groups, self._all_buckets())
+            return found | distances(self._all_buckets(), suffixes, self._setting.group)
 
     # Uneven inputs (torch.distributed.algorithms.join) ---------------------------------------------------------------
 

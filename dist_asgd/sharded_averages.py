@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from dist_asgd._torch_private import outside_graphs
 from dist_asgd.asgd.schedule import Scalars
 from dist_asgd.averages.kinds import Average, TwoTailed
-from dist_asgd.averages.options import PROGRESS, beside_optimizer, by_suffix, suffix_of
+from dist_asgd.averages.options import PROGRESS, beside_optimizer, suffix_of, suffixes_of
 from dist_asgd.averages.triggers import agreed_losses
 from dist_asgd.buckets.averaged import AveragedBucket
 from dist_asgd.buckets.base import ShardingOptions
@@ -22,6 +22,7 @@ from dist_asgd.buckets.build import build_averaged
 from dist_asgd.buckets.replicas import Replicas
 from dist_asgd.comm.consensus import Agreement, fingerprint
 from dist_asgd.comm.process_groups import default_group
+from dist_asgd.metrics import DISTANCE, averages_metrics, distances
 from dist_asgd.model_averages.buffers import AveragedBuffers, Treatment, persistent_buffers
 from dist_asgd.model_averages.copies import copy_averages
 from dist_asgd.model_averages.optimizers import FollowedOptimizers
@@ -64,9 +65,9 @@ class ShardedAverages:
     ``average_dtype``. The first iterate becomes the average.
 
     Collective calls, which every rank must make in one order and with equal arguments: the constructor,
-    ``add_param_group``, ``averaged_parameters``, ``full_state_dict``, ``load_state_dict``, ``copy_to`` and
-    ``compare_tails``. ``update``, ``start_averaging``, ``restart_averaging`` and ``state_dict`` send nothing, but every
-    rank must call them alike; the next collective call compares that.
+    ``add_param_group``, ``averaged_parameters``, ``full_state_dict``, ``load_state_dict``, ``copy_to``,
+    ``compare_tails`` and ``metrics(distance=True)``. ``update``, ``start_averaging``, ``restart_averaging`` and
+    ``state_dict`` send nothing, but every rank must call them alike; the next collective call compares that.
 
     Args:
         params (iterable): parameters as ``torch.optim`` takes them, best ``model.named_parameters()``: averages are
@@ -338,6 +339,35 @@ class ShardedAverages:
         others = persistent_buffers(self._module)
         return whole | {key: value.detach().cpu().clone() for key, value in (others | buffers).items()}
 
+    def metrics(self, *, distance: bool = False) -> dict[str, float]:
+        """Returns numbers for a logger, by name. With ``distance=True`` it is collective; otherwise it sends nothing.
+
+        - ``updates``: updates so far (int). ``updates/1`` and so on are of further optimizers that are followed.
+        - ``averaging``: 1 if an average of any parameter is kept, 0 before averages begin (int).
+        - ``mu``: the fraction by which the next update moves the average, of the parameter with the most iterates; 1
+          before its average begins. Named as ``updates`` for further optimizers.
+        - ``distance``: the 2-norm, over all parameters, of the difference between the parameters and the average. Only
+          with ``distance=True``.
+
+        With several averages, each has its own ``mu/<name>`` and ``distance/<name>``.
+
+        Args:
+            distance: whether to compute distances, which takes a pass over parameters and averages, and on a GPU waits
+                for it. Every rank must then call this, and gets equal numbers.
+
+        Raises:
+            RuntimeError: with ``distance=True``, on every rank, as for ``averaged_parameters``; inside
+                ``averaged_parameters()``, on this rank alone.
+        """
+        followed = [[b for number, b in self._buckets if number == n] for n in range(len(self._timings))]
+        found = averages_metrics([timing.updates for timing in self._timings], followed, self._suffixes())
+        if not distance:
+            return found
+        with self._swap_guard.no_swap(DISTANCE):
+            self._agree(DISTANCE, None)
+            buckets = [bucket for _, bucket in self._buckets]
+            return found | distances(buckets, self._suffixes(), self._options.group)
+
     # State dicts -----------------------------------------------------------------------------------------------------
 
     @refused_during_swap(NOT_BOTH)
@@ -502,7 +532,7 @@ class ShardedAverages:
         return next(iter(self._kinds)) if name is None else name
 
     def _suffixes(self) -> dict[str, str]:
-        return dict(zip(self._kinds, by_suffix(self._kinds), strict=True))
+        return suffixes_of(self._kinds)
 
     def _members(self) -> list[Member]:
         return members_of([bucket for _, bucket in self._buckets], self._names)

@@ -40,20 +40,13 @@ def start_averaging(groups: Groups, buckets: Sequence[Sequence[Bucket]], agreeme
         buckets: the buckets of each group.
         agreement: among the ranks of the optimizer.
     """
-    steps = [max((_most_steps(bucket) for bucket in of_group), default=0) for of_group in buckets]
+    furthest = [[bucket.furthest() for bucket in of_group] for of_group in buckets]
+    steps = [max((scalars.step for scalars in of_group if scalars is not None), default=0) for of_group in furthest]
     if any(bucket.presharded for of_group in buckets for bucket in of_group):
         steps = [max(of_ranks) for of_ranks in zip(*agreement.gather(steps), strict=True)]
     for group, most in zip(groups, steps, strict=True):
         group["t0"] = float(most)
         group |= {"restarted": False} if "restarted" in group else {}
-
-
-def _most_steps(bucket: Bucket) -> int:
-    """Returns the largest number of steps that a parameter of ``bucket`` has taken; empty slices do not count."""
-    runs = bucket.shard.runs
-    if bucket.presharded:
-        runs = [run for run in runs if any(span.numel for span in bucket.layout.spans[run.first : run.stop])]
-    return max((run.scalars.read().step for run in runs), default=0)
 
 
 def restart_averaging(groups: Groups, buckets: Sequence[Sequence[Bucket]], agreement: Agreement) -> None:

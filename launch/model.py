@@ -83,7 +83,7 @@ class DroppedLSTM(nn.Module):
         self.lstm = nn.LSTM(width, width, batch_first=True)
 
     def forward(self, y: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        weight = F.dropout(self.lstm.weight_hh_l0, self.dropout, self.training)  # (4D, D)
+        weight = F.dropout(self.lstm.get_parameter("weight_hh_l0"), self.dropout, self.training)  # (4D, D)
         return torch.func.functional_call(self.lstm, {"weight_hh_l0": weight}, (y,))[0]
 
 

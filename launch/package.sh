@@ -4,7 +4,8 @@
 #   1. builds the sdist, and the wheel from what is in the sdist, into .venv/package;
 #   2. compares both with the files that git tracks;
 #   3. installs the wheel, and nothing else by name, into .venv/bare, an environment without this repository and NumPy;
-#   4. runs the Python of README.md there, in one process and on two ranks, and the dist-asgd command.
+#   4. runs the Python of README.md there, in one process and on two ranks, and the dist-asgd command;
+#   5. has mypy read a user's file there, to which the types of the package must be known.
 #
 # A second run takes .venv/bare as it is and only installs the wheel again.
 
@@ -27,6 +28,27 @@ check_package() {
     run_readme
     say "dist-asgd plan, in .venv/bare"
     "$BARE/bin/dist-asgd" plan --world-size 2 1000x1000 1000 >/dev/null || die "dist-asgd fails where only the wheel is."
+    check_types
+}
+
+# Without py.typed in the wheel everything would be Any, and mypy would tell of an ignore that ignores nothing.
+check_types() {
+    say "mypy on a user's file, with the wheel in .venv/bare"
+    cat >"$PACKAGE/user.py" <<'END'
+import torch
+
+from dist_asgd import EMA, ShardedASGD, ShardedAverages
+
+model = torch.nn.Linear(2, 1)
+optimizer = ShardedASGD(model.named_parameters(), lr=0.1, average={"ema": EMA(0.9)})
+norm: torch.Tensor = optimizer.clip_grad_norm_(1.0)
+numbers: dict[str, float] = optimizer.metrics(distance=True)
+averages = ShardedAverages(model.named_parameters(), EMA(half_life="long"))  # type: ignore[arg-type]
+averages.start_averaging(norm)  # type: ignore[call-arg]
+END
+    (cd "$PACKAGE" && env -u MYPYPATH "$PY" -m mypy --python-executable "$BARE/bin/python" --config-file /dev/null \
+        --cache-dir "$ROOT/.venv/mypy" --warn-unused-ignores --disallow-any-unimported user.py) ||
+        die "a user's file has other types where only the wheel is: see mypy's message above."
 }
 
 package_skipped() {

@@ -64,7 +64,7 @@ class Layout:
             _cut_blocks(model, mesh["team"])
         if self.mode == "tp":  # what is not cut is whole on every rank, and so is its gradient
             return model, {"gradients": "reduced"}
-        for module in (*model.blocks, model):
+        for module in (*model.get_submodule("blocks").children(), model):
             fully_shard(module, mesh=mesh["shards"] if self.mode == "fsdp+tp" else mesh)
         return model, {"gradients": "reduced", "module": model}
 
@@ -93,7 +93,7 @@ def layout_of(mode: str, world: World, heads: int) -> Layout:
 
 def _cut_blocks(model: nn.Module, team: DeviceMesh) -> None:
     """Give each rank of the team some of the heads and of the hidden units; a block's output is their sum."""
-    for block in model.blocks:
+    for block in model.get_submodule("blocks").children():
         plan = {
             "attention.1.qkv": ColwiseParallel(),
             "attention.1.out": RowwiseParallel(),

@@ -18,7 +18,7 @@ from dist_asgd.checkpoint.storage.url import without_credentials
 try:
     import matplotlib
 except ImportError:
-    matplotlib = None
+    matplotlib = None  # type: ignore[assignment]
 
 Record = dict[str, Any]
 

@@ -111,11 +111,13 @@ if ((!$#)); then
     check_package & # mypy and pip keep one core busy each
     package=$!
 fi
-say "mypy dist_asgd"
+say "mypy: dist_asgd, launch, and the Python of README.md and docs/guide"
 types=0
-"$PY" -m mypy dist_asgd || types=$?
+"$PY" launch/examples.py .venv/pages
+"$PY" -m mypy dist_asgd launch .venv/pages || types=$?
 [[ -z "$package" ]] || wait "$package"
 ((types == 0)) || exit "$types"
+(($#)) || bash launch/docs.sh
 (($#)) || set -- -n 2 --dist loadfile --no-loadscope-reorder "${LONGEST[@]}" tests
 say "pytest $*"
 exec "$PY" -m pytest "$@"

@@ -126,6 +126,7 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")  # torch.nn.Transformer() by itself
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[command for _, command in COMMANDS])
 def test_a_command(page, command, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(shutil.copytree(run, tmp_path / "here"))

@@ -1,5 +1,6 @@
 """What users may import is a fact that a test holds on to: adding or removing a name must be meant."""
 
+import inspect
 from importlib.metadata import version
 
 import dist_asgd
@@ -18,6 +19,16 @@ def test_exported_names():
 def test_every_exported_name_exists():
     missing = [name for name in dist_asgd.__all__ if not hasattr(dist_asgd, name)]
     assert not missing, f"dist_asgd.__all__ promises {missing}, which dist_asgd/__init__.py does not import."
+
+
+def test_every_public_name_and_method_says_what_it_does():
+    """The API reference is made of docstrings."""
+    for name in sorted(PUBLIC - {"__version__"}):
+        found = getattr(dist_asgd, name)
+        assert inspect.getdoc(found), name
+        for method, value in vars(found).items() if inspect.isclass(found) else ():
+            if not method.startswith("_") and (callable(value) or isinstance(value, property)):
+                assert inspect.getdoc(value), f"{name}.{method} has no docstring"
 
 
 def test_version_is_the_installed_one():

@@ -94,6 +94,11 @@ def by_suffix(averages: Mapping[str, Average]) -> dict[str, Average]:
     return {f"_{name}" if number else "": kind for number, (name, kind) in enumerate(averages.items())}
 
 
+def suffixes_of(averages: Mapping[str, Average]) -> dict[str, str]:
+    """Returns the suffix, as in ``by_suffix``, of each average, by its name."""
+    return dict(zip(averages, by_suffix(averages), strict=True))
+
+
 def suffix_of(averages: Mapping[str, Average], name: object) -> str:
     """Returns the suffix, as in ``by_suffix``, of the average ``name``, or of the first average if it is None.
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_asgd.asgd.schedule import Hyperparameters, Scaling
+from dist_asgd.asgd.schedule import Hyperparameters, Scalars, Scaling
 from dist_asgd.averages.kinds import Average
 from dist_asgd.averages.options import by_suffix
 from dist_asgd.buckets.gradient_tensors import GradientSync
@@ -105,6 +105,8 @@ class ParameterBucket(ABC):
             of a parameter, and no gradient.
         copy_ranks: the ranks that hold copies of the blocks of the parameters, this rank included; empty if no other
             does. Where they share state, it would be of copies that differ.
+        is_counted: whether norms over all ranks count this rank's shard. Where ranks with equal blocks each keep the
+            whole state, the first of them is counted.
         built: what users have built of which the bucket is a part, in words, for messages.
         params, names: the parameters and their names, in the order of ``layout.spans``.
         positions: the position of each parameter in ``params``, by ``id``.
@@ -114,6 +116,7 @@ class ParameterBucket(ABC):
 
     presharded = False
     copy_ranks: Sequence[int] = ()
+    is_counted = True
     built = "the optimizer was built"
 
     def __init__(
@@ -169,6 +172,18 @@ class ParameterBucket(ABC):
 
     def _writes(self) -> int:
         return sum(map(_version, self.params))
+
+    # Progress --------------------------------------------------------------------------------------------------------
+
+    def furthest(self) -> Scalars | None:
+        """Returns the scalars of the parameter that has taken the most steps; reads those on a device.
+
+        Slices without elements, which take no steps on this rank, do not count. None where there is nothing else.
+        """
+        runs = self.shard.runs
+        if self.presharded:
+            runs = [run for run in runs if any(span.numel for span in self.layout.spans[run.first : run.stop])]
+        return max((run.scalars.read() for run in runs), key=lambda scalars: scalars.step, default=None)
 
     # Memory of parameters --------------------------------------------------------------------------------------------
 

@@ -56,10 +56,6 @@ class PlacedBucket(InPlaceBucket, Bucket):
         super().__init__(named, layout, options, replica_group, in_flight)
         self.group, self.gradient_sync = options.group, options.gradient_sync
         self.compared_ranks = () if replica_group is None else replica_group.compared_ranks
-        # Norms count each block once: where replicas keep whole states, the first one reports its gradients.
-        self._reports_norm = (
-            replica_group is None or self.collectives is not None or replica_group.ranks[0] == options.rank
-        )
         first = self.params[0]
         self._mesh_layout = mesh_layout_of(first) if isinstance(first, DTensor) else None
         shapes, strides = zip(*((placement.shape, placement.strides) for placement in self.placements), strict=True)
@@ -149,7 +145,7 @@ class PlacedBucket(InPlaceBucket, Bucket):
         return [local_gradient(param) for param in self.params if param.grad is not None]
 
     def owned_gradients(self) -> list[Tensor]:
-        if not self._reports_norm:
+        if not self.is_counted:
             return []
         grads = [(piece, self.params[piece.position]) for piece in self._parameters.pieces]
         return [

@@ -49,6 +49,7 @@ class InPlaceBucket(ParameterBucket):
         super().__init__(named, layout, placements, self._parameters, rank, collectives, options)
         self.presharded = replica_group is None
         self.copy_ranks = () if replica_group is None or len(replica_group.ranks) == 1 else replica_group.ranks
+        self.is_counted = self.collectives is not None or not self.copy_ranks or self.copy_ranks[0] == options.rank
         self._addresses = [flat.data_ptr() for flat in self._parameters.flats]
         self._packer = Packer(layout, placements, self._parameters.flats[0])
         own = self._parameters.view_of if self._updates_in_place() else None

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +45,8 @@ from dist_asgd.sharding.saved_state import check_state
 from dist_asgd.sharding.scalar_runs import Run, merge_runs, select_runs
 from dist_asgd.sharding.shard_views import ShardParameters
 from dist_asgd.sharding.sharded_state import StatePiece
+
+DIFFERENCE_BLOCK = 2**20  # elements whose difference is computed at once, in fp64
 
 Following = Callable[[int], Scalars]  # the scalars after a number of steps
 
@@ -261,6 +263,19 @@ class Shard:
         if self._raw is not None:
             self.parameters.write(slice(None), self._raw)
             self._raw = None
+
+    def distance_parts(self, suffix: str) -> list[Tensor]:
+        """Returns the 2-norms of parts of the difference between the parameters as trained and an average.
+
+        0-dim, fp64, on the device of the averages. Parameters whose average has not started have no difference. Sends
+        nothing.
+        """
+        average, number = self.averages[suffix], list(self.averages).index(suffix)
+        if average is None:
+            return []
+        begun = [run for run in self.runs if run.scalars.read().mus[number] != 1]
+        places = [self._where(position) for run in begun for position in range(run.first, run.stop)]
+        return [part for where in places for part in _difference_norms(self._iterate(where), average[where])]
 
     def _iterate(self, where: slice = slice(None)) -> Tensor:
         """Returns the parameters as trained, unrounded where there are masters, also while averages are swapped in.
@@ -527,6 +542,13 @@ class Shard:
 
 def _scalars(run: Run, h: Hyperparameters) -> Scalars:
     return current_scalars(h, run.scalars.read())
+
+
+def _difference_norms(values: Tensor, average: Tensor) -> Iterator[Tensor]:
+    """Yields the 2-norms, 0-dim and fp64, of the difference of 1-D tensors, block by block."""
+    dtype = torch.promote_types(average.dtype, torch.float64)
+    for part, other in zip(values.split(DIFFERENCE_BLOCK), average.split(DIFFERENCE_BLOCK), strict=True):
+        yield torch.linalg.vector_norm(part.to(other.device, dtype) - other)
 
 
 def _has_begun(runs: Sequence[Run], number: int) -> bool:

@@ -40,29 +40,83 @@ def test_plan_bucket_bytes_cuts_buckets(capsys):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 def test_plan_knows_what_torch_stores(capsys, dtype):
-    parameters = [torch.nn.Parameter(torch.zeros(3, 5, dtype=getattr(torch, dtype))) for _ in range(2)]
-    optimizer = torch.optim.ASGD(parameters)
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    stored = sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
-    assert plan(capsys, "--world-size", "2", "--dtype", dtype, "3x5", "3x5")["bytes_per_rank"]["torch_asgd"] == stored
+    ways = plan(capsys, "--world-size", "2", "--dtype", dtype, "3x5", "3x5")["ways"]
+    for kind, name in ((torch.optim.ASGD, "DDP + torch.optim.ASGD"), (torch.optim.AdamW, "DDP + AdamW, no average")):
+        parameters = [torch.nn.Parameter(torch.zeros(3, 5, dtype=getattr(torch, dtype))) for _ in range(2)]
+        optimizer = kind(parameters, foreach=False)
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        stored = sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
+        assert ways[name]["optimizer_state"] == stored, name
 
 
 @pytest.mark.parametrize(("dtype", "master", "average"), [("float64", 0, 8), ("float32", 0, 4), ("bfloat16", 4, 4)])
 def test_plan_bytes_per_rank(capsys, dtype, master, average):
-    result = plan(capsys, "--world-size", "4", "--dtype", dtype, "64x64")
-    assert result["bytes_per_rank"]["before_averaging"] == master * 1024
-    assert result["bytes_per_rank"]["averaging"] == (master + average) * 1024
+    ours = plan(capsys, "--world-size", "4", "--dtype", dtype, "--averages", "3", "64x64")["ways"]["ShardedASGD"]
+    assert (ours["optimizer_state"], ours["averages"]) == (master * 1024, 3 * average * 1024)
+
+
+def test_plan_times_are_bytes_over_speed(capsys):
+    ways = plan(capsys, "--world-size", "4", "--link", "8", "--store", "2.5", "1000x1000")["ways"]
+    for way in ways.values():
+        assert way["seconds_to_send"] == way["sent"] / 1e9 and way["seconds_to_write"] == way["written"] / 2.5e6
+    assert ways["ShardedASGD"]["written"] * 4 == ways["ShardedASGD"]["checkpoint"]
 
 
 def test_plan_as_a_table(capsys):
-    assert main(["plan", "--world-size", "3", "--dtype", "bfloat16", "--bucket-bytes", "4096", *SHAPES]) == 0
-    out = capsys.readouterr().out
-    table = out.split("\n\n")[1].splitlines()
-    assert len(table) == 4 and len({len(line) for line in table}) == 1
-    assert table[-1].split()[:3] == ["total", "4", "1,002,010"]
-    assert "torch.optim.ASGD" in out and "fp32 masters" in out
+    assert main(["plan", "--world-size", "3", "--bucket-bytes", "4096", "--store", "100", *SHAPES]) == 0
+    heading, table, notes = capsys.readouterr().out.split("\n\n")
+    assert heading == "4 parameters of 1,002,010 elements (3.82 MiB), zero over 3 ranks; bytes of one rank"
+    rows = table.splitlines()
+    assert len(rows) == 10 and len({len(line) for line in rows}) == 1
+    assert rows[0].split("  ")[-1] == "DDP + AdamW, no average" and "link" not in table
+    assert notes.startswith("ShardedASGD has 3 buckets")
+
+
+def test_plan_of_a_model_that_a_function_makes(capsys, tmp_path, monkeypatch):
+    (tmp_path / "planned_models.py").write_text(
+        "import torch\n"
+        "def tied():\n"
+        "    model = torch.nn.Sequential(torch.nn.Embedding(10**9, 64), torch.nn.BatchNorm1d(64))\n"
+        "    model.append(torch.nn.Linear(64, 10**9, bias=False, dtype=torch.bfloat16)).requires_grad_(False)\n"
+        "    model[2].weight, model[1].weight.requires_grad = model[0].weight, True\n"
+        "    return model\n"
+        "def nothing(): return torch.nn.ReLU()\n"
+        "def fails(): raise OSError('no such disk')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    result = plan(capsys, "--world-size", "2", "planned_models:tied")
+    assert (result["parameters"], result["elements"]) == (3, 64 * 10**9 + 128), "256 GB that nobody has allocated"
+    ours = result["ways"]["ShardedASGD"]
+    assert ours["parameters"] == 4 * (64 * 10**9 + 2 * 64) + 4 * 2 * 64 + 8, "with BatchNorm's buffers"
+    assert ours["averages"] == 4 * 32, "one parameter of 64 elements is trained"
+    assert (
+        plan(capsys, "--world-size", "2", "--dtype", "bfloat16", "planned_models:tied")["bytes"] == result["bytes"] / 2
+    )
+    for function, said in (
+        ("planned_models:nothing", "returned ReLU"),
+        ("planned_models:fails", "OSError: no such disk"),
+        ("planned_models:absent", "absent"),
+        ("no_such_package:f", "no_such_package"),
+    ):
+        assert main(["plan", "--world-size", "2", function]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["10", "torch.nn:Transformer"], "give it alone"),
+        (["--layout", "tp", "10"], "--cut"),
+        (["--layout", "tp", "--cut", "x", "10"], "'x' fits no parameter"),
+        (["--cut", "0", "10"], "--layout tp"),
+        (["--layout", "hsdp", "--replicas", "2", "10"], "not 3"),
+    ],
+)
+def test_plan_of_options_that_do_not_fit_together(capsys, arguments, message):
+    assert main(["plan", "--world-size", "3", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_plan_default_bucket_is_the_optimizers():
@@ -74,7 +128,9 @@ def test_plan_default_bucket_is_the_optimizers():
     [
         ([], "required"),
         (["nonsense"], "invalid choice"),
-        (["plan", "--world-size", "3"], "SHAPE"),
+        (["plan", "--world-size", "3"], "MODEL"),
+        (["plan", "--world-size", "3", "--link", "0", "10"], "'0' is not a positive number"),
+        (["plan", "--world-size", "3", "--store", "fast", "10"], "'fast' is not a positive number"),
         (["plan", "10"], "--world-size"),
         (["plan", "--world-size", "0", "10"], "'0' is not a positive whole number"),
         (["plan", "--world-size", "3", "10y10"], "'10y10' is no shape"),
@@ -111,6 +167,7 @@ def test_output_that_nobody_reads_or_can_be_written():
         "plan",
         "--world-size",
         "2",
+        "--json",
         *["100x100"] * 5000,
         "--bucket-bytes",
         "1",
