@@ -3,7 +3,7 @@
 #
 #   setup_environment test,lint      # extras of pyproject.toml; sets $PY to the environment's python
 #
-# torch >= 2.8 that python3 already has (a CUDA build, a cluster's own build) is used as it is and not downloaded again;
+# torch >= 2.10 that python3 already has (a CUDA build, a cluster's own build) is used as it is and not downloaded again;
 # otherwise the versions in constraints.txt are installed. A second run finds a stamp in .venv and installs nothing.
 # PYTHON=/path/to/python3.12 chooses another python3 for a new environment.
 
@@ -16,11 +16,11 @@ die() {
     exit 1
 }
 
-# Prints the folder that holds torch; fails unless this python imports torch >= 2.8.
+# Prints the folder that holds torch; fails unless this python imports torch >= 2.10.
 find_torch() {
     "$1" -c '
 import os, torch
-if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 8):
+if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10):
     raise SystemExit(1)
 print(os.path.dirname(os.path.dirname(torch.__file__)))' 2>/dev/null
 }

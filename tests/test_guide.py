@@ -62,7 +62,6 @@ def test_every_block_has_a_language_that_is_run():
         assert (GUIDE / f"{page}.md").read_text().count("```") == 2 * len(blocks)
 
 
-@pytest.mark.filterwarnings("ignore:`_get_pg_default_device`", "ignore:Multiple backends are registered")
 @pytest.mark.parametrize(("page", "ranks"), RUNS)
 def test_a_page_on_ranks(page, ranks, tmp_path, monkeypatch):
     """0 ranks: one process without a process group."""

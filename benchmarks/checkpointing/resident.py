@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
 from benchmarks.checkpointing import systems
 from dist_asgd import EMA, Checkpointer, ShardedAverages
 from tests.support.layouts import local
 from tests.support.memory import peak_resident, reset_peak
 from tests.support.processes import free_port, report, start_ranks
+from tests.support.stock_checkpoints import FsspecWriter
 
 COLUMNS = {"what": "", "ranks": "ranks", "store": "store", "tensors": "tensors", "ours": "ours, MB", "DCP": "DCP, MB"}
 KINDS = ("save", "load", "async save")

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.tensor import Placement, Shard, distribute_tensor
 
 import dist_asgd
+from tests.support.stock_checkpoints import FsspecReader, FsspecWriter
 
 State = Mapping[str, Any]
 Options = Mapping[str, Any] | None

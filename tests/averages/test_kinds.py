@@ -507,7 +507,6 @@ def test_a_tail_that_is_started_by_hand_keeps_its_own_later_start() -> None:
     run_ranks(2, ranks)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:`_get_pg_default_device`", "ignore:Multiple backends")
 def test_slices_of_fsdp1_have_several_averages_too(tmp_path: Path) -> None:
     def ranks(rank: int) -> Mapping[int, dict[str, torch.Tensor]]:
         model, optimizer = fsdp1.build(t0=T0, average=SEVERAL)

@@ -25,12 +25,6 @@ from tests.support.layouts import Model, batch
 from tests.support.oracle import check_dense_state, same_bits
 from tests.support.ranks import run_ranks
 
-pytestmark = [  # of torch, about itself
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`_get_pg_default_device`"),
-    pytest.mark.filterwarnings("ignore:Multiple backends are registered"),
-]
-
 
 def build_torch(strategy: str = "FULL_SHARD") -> tuple[FullyShardedDataParallel, torch.optim.ASGD]:
     model = wrap(Model(), strategy)

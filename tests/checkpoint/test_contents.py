@@ -29,12 +29,6 @@ from tests.support.fsdp1 import train as fsdp1_train
 from tests.support.layouts import Model, batch, build, give_gradients, named_parameters, place, train, whole
 from tests.support.ranks import run_alone, run_ranks
 
-pytestmark = [  # of torch, about FSDP1
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`_get_pg_default_device`"),
-    pytest.mark.filterwarnings("ignore:Multiple backends are registered"),
-]
-
 # One checkpoint in memory: whole tensors, and the values and paths of each rank.
 Saved = tuple[dict[str, Tensor], list[dict[str, Any]], dict[str, Any]]
 

@@ -155,8 +155,6 @@ def test_ties_buffers_and_dtypes(world_size: int, tmp_path: Path) -> None:
     assert torch.equal(fresh.embedding.weight, averages["embedding.weight"])
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:`_get_pg_default_device`")
-@pytest.mark.filterwarnings("ignore:Multiple backends are registered")
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_fsdp1(world_size: int, tmp_path: Path) -> None:
     def ranks(rank: int) -> tuple[Tensors, Tensors]:

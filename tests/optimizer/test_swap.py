@@ -33,12 +33,6 @@ from tests.support.layouts import EVERYWHERE, Model, backward, batch, build, dat
 from tests.support.oracle import PLAIN, Spec, same_bits, wide
 from tests.support.ranks import message_of, run_alone, run_ranks
 
-pytestmark = [  # of torch's FSDP1, about itself
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`_get_pg_default_device`"),
-    pytest.mark.filterwarnings("ignore:Multiple backends are registered"),
-]
-
 OPTIONS: dict[str, Any] = {"lr": 0.05, "lambd": 1e-3, "t0": 2}
 FSDP1 = [("fsdp1", 1), ("fsdp1", 2), ("fsdp1", 3)]
 

@@ -10,12 +10,6 @@ from tests.support.iterates import averaged
 from tests.support.layouts import Model
 from tests.support.ranks import run_ranks
 
-pytestmark = [  # of torch, about itself
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`_get_pg_default_device`"),
-    pytest.mark.filterwarnings("ignore:Multiple backends are registered"),
-]
-
 STEPS = 4
 
 

@@ -1,5 +1,7 @@
 """Checkpoints that stock dcp.save wrote, and pickles that would do harm."""
 
+import importlib
+import importlib.util
 import io
 import os
 import pickle
@@ -7,11 +9,17 @@ import struct
 import zipfile
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 
 from dist_asgd.boxes import Box
 from dist_asgd.checkpoint.format.dcp_metadata import StoredChunk, StoredObject, stock_metadata
+
+# torch 2.15 gave the module a public name and warns of the private one.
+_FSSPEC = "fsspec_filesystem" if importlib.util.find_spec(f"{dcp.__name__}.fsspec_filesystem") else "_fsspec_filesystem"
+_fsspec = importlib.import_module(f"{dcp.__name__}.{_FSSPEC}")
+FsspecReader, FsspecWriter = _fsspec.FsspecReader, _fsspec.FsspecWriter
 
 
 def saved(value):

@@ -11,13 +11,15 @@ archive with its pickled description and, uncompressed, its elements (format/tor
 
 from __future__ import annotations
 
+import copyreg
 import io
 import pickle
 import sys
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -138,7 +140,26 @@ def stock_metadata(
     metadata.version = sys.intern("1.0.0")  # by assignment, as torch does it: in some releases it is no field
     if committed_by is not None:
         setattr(metadata, COMMITTED_BY, committed_by)
-    return pickle.dumps(metadata, protocol=4)
+    buffer = io.BytesIO()
+    _MetadataPickler(buffer, protocol=4).dump(metadata)
+    return buffer.getvalue()
+
+
+def _reduce_properties(properties: TensorProperties) -> tuple[Any, ...]:
+    """Returns how ``properties`` are pickled: with the five fields that every torch reads.
+
+    torch 2.15 appends a sixth, the strides of a tensor, and earlier ones refuse a state of six.
+    """
+    make, arguments, state = properties.__reduce_ex__(4)[:3]
+    return make, arguments, state[:5]
+
+
+class _MetadataPickler(pickle.Pickler):
+    """Pickler whose file does not depend on the version of torch that writes it."""
+
+    dispatch_table: ClassVar[ChainMap[Any, Any]] = ChainMap(
+        {TensorProperties: _reduce_properties}, copyreg.dispatch_table
+    )
 
 
 def _storage_info(stored: StoredChunk | StoredObject) -> StorageInfo:

@@ -161,8 +161,10 @@ def _dtype(key: str, properties: Any) -> Any:
     ):
         raise CheckpointError(f"{where} are {short(properties)}, expected TensorProperties")
     state = properties.state
-    if not isinstance(state, tuple) or len(state) != 5:
-        raise CheckpointError(f"{where} have the state {short(state)}, expected a tuple of 5")
+    # torch 2.15 appends a sixth field, the strides of a tensor that one of the ranks saved. Neither torch nor this
+    # reader uses them: the item of each chunk has its own.
+    if not isinstance(state, tuple) or len(state) not in (5, 6):
+        raise CheckpointError(f"{where} have the state {short(state)}, expected a tuple of 5 or 6")
     dtype, layout = state[:2]
     found = DTYPES.get(dtype.name.removeprefix("torch.")) if isinstance(dtype, Global) else None
     if found is None:
