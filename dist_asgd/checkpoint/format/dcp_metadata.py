@@ -15,11 +15,10 @@ import copyreg
 import io
 import pickle
 import sys
-from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -141,7 +140,10 @@ def stock_metadata(
     if committed_by is not None:
         setattr(metadata, COMMITTED_BY, committed_by)
     buffer = io.BytesIO()
-    _MetadataPickler(buffer, protocol=4).dump(metadata)
+    pickler = pickle.Pickler(buffer, protocol=4)
+    # So the file does not depend on the version of torch that writes it.
+    pickler.dispatch_table = {**copyreg.dispatch_table, TensorProperties: _reduce_properties}
+    pickler.dump(metadata)
     return buffer.getvalue()
 
 
@@ -150,16 +152,8 @@ def _reduce_properties(properties: TensorProperties) -> tuple[Any, ...]:
 
     torch 2.15 appends a sixth, the strides of a tensor, and earlier ones refuse a state of six.
     """
-    make, arguments, state = properties.__reduce_ex__(4)[:3]
+    make, arguments, state, *_ = tuple(properties.__reduce_ex__(4))
     return make, arguments, state[:5]
-
-
-class _MetadataPickler(pickle.Pickler):
-    """Pickler whose file does not depend on the version of torch that writes it."""
-
-    dispatch_table: ClassVar[ChainMap[Any, Any]] = ChainMap(
-        {TensorProperties: _reduce_properties}, copyreg.dispatch_table
-    )
 
 
 def _storage_info(stored: StoredChunk | StoredObject) -> StorageInfo:
