@@ -58,6 +58,7 @@ LONGEST=(
     tests/checkpoint/test_{kill,checkpoint,storage,export,stock_load}.py tests/comm/test_{link_bytes,roll_call}.py
     tests/optimizer/test_ddp_and_compile.py tests/buckets/test_{placements,fsdp1}.py tests/averages/test_kinds.py
     tests/kernels tests/asgd/test_precision.py tests/test_readme.py
+    tests/integrations/test_{transformers,accelerate}.py
 )
 
 # Real stores for the tests of checkpoints: tests/support/stores.py. SeaweedFS (S3) comes with the extra "test".
@@ -96,11 +97,33 @@ check_gpu() {
     fi
 }
 
-setup_environment test,lint
+# torchtitan's datasets needs an older fsspec than s3fs, so its tests run in .venv/torchtitan, which finds all else in .venv.
+TORCHTITAN=0.3.0
+make_torchtitan() {
+    local folder="$ROOT/.venv/torchtitan" purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
+    [[ "$(cat "$folder/stamp" 2>/dev/null)" != "$TORCHTITAN" ]] || return 0
+    say "making .venv/torchtitan with torchtitan $TORCHTITAN"
+    rm -rf "$folder"
+    "$PY" -m venv "$folder" || die "could not make $folder: see the message above."
+    "$PY" -c "$purelib" >"$("$folder/bin/python" -c "$purelib")/outer.pth"
+    "$folder/bin/python" -m pip install -qq --no-input --disable-pip-version-check "torchtitan==$TORCHTITAN" </dev/null ||
+        die "pip could not install torchtitan $TORCHTITAN: see its message above."
+    printf '%s\n' "$TORCHTITAN" >"$folder/stamp"
+}
+
+# Says which frameworks tests/integrations runs against.
+say_frameworks() {
+    say "tests of frameworks: $("$PY" -c '
+from importlib.metadata import version
+print(", ".join(f"{name} {version(name)}" for name in ("transformers", "accelerate", "peft", "tensorboard", "lightning")))')"
+}
+
+setup_environment test,lint,frameworks
 check_netns
 check_compiler
 check_stores
 check_gpu
+say_frameworks
 
 say "ruff check"
 "$PY" -m ruff check .
@@ -118,6 +141,11 @@ types=0
 [[ -z "$package" ]] || wait "$package"
 ((types == 0)) || exit "$types"
 (($#)) || bash launch/docs.sh
+if ((!$#)) && [[ -e tests/integrations/test_torchtitan.py ]]; then
+    make_torchtitan
+    say "pytest tests/integrations/test_torchtitan.py, in .venv/torchtitan"
+    "$ROOT/.venv/torchtitan/bin/python" -m pytest tests/integrations/test_torchtitan.py
+fi
 (($#)) || set -- -n 2 --dist loadfile --no-loadscope-reorder "${LONGEST[@]}" tests
 say "pytest $*"
 exec "$PY" -m pytest "$@"

@@ -24,7 +24,7 @@ FLOORS = [
     {"state_view", "model_averages"},
     {"optimizer", "sharded_averages"},
     {"__init__"},
-    {"cli"},
+    {"cli", "integrations"},
     {"__main__"},
 ]
 # The folders of checkpoints stand on few others only: they serve any torch state dict.
@@ -40,7 +40,7 @@ CHECKPOINT_FLOORS = [
     {"checkpoint"},
 ]
 BELOW_CHECKPOINT = {"_torch_private", "boxes", "c_library", "comm", "averages"}
-ABOVE_CHECKPOINT = {"__init__", "cli", "__main__"}
+ABOVE_CHECKPOINT = {"__init__", "cli", "integrations", "__main__"}
 MAX_FUNCTION_LINES = 35
 
 

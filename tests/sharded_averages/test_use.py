@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_asgd import EMA, PolynomialDecay, ShardedASGD, ShardedAverages, Tail, TwoTailed, Uniform
+from dist_asgd import EMA, PolynomialDecay, ShardedASGD, ShardedAverages, Tail, TwoTailed, Uniform, load, save
 from tests.support.beside import iterate, trained
 from tests.support.iterates import averaged
 from tests.support.layouts import Model, backward, named_parameters, place, whole
@@ -220,6 +220,20 @@ def tied():
 
 def test_tied_weights_have_all_their_names():
     run_alone(tied)
+
+
+def test_an_average_of_tied_weights_is_loaded_as_weights(tmp_path):
+    def work():
+        model = Tied()
+        averages = ShardedAverages(model.named_parameters(), Uniform(), module=model)
+        averages.update()
+        expected = model.inside.weight.detach().clone()
+        save(tmp_path / "saved", {"model": model, "averages": averages})
+        other = Tied()
+        load(tmp_path / "saved", {"model": other}, average=True)
+        assert torch.equal(other.inside.weight, expected) and other.outside.weight is other.inside.weight
+
+    run_alone(work)
 
 
 class Normed(nn.Module):

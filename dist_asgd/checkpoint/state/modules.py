@@ -95,12 +95,12 @@ def _averages(
         by_param.setdefault(id(param), []).append(name)
     found: dict[str, str] = {}
     for names in by_param.values():
-        keys = {
-            key for name in names for key in average_keys(plan.root, plan.names_of(path, name), average, plan.values)
-        }
-        if len(keys) > 1:
+        own = {name: set(average_keys(plan.root, plan.names_of(path, name), average, plan.values)) for name in names}
+        keys = set().union(*own.values())
+        # ShardedAverages has a tied weight under each of its names; an optimizer has it under one of them.
+        if len(keys) > 1 and any(len(of_name) != 1 for of_name in own.values()):
             raise ValueError(f"several optimizers of the checkpoint have an average of {names[0]}: {sorted(keys)}")
-        found |= {name: key for name in names for key in keys}
+        found |= {name: min(of_name or keys) for name, of_name in own.items() if keys}
     for name in state.keys() - found.keys():  # buffers, which ShardedAverages may have
         if keys := set(average_keys(plan.root, plan.names_of(path, name), average, plan.values)):
             found[name] = min(keys)

@@ -1,0 +1,247 @@
+"""transformers: the bits of torch.optim.ASGD, averages beside AdamW, evaluation on them, and resuming."""
+
+import contextlib
+import functools
+import pickle
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from dist_asgd import EMA, ShardedASGD, Uniform
+from dist_asgd.checkpoint import CheckpointError
+from dist_asgd.integrations.transformers import AveragingCallback, AveragingTrainer
+from tests.support.guide import added_lines, run_section
+from tests.support.ranks import run_alone, run_launched
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the frameworks' own making; ranks are children
+OPTIONS = {"lr": 0.05, "lambd": 1e-3, "t0": 0, "weight_decay": 1e-3}
+TOKENS = torch.randint(0, 32, (40, 6), generator=torch.Generator().manual_seed(1)).tolist()
+DATA = [{"input_ids": tokens, "labels": tokens} for tokens in TOKENS]
+SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+CONFIG = LlamaConfig(**SIZES, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+
+
+def make(kind, folder, trainer=None, **settings):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(CONFIG)
+    defaults = {"max_steps": 6, "save_steps": 3, "save_strategy": "steps", "logging_steps": 1, "report_to": "none"}
+    defaults |= {"per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True, "eval_steps": 3}
+    args = TrainingArguments(str(folder), **defaults | settings)
+    given = {"model": model, "args": args, "train_dataset": DATA[:32], "eval_dataset": DATA[32:]}
+    if kind == "ours":
+        return AveragingTrainer(**given, optimizer_cls_and_kwargs=(ShardedASGD, OPTIONS), **trainer or {})
+    if kind == "torch":
+        return Trainer(
+            **given, optimizer_cls_and_kwargs=(torch.optim.ASGD, OPTIONS | {"foreach": False}), **trainer or {}
+        )
+    if kind == "plain":
+        return Trainer(**given, **trainer or {})
+    return AveragingTrainer(**given, average={"ema": EMA(0.5), "mean": Uniform()}, **trainer or {})
+
+
+def weights(trainer):
+    return {name: param.detach().clone() for name, param in trainer.model.named_parameters()}
+
+
+def averages(trainer):
+    if isinstance(trainer, AveragingTrainer):
+        with trainer.averaged_parameters():
+            return weights(trainer)
+    state = trainer.optimizer.state
+    return {name: state[param]["ax"].clone() for name, param in trainer.model.named_parameters()}
+
+
+def history(trainer):
+    keys = ("loss", "grad_norm", "learning_rate", "step")
+    return [{key: entry[key] for key in keys if key in entry} for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trained(kind, folder, resume=None, **settings):
+    trainer = make(kind, folder, **settings)
+    trainer.train(resume_from_checkpoint=resume)
+    return weights(trainer), averages(trainer), history(trainer)
+
+
+def on(ranks, work, *args):
+    """What `work` returns on rank 0; 0 ranks: one process without a launcher."""
+    run = run_alone if ranks == 0 else functools.partial(run_launched, ranks)
+    found = run(work, *args, timeout=300)
+    return found if ranks == 0 else found[0]
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+CASES = {
+    "default": {},
+    "accumulation": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "max_steps": 3},
+    "bf16": {"bf16": True, "max_steps": 3},
+    "no clipping": {"max_grad_norm": 0.0, "max_steps": 3, "lr_scheduler_type": "constant"},
+    "dispatch_batches": {"accelerator_config": {"dispatch_batches": True}, "max_steps": 3},
+    "activation checkpointing": {"activation_checkpointing": True, "max_steps": 3},
+}
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_the_bits_and_the_log_of_torch(ranks, tmp_path):
+    def work():
+        settings = {name: {"save_strategy": "no"} | case for name, case in CASES.items()}
+        return {n: [trained(kind, tmp_path, **case) for kind in ("ours", "torch")] for n, case in settings.items()}
+
+    for found, expected in on(ranks, work).values():
+        assert_same(found[0], expected[0])
+        assert_same(found[1], expected[1])
+        assert found[2] == expected[2] and found[2][0].keys() >= {"loss", "grad_norm"}
+        assert not torch.equal(found[0]["model.norm.weight"], found[1]["model.norm.weight"])
+
+
+class Loaded(TrainerCallback):
+    """Keeps what a trainer has when it begins to train."""
+
+    def on_train_begin(self, args, state, control, **_):
+        self.found = weights(self.trainer), averages(self.trainer)
+
+
+def resumed(kind, folder, resume, **settings):
+    """What a trainer has when it begins to train, and when it has trained."""
+    loaded = Loaded()
+    trainer = loaded.trainer = make(kind, folder, {"callbacks": [loaded]}, **settings)
+    trainer.train(resume_from_checkpoint=resume)
+    return *loaded.found, weights(trainer), averages(trainer), history(trainer)
+
+
+KINDS = ("ours", "torch", "adamw")
+
+
+def test_resumed_on_2_and_3_and_1_processes(tmp_path):
+    def on_two():
+        whole = {kind: trained(kind, tmp_path / kind) for kind in KINDS}
+        return whole, {k: resumed(k, tmp_path / k, str(tmp_path / k / "checkpoint-3")) for k in KINDS}
+
+    def on_three():
+        return {kind: resumed(kind, tmp_path / kind, True, max_steps=8, save_steps=2) for kind in KINDS}
+
+    def on_one():
+        return {kind: resumed(kind, tmp_path / kind, True, max_steps=9) for kind in KINDS}
+
+    whole, again = on(2, on_two)
+    three, one = on(3, on_three), on(0, on_one)
+    for kind in KINDS:
+        assert again[kind][4] == whole[kind][2]
+        for at in (0, 1):
+            assert_same(again[kind][2 + at], whole[kind][at])
+            assert_same(three[kind][at], whole[kind][at])
+            assert_same(one[kind][at], three[kind][2 + at])
+    for run in (again, three, one):  # torch.optim.ASGD on this path, resumed by the trainer's own files
+        for at in range(4):
+            assert_same(run["ours"][at], run["torch"][at])
+
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "ours/checkpoint-8")
+    assert_same(dict(plain.named_parameters()), three["ours"][2])
+    with pytest.raises(ValueError, match="parameter group"):  # nobody takes the placeholder for a state
+        placeholder = torch.load(tmp_path / "ours/checkpoint-8/optimizer.pt")
+        torch.optim.ASGD(plain.parameters()).load_state_dict(placeholder)
+
+
+def evaluated(folder):
+    """By which weights the metrics, and the weights that the best metric was of, were computed."""
+    found = {}
+
+    def compute(prediction):
+        return {"sum": float(prediction.predictions[0].astype("float64").sum())}
+
+    trainer = make(
+        "adamw",
+        folder,
+        {"compute_metrics": compute, "evaluate_on": "mean"},
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        max_steps=6,
+        learning_rate=0.1,
+        save_total_limit=1,
+        lr_scheduler_type="constant",
+    )
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            found[state.global_step] = weights(trainer), averages(trainer)
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    best = trainer.state.best_global_step
+    assert_same(weights(trainer), found[best][1])
+    assert trainer.averages is None
+    metric = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert trainer.evaluate()["eval_loss"] == metric[best]
+    return best, metric
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_the_best_model_is_the_average_that_was_best(ranks, tmp_path):
+    best, metric = on(ranks, evaluated, tmp_path)
+    assert metric[best] == min(metric.values())
+
+
+def test_the_callback_in_a_plain_trainer(tmp_path):
+    def work():
+        callback = AveragingCallback({"ema": EMA(0.5), "mean": Uniform()})
+        trainer = make("plain", tmp_path, {"callbacks": [callback]}, max_steps=3)
+        trainer.train()
+        with callback.averages.averaged_parameters("ema"):
+            found = weights(trainer)
+        return (weights(trainer), found), trained("adamw", tmp_path / "other", max_steps=3)
+
+    found, expected = on(0, work)
+    assert_same(found[0], expected[0])
+    assert_same(found[1], expected[1])
+
+
+def test_what_would_lose_averages_is_refused(tmp_path):
+    def work():
+        with pytest.raises(ValueError, match="save_only_model"):
+            make("adamw", tmp_path, save_only_model=True)
+        make("plain", tmp_path, max_steps=2, save_steps=1).train()
+        for kind in ("ours", "adamw"):
+            with pytest.raises((CheckpointError, ValueError), match=r"does not exist|state dict"):
+                make(kind, tmp_path).train(resume_from_checkpoint=True)
+        trainer = make("adamw", tmp_path)
+        trainer._averaging._average = None
+        with pytest.raises(ValueError, match="no average is kept"):
+            trainer.train()
+
+    on(0, work)
+
+
+def test_asgd_in_a_plain_trainer_cannot_lose_the_shards_of_others(tmp_path):
+    def work():
+        options = OPTIONS | {"gradients": "reduced"}
+        trainer = make("plain", tmp_path, {"optimizer_cls_and_kwargs": (ShardedASGD, options)}, max_steps=1)
+        if trainer.args.process_index:
+            trainer.args.save_strategy = "no"
+        with contextlib.ExitStack() as stack:
+            if not trainer.args.process_index:
+                stack.enter_context(pytest.raises(pickle.PicklingError, match="full_state_dict"))
+            trainer.train()
+
+    run_launched(2, work)
+
+
+@pytest.mark.parametrize("title", ["transformers", "PyTorch with PEFT and TensorBoard"])
+def test_the_guide(title, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert 1 < len(added_lines(title)) <= 4
+    on(0, lambda: run_section(title) and None)
+    (tmp_path / "two").mkdir()
+    monkeypatch.chdir(tmp_path / "two")
+    on(2, lambda: run_section(title) and None)
+    expected = (
+        {"best/model.safetensors"} if title == "transformers" else {"adapter/adapter_model.safetensors", "curves"}
+    )
+    assert all((tmp_path / folder / name).exists() for folder in (".", "two") for name in expected)
