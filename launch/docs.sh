@@ -7,6 +7,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 OUT="$(realpath -m "${1:-$ROOT/.venv/api}")"
 cd "$ROOT"
-setup_environment test,lint
+setup_environment test,lint,frameworks
 say "pdoc: the API reference, in $OUT"
-"$PY" -W error::UserWarning -m pdoc --docformat google -o "$OUT" dist_asgd dist_asgd.checkpoint
+"$PY" -W error::UserWarning -m pdoc --docformat google -o "$OUT" dist_asgd dist_asgd.checkpoint \
+    dist_asgd.integrations.{accelerate,lightning,transformers}

@@ -141,7 +141,7 @@ types=0
 [[ -z "$package" ]] || wait "$package"
 ((types == 0)) || exit "$types"
 (($#)) || bash launch/docs.sh
-if ((!$#)) && [[ -e tests/integrations/test_torchtitan.py ]]; then
+if ((!$#)); then
     make_torchtitan
     say "pytest tests/integrations/test_torchtitan.py, in .venv/torchtitan"
     "$ROOT/.venv/torchtitan/bin/python" -m pytest tests/integrations/test_torchtitan.py
