@@ -10,12 +10,16 @@ from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from dist_asgd import ShardedASGD, ShardedAverages
+from dist_asgd._torch_private import is_fsdp1_slice
 from dist_asgd.averages.kinds import Average
+from dist_asgd.checkpoint import CheckpointError
+from dist_asgd.comm.digests import digests
 from dist_asgd.integrations.accelerate import unwrapped_optimizer
 from dist_asgd.integrations.checkpoint_folder import FOLDER, SavedApart, load_folder, missing_folder, save_folder
 
@@ -30,8 +34,9 @@ class AveragingCallback(TrainerCallback):
 
     The averages are built when training begins, after the model was placed. They lie in the folder ``dist_asgd`` of
     each checkpoint, and are loaded from it when training is resumed, on any number of processes. A callback is not told
-    which checkpoint is resumed, and takes the one of the step in ``output_dir``; an ``AveragingTrainer`` tells it.
-    Evaluation is of the raw weights, unless the trainer is an ``AveragingTrainer``.
+    which checkpoint is resumed, and takes the one of the step in ``output_dir``, which must have the weights that are
+    resumed; an ``AveragingTrainer`` tells it. Evaluation is of the raw weights, unless the trainer is an
+    ``AveragingTrainer``.
 
     Args:
         average: kinds of ``ShardedAverages`` to keep. None is for ``AveragingTrainer``, with a ``ShardedASGD``.
@@ -77,21 +82,24 @@ class AveragingCallback(TrainerCallback):
         """Builds the averages, and loads them where training is resumed. Collective.
 
         Raises:
-            CheckpointError: on every rank, where the checkpoint has no averages, or others.
+            CheckpointError: on every rank, where the checkpoint has no averages, or others, or those of other weights.
         """
         optimizer, model = unwrapped_optimizer(objects["optimizer"]), objects["model"]
         if self.averages is None or optimizer is not self._optimizer:
             self._build(optimizer, extract_model_from_parallel(model, keep_torch_compile=False))
         if state.global_step:
             folder = Path(self.resume_from or _checkpoint(args, state)) / FOLDER
-            if not load_folder(folder, self._state):
+            loaded: dict[str, Any] = {"weights": {}}
+            if not load_folder(folder, loaded):
                 raise missing_folder(folder, RESUME_ADVICE)
+            _require_weights(loaded["weights"], model, folder)
+            load_folder(folder, self._state)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
         """Saves the averages into the checkpoint that the trainer has just written. Collective."""
         if self._apart is not None:
             self._apart.hidden = False
-        save_folder(Path(_checkpoint(args, state)) / FOLDER, self._state)
+        save_folder(Path(_checkpoint(args, state)) / FOLDER, self._state | {"weights": _digests(objects["model"])})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
@@ -214,3 +222,28 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> str:
     if state.is_hyper_param_search:
         raise ValueError("hyperparameter_search() keeps checkpoints elsewhere, so averages cannot be saved with them")
     return os.path.join(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def _digests(model: nn.Module) -> dict[str, str]:
+    """Returns dtype and digest of each parameter that this rank has as a whole."""
+    whole = {
+        name: param
+        for name, param in model.named_parameters()
+        if not isinstance(param, DTensor) and not is_fsdp1_slice(param)
+    }
+    found = digests([param.detach() for param in whole.values()])
+    return {name: f"{param.dtype} {digest}" for (name, param), digest in zip(whole.items(), found, strict=True)}
+
+
+def _require_weights(saved: Mapping[str, str], model: nn.Module, folder: Path) -> None:
+    """Raises ``CheckpointError`` where the model has not the weights beside which averages were saved.
+
+    Weights in another dtype than the saved ones pass, because they were rounded.
+    """
+    live = _digests(model)
+    for name in saved.keys() & live.keys():
+        if saved[name].split()[0] == live[name].split()[0] and saved[name] != live[name]:
+            raise CheckpointError(
+                f"the averages in {folder} were saved beside other weights than those that are resumed ({name} "
+                f"differs), perhaps in another run. {RESUME_ADVICE}"
+            )

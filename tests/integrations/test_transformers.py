@@ -203,6 +203,25 @@ def test_the_callback_in_a_plain_trainer(tmp_path):
     assert_same(found[1], expected[1])
 
 
+def test_a_callback_resumes_no_averages_of_other_weights(tmp_path):
+    """It is not told which checkpoint a plain trainer resumes, and finds one of that step in ``output_dir``."""
+
+    def work():
+        def trainer(folder, **settings):
+            callback = AveragingCallback(EMA(0.5))
+            return callback, make("plain", tmp_path / folder, {"callbacks": [callback]}, **settings)
+
+        for folder, learning_rate in (("own", 0.01), ("other", 0.02)):
+            trainer(folder, max_steps=3, learning_rate=learning_rate)[1].train()
+        with pytest.raises(CheckpointError, match="saved beside other weights than those that are resumed"):
+            trainer("own")[1].train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-3"))
+        callback, resumed = trainer("own", max_steps=4, learning_rate=0.01)
+        resumed.train(resume_from_checkpoint=True)
+        assert callback.averages.updates == 4
+
+    on(0, work)
+
+
 def test_what_would_lose_averages_is_refused(tmp_path):
     def work():
         with pytest.raises(ValueError, match="save_only_model"):
