@@ -108,8 +108,8 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(PACKAGE.parent))
 
 
-_NAMES = "empty empty_strided zeros ones full tensor as_tensor asarray arange linspace eye rand randn randint randperm"
-MAKES_TENSORS = {f"torch.{name}" for name in _NAMES.split()}
+MAKERS = "empty empty_strided zeros ones full tensor as_tensor asarray arange linspace logspace eye rand randn randint"
+MAKES_TENSORS = {f"torch.{name}" for name in MAKERS.split()}
 
 each_file = pytest.mark.parametrize("path", FILES, ids=name_of)
 

@@ -95,6 +95,8 @@ OF_OTHERS = {
     "_register_atexit",
     "_Unpickler",
     "_fields_",
+    "_custom_objects",
+    "_should_save",
 }
 
 

@@ -39,6 +39,8 @@ class Reducer:
         passes: number of passes that this rank has begun.
         still_fits: whether the buckets fit the model, asked before each pass; None once they stay. Where they do not,
             gradients are left to ``step()``, which builds the buckets again.
+        patience: seconds to wait for a reduction where too many are under way; 0 where other ranks are known to begin
+            theirs later, in their ``step()``.
         before_pass: called before backward opens a pass; None for nothing.
     """
 
@@ -56,7 +58,7 @@ class Reducer:
         self._graph_task = -1  # number of the backward that last made a gradient
         self._ends: list[weakref.ref[_EndOfBackward]] = []  # one for each running backward
         self._in_flight: deque[FlatBucket] = deque()  # one entry for each reduction under way, oldest first
-        self._patience = PATIENCE
+        self.patience = self._patience = PATIENCE
         self._lock = threading.RLock()  # reentrant: the start of a reduction may run code that makes gradients
         self._hooks: list[RemovableHandle] = []
         weakref.finalize(self, remove_hooks, self._hooks)
@@ -101,7 +103,7 @@ class Reducer:
             self.close_pass()
         while self._in_flight:
             self._in_flight.popleft().finish_oldest_reduce()
-        self._patience = PATIENCE
+        self._patience = self.patience
 
     def finish_within(self, seconds: float) -> None:
         """Waits at most ``seconds`` for reductions under way, which other ranks may never begin; leaves the rest."""
@@ -189,7 +191,7 @@ class Reducer:
                 self._patience = 0.0 if full else self._patience
                 break
             self._in_flight.popleft().finish_oldest_reduce()
-            self._patience = PATIENCE
+            self._patience = self.patience
         bucket.start_reduce(self.passes, with_gradients)
         self._in_flight.append(bucket)
 

@@ -65,6 +65,8 @@ def made_by(function: str) -> ModelSizes:
         ValueError: there is no such function, it raises, or what it returns is no module with parameters.
     """
     path, _, name = function.partition(":")
+    if not all(part.isidentifier() for part in (*path.split("."), name)):  # not told: it may be a URL with a password
+        raise ValueError("the model is given neither as shapes nor as package:function")
     if "" not in sys.path:  # the command is a script, whose own directory stands there
         sys.path.insert(0, "")
     try:

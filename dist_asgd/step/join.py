@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
 from dist_asgd._torch_private import is_first_joinable
-from dist_asgd.buckets.base import Bucket
+from dist_asgd.buckets.base import PATIENCE, Bucket
 from dist_asgd.buckets.flat import FlatBucket
 from dist_asgd.buckets.reducer import Reducer
 from dist_asgd.comm.consensus import Agreement
@@ -90,7 +90,7 @@ class StepJoin(JoinHook):
         """
         everyone = self._agreement.gather(self._options() if is_last_joiner else None)
         self._adopt(next(options for options in everyone if options is not None))
-        self._ended, self._reducer.before_pass = True, None
+        self._ended, self._reducer.before_pass, self._reducer.patience = True, None, PATIENCE
 
     # Called by the optimizer -----------------------------------------------------------------------------------------
 
@@ -119,6 +119,7 @@ class StepJoin(JoinHook):
         self._notified, self._work, self._active = False, None, self._agreement.world_size
         if not self._agreement.maximum("step() inside Join", [self._joined])[0]:
             return
+        self._reducer.patience = 0.0  # a joined rank runs one pass of a step, and others only when they step
         with self._agreement.together("step() inside Join"):
             self._require_unchanged_gradients()
         present = [[param.grad is not None for param in bucket.params] for bucket in self._buckets]

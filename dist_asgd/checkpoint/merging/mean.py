@@ -21,7 +21,7 @@ from dist_asgd.checkpoint.merging.payload import PayloadReader
 from dist_asgd.checkpoint.merging.sources import WeightSource
 from dist_asgd.checkpoint.merging.sums import arithmetic
 
-PART_BYTES = 2**22  # bytes of a source that are read at once
+PART_BYTES = 3 * 2**20  # bytes of a source that are read at once
 READS_AHEAD = 4  # sources of which a part is read while others are added
 ADDED_AT_ONCE = 4  # sources of which parts are held until they are added together, while a part of the sum is in cache
 

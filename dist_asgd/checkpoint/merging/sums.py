@@ -10,7 +10,7 @@ import functools
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ SLICE = 2**15  # elements that operators convert and add at once: they stay in c
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno")
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 NOTHING = -0.0  # a sum of nothing: adding -0 to it gives -0, and 0 gives 0
+WIDE: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 CHECKED = 5003  # elements on which compiled code is compared with the operators
 
 
@@ -118,11 +119,11 @@ def compiled(dtype: torch.dtype) -> Compiled | None:
 def has_bits_of_operators(arithmetic: Arithmetic, dtype: torch.dtype) -> bool:
     """Returns whether sums and means of some values have the bits of ``Operators``, where they are numbers."""
     generator = torch.Generator().manual_seed(0)
-    size = torch.logspace(-50, 50, CHECKED, dtype=torch.float64)  # from zero to infinity, in dtypes of 16 bits
-    parts = [torch.randn(CHECKED, dtype=torch.float64, generator=generator).mul(size).to(dtype) for _ in range(3)]
+    size = torch.logspace(-50, 50, CHECKED, **WIDE)  # from zero to infinity, in dtypes of 16 bits
+    parts = [torch.randn(CHECKED, generator=generator, **WIDE).mul(size).to(dtype) for _ in range(3)]
     found = []
     for one in (arithmetic, Operators()):
-        total, mean = torch.empty(CHECKED, dtype=torch.float64), torch.empty(CHECKED, dtype=dtype)
+        total, mean = torch.empty(CHECKED, **WIDE), torch.empty(CHECKED, dtype=dtype, device="cpu")
         one.add(total, parts[:2], [0.3, 0.7], True)
         one.add(total, parts[2:], [-1.1], False)
         found.append(total.clone())
