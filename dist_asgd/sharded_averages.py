@@ -44,7 +44,7 @@ from dist_asgd.step.value_check import OF_AVERAGES, require_same_values
 from dist_asgd.swap import NOT_BOTH, SwapGuard, refused_during_swap, swapped
 from dist_asgd.wrappers import ParallelModules
 
-# Bytes of parameters that one call averages, and that a swap gathers at once. Half as many cost an update 5 % more time.
+# Bytes of parameters that one call averages, and that a swap gathers at once. Half as many cost an update 5 % of time.
 BUCKET_BYTES = 64 * 2**20
 
 

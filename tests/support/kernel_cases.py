@@ -19,7 +19,7 @@ import torch
 from dist_asgd.asgd.rounding import Rounding, compute_dtype
 from dist_asgd.asgd.rule import average_step_, low_precision_step_
 from dist_asgd.asgd.schedule import DeviceScalars, Hyperparameters, Scalars, Scaling, first_scalars, next_scalars
-from dist_asgd.kernels import averaging, dispatch
+from dist_asgd.kernels import averaging, dispatch, selfcheck
 from dist_asgd.kernels.dispatch import advance_
 from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList
 from tests.support import capturable_cases
@@ -341,6 +341,8 @@ def interpret():
     Hyperparameters.device_lr = property(lambda h: h.lr if h.capturable and isinstance(h.lr, torch.Tensor) else None)
     for forms in (dispatch.FORMS, averaging.FORMS):
         forms["cpu"] = forms["cuda"]
+    # The check before a kernel is used would take most of the time; the cases have parts of all sizes themselves.
+    selfcheck.PART, selfcheck.STARTS, selfcheck.CHECKED = 211, (0, 225, 448), 672
     results = {}
     for name, (function, *arguments) in INTERPRETED.items():
         try:
