@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 COMPILERS = ("cc", "gcc", "clang")
-WORTH_IT = 2**30  # bytes to go through from which on a faster loop saves more time than its compiling takes
 
 logger = logging.getLogger("dist_asgd")
 _warned: set[str] = set()
@@ -62,11 +61,6 @@ def compile_library(
         purpose,
     )
     return loaded
-
-
-def is_worth_compiling(total: int) -> bool:
-    """Returns whether to compile a loop for ``total`` bytes that it will go through once, and no more."""
-    return total >= WORTH_IT
 
 
 def warn_once(what: str, why: str = "") -> None:

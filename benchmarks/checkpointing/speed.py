@@ -183,7 +183,7 @@ def load_many(job: Mapping[str, Any]) -> dict[str, list[float]]:
     storage, rows = Storage.open(job["root"], job["direct"]), torch.randn(FILES, 1024)
     written = []
     for rank, row in enumerate(rows.split(1)):
-        part = BlockToWrite("tensors.rows", Box((rank, 0), (1, 1024)), row, is_whole=False)
+        part = BlockToWrite("tensors.rows", Box((rank, 0), (1, 1024)), [row], is_whole=False)
         written.append(write_blocks(storage, "", rank, [part], {}, lambda: None))
     tensors = {"tensors.rows": (SavedTensor((FILES, 1024), torch.float32), ("tensors", "rows"), None)}
     commit(storage, "", CommitRecord(0, tensors, {}), written)

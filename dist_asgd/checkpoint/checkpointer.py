@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -28,7 +29,6 @@ from dist_asgd.checkpoint.saving.async_save import BackgroundSave
 from dist_asgd.checkpoint.saving.rendezvous import Rendezvous
 from dist_asgd.checkpoint.saving.save import SavePlan, plan_save, write
 from dist_asgd.checkpoint.saving.staging import StagingMemory
-from dist_asgd.checkpoint.saving.writer import WritableBlock
 from dist_asgd.checkpoint.state.contents import contents_of
 from dist_asgd.checkpoint.state.tree import has_state
 from dist_asgd.checkpoint.storage.retry import RETRY_TIMEOUT
@@ -148,8 +148,8 @@ class Checkpointer:
             self._write(plan, rendezvous, planned)  # raises on every rank if it raises on one
         else:
             with together(self._agreement, "save()"):
-                staged = SavePlan(plan.directory, self._memory.stage(plan.blocks), plan.record)
-            self._background = BackgroundSave(lambda: self._write(staged, rendezvous, planned))
+                plan = replace(plan, blocks=self._memory.stage(plan.blocks))
+            self._background = BackgroundSave(lambda: self._write(plan, rendezvous, planned))
         return f"{self._storage.url}/{plan.directory}"
 
     @only_checkpoint_errors()
@@ -291,7 +291,7 @@ class Checkpointer:
         was_deleted = bool(found) and all(other.name != directory.name for other in found)
         return bool(self._agreement.gather(was_deleted)[0])
 
-    def _write(self, plan: SavePlan[WritableBlock], rendezvous: Rendezvous, planned: PlannedSave | None) -> None:
+    def _write(self, plan: SavePlan, rendezvous: Rendezvous, planned: PlannedSave | None) -> None:
         """Writes and commits a checkpoint; then rank 0 deletes outdated ones. Runs no collectives.
 
         Args:

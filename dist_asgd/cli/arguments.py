@@ -35,6 +35,12 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
 
 
+def add_average_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """Declares ``average``: False without the option, True for the first average, or the name of one."""
+    text = f"{what}; of several the first, or that of the NAME"
+    parser.add_argument("--average", nargs="?", default=False, const=True, metavar="NAME", help=text)
+
+
 def positive(text: str) -> int:
     """Parses a whole number of at least 1. Raises ``argparse.ArgumentTypeError``."""
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:

@@ -21,7 +21,7 @@ from dist_asgd.checkpoint.format.manifest import MANIFEST, Manifest, read_manife
 from dist_asgd.checkpoint.loading.sources import open_checkpoint
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.checkpoint.storage.url import LOCAL, protocol_of
-from dist_asgd.cli.arguments import add_checkpoint_arguments
+from dist_asgd.cli.arguments import add_average_argument, add_checkpoint_arguments
 from dist_asgd.cli.output import ReportProgress, format_bytes, note, printable, progress_bar, write
 from dist_asgd.cli.urls import (
     OpenedCheckpoint,
@@ -50,14 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "URL is a path",
     )
     parser.add_argument("--format", choices=[*FORMATS, DIRECTORY], help="default: by OUT's suffix")
-    parser.add_argument(
-        "--average",
-        nargs="?",
-        default=False,
-        const=True,
-        metavar="NAME",
-        help="optimizers' averages in place of parameters; of several the first, or that of the NAME",
-    )
+    add_average_argument(parser, "averages in place of parameters")
     parser.add_argument(
         "--max-shard-size",
         type=_size,

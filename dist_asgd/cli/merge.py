@@ -10,7 +10,7 @@ from dataclasses import asdict
 from dist_asgd.checkpoint.merging.merge import MergeReport, checked_job, require_one_writer, run_merge
 from dist_asgd.checkpoint.merging.target import TARGETS
 from dist_asgd.checkpoint.merging.weights import DECAYS
-from dist_asgd.cli.arguments import add_output_and_storage_options
+from dist_asgd.cli.arguments import add_average_argument, add_output_and_storage_options
 from dist_asgd.cli.output import format_bytes, printable, progress_bar, table, write
 from dist_asgd.cli.urls import UsageError, storage_options
 
@@ -42,14 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: the newest)",
     )
     _add_weights(parser)
-    parser.add_argument(
-        "--average",
-        nargs="?",
-        default=False,
-        const=True,
-        metavar="NAME",
-        help="optimizers' averages in place of parameters; of several the first, or that of the NAME",
-    )
+    add_average_argument(parser, "averages in place of parameters")
     parser.add_argument(
         "--entry", default="model", metavar="NAME", help="of what was saved; '' for all tensors (default: model)"
     )

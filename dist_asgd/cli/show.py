@@ -18,7 +18,7 @@ from dist_asgd.checkpoint.format.manifest import MANIFEST, STOCK, Manifest, read
 from dist_asgd.checkpoint.loading.ranges import read_record
 from dist_asgd.checkpoint.state.mismatches import truncate
 from dist_asgd.checkpoint.stock.metadata import read_stock_metadata
-from dist_asgd.cli.arguments import add_checkpoint_arguments
+from dist_asgd.cli.arguments import add_average_argument, add_checkpoint_arguments
 from dist_asgd.cli.output import format_bytes, printable, table, write
 from dist_asgd.cli.urls import find_checkpoint, storage_options
 
@@ -31,14 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the checkpoint and which of its entries are shown."""
     add_checkpoint_arguments(parser)
     parser.add_argument("--keys", default="*", metavar="GLOB", help="only entries with such keys, as 'model.*'")
-    parser.add_argument(
-        "--average",
-        nargs="?",
-        default=False,
-        const=True,
-        metavar="NAME",
-        help="only the tensors of an average; of several the first, or that of the NAME",
-    )
+    add_average_argument(parser, "only the tensors of an average")
 
 
 def run(arguments: argparse.Namespace) -> int:

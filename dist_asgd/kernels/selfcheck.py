@@ -14,8 +14,8 @@ from dist_asgd.asgd.rule import average_step_, low_precision_step_
 from dist_asgd.asgd.schedule import DeviceScalars, Hyperparameters, Scalars
 from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList, UpdateKind
 
-# Elements on which each combination of options is compared: several vectors of PyTorch's operators and a remainder.
-# Three parts, so that tables are used. Each has vectors and a rest. The second one is not aligned for vectors.
+# Each combination of options is compared on three parts, so that tables are used. Each part has vectors and a rest; the
+# second one is not aligned for vectors.
 PART = 2 * 2048 + 211  # elements
 STARTS = (0, 4352 + 1, 2 * 4352)
 CHECKED = 3 * 4352  # elements of the tensors in which the parts lie

@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 import dist_asgd
-from dist_asgd import Checkpointer, PolynomialDecay, ShardedASGD, ShardedAverages, Uniform, c_library, merge
+from dist_asgd import Checkpointer, PolynomialDecay, ShardedASGD, ShardedAverages, Uniform, merge
 from dist_asgd.checkpoint import CheckpointError
 from dist_asgd.checkpoint.format.manifest import read_manifest
 from dist_asgd.checkpoint.merging import mean, sources, sums, target
@@ -518,7 +518,7 @@ def test_damage_is_noticed_and_leaves_nothing(
 ) -> None:
     """In the last block of one source of two, whichever library wrote it, by compiled code and without."""
     monkeypatch.setattr(mean, "PART_BYTES", 100_000)
-    monkeypatch.setattr(c_library, "WORTH_IT", worth_it)
+    monkeypatch.setattr(mean, "LARGE", worth_it)
     weights = {"a": torch.randn(300, 100), "b": torch.randn(200, 300)}
 
     def alone() -> None:

@@ -11,7 +11,7 @@ from dist_asgd.checkpoint.saving.writer import BlockToWrite
 
 
 def block_of(tensor):
-    return BlockToWrite("x", whole(tuple(tensor.shape)), tensor, True)
+    return BlockToWrite("x", whole(tuple(tensor.shape)), [tensor], True)
 
 
 def bytes_of(pieces):
@@ -81,5 +81,5 @@ def test_each_device_is_waited_for_once_after_its_copies(monkeypatch):
 def test_a_block_larger_than_a_piece_or_a_chunk(size):
     tensor = torch.arange(size // 4, dtype=torch.int32)
     (staged,) = StagingMemory().stage([block_of(tensor)])
-    assert len(staged.copies) > 1
-    assert torch.equal(torch.cat(staged.copies), tensor)
+    assert len(staged.parts) > 1
+    assert torch.equal(torch.cat(staged.parts), tensor)

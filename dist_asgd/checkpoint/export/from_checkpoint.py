@@ -98,8 +98,8 @@ def with_averages(source: ExportSource, tensors: Sequence[Exported], average: st
             of one tensor, the shape of an average differs, or tensors could not be read to compare their bytes.
     """
     manifest = source.manifest
-    _check_name(average, names_of_averages(manifest))
     root, values = shared_entries(manifest)
+    _check_name(average, average_names(root, values))
     found: dict[str, str] = {}
     for tensor in tensors:
         path = manifest.tensors[tensor.key].path
@@ -133,12 +133,12 @@ def keys_in_average(manifest: Manifest, average: str | None) -> list[str]:
     Raises:
         CheckpointError: the checkpoint has no averages, or none of that name.
     """
-    known = names_of_averages(manifest)
+    root, values = shared_entries(manifest)
+    known = average_names(root, values)
     _check_name(average, known)
     if not known:
         raise CheckpointError("the checkpoint has no averages, neither an optimizer's ('ax') nor of ShardedAverages")
-    keys = keys_of_average(*shared_entries(manifest), average)
-    return [key for key in keys if key in manifest.tensors]
+    return [key for key in keys_of_average(root, values, average) if key in manifest.tensors]
 
 
 def _check_name(average: str | None, known: Sequence[str]) -> None:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from dist_asgd.boxes import Box, cut, grouped, whole
-from dist_asgd.c_library import is_worth_compiling
 from dist_asgd.checkpoint.errors import naming
 from dist_asgd.checkpoint.export.formats import Exported
 from dist_asgd.checkpoint.format.tensor_bytes import memory
 from dist_asgd.checkpoint.format.torch_archive import payload_bytes
 from dist_asgd.checkpoint.merging.payload import PayloadReader
 from dist_asgd.checkpoint.merging.sources import WeightSource
-from dist_asgd.checkpoint.merging.sums import arithmetic
+from dist_asgd.checkpoint.merging.sums import LARGE, arithmetic
 
 PART_BYTES = 3 * 2**20  # bytes of a source that are read at once
 READS_AHEAD = 4  # sources of which a part is read while others are added
@@ -59,7 +58,7 @@ class MeanSource:
     ) -> None:
         self.sources, self._weights, self._from_last, self._report = sources, weights, from_last, report
         self._readers = [PayloadReader(source.storage, source.tensors) for source in sources]
-        self._is_large = is_worth_compiling(bytes_to_read(sources, from_last))
+        self._is_large = bytes_to_read(sources, from_last) >= LARGE
         self._last = len(sources) - 1
         self.differing: set[str] = set()
 

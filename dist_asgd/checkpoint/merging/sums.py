@@ -22,6 +22,7 @@ FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno")
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 NOTHING = -0.0  # a sum of nothing: adding -0 to it gives -0, and 0 gives 0
 WIDE: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+LARGE = 2**30  # bytes of all sources, from which on compiled code saves more time than its compiling takes
 CHECKED = 5003  # elements on which compiled code is compared with the operators
 
 

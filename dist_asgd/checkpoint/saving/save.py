@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from dist_asgd.boxes import whole, within
 from dist_asgd.checkpoint.errors import CheckpointError, only_checkpoint_errors, together
@@ -21,7 +21,7 @@ from dist_asgd.checkpoint.saving.assign import Assignment, Offer, assign
 from dist_asgd.checkpoint.saving.commit import CommitRecord, commit, stock_values
 from dist_asgd.checkpoint.saving.differences import Differences
 from dist_asgd.checkpoint.saving.rendezvous import Rendezvous
-from dist_asgd.checkpoint.saving.writer import BlockToWrite, WritableBlock, WriteResult, write_blocks
+from dist_asgd.checkpoint.saving.writer import BlockToWrite, WriteResult, write_blocks
 from dist_asgd.checkpoint.state.contents import Contents
 from dist_asgd.checkpoint.state.sharing import Sharing, first_of
 from dist_asgd.checkpoint.state.steps import StepsTaken, require_same_steps
@@ -31,15 +31,13 @@ from dist_asgd.checkpoint.storage.waiting import giving_up_when
 from dist_asgd.comm.consensus import Agreement, fingerprint
 from dist_asgd.comm.digests import digests
 
-Block = TypeVar("Block", bound=WritableBlock, covariant=True)
 
-
-@dataclass(frozen=True)
-class SavePlan(Generic[Block]):
+@dataclass(frozen=True, slots=True)
+class SavePlan:
     """The share of one rank in a save."""
 
     directory: str  # of the checkpoint, relative to the storage; "" if the storage is that of one checkpoint
-    blocks: Sequence[Block]
+    blocks: Sequence[BlockToWrite]
     record: CommitRecord | None  # on rank 0, which commits; None on other ranks
 
 
@@ -81,7 +79,7 @@ def plan_save(
     directory: str | None,
     contents: Contents,
     latest: Callable[[], int | None] | None = None,
-) -> SavePlan[BlockToWrite]:
+) -> SavePlan:
     """Plans a save on all ranks: who writes which blocks, and what the manifest records. Collective. Writes nothing.
 
     Args:
@@ -239,13 +237,14 @@ def _blocks(assignment: Assignment, contents: Contents, owned: Mapping[str, Owne
     for name, box, offered in assignment.boxes:
         entry = contents.tensors[keys.get(name, name)]
         data = next(block.data for block in entry.blocks if block.box == offered)
-        blocks.append(BlockToWrite(name, box, narrowed(data.detach(), within(box, offered)), box == whole(entry.shape)))
+        part = narrowed(data.detach(), within(box, offered))
+        blocks.append(BlockToWrite(name, box, [part], box == whole(entry.shape)))
     return blocks
 
 
 def write(
     storage: Storage,
-    plan: SavePlan[WritableBlock],
+    plan: SavePlan,
     rendezvous: Rendezvous,
     rank: int,
     register: Callable[[], None] = lambda: None,

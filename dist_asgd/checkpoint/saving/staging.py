@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dist_asgd.boxes import Box, cut, whole
-from dist_asgd.checkpoint.format.tensor_bytes import as_bits, memory_of, narrowed
+from dist_asgd.boxes import cut, whole
+from dist_asgd.checkpoint.format.tensor_bytes import as_bits, narrowed
 from dist_asgd.checkpoint.saving.writer import BlockToWrite
 
 # Bytes of memory that are allocated at once. PyTorch rounds pinned memory up to a power of two, so that one allocation
@@ -19,41 +19,22 @@ PIECE_BYTES = 2**22  # bytes that are copied at once; a chunk has less than a pi
 ALIGNMENT = 64  # bytes
 
 
-@dataclass(frozen=True, slots=True)
-class StagedBlock:
-    """A block of a tensor that this rank writes, copied to the host. A ``WritableBlock``."""
-
-    key: str
-    box: Box  # in the whole tensor
-    dtype: torch.dtype
-    is_whole: bool  # whether the box is the whole tensor
-    copies: tuple[Tensor, ...]  # contiguous, on the CPU: together the block's elements in row-major order
-
-    def pieces(self) -> Iterator[memoryview]:
-        """Yields the bytes of the elements in row-major order."""
-        for copy in self.copies:
-            yield from memory_of(copy)
-
-
 class StagingMemory:
     """Memory on the host for the blocks that a rank writes. Each save uses it anew, and it grows where it must."""
 
     def __init__(self) -> None:
         self._chunks: list[Tensor] = []  # 1-D, uint8, on the CPU; pinned if blocks were on a GPU
 
-    def stage(self, blocks: Sequence[BlockToWrite]) -> list[StagedBlock]:
+    def stage(self, blocks: Sequence[BlockToWrite]) -> list[BlockToWrite]:
         """Copies the blocks; their tensors may change when this returns. What was staged before is overwritten.
 
         Waits for the copies only, on the stream of each device that is current there.
         """
-        room = _Room(self._chunks, pinned=any(is_asynchronous(block.data.device) for block in blocks))
-        staged = [
-            StagedBlock(block.key, block.box, block.dtype, block.is_whole, tuple(_copies(block.data, room)))
-            for block in blocks
-        ]
-        for device in {block.data.device for block in blocks}:
-            if is_asynchronous(device):
-                wait_for(device)
+        devices = {part.device for block in blocks for part in block.parts if is_asynchronous(part.device)}
+        room = _Room(self._chunks, pinned=bool(devices))
+        staged = [replace(block, parts=[c for part in block.parts for c in _copies(part, room)]) for block in blocks]
+        for device in devices:
+            wait_for(device)
         return staged
 
     def free(self) -> None:
@@ -98,7 +79,6 @@ def _copies(data: Tensor, room: _Room) -> Iterator[Tensor]:
     source = as_bits(data.detach())
     if source.is_contiguous():
         source = source.view(-1)  # pieces of one row are as large as they may be
-    shape = whole(tuple(source.shape))
-    for box in cut(shape, PIECE_BYTES // source.dtype.itemsize) if shape.numel else ():
+    for box in cut(whole(tuple(source.shape)), PIECE_BYTES // source.dtype.itemsize):
         copy = room.take(box.numel * source.dtype.itemsize).view(source.dtype).view(box.sizes)
         yield copy.copy_(narrowed(source, box), non_blocking=is_asynchronous(source.device))

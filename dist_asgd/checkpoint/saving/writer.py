@@ -31,17 +31,18 @@ class BlockToWrite:
 
     key: str
     box: Box  # in the whole tensor
-    data: Tensor  # of the box's sizes, any dtype, strides and device
+    parts: Sequence[Tensor]  # of one dtype, at least one: together the box's elements in row-major order
     is_whole: bool  # whether the box is the whole tensor
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the tensor."""
-        return self.data.dtype
+        return self.parts[0].dtype
 
     def pieces(self) -> Iterator[memoryview]:
         """Yields the bytes of the elements in row-major order."""
-        return memory_of(self.data)
+        for part in self.parts:
+            yield from memory_of(part)
 
 
 class WritableBlock(Protocol):
