@@ -163,7 +163,10 @@ def evaluations(kind: type[Peer], way: str, folder: Path) -> Finding:
     training = regression_of(8, 6, 4, 1, layout="fsdp")
     peer = kind(training, Wish(decays=(0.5,), way=way))
     x, seen = batch(99, 8)[0], []
-    evaluate: Callable[[nn.Module], None] = lambda model: seen.append(model(x))  # noqa: E731
+
+    def evaluate(model: nn.Module) -> None:
+        seen.append(model(x))
+
     peer.train(6, evaluations={2: evaluate, 4: evaluate})
     true = [output(training, expected(peer, iterates=peer.iterates[:steps]), x) for steps in (2, 4)]
     offs = [(found - wanted).abs().max().item() for found, wanted in zip(seen, true, strict=True)]
