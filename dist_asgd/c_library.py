@@ -16,7 +16,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 COMPILERS = ("cc", "gcc", "clang")
+SAME_BITS = (
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+)  # flags that keep bits of operators
+DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}  # macros of C files
 
 logger = logging.getLogger("dist_asgd")
 _warned: set[str] = set()

@@ -18,13 +18,11 @@ from torch import Tensor
 
 from dist_asgd.asgd.rounding import compute_dtype
 from dist_asgd.asgd.schedule import DeviceScalars
-from dist_asgd.c_library import compile_library, warn_once
+from dist_asgd.c_library import DTYPES, SAME_BITS, compile_library, warn_once
 from dist_asgd.kernels.selfcheck import averages_match_operators, matches_operators
 from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList, UpdateKind
 
 FOLDER = Path(__file__).parent
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno")
-DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 # Elements for each thread below which starting threads takes longer than they save.
 GRAIN = 32 * 1024
@@ -106,7 +104,7 @@ def native_update(kind: UpdateKind) -> NativeUpdate | None:
     types += [f"-DMASTER={int(kind.has_master)}"]
     types += [f"-DROUNDED={DTYPES[rounded]}", f"-DSTOCHASTIC={int(kind.stochastic)}"]
     purpose = f"the update of {param} parameters in one pass over memory"
-    library = compile_library(FOLDER / "cpu.c", [*FLAGS, *types], purpose)
+    library = compile_library(FOLDER / "cpu.c", [*SAME_BITS, *types], purpose)
     if library is None:
         return None
     function, address, count = library.update, ctypes.c_void_p, ctypes.c_int64
@@ -132,7 +130,7 @@ def native_averaging(param: torch.dtype, average: torch.dtype) -> NativeAveragin
     wider = torch.promote_types(param, average)
     if param not in DTYPES or average not in (torch.float32, torch.float64) or average != wider:
         return None
-    flags = [*FLAGS, f"-DPARAM={DTYPES[param]}", f"-DREAL={DTYPES[average]}"]
+    flags = [*SAME_BITS, f"-DPARAM={DTYPES[param]}", f"-DREAL={DTYPES[average]}"]
     library = compile_library(FOLDER / "averaging.c", flags, f"averages of {param} parameters in one pass over memory")
     if library is None:
         return None

@@ -1,6 +1,5 @@
 """Accelerate: the bits of torch.optim.ASGD, averages beside AdamW, and resuming on other numbers of processes."""
 
-import functools
 import os
 import shutil
 
@@ -17,8 +16,8 @@ from torch.utils.data import DataLoader
 from dist_asgd import EMA, ShardedASGD
 from dist_asgd.checkpoint import CheckpointError
 from dist_asgd.integrations.accelerate import keep_averages, unwrapped_optimizer
+from tests.support.frameworks import assert_same, on
 from tests.support.guide import added_lines, run_section
-from tests.support.ranks import run_alone, run_launched
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of accelerate's and torch's own making; ranks are children
 OPTIONS = {"lr": 0.05, "lambd": 1e-3, "t0": 1, "weight_decay": 1e-3}
@@ -100,19 +99,6 @@ def average_of_torch(training):
     named = dict(training.accelerator.unwrap_model(training.model).named_parameters())
     found = {name: optimizer.state[param]["ax"] for name, param in named.items()}
     return {name: (ax.full_tensor() if isinstance(ax, DTensor) else ax).clone() for name, ax in found.items()}
-
-
-def on(ranks, work, *args):
-    """What `work` returns on rank 0; 0 ranks: one process without a launcher."""
-    run = run_alone if ranks == 0 else functools.partial(run_launched, ranks)
-    found = run(work, *args, timeout=300)
-    return found if ranks == 0 else found[0]
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name in expected:
-        assert torch.equal(found[name], expected[name]), name
 
 
 def pair(settings):

@@ -1,7 +1,6 @@
 """transformers: the bits of torch.optim.ASGD, averages beside AdamW, evaluation on them, and resuming."""
 
 import contextlib
-import functools
 import pickle
 
 import pytest
@@ -11,8 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from dist_asgd import EMA, ShardedASGD, Uniform
 from dist_asgd.checkpoint import CheckpointError
 from dist_asgd.integrations.transformers import AveragingCallback, AveragingTrainer
+from tests.support.frameworks import assert_same, on
 from tests.support.guide import added_lines, run_section
-from tests.support.ranks import run_alone, run_launched
+from tests.support.ranks import run_launched
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the frameworks' own making; ranks are children
 OPTIONS = {"lr": 0.05, "lambd": 1e-3, "t0": 0, "weight_decay": 1e-3}
@@ -61,19 +61,6 @@ def trained(kind, folder, resume=None, **settings):
     trainer = make(kind, folder, **settings)
     trainer.train(resume_from_checkpoint=resume)
     return weights(trainer), averages(trainer), history(trainer)
-
-
-def on(ranks, work, *args):
-    """What `work` returns on rank 0; 0 ranks: one process without a launcher."""
-    run = run_alone if ranks == 0 else functools.partial(run_launched, ranks)
-    found = run(work, *args, timeout=300)
-    return found if ranks == 0 else found[0]
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name in expected:
-        assert torch.equal(found[name], expected[name]), name
 
 
 CASES = {

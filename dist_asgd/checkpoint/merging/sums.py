@@ -15,11 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dist_asgd.c_library import compile_library, warn_once
+from dist_asgd.c_library import DTYPES, SAME_BITS, compile_library, warn_once
 
 SLICE = 2**15  # elements that operators convert and add at once: they stay in cache, and torch starts no threads
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno")
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 NOTHING = -0.0  # a sum of nothing: adding -0 to it gives -0, and 0 gives 0
 WIDE: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 LARGE = 2**30  # bytes of all sources, from which on compiled code saves more time than its compiling takes
@@ -106,7 +104,7 @@ def compiled(dtype: torch.dtype) -> Compiled | None:
 
     The first call with a dtype runs the C compiler; a message is logged, or a warning if it fails.
     """
-    flags = [*FLAGS, f"-DVALUE={DTYPES[dtype]}"]
+    flags = [*SAME_BITS, f"-DVALUE={DTYPES[dtype]}"]
     library = compile_library(Path(__file__).with_name("sums.c"), flags, f"means of {dtype} in one pass over memory")
     if library is None:
         return None
