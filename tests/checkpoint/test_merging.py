@@ -646,3 +646,13 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest
         return peak_resident() - start
 
     assert run_alone(alone) < 12 * 2**20  # a source has 16 MiB
+
+
+def test_urls_of_one_store_share_a_client(s3_server: Any) -> None:
+    url, known = s3_server.new_url(), []
+    for name in ("a", "b"):  # the driver changes the options that it is given
+        Storage.open(f"{url}/{name}", s3_server.options, known=known).write("file", [b"x"])
+    other = {**s3_server.options, "default_block_size": 2**23}
+    assert Storage.open(f"{url}/a", other, known=known).read("file") == b"x"
+    assert len(known) == 2
+    assert known[0].get() is not known[1].get()

@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch.distributed as dist
@@ -34,6 +34,8 @@ from dist_asgd.checkpoint.merging.target import CHECKPOINT, TARGETS, Target, che
 from dist_asgd.checkpoint.merging.weights import DECAYS, check_distances, check_weights, decay_weights
 from dist_asgd.checkpoint.progress import Progress
 from dist_asgd.checkpoint.saving.rendezvous import Rendezvous
+from dist_asgd.checkpoint.storage.connection import FileSystems
+from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.checkpoint.storage.url import LOCAL, protocol_of
 from dist_asgd.comm.consensus import Agreement
 from dist_asgd.comm.process_groups import default_group
@@ -77,11 +79,14 @@ class MergeJob:
     entry: str
     format: str | None
 
-    def options_for(self, url: str) -> Mapping[str, Any] | None:
-        """Returns the storage options for ``url``: those of the job if it is on the kind of store that they are for."""
+    file_systems: list[FileSystems] = field(default_factory=list)  # of the stores of sources and target
+
+    def open_storage(self, url: str) -> Storage:
+        """Returns the files below ``url``, with the job's options if it is on the kind of store that they are for."""
         kinds = [protocol_of(known) for known in (*self.sources, self.url)]
         meant = next((kind for kind in kinds if kind != LOCAL), LOCAL)
-        return self.options if protocol_of(url) == meant else None
+        options = self.options if protocol_of(url) == meant else None
+        return Storage.open(url, options, known=self.file_systems)
 
 
 @only_checkpoint_errors()
@@ -235,9 +240,9 @@ def run_merge(job: MergeJob, report: ReportProgress | None = None) -> MergeRepor
         CheckpointError, ValueError: as ``merge``, which see.
         OSError: a storage failed.
     """
-    target = open_target(job.url, job.options_for(job.url), job.format)
-    check_absent(target, job.url, job.options_for(job.url))
-    found = [place for url in job.sources for place in find_checkpoints(url, job.options_for(url), job.steps)]
+    target = open_target(job.url, job.open_storage, job.format)
+    check_absent(target, job.url, job.open_storage)
+    found = [place for url in job.sources for place in find_checkpoints(url, job.open_storage, job.steps)]
     if not found:
         raise ValueError("there is nothing to merge: sources is empty")
     error = None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import torch
 
@@ -110,12 +110,12 @@ class Checkpoint:
 
 
 def find_checkpoints(
-    url: str, options: Mapping[str, Any] | None, steps: Sequence[int | range | slice] | None
+    url: str, open_storage: Callable[[str], Storage], steps: Sequence[int | range | slice] | None
 ) -> list[Checkpoint]:
     """Returns what is at ``url``: one checkpoint, or those of a run.
 
     Args:
-        options: of fsspec, for the protocol of ``url``.
+        open_storage: returns the files below a URL.
         steps: of a run, from ``parse_steps``; None for the newest.
 
     Raises:
@@ -124,9 +124,9 @@ def find_checkpoints(
         ValueError: the URL is not valid.
     """
     if (kind := format_by(url)) is not None:
-        found = _file(url, options, kind)
+        found = _file(url, open_storage, kind)
     else:
-        storage = Storage.open(url, options)
+        storage = open_storage(url)
         names = storage.list()
         if {MANIFEST, STOCK} & names.keys():
             found = Checkpoint(storage, "")
@@ -139,9 +139,9 @@ def find_checkpoints(
     return [found]
 
 
-def _file(url: str, options: Mapping[str, Any] | None, kind: str) -> Checkpoint:
+def _file(url: str, open_storage: Callable[[str], Storage], kind: str) -> Checkpoint:
     folder, name = folder_and_name(url)
-    storage = Storage.open(folder, options)
+    storage = open_storage(folder)
     if kind != "safetensors":
         raise CheckpointError(
             f"{storage.url}/{name} is a file for torch.load, which is not read in parts: give a checkpoint, or "

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -45,11 +44,11 @@ class Target:
         return f"{self.storage.url}/{self.name}" if self.name else self.storage.url
 
 
-def open_target(url: str, options: Mapping[str, Any] | None, format_name: str | None) -> Target:
+def open_target(url: str, open_storage: Callable[[str], Storage], format_name: str | None) -> Target:
     """Returns the target at ``url``. Makes no request.
 
     Args:
-        options: of fsspec, for the protocol of ``url``.
+        open_storage: returns the files below a URL.
         format_name: one of TARGETS. None: by the suffix of a file; else Hugging Face's if the URL ends with a slash,
             and that of a checkpoint if it does not.
 
@@ -59,11 +58,11 @@ def open_target(url: str, options: Mapping[str, Any] | None, format_name: str | 
     chosen = format_name or format_by(url) or (HUGGING_FACE if url.endswith("/") else CHECKPOINT)
     if chosen in FORMATS:
         folder, name = folder_and_name(url)
-        return Target(chosen, Storage.open(folder, options), name)
-    return Target(chosen, Storage.open(url, options), "")
+        return Target(chosen, open_storage(folder), name)
+    return Target(chosen, open_storage(url), "")
 
 
-def check_absent(target: Target, url: str, options: Mapping[str, Any] | None) -> None:
+def check_absent(target: Target, url: str, open_storage: Callable[[str], Storage]) -> None:
     """Raises ``CheckpointError`` if there is something already that the merge would replace or become a part of."""
     names = target.storage.list()
     if target.name and target.name in names:
@@ -74,14 +73,14 @@ def check_absent(target: Target, url: str, options: Mapping[str, Any] | None) ->
         raise CheckpointError(f"{target.url} is not empty: checkpoints are never overwritten. Take another URL")
     if target.format == HUGGING_FACE and (found := fnmatch.filter(names, WEIGHTS)):
         raise CheckpointError(f"{target.url} has weights already: {found[0]}. Remove them, or take another directory")
-    _check_surroundings(url, options)
+    _check_surroundings(url, open_storage)
 
 
-def _check_surroundings(url: str, options: Mapping[str, Any] | None) -> None:
+def _check_surroundings(url: str, open_storage: Callable[[str], Storage]) -> None:
     """Raises ``CheckpointError`` if ``url`` is inside of a checkpoint, or has a name that a run takes for a step."""
     try:
         folder, name = folder_and_name(url.rstrip("/"))
-        above = Storage.open(folder, options)
+        above = open_storage(folder)
         names = above.list()
     except (ValueError, OSError):  # a bucket has nothing above it, and who may write to a folder may not list above it
         return

@@ -1,4 +1,4 @@
-"""Makes fsspec file system objects that work in any thread and after a fork."""
+"""Makes fsspec file system objects that work in any thread and after a fork, and asks them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,53 @@ from dist_asgd.checkpoint.storage.url import Target, secrets_of
 from dist_asgd.checkpoint.storage.waiting import POLL_SECONDS, check_whether_to_give_up
 
 
-class Connection:
-    """One fsspec file system, made when it is first used, again after a fork, and per thread where necessary.
+class FileSystems:
+    """The fsspec file systems of one store: made when they are first used, and again after a fork.
 
     fsspec's asynchronous file systems, and those that a backend calls thread-safe, serve all threads of a process.
     Others (sftp) are made once per thread.
 
+    Attributes:
+        base: the URL of the store, as in ``Target``.
+        options: of fsspec, as in ``Target``. Drivers get others, because some change what they get.
+    """
+
+    def __init__(self, target: Target, backend: Backend, kind: type) -> None:
+        self.base, self.options, self._backend = target.base, target.options, backend
+        self._of_driver = backend.options(target.options)
+        self._is_shared = backend.is_thread_safe or issubclass(kind, AsyncFileSystem)
+        # Keyed by process and thread. A child leaves its parent's objects alone: a lock in them may never be released.
+        self._made: dict[tuple[int, int], Any] = {}
+        self._locks: dict[tuple[int, int], threading.Lock] = {}
+
+    def get(self) -> Any:
+        """Returns the file system for the calling thread and process, making it where there is none."""
+        key = self._key()
+        if key not in self._made:
+            with self._locks.setdefault(key, threading.Lock()):
+                if key not in self._made:
+                    _check_version(self._backend)
+                    # fsspec's cache is bypassed: other code may change or close the file systems that are in it.
+                    made = url_to_fs(self.base, skip_instance_cache=True, **self._of_driver)[0]
+                    self._backend.prepare(made)
+                    self._made[key] = made
+        return self._made[key]
+
+    def drop(self) -> None:
+        """Drops the file system of the calling thread, which may be broken; shared ones reconnect by themselves."""
+        if not self._is_shared and (broken := self._made.pop(self._key(), None)) is not None:
+            self._backend.close(broken)
+
+    def _key(self) -> tuple[int, int]:
+        return os.getpid(), 0 if self._is_shared else threading.get_ident()
+
+
+class Connection:
+    """Asks the file system of one URL's store.
+
     Args:
+        known: file systems of other connections, one of which is taken if it is of the same store and options; a new
+            one is added. None: this connection has its own. A client of S3 takes 10 MB and a third of a second to make.
         retry_timeout: seconds after its first failure during which a request is tried again.
 
     Attributes:
@@ -38,31 +78,22 @@ class Connection:
         StorageError: fsspec does not know the protocol, or its driver is not installed.
     """
 
-    def __init__(self, target: Target, backend: Backend, retry_timeout: float) -> None:
-        self._target, self._backend = target, backend
+    def __init__(
+        self, target: Target, backend: Backend, retry_timeout: float, known: list[FileSystems] | None = None
+    ) -> None:
         kind = filesystem_class(target.protocol, backend.extra)
-        self._options = backend.options(target.options)
-        self._is_shared = backend.is_thread_safe or issubclass(kind, AsyncFileSystem)
-        # Keyed by process and thread. A child leaves its parent's objects alone: a lock in them may never be released.
-        self._made: dict[tuple[int, int], Any] = {}
-        self._locks: dict[tuple[int, int], threading.Lock] = {}
+        alike = (one for one in known or () if (one.base, one.options) == (target.base, target.options))
+        self._file_systems = next(alike, None) or FileSystems(target, backend, kind)
+        if known is not None and self._file_systems not in known:
+            known.append(self._file_systems)
         secrets = (*target.secrets, *secrets_of(fsspec.config.conf, backend))
-        self.requests = Requests(target.url, retry_timeout, secrets, self._drop, backend)
+        self.requests = Requests(target.url, retry_timeout, secrets, self._file_systems.drop, backend)
         with self.requests.once("open", ""):  # drivers' errors about a URL quote it
             self._root = str(kind._strip_protocol(target.base)).rstrip("/") + target.path
 
     def fs(self) -> Any:
         """Returns the fsspec file system for the calling thread and process, making it where there is none."""
-        key = self._key()
-        if key not in self._made:
-            with self._locks.setdefault(key, threading.Lock()):
-                if key not in self._made:
-                    _check_version(self._backend)
-                    # fsspec's cache is bypassed: other code may change or close the file systems that are in it.
-                    made = url_to_fs(self._target.base, skip_instance_cache=True, **self._options)[0]
-                    self._backend.prepare(made)
-                    self._made[key] = made
-        return self._made[key]
+        return self._file_systems.get()
 
     def call(self, method: str, *args: Any, **arguments: Any) -> Any:
         """Returns what the file system's ``method`` returns, tried once.
@@ -103,14 +134,6 @@ class Connection:
         """Returns an object store's bucket (or container) and key of a path relative to the URL."""
         bucket, key, _ = self.fs().split_path(self.full_path(path))
         return bucket, key
-
-    def _drop(self) -> None:
-        """Drops the connection of the calling thread, which may be broken; shared ones reconnect by themselves."""
-        if not self._is_shared and (broken := self._made.pop(self._key(), None)) is not None:
-            self._backend.close(broken)
-
-    def _key(self) -> tuple[int, int]:
-        return os.getpid(), 0 if self._is_shared else threading.get_ident()
 
 
 def filesystem_class(protocol: str, extra: str | None) -> Any:

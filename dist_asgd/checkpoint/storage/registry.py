@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from dist_asgd.checkpoint.storage.azure import AzureStore
-from dist_asgd.checkpoint.storage.connection import Connection
+from dist_asgd.checkpoint.storage.connection import Connection, FileSystems
 from dist_asgd.checkpoint.storage.gcs import GcsStore
 from dist_asgd.checkpoint.storage.memory import MemoryStore
 from dist_asgd.checkpoint.storage.posix import LocalStore
@@ -34,16 +34,17 @@ def target_of(url: str | os.PathLike[str], options: Mapping[str, Any] | None) ->
     return parse_url(url, options, lambda protocol: _remote_store(protocol).backend)
 
 
-def store_of(target: Target, retry_timeout: float) -> Store:
+def store_of(target: Target, retry_timeout: float, known: list[FileSystems] | None = None) -> Store:
     """Returns the store that serves ``target``; makes no request. Raises StorageError where the driver is missing.
 
     Args:
         retry_timeout: seconds after its first failure during which a request is tried again.
+        known: file systems that may be used, as in ``Connection``.
     """
     if target.protocol == LOCAL:
         return LocalStore(target.path, Requests(target.url, retry_timeout))
     kind = _remote_store(target.protocol)
-    return kind(Connection(target, kind.backend, retry_timeout))
+    return kind(Connection(target, kind.backend, retry_timeout, known))
 
 
 def _remote_store(protocol: str) -> type[RemoteStore]:

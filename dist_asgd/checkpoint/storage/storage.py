@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
+from dist_asgd.checkpoint.storage.connection import FileSystems
 from dist_asgd.checkpoint.storage.registry import Store, store_of, target_of
 from dist_asgd.checkpoint.storage.retry import RETRY_TIMEOUT, StorageError, checked_timeout
 from dist_asgd.checkpoint.storage.store import BytesLike
@@ -52,6 +53,7 @@ class Storage:
         options: Mapping[str, Any] | None = None,
         *,
         retry_timeout: float = RETRY_TIMEOUT,
+        known: list[FileSystems] | None = None,
     ) -> Storage:
         """Returns the files below ``url``. Makes no request, so nothing has to exist there.
 
@@ -60,6 +62,8 @@ class Storage:
                 memory://, s3://, gs://, abfs://, az://, sftp:// and others.
             options: fsspec's storage options for the protocol, such as credentials.
             retry_timeout: seconds after its first failure during which a request is tried again; 0 for one try.
+            known: file systems that URLs of one store and options share, which this call may use and add to. None:
+                the URL has a file system of its own.
 
         Raises:
             ValueError: the URL cannot hold checkpoints (chained, with a query), a local path is given options, or
@@ -67,7 +71,7 @@ class Storage:
             StorageError: the protocol is unknown to fsspec, or its driver is not installed.
         """
         target = target_of(url, options)
-        return cls(target.url, store_of(target, checked_timeout(retry_timeout)))
+        return cls(target.url, store_of(target, checked_timeout(retry_timeout), known))
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
