@@ -35,6 +35,7 @@ from benchmarks.quiet import undisturbed
 from benchmarks.table import print_table, write_json_lines
 from dist_asgd.checkpoint.format.manifest import MANIFEST, read_manifest
 from dist_asgd.checkpoint.loading.ranges import READ_BYTES
+from dist_asgd.checkpoint.storage.connection import FileSystems
 from dist_asgd.checkpoint.storage.storage import Storage
 from tests.support.memory import peak_resident, reset_peak
 from tests.support.processes import end_cleanly, report, start_ranks
@@ -214,8 +215,9 @@ CONTESTANTS: Mapping[str, Callable[[Mapping[str, Any], _Ranges, str], None]] = {
 
 
 def _data(job: Mapping[str, Any], ranges: _Ranges) -> Iterator[tuple[str, bytes]]:
+    known: list[FileSystems] = []  # one client for all sources, as a merge has
     for url, of_source in ranges.items():
-        for _, data in Storage.open(url, job["options"]).read_ranges(of_source):
+        for _, data in Storage.open(url, job["options"], known=known).read_ranges(of_source):
             yield url, data
 
 
