@@ -118,7 +118,8 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
             gradient on some ranks (which count as zeros) or on all ranks (then it is skipped, as in torch). Costs one
             small all-reduce a step. False raises an error for a missing gradient.
         bucket_bytes (int > 0, default 25 MiB): size of the buckets in which plain parameters and their gradients
-            travel. Smaller ones overlap better and take less memory, larger ones need fewer collectives.
+            travel. Smaller ones overlap better and take less memory, larger ones need fewer collectives. On NCCL with
+            more than two ranks, the bits of sums of fp32 gradients may depend on it.
         master_weights (bool, default True): whether bf16 and fp16 parameters have fp32 masters, 4 bytes an element over
             all ranks. False rounds each fp32 update to the parameter's dtype, which loses small updates.
         average_dtype (floating-point dtype or None, default None): dtype of ``ax``. None is fp32, or the parameter's

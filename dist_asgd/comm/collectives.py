@@ -146,20 +146,24 @@ class Collectives:
 
         Args:
             source: 1-D, real; its length is a multiple of world_size. It must not change until ``Reduction.finish``.
-            dtype: real; the dtype of the mean. gloo sends in the dtype of ``source`` and adds in ``dtype``.
+            dtype: real; the dtype of the mean. Gradients are sent in the dtype of ``source`` and added in ``dtype``. On
+                gloo they are added in rank order. Other backends' reduce-scatter takes an order of its own where both
+                dtypes are the same.
         """
         self.groups.count()
         rank, size = dist.get_rank(self.group), self.world_size
         shards = source.view(size, -1).unbind()
-        if self.downward is None:
+        if self.downward is None and source.dtype == dtype:
             total = torch.empty_like(shards[rank])
             work = _reduce_scatter(total, source, group=self.group, async_op=True)
             return Reduction(DeviceTransfer(work), source, [total], size, dtype)
-        # gloo implements reduce-scatter by an all-reduce, which sends twice the bytes.
-        if shards[rank].nbytes <= SMALL:
+        # A reduce-scatter of a device's backend adds in the dtype that it sends, so 16-bit sums would lose bits. gloo
+        # implements it by an all-reduce, which sends twice the bytes.
+        if self.downward is None or shards[rank].nbytes <= SMALL:
             received = torch.empty_like(source)
             work = dist.all_to_all_single(received, source, group=self.group, async_op=True)
-            return Reduction(HostTransfer([work], self.groups), source, received.view(size, -1).unbind(), size, dtype)
+            transfer = DeviceTransfer(work) if self.downward is None else HostTransfer([work], self.groups)
+            return Reduction(transfer, source, received.view(size, -1).unbind(), size, dtype)
         parts = [shards[rank] if other == rank else torch.empty_like(shards[rank]) for other in range(size)]
         return Reduction(self._start_exchange(self.downward, shards, parts), source, parts, size, dtype)
 

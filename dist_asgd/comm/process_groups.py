@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -229,9 +229,35 @@ def _new_group(group: dist.ProcessGroup, ranks: Sequence[int], backend: str | No
     # torch names a group that only its members make by counting the groups that they are in: those counts must agree. A
     # group of all ranks is made by all of them, so its name depends on no such count.
     members_only = len(ranks) < dist.get_world_size()
-    return dist.new_group(
-        list(ranks),
-        timeout=timeout_of(group),
-        backend=backend or dist.get_backend_config(group),
-        use_local_synchronization=members_only,
-    )
+    try:
+        with _without_splits() if members_only else contextlib.nullcontext():
+            return dist.new_group(
+                list(ranks),
+                timeout=timeout_of(group),
+                backend=backend or dist.get_backend_config(group),
+                use_local_synchronization=members_only,
+            )
+    except RuntimeError as error:
+        if backend != "gloo":
+            raise
+        raise RuntimeError(
+            f"gloo could not connect {len(ranks)} ranks, which exchange their checks in a gloo group of their own, "
+            f"whatever the backend of process_group: {error}. If gloo found no network interface or took the wrong "
+            "one, set the environment variable GLOO_SOCKET_IFNAME on every rank to the interface that connects the "
+            "hosts"
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_splits() -> Iterator[None]:
+    """Keeps torch, in the block, from making groups by splitting the communicator of all ranks.
+
+    ``init_process_group(device_id=...)`` binds a device to the group of all ranks. torch then makes NCCL groups by
+    ``ncclCommSplit``, which waits for every rank, also for ranks that are not in the new group and do not make it.
+    """
+    world: Any = dist.group.WORLD
+    device, world.bound_device_id = world.bound_device_id, None
+    try:
+        yield
+    finally:
+        world.bound_device_id = device

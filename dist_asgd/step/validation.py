@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FlatParameter, FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
-from dist_asgd._torch_private import fsdp2_named_parameters, modules_with_state
+from dist_asgd._torch_private import AsyncCollectiveTensor, fsdp2_named_parameters, modules_with_state
 from dist_asgd.asgd.schedule import Hyperparameters
 from dist_asgd.buckets.base import Bucket, require_private
 from dist_asgd.buckets.local_tensors import is_placed
@@ -158,6 +158,12 @@ def _check_dtensor(name: str, param: DTensor, ranks: Sequence[int], reachable: b
             "to Replicate or Shard"
         )
     local, placement = local_of(param), Placement.of(param)
+    if hasattr(local, "__tensor_flatten__") and not isinstance(local, AsyncCollectiveTensor):
+        raise ValueError(
+            f"parameter {name!r} is a DTensor whose local tensor is a {type(local).__name__}, which keeps its values "
+            "in other tensors, as torchao's float8 weights do; expected a plain tensor with memory of its own. Build "
+            "the model with plain weights (for float8 all-gathers of torchao: enable_fsdp_float8_all_gather=False)"
+        )
     if placement.flatten(local).data_ptr() != local.data_ptr():
         raise ValueError(
             f"parameter {name!r} is a DTensor whose local tensor has gaps or repeats (shape {tuple(local.shape)}, "

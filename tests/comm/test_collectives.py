@@ -39,13 +39,18 @@ def test_the_mean_is_summed_in_rank_order_and_divided_once(world_size, dtype):
     run_ranks(world_size, ranks)
 
 
-def test_backends_with_a_reduce_scatter_use_it():
+def test_backends_with_a_reduce_scatter_use_it_where_it_adds_in_the_dtype_of_the_sum():
     def ranks(rank):
         everyone = torch.arange(3 * 96.0).view(3, 96)
         collectives = replace(on_cpu(), downward=None)  # as NCCL's
         reduction = collectives.start_reduce(everyone[rank].clone(), torch.float32)
         assert [len(part) for part in reduction.parts] == [32]
         assert torch.equal(reduction.finish(), everyone.mean(0)[rank * 32 : (rank + 1) * 32])
+
+        everyone = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16).repeat(1, 96)  # 257 is no bf16 number
+        reduction = collectives.start_reduce(everyone[rank].clone(), torch.float32)
+        assert reduction.parts[0].dtype == torch.bfloat16  # as it was sent
+        assert torch.equal(reduction.finish(), torch.full((32,), 258 / 3))
 
     run_ranks(3, ranks)
 

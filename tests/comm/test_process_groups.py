@@ -13,6 +13,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 
 from dist_asgd import Checkpointer, NonMonotonicTrigger, ShardedASGD, load, save
 from dist_asgd.checkpoint.errors import CheckpointError
+from dist_asgd.comm.process_groups import SharedGroups
 from tests.support.oracle import PLAIN, Pair, backward, make_parameters, random_gradients
 from tests.support.ranks import message_of, run_ranks
 
@@ -149,5 +150,31 @@ def test_a_timeout_ends_the_groups_and_not_the_training():
         again = Pair(make_parameters(SPECS), lr=0.1, t0=0, process_group=group)
         step(again, 0)
         again.check()
+
+    run_ranks(2, ranks)
+
+
+def test_a_group_of_some_ranks_is_not_split_from_the_group_of_all():
+    """NCCL would split where a device is bound, and wait for rank 2, which makes no group."""
+
+    def ranks(rank):
+        world, device = dist.group.WORLD, torch.device("cuda", 0)
+        some = dist.new_group([0, 1])
+        world.bound_device_id = device  # as init_process_group(device_id=...) does
+        if rank < 2:
+            host = SharedGroups.of(some, "a test").host
+            assert host.bound_device_id is None  # torch hands the device on to each group that it may split off
+            dist.all_reduce(torch.ones(1), group=host)
+        assert world.bound_device_id == device
+        world.bound_device_id = None  # barriers would be on that device
+
+    run_ranks(3, ranks)
+
+
+def test_the_error_of_a_gloo_that_finds_no_interface_says_how_to_name_one():
+    def ranks(rank):
+        os.environ["GLOO_SOCKET_IFNAME"] = "absent0"
+        text = message_of(lambda: SharedGroups.of(dist.group.WORLD, "a test"), RuntimeError)
+        assert "absent0" in text and "set the environment variable GLOO_SOCKET_IFNAME on every rank" in text
 
     run_ranks(2, ranks)

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.two_tensor import TwoTensor
 
 from dist_asgd import ShardedASGD
 from tests.support.failures import one_message, quick_message
@@ -424,3 +425,15 @@ def test_a_rank_in_another_call_than_its_replicas() -> None:
         return quick_message(optimizer.step if rank else optimizer.full_state_dict)
 
     one_message(run_ranks(2, ranks), "rank 0 called ShardedASGD.full_state_dict()", "rank 1 called ShardedASGD.step()")
+
+
+def test_a_local_tensor_without_memory_of_its_own_is_named() -> None:
+    """TwoTensor wraps tensors as torchao's float8 weights under FSDP2 do."""
+
+    def ranks(rank: int) -> str:
+        mesh = init_device_mesh("cpu", (1,))
+        local = TwoTensor(torch.zeros(4, 3), torch.zeros(4, 3))
+        param = torch.nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)]))
+        return quick_message(lambda: ShardedASGD([("weight", param)]))
+
+    one_message(run_ranks(1, ranks), "'weight'", "local tensor is a TwoTensor", "plain weights")
