@@ -27,7 +27,7 @@ FLOORS = [
 ]
 # The folders of checkpoints stand on few others only: they serve any torch state dict.
 CHECKPOINT_FLOORS = [
-    {"checkpoint.progress", "checkpoint.storage"},
+    {"checkpoint.metrics", "checkpoint.progress", "checkpoint.storage"},
     {"checkpoint.errors"},
     {"checkpoint.format"},
     {"checkpoint.run"},

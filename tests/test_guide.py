@@ -1,5 +1,6 @@
 """docs/guide: every block of code is run, the Python ones from top to bottom on several numbers of ranks."""
 
+import os
 import re
 import shlex
 import shutil
@@ -130,6 +131,7 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[command for _, command in COMMANDS])
 def test_a_command(page, command, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(shutil.copytree(run, tmp_path / "here"))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # what watch runs
     program, *arguments = shlex.split(command, comments=True)
     if program == "dist-asgd":
         assert main([argument.replace("s3://bucket/run", "run") for argument in arguments]) == 0
@@ -152,7 +154,7 @@ def help_of(capsys, *command):
 def test_every_subcommand_and_option_is_in_the_guide(capsys):
     text = (GUIDE / "cli.md").read_text()
     commands = re.findall(r"^    (\w+) ", help_of(capsys), re.MULTILINE)
-    assert {"ls", "show", "verify", "export", "merge", "gc", "plan"} <= set(commands)
+    assert {"ls", "show", "verify", "export", "merge", "gc", "watch", "plan"} <= set(commands)
     for name in commands:
         options = set(re.findall(r"--[a-z-]+", help_of(capsys, name))) - {"--help"}
         missing = sorted(option for option in options if option not in text)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from dist_asgd.checkpoint.errors import CheckpointError, DamagedCheckpoint, only_checkpoint_errors, together
 from dist_asgd.checkpoint.loading.load import load_checkpoint
 from dist_asgd.checkpoint.loading.sources import open_source
+from dist_asgd.checkpoint.metrics import SaveCounts
 from dist_asgd.checkpoint.retention import DamageRecord, RetentionPolicy, delete_outdated
 from dist_asgd.checkpoint.run.directories import Directory
 from dist_asgd.checkpoint.run.listing import Run, list_run
@@ -91,6 +92,7 @@ class Checkpointer:
             self._writer = Writer(self._storage)
             self._damage = DamageRecord()
         self._background: BackgroundSave | None = None
+        self._counts = SaveCounts()
         self._memory = StagingMemory()  # of the last asynchronous save
         self._last_rendezvous: Rendezvous | None = None
 
@@ -132,8 +134,21 @@ class Checkpointer:
             ValueError, TypeError: an argument is invalid, ``step`` or ``wait`` differ between ranks, or ``state`` has
                 something that a checkpoint cannot hold.
         """
-        self._finish_background("save()")
-        _require_equal(self._agreement, "save()", step=step, wait=wait)
+        with self._counts.blocked():
+            self._finish_background("save()")
+            _require_equal(self._agreement, "save()", step=step, wait=wait)
+            with self._counts.failures():
+                plan, rendezvous, planned = self._prepare(step, state, staged=not wait)
+            if wait:
+                self._write(plan, rendezvous, planned)  # raises on every rank if it raises on one
+            else:
+                self._background = BackgroundSave(lambda: self._write(plan, rendezvous, planned))
+        return f"{self._storage.url}/{plan.directory}"
+
+    def _prepare(
+        self, step: int, state: Mapping[str, Any], *, staged: bool
+    ) -> tuple[SavePlan, Rendezvous, PlannedSave | None]:
+        """Returns the arguments of ``_write``; if ``staged``, with this rank's share copied to the CPU. Collective."""
         with together(self._agreement, "save()"):
             _check_step(step)
             _check_state(state)
@@ -144,13 +159,10 @@ class Checkpointer:
         if self._last_rendezvous is not None and self._agreement.rank == 0:
             self._last_rendezvous.delete_keys()  # all ranks have left it: they have taken part in plan_save
         rendezvous = self._last_rendezvous = Rendezvous(self._agreement, f"save/{plan.directory}")
-        if wait:
-            self._write(plan, rendezvous, planned)  # raises on every rank if it raises on one
-        else:
+        if staged:
             with together(self._agreement, "save()"):
                 plan = replace(plan, blocks=self._memory.stage(plan.blocks))
-            self._background = BackgroundSave(lambda: self._write(plan, rendezvous, planned))
-        return f"{self._storage.url}/{plan.directory}"
+        return plan, rendezvous, planned
 
     @only_checkpoint_errors()
     def load(
@@ -218,6 +230,7 @@ class Checkpointer:
                     load_checkpoint(self._agreement, source, state, **how)
                 if run is not None:
                     self._writer.loaded(run, directory, set(map(str, state)))
+                    self._counts.lost_steps = _lost_steps(run, directory)
                 return None if directory is None else directory.step
             except CheckpointError as error:
                 if directory is None:
@@ -240,7 +253,20 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Waits for a save in the background. Collective. Raises ``CheckpointError`` on every rank if it failed."""
-        self._finish_background("wait()")
+        with self._counts.blocked():
+            self._finish_background("wait()")
+
+    def metrics(self) -> dict[str, float]:
+        """Returns numbers for loggers, of this rank and this object. Sends nothing, lists nothing; not collective.
+
+        ``saves`` are committed and ``failed_saves`` have raised, each one also in the background. The training was
+        kept waiting for ``blocked_seconds`` in ``save`` and ``wait``; ``written_bytes`` are those of committed saves.
+        ``retried_requests`` are tries that the storage answered with an error and that were made again,
+        ``failed_requests`` were given up. After the first committed save there is ``seconds_since_save``, and on rank
+        0, after a load, ``lost_steps``: from the step that was loaded to the newest that was there.
+        """
+        requests = self._storage.request_counts
+        return self._counts.metrics() | {"retried_requests": requests.retried, "failed_requests": requests.failed}
 
     def close(self) -> None:
         """Waits like ``wait``, then frees the memory for background saves. Collective."""
@@ -298,15 +324,24 @@ class Checkpointer:
             planned: on rank 0, what the history of the run says of this save; None on other ranks.
         """
         rank = self._agreement.rank
+        with self._counts.failures():
+            if planned is None:
+                written = write(self._storage, plan, rendezvous, rank)
+            else:
+                written = write(self._storage, plan, rendezvous, rank, lambda: self._writer.register(planned))
+        self._counts.committed(written)
         if planned is None:
-            write(self._storage, plan, rendezvous, rank)
             return
-        write(self._storage, plan, rendezvous, rank, lambda: self._writer.register(planned))
         self._writer.saved(planned)
         try:
             delete_outdated(self._storage, self._retention, written=self._writer.last, record=self._damage)
         except Exception as error:  # the new checkpoint exists, so the save has not failed
             logger.warning("old checkpoints below %s could not be deleted: %s", self._storage.url, error)
+
+
+def _lost_steps(run: Run, loaded: Directory | None) -> int:
+    """Returns by how many steps the newest checkpoint of ``run`` that is not abandoned is newer than ``loaded``."""
+    return 0 if loaded is None else max(max(run.live(), default=0) - loaded.step, 0)
 
 
 def _find_directory(run: Run, step: int | None, skipped: Mapping[str, str], must_exist: bool) -> Directory | None:

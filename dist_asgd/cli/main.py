@@ -12,7 +12,7 @@ from dist_asgd.cli.arguments import Parser
 from dist_asgd.cli.output import OutputError, flush, note, open_closed_streams
 from dist_asgd.cli.urls import NotFound, UsageError
 
-COMMANDS = ("ls", "show", "verify", "export", "merge", "gc", "plan")  # modules of cli/, in the order of --help
+COMMANDS = ("ls", "show", "verify", "export", "merge", "gc", "watch", "plan")  # modules of cli/, in the order of --help
 EXIT_STATUSES = "Exit status: 0 done, 1 damaged or failed, 2 wrong arguments, 3 no checkpoint there."
 
 

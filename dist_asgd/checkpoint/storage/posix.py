@@ -37,6 +37,7 @@ class LocalStore:
     def __init__(self, folder: str, requests: Requests) -> None:
         self._folder = folder
         self._requests = requests
+        self.request_counts = requests.counts
 
     def _at(self, path: str) -> str:
         return f"{self._folder}/{path}" if path else self._folder

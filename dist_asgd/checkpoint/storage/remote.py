@@ -39,6 +39,7 @@ class RemoteStore(ABC):
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self.retry = connection.requests.retry
+        self.request_counts = connection.requests.counts
         self._once = connection.requests.once
 
     @abstractmethod

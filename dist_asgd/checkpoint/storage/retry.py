@@ -61,6 +61,7 @@ class Requests:
         secrets: texts that no error may contain; they are replaced by "***".
         drop_connection: called before another try, to drop a connection that may be broken.
         backend: says which errors of the store's driver are transient.
+        counts: of the tries that failed.
     """
 
     url: str
@@ -68,6 +69,7 @@ class Requests:
     secrets: tuple[str, ...] = field(default=(), repr=False)
     drop_connection: Callable[[], None] = lambda: None
     backend: Backend = field(default_factory=Backend)
+    counts: RequestCounts = field(default_factory=lambda: RequestCounts(), repr=False)
     _log: WarningLog = field(default_factory=lambda: WarningLog(), repr=False)
 
     def retry(self, operation: str, path: str, request: Callable[[], Result]) -> Result:
@@ -94,6 +96,7 @@ class Requests:
                 end = min(end, now + self.timeout)
                 if now >= end or not is_transient(failure, self.backend):
                     break
+                self.counts.add(retried=1)
                 self._log.tell(self._told(operation, path, failure), tries, now - begun, end - now)
                 pause(min(random.uniform(0.5, 1) * pause_after(tries), end - now))
                 self.drop_connection()
@@ -131,6 +134,8 @@ class Requests:
             text += f" ({tries} tries in {seconds:.0f} s)" if tries > 1 else ""
             number = error.errno if isinstance(error, OSError) else None
             explained = StorageError(text) if number is None else StorageError(number, text)
+        if isinstance(explained, StorageError):  # a file that is missing, or there already, is an answer
+            self.counts.add(failed=1)
         explained.__cause__ = self._cause(error)
         return explained
 
@@ -152,6 +157,21 @@ class Requests:
         if self._redacted(whole) != whole:
             return StorageError(self._redacted(f"{type(error).__name__}: {error}"))
         return error
+
+
+class RequestCounts:
+    """Counts, from any thread, the tries of requests to one store that were made again and the requests that failed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.retried = 0  # tries that failed and were followed by another
+        self.failed = 0  # requests that were given up
+
+    def add(self, *, retried: int = 0, failed: int = 0) -> None:
+        """Adds to the counts."""
+        with self._lock:
+            self.retried += retried
+            self.failed += failed
 
 
 class WarningLog:

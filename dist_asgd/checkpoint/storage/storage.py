@@ -14,7 +14,7 @@ from typing import Any
 
 from dist_asgd.checkpoint.storage.connection import FileSystems
 from dist_asgd.checkpoint.storage.registry import Store, store_of, target_of
-from dist_asgd.checkpoint.storage.retry import RETRY_TIMEOUT, StorageError, checked_timeout
+from dist_asgd.checkpoint.storage.retry import RETRY_TIMEOUT, RequestCounts, StorageError, checked_timeout
 from dist_asgd.checkpoint.storage.store import BytesLike
 from dist_asgd.checkpoint.storage.url import checked_path
 from dist_asgd.checkpoint.storage.waiting import threads
@@ -75,6 +75,11 @@ class Storage:
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
+
+    @property
+    def request_counts(self) -> RequestCounts:
+        """The counts of requests that failed in this process."""
+        return self._store.request_counts
 
     @property
     def is_local(self) -> bool:
