@@ -38,11 +38,15 @@ wait_for_step "$STOP_AFTER"
 read -ra ranks < <(cat "/proc/$torchrun/task/$torchrun/children" && echo) # torchrun's children
 say "kill -TERM ${ranks[0]}"
 kill -TERM "${ranks[0]}"
-wait "$torchrun" || die "the two ranks failed: see the messages above."
+if wait "$torchrun"; then
+    die "the two ranks ended as if the last step were done: see the messages above."
+fi # torchrun fails as its ranks do, which say by a status of their own that they were stopped
 
 say "three ranks go on"
 start_ranks 3 "$@"
 wait "$torchrun" || die "the three ranks failed: see the messages above."
+grep -q "\"step\": $STOP_AFTER,.*\"world_size\": 2" "$RUN/metrics.jsonl" ||
+    die "the three ranks did not go on from where the two were stopped: see the messages above."
 
 say "held-out bits per byte; bytes of optimizer state per rank, beside torch.optim.ASGD and AveragedModel"
 "$PY" launch/report.py "$RUN"

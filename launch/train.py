@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import math
 import random
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,18 +28,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.tensor import DTensor
 
 import data
 import dist_asgd
 from dist_asgd import EMA, Checkpointer, ShardedASGD, Uniform
-from dist_asgd.checkpoint import DamagedCheckpoint
+from dist_asgd.checkpoint import CheckpointError, DamagedCheckpoint
+from dist_asgd.checkpoint.errors import RankUnresponsive
+from dist_asgd.checkpoint.storage.retry import RETRY_TIMEOUT
 from dist_asgd.checkpoint.storage.url import without_credentials
 from dist_asgd.cli.arguments import Parser
 from model import build_model
 from parallel import MODES, Layout, layout_of
 from report import Metrics, make_folders
-from world import StopSignal, World, join_world
+from world import PREEMPTED, StopSignal, World, join_world
 
 try:
     from tqdm import tqdm
@@ -46,6 +50,7 @@ except ImportError:
     tqdm = None
 
 AVERAGES = ("uniform", "recent")
+MAX_TIMEOUT = 10**6  # seconds
 LEARNING_RATE = {"gpt": 3.0, "lstm": 10.0}  # SGD wants a large one where the gradient is clipped
 
 
@@ -80,6 +85,8 @@ class Args:
     out: str = option("runs/train", "directory or URL for metrics.jsonl and loss.png")
     checkpoint_dir: str = option("", "directory or URL for checkpoints; without, none are made")
     checkpoint_every: int = option(400, "save every so many steps; also at the end and at a signal")
+    max_failed_saves: int = option(3, "end when this many saves in a row have failed")
+    timeout: float = option(600.0, "seconds that a rank waits for the others, to meet and in a step, before it ends")
     export: str = option("", "directory, .pt or .safetensors file, or URL of one, for the averaged weights at the end")
     parallel: str = option("zero", "how the ranks share the model; see parallel.py", choices=MODES)
     resume: str = option(
@@ -91,7 +98,10 @@ class Args:
 
 def parse_args(argv: Sequence[str] | None = None) -> Args:
     """The command line, checked, as a value that nothing changes any more."""
-    parser = Parser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(
+        description=(__doc__ or "").partition("\n")[0],
+        epilog=f"Exit status: 0 when the last step is done; {PREEMPTED} when a signal has stopped the run before it.",
+    )
     for f in dataclasses.fields(Args):
         kind: dict[str, Any] = {} if "nargs" in f.metadata else {"type": type(f.default)}
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind, **f.metadata)
@@ -99,9 +109,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
     if math.isnan(args.lr):
         args = dataclasses.replace(args, lr=LEARNING_RATE[args.model])
     counts = ("width", "layers", "heads", "max_bytes", "held_out_bytes", "length", "batch", "steps")
-    for name in (*counts, "eval_every", "checkpoint_every"):
+    for name in (*counts, "eval_every", "checkpoint_every", "max_failed_saves"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not 1 <= args.timeout <= MAX_TIMEOUT:  # not: NaN
+        parser.error(f"--timeout must be at least 1 and at most {MAX_TIMEOUT}")
     limits = {"lr": math.inf, "lambd": math.inf, "t0": None, "clip": None, "dropout": 1, "seed": 2**63}
     for name, limit in limits.items():
         value = getattr(args, name)
@@ -168,7 +180,9 @@ def build_run(args: Args, world: World) -> Run:
     called, options = layout.spread(model)
     options |= {"average": {"uniform": Uniform(), "recent": EMA(args.recent)}}
     optimizer = ShardedASGD(model.named_parameters(), lr=args.lr, lambd=args.lambd, t0=args.t0, **options)
-    checkpointer = Checkpointer(args.checkpoint_dir) if args.checkpoint_dir else None
+    checkpointer = None
+    if args.checkpoint_dir:  # a storage that fails is given up before the ranks that wait for it give up
+        checkpointer = Checkpointer(args.checkpoint_dir, retry_timeout=min(RETRY_TIMEOUT, args.timeout / 2))
     return Run(args, world, text, layout, called, optimizer, checkpointer)
 
 
@@ -327,35 +341,93 @@ def save(run: Run, progress: Progress) -> None:
         say(run.world, f"Saved step {progress.step} in {time.monotonic() - started:.1f} s: {url}")
 
 
-def train(run: Run, stop: StopSignal) -> None:
-    """Train from the newest checkpoint to the last step, or until a signal."""
+def write_metrics(run: Run, metrics: Metrics, record: dict[str, Any]) -> None:
+    """Write a record, or say why that failed; the next one that is written brings it. Raises at the last step only."""
+    try:
+        metrics.add(record)
+    except OSError as error:  # has no credentials in its text
+        if record["step"] == run.args.steps:
+            raise
+        say(run.world, f"metrics.jsonl was not written, and will be with the next record: {error}")
+
+
+def save_or_go_on(run: Run, progress: Progress, failed: int) -> int:
+    """Save a checkpoint, or say why that failed and leave it to the next interval.
+
+    Args:
+        failed: how many saves before this one have failed in a row.
+
+    Returns:
+        How many have failed in a row now.
+
+    Raises:
+        CheckpointError: --max-failed-saves is reached, or a rank does not answer. On every rank.
+    """
+    try:
+        save(run, progress)
+        return 0
+    except RankUnresponsive:
+        raise  # the next step could not be done either
+    except CheckpointError as error:
+        failed, most = failed + 1, run.args.max_failed_saves
+        if failed >= most:
+            raise CheckpointError(
+                f"The training ends after step {progress.step}, because {failed} saves in a row have failed "
+                f"(--max-failed-saves {most}); the last one: {error}"
+            ) from error
+        say(run.world, f"Saving step {progress.step} failed ({failed} of at most {most} in a row): {error}")
+        return failed
+
+
+def save_last(run: Run, progress: Progress) -> None:
+    """Save the checkpoint that a run ends with. A CheckpointError says that what was done since the last is lost."""
+    try:
+        save(run, progress)
+    except RankUnresponsive:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"The training ends after step {progress.step}, and this step could not be saved; "
+            f"the same command goes on from the newest checkpoint before it, if there is one: {error}"
+        ) from error
+
+
+def train(run: Run, stop: StopSignal) -> bool:
+    """Train from the newest checkpoint to the last step, or until a signal; returns whether the last step is done."""
     args, world = run.args, run.world
     progress = resume(run)
     metrics = world.from_rank_zero(lambda: Metrics(args.out, progress.step))
+    failed = 0  # saves in a row
     for step in remaining_steps(run, progress.step):
         progress.losses += train_step(run, step)
         progress.seen += args.batch
         progress.step = step
         if step % args.eval_every == 0 or step == args.steps:
             record = evaluate(run, progress)
-            world.from_rank_zero(functools.partial(metrics.add, record))
+            world.from_rank_zero(functools.partial(write_metrics, run, metrics, record))
         stopping = stop.asked(world) and step < args.steps
-        if stopping or step % args.checkpoint_every == 0 or step == args.steps:
-            save(run, progress)
+        if stopping or step == args.steps:
+            save_last(run, progress)
+        elif step % args.checkpoint_every == 0:
+            failed = save_or_go_on(run, progress, failed)
         if stopping:
-            say(world, f"Stopped by a signal after step {step}.")
-            return
+            kept = "" if run.checkpointer else " Nothing was saved: there is no --checkpoint-dir."
+            say(world, f"Stopped by a signal after step {step}.{kept}")
+            return False
     say(world, world.from_rank_zero(metrics.plot))
     if args.export:
         with run.optimizer.averaged_parameters("recent"):
             dist_asgd.export(args.export, run.model)
         say(world, f"Exported the recent average of step {progress.step}: {without_credentials(args.export)}")
+    return True
 
 
+@record  # torchrun shows the error of the rank that failed first
 def main(argv: Sequence[str] | None = None) -> None:
     """One rank, from start to end."""
     args = parse_args(argv)
-    world = join_world()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the other ranks to come
+    world = join_world(args.timeout)
     stop = StopSignal()  # not before: until the ranks have met, a signal ends the process at once
     world.from_rank_zero(lambda: make_folders(args.out, args.checkpoint_dir))
     run = build_run(args, world)
@@ -363,8 +435,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(world, f"{args.model} of {size:,} parameters, {len(run.text.train):,} bytes of text to train on")
     ranks = f"{world.size} × {world.device.type}, --parallel {args.parallel}"
     say(world, f"{ranks}, {args.batch} sequences of {args.length} bytes a step in all")
-    train(run, stop)
+    finished = train(run, stop)
     world.close()
+    stop.ignore()
+    if not finished:
+        sys.exit(PREEMPTED)
 
 
 if __name__ == "__main__":

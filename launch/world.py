@@ -5,10 +5,16 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+PREEMPTED = 75
+"""Exit status of a run that was stopped by a signal and is to be started again: EX_TEMPFAIL of sysexits.h."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,34 +62,52 @@ class World:
         return vector.tolist()
 
 
-def join_world() -> World:
-    """Join the ranks that torchrun started, or be the only one. Takes GPUs where each rank can have one."""
+def join_world(timeout: float) -> World:
+    """Join the ranks that torchrun started, or be the only one. Takes GPUs where each rank can have one.
+
+    Args:
+        timeout: seconds that a rank waits for the others, to meet and in a collective, before it raises. Groups that
+            somebody makes later have torch's own.
+    """
     gpus = torch.cuda.device_count()
     if "RANK" not in os.environ:
         return World(0, 1, torch.device("cuda" if gpus else "cpu"), None)
+    patience = timedelta(seconds=timeout)
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.device("cuda", local_rank) if gpus >= local_size else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device, timeout=patience)
     else:
         if gpus and local_rank == 0:
             print(f"Taking the CPU: NCCL wants a GPU for each rank, and here are {gpus} for {local_size}.", flush=True)
-        dist.init_process_group("gloo")
-    return World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+        dist.init_process_group("gloo", timeout=patience)
+    control = dist.new_group(backend="gloo", timeout=patience)
+    return World(dist.get_rank(), dist.get_world_size(), device, control)
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGINT into a question that all ranks answer alike.
+    """Turns the signals of schedulers and of Ctrl-C into a question that all ranks answer alike.
 
     A signal may reach one rank only, or the ranks at different steps, so none acts on it alone: every rank calls
-    `asked` once a step, and it is true on all of them as soon as one has had a signal.
+    `asked` once a step, and it is true on all of them as soon as one has had a signal. Further signals change nothing,
+    so they cannot end a save that is under way.
     """
 
     def __init__(self) -> None:
         self.received = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+                signal.signal(number, self._receive)
+
+    def ignore(self) -> None:
+        """Ignores the signals until the process has ended, so that none replaces the exit status of this rank.
+
+        Python puts its own handlers back to the default, which ends the process, while it shuts down. torchrun sends a
+        signal to the other ranks as soon as one has ended with a status that is not 0.
+        """
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def asked(self, world: World) -> bool:
         """Whether any rank was told to stop. One all-reduce of one number."""

@@ -27,7 +27,7 @@ import data  # noqa: E402
 import parallel  # noqa: E402
 import report  # noqa: E402
 import train  # noqa: E402
-from world import World  # noqa: E402
+from world import PREEMPTED, World  # noqa: E402
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 STEPS = 160
@@ -134,7 +134,8 @@ def test_stops_resumes_and_finishes(texts: str, uninterrupted: Path, tmp_path: P
     with torchrun(2, options(texts, tmp_path)) as process:
         wait_for_step(process, tmp_path, T0 + 20)
         os.kill(ranks_of(process)[1], signal.SIGTERM)
-        output = finish(process)
+        output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1 and re.search(rf"exitcode *: {PREEMPTED} ", output), output  # not as if finished
     assert f"Going on from step {stopped[1]}, saved by 2 ranks" in output
     stopped = re.search(r"Stopped by a signal after step (\d+)", output)
     assert stopped, output
@@ -366,6 +367,8 @@ WRONG = {
     "--clip=-1": "--clip must be",
     "--dropout=1": "--dropout must be",
     "--seed=99999999999999999999": "--seed must be",
+    "--timeout=nan": "--timeout must be",
+    "--max-failed-saves=0": "--max-failed-saves must be",
     "--steps=0": "--steps must be",
     "--width=7": "--width must be",
     "--parallel=dp": "invalid choice: 'dp'",
