@@ -53,7 +53,7 @@ check_compiler() {
 
 # Files whose tests take long. pytest-xdist would begin with those that have the most tests.
 LONGEST=(
-    tests/kernels/test_gpu.py tests/launch/test_train.py
+    tests/kernels/test_gpu.py tests/launch/test_{train,multinode,preemption}.py
     tests/optimizer/test_{layout_features,swap,portability,memory,layouts,bits,state_dict}.py
     tests/checkpoint/test_{kill,checkpoint,storage,export,stock_load}.py tests/comm/test_{link_bytes,roll_call}.py
     tests/optimizer/test_ddp_and_compile.py tests/buckets/test_{placements,fsdp1}.py tests/averages/test_kinds.py
