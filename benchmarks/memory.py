@@ -100,7 +100,7 @@ def _print_training(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _print_swap(options: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = [_row(ranks, name, "swap", options.parameters) for ranks in options.ranks for name in SWAPS]
+    rows = [_row(ranks, name, "swap", options.parameters) for ranks in options.ranks for name in options.swaps]
     for row in rows:
         row["of_average"] = round(row["swap_peak"] * row["ranks"] / row["whole"], 2)
     print(f"\nfp32 parameters of {_mib(rows[0]['whole'])} MiB; MiB per rank\n")
@@ -122,6 +122,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--json", type=Path, default=Path(__file__).with_name("memory.jsonl"), metavar="FILE")
     parser.add_argument("--names", nargs="+", default=NAMES, choices=list(contestants.CONTESTANTS), metavar="NAME")
+    parser.add_argument("--swaps", nargs="+", default=list(SWAPS), choices=list(SWAPS), metavar="NAME")
     parser.add_argument("--tables", nargs="+", default=["training", "swap"], choices=["training", "swap"])
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
