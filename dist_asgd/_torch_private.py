@@ -49,6 +49,15 @@ torch's public hooks run at single tensors or nodes, which may lack a gradient. 
 their backward passes by this function.
 """
 
+
+def is_profiling() -> bool:
+    """Returns whether a profiler of torch runs in this process.
+
+    ``torch.autograd.profiler`` keeps this for its own decorators; torch has no public way to ask.
+    """
+    return torch.autograd.profiler._is_profiler_enabled
+
+
 # Subclasses of Tensor ------------------------------------------------------------------------------------------------
 
 make_wrapper_subclass: Callable[..., Any] = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]

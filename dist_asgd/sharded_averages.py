@@ -22,6 +22,7 @@ from dist_asgd.buckets.build import build_averaged
 from dist_asgd.buckets.replicas import Replicas
 from dist_asgd.comm.consensus import Agreement, fingerprint
 from dist_asgd.comm.process_groups import default_group
+from dist_asgd.comm.profiling import profiled
 from dist_asgd.metrics import DISTANCE, averages_metrics, distances
 from dist_asgd.model_averages.buffers import AveragedBuffers, Treatment, persistent_buffers
 from dist_asgd.model_averages.copies import copy_averages
@@ -194,7 +195,8 @@ class ShardedAverages:
             active = None
         if active is None or any(active):
             updates = timing.updates + 1
-            bucket.take_iterate(lambda iterates: timing.scalars(iterates, updates), active)
+            with profiled("update"):
+                bucket.take_iterate(lambda iterates: timing.scalars(iterates, updates), active)
 
     def start_averaging(self) -> None:
         """Begins all averages anew with the next update. Sends nothing, but every rank must call it.

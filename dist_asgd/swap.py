@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from dist_asgd.buckets.base import PATIENCE, Bucket, ParameterBucket
 from dist_asgd.comm.consensus import Agreement
+from dist_asgd.comm.profiling import profiled
 from dist_asgd.step.validation import Groups
 from dist_asgd.wrappers import ParallelModules
 
@@ -159,14 +160,16 @@ def swapped(buckets: Sequence[ParameterBucket], suffix: str, modules: ParallelMo
     try:
         for bucket in buckets:
             bucket.shard.save_parameters()
-        _change_shards(to_swap, lambda bucket: bucket.shard.swap_in(suffix), in_turn=True)
+        with profiled("swap"):
+            _change_shards(to_swap, lambda bucket: bucket.shard.swap_in(suffix), in_turn=True)
         modules.refuse_old_graphs()
         torch.clear_autocast_cache()  # autocast would go on with casts of the former values
         yield
         seconds = None
     finally:
         try:
-            _restore(to_swap, to_restore, modules, in_turn=seconds is None)
+            with profiled("swap"):
+                _restore(to_swap, to_restore, modules, in_turn=seconds is None)
         except BaseException:  # an interrupt, after which the rest is still to be restored
             _restore(to_swap, to_restore, modules, in_turn=seconds is None)
             raise

@@ -33,6 +33,7 @@ STATIC = [
     "torch._C._current_autograd_node",
     "torch._C._disabled_torch_function_impl",
     "torch.autograd.Variable._execution_engine",
+    "torch.autograd.profiler._is_profiler_enabled",
     "torch.Tensor._make_wrapper_subclass",
     "torch._C._set_throw_on_mutable_data_ptr",
     "torch._C._storage_Use_Count",
@@ -143,6 +144,13 @@ def test_current_graph_task_id():
     assert private().current_graph_task_id() == -1
     first, second = in_backward(private().current_graph_task_id), in_backward(private().current_graph_task_id)
     assert first >= 0 and second >= 0 and first != second
+
+
+def test_is_profiling():
+    assert not private().is_profiling()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert private().is_profiling()
+    assert not private().is_profiling()
 
 
 def test_current_autograd_node():

@@ -25,6 +25,7 @@ from dist_asgd._torch_private import current_autograd_node, current_graph_task_i
 from dist_asgd.buckets.base import MAX_IN_FLIGHT, PATIENCE, Bucket
 from dist_asgd.buckets.flat import FlatBucket
 from dist_asgd.buckets.hooks import register_hook, remove_hooks
+from dist_asgd.comm.profiling import profiled
 
 
 class Reducer:
@@ -192,7 +193,8 @@ class Reducer:
                 break
             self._in_flight.popleft().finish_oldest_reduce()
             self._patience = self.patience
-        bucket.start_reduce(self.passes, with_gradients)
+        with profiled("reduce"):
+            bucket.start_reduce(self.passes, with_gradients)
         self._in_flight.append(bucket)
 
     def _expect_end_of_backward(self) -> None:

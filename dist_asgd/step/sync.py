@@ -17,6 +17,7 @@ from dist_asgd.asgd.schedule import Hyperparameters, Scaling
 from dist_asgd.buckets.base import Bucket
 from dist_asgd.buckets.reducer import Reducer
 from dist_asgd.comm.consensus import Agreement, fingerprint
+from dist_asgd.comm.profiling import profiled
 from dist_asgd.comm.roll_call import SLOW_SECONDS, DifferentOperations, RankMissing
 from dist_asgd.step.consistency import TRAINED_WITH_GRADIENT, step_code, step_facts
 from dist_asgd.step.cuda_graphs import refuse_capture
@@ -66,9 +67,11 @@ def update_and_gather(plan: StepPlan, buckets: Sequence[Sequence[Bucket]], scali
     for h, bucket in reversed(with_options):
         active = plan.active[bucket]
         if any(active):
-            bucket.update(h, None if all(active) else active, scaling)
+            with profiled("update"):
+                bucket.update(h, None if all(active) else active, scaling)
         if any(active) or bucket.always_gathers:
-            bucket.start_gather()
+            with profiled("gather"):
+                bucket.start_gather()
 
 
 class StepAgreement:

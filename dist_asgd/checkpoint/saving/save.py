@@ -30,6 +30,7 @@ from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.checkpoint.storage.waiting import giving_up_when
 from dist_asgd.comm.consensus import Agreement, fingerprint
 from dist_asgd.comm.digests import digests
+from dist_asgd.comm.profiling import profiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +263,7 @@ def write(
     Raises:
         CheckpointError: on every rank, if any rank fails before the commit; then the checkpoint does not exist.
     """
-    with only_checkpoint_errors(), rendezvous, giving_up_when(rendezvous.check):
+    with only_checkpoint_errors(), rendezvous, giving_up_when(rendezvous.check), profiled("write"):
         objects = {} if plan.record is None else stock_values(plan.record)
         result = write_blocks(storage, plan.directory, rank, plan.blocks, objects, rendezvous.check)
         rendezvous.submit(result.to_json())

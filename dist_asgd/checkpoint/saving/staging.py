@@ -11,6 +11,7 @@ from torch import Tensor
 from dist_asgd.boxes import cut, whole
 from dist_asgd.checkpoint.format.tensor_bytes import as_bits, narrowed
 from dist_asgd.checkpoint.saving.writer import BlockToWrite
+from dist_asgd.comm.profiling import profiled
 
 # Bytes of memory that are allocated at once. PyTorch rounds pinned memory up to a power of two, so that one allocation
 # for everything could take twice its bytes.
@@ -30,6 +31,10 @@ class StagingMemory:
 
         Waits for the copies only, on the stream of each device that is current there.
         """
+        with profiled("stage"):
+            return self._stage(blocks)
+
+    def _stage(self, blocks: Sequence[BlockToWrite]) -> list[BlockToWrite]:
         devices = {part.device for block in blocks for part in block.parts if is_asynchronous(part.device)}
         room = _Room(self._chunks, pinned=bool(devices))
         staged = [replace(block, parts=[c for part in block.parts for c in _copies(part, room)]) for block in blocks]
