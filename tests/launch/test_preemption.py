@@ -37,6 +37,7 @@ def options(run: Path, *more: str) -> list[str]:
 
 def status_of(arguments: list[str]) -> int:
     """Returns the exit status that a rank would have; for use in a rank."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as where the tests do not run under nohup, which has it ignored
     try:
         train.main(arguments)
     except SystemExit as error:
