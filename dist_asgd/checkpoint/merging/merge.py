@@ -78,7 +78,6 @@ class MergeJob:
     average: bool | str
     entry: str
     format: str | None
-
     file_systems: list[FileSystems] = field(default_factory=list)  # of the stores of sources and target
 
     def open_storage(self, url: str) -> Storage:

@@ -252,13 +252,14 @@ def write(
 ) -> int:
     """Writes this rank's file; rank 0 commits when all ranks have written. Returns when the checkpoint exists.
 
-    Returns the bytes of this rank's file, 0 where it has none.
-
     These are steps 2 to 5 of [Note: commit] in ``checkpoint/saving/commit.py``. Every rank must call it, but it runs no
     collectives, so it may run in a thread beside the training.
 
     Args:
         register: called on rank 0 before the checkpoint comes into existence; see ``commit``.
+
+    Returns:
+        The bytes of this rank's file, 0 where it has none.
 
     Raises:
         CheckpointError: on every rank, if any rank fails before the commit; then the checkpoint does not exist.
@@ -269,8 +270,8 @@ def write(
         rendezvous.submit(result.to_json())
         if plan.record is None:
             rendezvous.wait_for_outcome()
-            return sum(result.files.values())
-        results = [WriteResult.from_json(data) for data in rendezvous.collect()]
-        commit(storage, plan.directory, plan.record, results, register)
-        rendezvous.announce("committed")
-        return sum(result.files.values())
+        else:
+            results = [WriteResult.from_json(data) for data in rendezvous.collect()]
+            commit(storage, plan.directory, plan.record, results, register)
+            rendezvous.announce("committed")
+    return sum(result.files.values())
