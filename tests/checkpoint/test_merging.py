@@ -635,7 +635,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest
 
     def alone() -> int:
         map_large_blocks()
-        weights = {"a": torch.zeros(1024, 2048), "b": torch.zeros(2048, 1024)}  # 2 x 8 MiB
+        weights = {"a": torch.zeros(4096, 2048), "b": torch.zeros(8192, 1024)}  # 2 x 32 MiB
         dist_asgd.save(tmp_path / "ours", {"model": weights})
         dcp.save({"model": weights}, checkpoint_id=tmp_path / "stock")
         del weights
@@ -645,7 +645,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest
         merge([tmp_path / "ours", tmp_path / "stock"], tmp_path / "out")
         return peak_resident() - start
 
-    assert run_alone(alone) < 12 * 2**20  # a source has 16 MiB
+    assert run_alone(alone) < 24 * 2**20  # a source has 64 MiB; code that is run for the first time takes some MiB
 
 
 def test_urls_of_one_store_share_a_client(s3_server: Any) -> None:
