@@ -2,6 +2,8 @@
 
 __version__ = "0.2.0"
 
+import logging
+
 from dist_asgd.averages.kinds import EMA, PolynomialDecay, Tail, TwoTailed, Uniform
 from dist_asgd.averages.triggers import NonMonotonicTrigger
 from dist_asgd.checkpoint import Checkpointer, load, save
@@ -26,3 +28,5 @@ __all__ = [
     "merge",
     "save",
 ]
+
+logging.getLogger("dist_asgd").addHandler(logging.NullHandler())  # silent until the program asks for logs

@@ -14,8 +14,10 @@ Beside this file: data.py (the text), model.py, world.py (the ranks), parallel.p
 report.py (metrics and plot).
 """
 
+import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import random
 import signal
@@ -40,14 +42,17 @@ from dist_asgd.checkpoint.storage.retry import RETRY_TIMEOUT
 from dist_asgd.checkpoint.storage.url import without_credentials
 from dist_asgd.cli.arguments import Parser
 from model import build_model
+from operator_metrics import OperatorMetrics
 from parallel import MODES, Layout, layout_of
 from report import Metrics, make_folders
-from world import PREEMPTED, StopSignal, World, join_world
+from world import PREEMPTED, StopSignal, World, join_world, log_with_rank
 
 try:
     from tqdm import tqdm
 except ImportError:
     tqdm = None
+
+logger = logging.getLogger("dist_asgd.train")
 
 AVERAGES = ("uniform", "recent")
 MAX_TIMEOUT = 10**6  # seconds
@@ -83,6 +88,8 @@ class Args:
     clip: float = option(1.0, "clip the gradient to this norm")
     eval_every: int = option(100, "evaluate every so many steps")
     out: str = option("runs/train", "directory or URL for metrics.jsonl and loss.png")
+    metrics_file: str = option("", "local *.prom file for node_exporter's textfile collector, kept up to date")
+    tensorboard: str = option("", "directory for TensorBoard, which gets the same numbers")
     checkpoint_dir: str = option("", "directory or URL for checkpoints; without, none are made")
     checkpoint_every: int = option(400, "save every so many steps; also at the end and at a signal")
     max_failed_saves: int = option(3, "end when this many saves in a row have failed")
@@ -351,6 +358,50 @@ def write_metrics(run: Run, metrics: Metrics, record: dict[str, Any]) -> None:
         say(run.world, f"metrics.jsonl was not written, and will be with the next record: {error}")
 
 
+class Watched:
+    """Publishes what a run is doing for its operator. Collective when it is made; then rank 0 alone writes."""
+
+    def __init__(self, run: Run, progress: Progress) -> None:
+        self._run, self._progress = run, progress
+        self._step, self._time = progress.step, time.monotonic()
+        self._metrics: OperatorMetrics | None = None
+        run.world.from_rank_zero(self._open)
+
+    def _open(self) -> None:
+        args = self._run.args
+        if args.metrics_file or args.tensorboard:
+            self._metrics = OperatorMetrics(args.metrics_file, args.tensorboard)
+
+    @contextlib.contextmanager
+    def afterwards(self) -> Iterator[None]:
+        """Writes after the block, also where it raises."""
+        try:
+            yield
+        finally:
+            self.write()
+
+    def write(self, **numbers: float) -> None:
+        """Writes the numbers given beside those of the optimizer and the checkpointer. A failure is logged."""
+        if self._metrics is None:
+            return
+        run, step, now = self._run, self._progress.step, time.monotonic()
+        if step > self._step:
+            rate = (step - self._step) / (now - self._time)
+            numbers |= {"steps_per_second": rate, "tokens_per_second": rate * run.args.batch * run.args.length}
+            self._step, self._time = step, now
+        counts = run.checkpointer.metrics() if run.checkpointer else {}
+        try:
+            self._metrics.write({**run.optimizer.metrics(), **counts, "ranks": run.world.size, **numbers}, step)
+        except OSError as error:
+            logger.warning("the metrics of step %d were not written, and will be with the next ones: %s", step, error)
+
+
+def held_out(record: dict[str, Any]) -> dict[str, float]:
+    """Returns the losses of a record by their keys in OperatorMetrics."""
+    averages = {f"bits_per_byte/{name}": record[name] for name in AVERAGES}
+    return {"bits_per_byte": record["raw"], "train": record["train"], **averages}
+
+
 def save_or_go_on(run: Run, progress: Progress, failed: int) -> int:
     """Save a checkpoint, or say why that failed and leave it to the next interval.
 
@@ -397,6 +448,9 @@ def train(run: Run, stop: StopSignal) -> bool:
     args, world = run.args, run.world
     progress = resume(run)
     metrics = world.from_rank_zero(lambda: Metrics(args.out, progress.step))
+    watched = Watched(run, progress)
+    watched.write(preempted=0, finished=0)
+    log_with_rank(world, lambda: progress.step)
     failed = 0  # saves in a row
     for step in remaining_steps(run, progress.step):
         progress.losses += train_step(run, step)
@@ -405,15 +459,20 @@ def train(run: Run, stop: StopSignal) -> bool:
         if step % args.eval_every == 0 or step == args.steps:
             record = evaluate(run, progress)
             world.from_rank_zero(functools.partial(write_metrics, run, metrics, record))
+            watched.write(**held_out(record))
         stopping = stop.asked(world) and step < args.steps
         if stopping or step == args.steps:
-            save_last(run, progress)
+            with watched.afterwards():
+                save_last(run, progress)
         elif step % args.checkpoint_every == 0:
-            failed = save_or_go_on(run, progress, failed)
+            with watched.afterwards():
+                failed = save_or_go_on(run, progress, failed)
         if stopping:
+            watched.write(preempted=1)
             kept = "" if run.checkpointer else " Nothing was saved: there is no --checkpoint-dir."
             say(world, f"Stopped by a signal after step {step}.{kept}")
             return False
+    watched.write(finished=1)
     say(world, world.from_rank_zero(metrics.plot))
     if args.export:
         with run.optimizer.averaged_parameters("recent"):
@@ -428,6 +487,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the other ranks to come
     world = join_world(args.timeout)
+    log_with_rank(world, lambda: 0)
     stop = StopSignal()  # not before: until the ranks have met, a signal ends the process at once
     world.from_rank_zero(lambda: make_folders(args.out, args.checkpoint_dir))
     run = build_run(args, world)

@@ -1,7 +1,9 @@
 """The ranks of this run: who am I, which device is mine, and how do all of us agree on something small."""
 
+import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,6 +86,29 @@ def join_world(timeout: float) -> World:
         dist.init_process_group("gloo", timeout=patience)
     control = dist.new_group(backend="gloo", timeout=patience)
     return World(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+def log_with_rank(world: World, step: Callable[[], int]) -> None:
+    """Logs to stderr, from INFO on, in lines that have the rank, its host where there are several, and the step.
+
+    Args:
+        world: the ranks.
+        step: returns the number of the step that the run is at.
+    """
+    several = int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) < world.size
+    name = f"rank {world.rank}" + (f" on {socket.gethostname()}" if several else "")
+
+    def add(record: logging.LogRecord) -> bool:
+        record.where = f"{name}, step {step()}"
+        return True
+
+    handler = logging.StreamHandler()
+    handler.addFilter(add)
+    form = "%(asctime)s %(levelname)s [%(where)s] %(name)s: %(message)s"
+    handler.setFormatter(logging.Formatter(form))
+    ours = logging.getLogger("dist_asgd")  # not the root: other packages log as they are set up
+    ours.handlers = [handler]
+    ours.setLevel(logging.INFO)
 
 
 class StopSignal:

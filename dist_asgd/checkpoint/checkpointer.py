@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from dist_asgd.checkpoint.errors import CheckpointError, DamagedCheckpoint, only_checkpoint_errors, together
 from dist_asgd.checkpoint.loading.load import load_checkpoint
-from dist_asgd.checkpoint.loading.sources import open_source
+from dist_asgd.checkpoint.loading.sources import OwnSource, open_source
 from dist_asgd.checkpoint.metrics import SaveCounts
 from dist_asgd.checkpoint.retention import DamageRecord, RetentionPolicy, delete_outdated
 from dist_asgd.checkpoint.run.directories import Directory
@@ -228,6 +228,8 @@ class Checkpointer:
                         self._agreement, self._storage, directory.name, state, stock=False, trust=False
                     )
                     load_checkpoint(self._agreement, source, state, **how)
+                    if isinstance(source, OwnSource):
+                        self._counts.loaded(source.manifest.created)
                 if run is not None:
                     self._writer.loaded(run, directory, set(map(str, state)))
                     self._counts.lost_steps = _lost_steps(run, directory)
@@ -262,8 +264,9 @@ class Checkpointer:
         ``saves`` are committed and ``failed_saves`` have raised, each one also in the background. The training was
         kept waiting for ``blocked_seconds`` in ``save`` and ``wait``; ``written_bytes`` are those of committed saves.
         ``retried_requests`` are tries that the storage answered with an error and that were made again,
-        ``failed_requests`` were given up. After the first committed save there is ``seconds_since_save``, and on rank
-        0, after a load, ``lost_steps``: from the step that was loaded to the newest that was there.
+        ``failed_requests`` were given up. ``seconds_since_save`` is the age of the checkpoint that was saved or loaded
+        last, of a loaded one by the clocks of both hosts. On rank 0, after a load, there is ``lost_steps``: from the
+        step that was loaded to the newest that was there.
         """
         requests = self._storage.request_counts
         return self._counts.metrics() | {"retried_requests": requests.retried, "failed_requests": requests.failed}

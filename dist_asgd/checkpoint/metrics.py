@@ -13,7 +13,7 @@ class SaveCounts:
     def __init__(self) -> None:
         self._saves = self._failed = self._bytes = 0
         self._blocked = 0.0  # seconds
-        self._last: float | None = None  # time.monotonic() when the last save was committed
+        self._last: float | None = None  # time.monotonic() when the checkpoint saved or loaded last was committed
         self.lost_steps: int | None = None  # at the last load, on rank 0
 
     def metrics(self) -> dict[str, float]:
@@ -49,3 +49,7 @@ class SaveCounts:
         self._saves += 1
         self._bytes += written
         self._last = time.monotonic()
+
+    def loaded(self, created: float) -> None:
+        """Takes the age of a checkpoint that was loaded; ``created`` is in seconds since the epoch."""
+        self._last = time.monotonic() - max(time.time() - created, 0.0)  # 0: the clock of another host may be ahead

@@ -1,5 +1,8 @@
 """`Checkpointer.metrics`: numbers of saves, of loads and of requests to the storage."""
 
+import json
+import time
+
 import pytest
 import torch
 
@@ -46,3 +49,16 @@ def test_tries_that_fail_are_counted():
     with pytest.raises(FileNotFoundError), requests.once("read", "x"):
         raise FileNotFoundError  # is an answer
     assert (requests.counts.retried, requests.counts.failed) == (1, 1)
+
+
+def test_after_a_load_the_age_is_that_of_the_checkpoint_loaded(tmp_path):
+    state = {"x": torch.ones(1)}
+    Checkpointer(tmp_path).save(1, state)
+    (manifest,) = tmp_path.glob("step-*/manifest.json")
+    created = json.loads(manifest.read_text())["created"]
+    checkpointer = Checkpointer(tmp_path)
+    assert "seconds_since_save" not in checkpointer.metrics()
+    time.sleep(0.2)
+    checkpointer.load(state)
+    age = checkpointer.metrics()["seconds_since_save"]
+    assert 0.2 <= age <= time.time() - created + 0.01

@@ -265,7 +265,12 @@ def test_a_damaged_checkpoint_is_told_with_the_way_out(texts: str, tmp_path: Pat
 
 def test_one_process_goes_on_where_two_ranks_were(texts: str, uninterrupted: Path, tmp_path: Path) -> None:
     saved = directory(uninterrupted / "checkpoints", 100)
-    alone(options(texts, tmp_path, "--resume", saved, "--export", f"{tmp_path}/average.pt"))
+    watched = ["--metrics-file", f"{tmp_path}/run.prom", "--tensorboard", f"{tmp_path}/tensorboard"]
+    alone(options(texts, tmp_path, "--resume", saved, "--export", f"{tmp_path}/average.pt", *watched))
+    published = (tmp_path / "run.prom").read_text()
+    for line in (f'dist_asgd_step{{group="0"}} {STEPS}.0', "dist_asgd_finished 1.0", "dist_asgd_preempted 0.0"):
+        assert line in published.splitlines()
+    assert list((tmp_path / "tensorboard").iterdir())
     for mine, other in zip(curves(tmp_path), curves(uninterrupted)[5:], strict=True):
         assert mine == pytest.approx(other, abs=3e-4)
     exported = torch.load(tmp_path / "average.pt", weights_only=True)
