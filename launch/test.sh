@@ -98,17 +98,18 @@ check_gpu() {
 }
 
 # torchtitan's datasets needs an older fsspec than s3fs, so its tests run in .venv/torchtitan, which finds all else in .venv.
-TORCHTITAN=0.3.0
+# TRL is there too, since it needs datasets.
+APART=(torchtitan==0.3.0 trl==1.16.0)
 make_torchtitan() {
     local folder="$ROOT/.venv/torchtitan" purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
-    [[ "$(cat "$folder/stamp" 2>/dev/null)" != "$TORCHTITAN" ]] || return 0
-    say "making .venv/torchtitan with torchtitan $TORCHTITAN"
+    [[ "$(cat "$folder/stamp" 2>/dev/null)" != "${APART[*]}" ]] || return 0
+    say "making .venv/torchtitan with ${APART[*]}"
     rm -rf "$folder"
     "$PY" -m venv "$folder" || die "could not make $folder: see the message above."
     "$PY" -c "$purelib" >"$("$folder/bin/python" -c "$purelib")/outer.pth"
-    "$folder/bin/python" -m pip install -qq --no-input --disable-pip-version-check "torchtitan==$TORCHTITAN" </dev/null ||
-        die "pip could not install torchtitan $TORCHTITAN: see its message above."
-    printf '%s\n' "$TORCHTITAN" >"$folder/stamp"
+    "$folder/bin/python" -m pip install -qq --no-input --disable-pip-version-check "${APART[@]}" </dev/null ||
+        die "pip could not install ${APART[*]}: see its message above."
+    printf '%s\n' "${APART[*]}" >"$folder/stamp"
 }
 
 # Says which frameworks tests/integrations runs against.
@@ -143,8 +144,8 @@ types=0
 (($#)) || bash launch/docs.sh
 if ((!$#)); then
     make_torchtitan
-    say "pytest tests/integrations/test_torchtitan.py, in .venv/torchtitan"
-    "$ROOT/.venv/torchtitan/bin/python" -m pytest tests/integrations/test_torchtitan.py
+    say "pytest tests/integrations/test_torchtitan.py and test_trl.py, in .venv/torchtitan"
+    "$ROOT/.venv/torchtitan/bin/python" -m pytest tests/integrations/test_{torchtitan,trl}.py
 fi
 (($#)) || set -- -n 2 --dist loadfile --no-loadscope-reorder "${LONGEST[@]}" tests
 say "pytest $*"

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import FullyShardedDataParallelPlugin, extract_model_from_parallel
 from torch import nn
+from torch.distributed.fsdp import StateDictType
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -197,6 +198,8 @@ class Averaging:
         of_trainer: Any = self
         build, options = of_trainer.optimizer_cls_and_kwargs or (None, {})
         if isinstance(build, type) and issubclass(build, ShardedASGD):
+            if of_trainer.is_fsdp_enabled:
+                _require_sharded_files(of_trainer.accelerator.state.fsdp_plugin)
             given: dict[str, Any] = {"lr": of_trainer.args.learning_rate, "gradients": "reduced"}
             given |= {"module": of_trainer.model} if of_trainer.is_fsdp_enabled else {}
             of_trainer.optimizer_cls_and_kwargs = build, given | options
@@ -215,6 +218,18 @@ class Averaging:
 
 class AveragingTrainer(Averaging, Trainer):
     """``Trainer`` that evaluates on averages and saves them: see ``Averaging``."""
+
+
+def _require_sharded_files(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Raises ``ValueError`` where the trainer would save a whole state of the optimizer, which it could not resume.
+
+    torch takes the device of whole states from the optimizer's tensors, and a new ``ShardedASGD`` has no averages yet.
+    """
+    if plugin.state_dict_type is StateDictType.FULL_STATE_DICT:
+        raise ValueError(
+            "ShardedASGD under FSDP cannot be resumed from FULL_STATE_DICT, the default of fsdp_config: pass "
+            'fsdp_config={..., "state_dict_type": "SHARDED_STATE_DICT"}'
+        )
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> str:

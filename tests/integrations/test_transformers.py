@@ -5,6 +5,11 @@ import pickle
 
 import pytest
 import torch
+import transformers.trainer
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from dist_asgd import EMA, ShardedASGD, Uniform
@@ -22,9 +27,9 @@ SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidd
 CONFIG = LlamaConfig(**SIZES, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
 
 
-def make(kind, folder, trainer=None, **settings):
+def make(kind, folder, trainer=None, config=CONFIG, **settings):
     torch.manual_seed(0)
-    model = LlamaForCausalLM(CONFIG)
+    model = LlamaForCausalLM(config)
     defaults = {"max_steps": 6, "save_steps": 3, "save_strategy": "steps", "logging_steps": 1, "report_to": "none"}
     defaults |= {"per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True, "eval_steps": 3}
     args = TrainingArguments(str(folder), **defaults | settings)
@@ -40,8 +45,12 @@ def make(kind, folder, trainer=None, **settings):
     return AveragingTrainer(**given, average={"ema": EMA(0.5), "mean": Uniform()}, **trainer or {})
 
 
+def whole(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
 def weights(trainer):
-    return {name: param.detach().clone() for name, param in trainer.model.named_parameters()}
+    return {name: whole(param) for name, param in trainer.model.named_parameters()}
 
 
 def averages(trainer):
@@ -49,7 +58,7 @@ def averages(trainer):
         with trainer.averaged_parameters():
             return weights(trainer)
     state = trainer.optimizer.state
-    return {name: state[param]["ax"].clone() for name, param in trainer.model.named_parameters()}
+    return {name: whole(state[param]["ax"]) for name, param in trainer.model.named_parameters()}
 
 
 def history(trainer):
@@ -132,6 +141,41 @@ def test_resumed_on_2_and_3_and_1_processes(tmp_path):
     with pytest.raises(ValueError, match="parameter group"):  # nobody takes the placeholder for a state
         placeholder = torch.load(tmp_path / "ours/checkpoint-8/optimizer.pt")
         torch.optim.ASGD(plain.parameters()).load_state_dict(placeholder)
+
+
+class FsdpOnCpu(Accelerator):
+    """Accelerator that keeps the FSDP plugin, which Accelerate leaves out on CPUs without a word."""
+
+    def __init__(self, **settings):
+        AcceleratorState._reset_state()  # else a second trainer would have the first one's settings
+        super().__init__(**settings)
+        PartialState().distributed_type = self.state.distributed_type = DistributedType.FSDP
+        self.state.fsdp_plugin = settings["fsdp_plugin"]
+
+
+UNTIED = LlamaConfig(**SIZES, num_attention_heads=2, num_key_value_heads=1)  # Accelerate refuses tied ones under FSDP2
+
+
+def test_fsdp2_has_the_bits_of_torch_and_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.trainer, "Accelerator", FsdpOnCpu)
+    config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    sharded = config | {"state_dict_type": "SHARDED_STATE_DICT"}
+    settings = {"fsdp": True, "config": UNTIED, "save_steps": 2, "max_steps": 4}
+
+    def work():
+        with pytest.raises(ValueError, match="SHARDED_STATE_DICT"):  # the default of transformers is FULL_STATE_DICT
+            trained("ours", tmp_path, fsdp_config=config, **settings)
+        found = {kind: trained(kind, tmp_path / kind, fsdp_config=sharded, **settings) for kind in KINDS}
+        at = {kind: (tmp_path / kind, str(tmp_path / kind / "checkpoint-2")) for kind in ("ours", "adamw")}
+        return found, {kind: resumed(kind, *at[kind], fsdp_config=sharded, **settings) for kind in at}
+
+    found, again = on(2, work)
+    for at in (0, 1):
+        assert_same(found["ours"][at], found["torch"][at])
+        for kind in again:
+            assert_same(again[kind][2 + at], found[kind][at])
+    assert found["ours"][2] == found["torch"][2]
+    assert not torch.equal(found["ours"][0]["model.norm.weight"], found["ours"][1]["model.norm.weight"])
 
 
 def evaluated(folder):
