@@ -181,9 +181,8 @@ class Packer:
 
     def select(self, batch: Batch, plain: Gradients) -> Gradients:
         """Returns the gradients of a batch, as ``readable`` does, from ``plain``: the gradients of all parameters."""
-        cut = {
-            index for index in (0, len(batch.pieces) - 1) if self._is_cut(batch.pieces[index])
-        }  # only the outer ones can be
+        outer = {0, len(batch.pieces) - 1}  # the only pieces that can be cut
+        cut = [index for index in outer if self._is_cut(batch.pieces[index])]
         if not cut and len(batch.pieces) == len(plain.tensors):
             return plain
         tensors = [plain.tensors[position] for position in batch.positions]

@@ -9,6 +9,8 @@ from torch.profiler import record_function
 
 from dist_asgd._torch_private import is_profiling
 
+NOTHING = contextlib.nullcontext()
+
 
 def profiled(
     name: Literal["reduce", "update", "gather", "swap", "stage", "write"],
@@ -17,4 +19,4 @@ def profiled(
 
     torch's own range takes some microseconds without a profiler too, and a step has several for each bucket.
     """
-    return record_function(f"dist_asgd.{name}") if is_profiling() else contextlib.nullcontext()
+    return record_function(f"dist_asgd.{name}") if is_profiling() else NOTHING

@@ -20,7 +20,7 @@ from dist_asgd.asgd.rounding import compute_dtype
 from dist_asgd.asgd.schedule import DeviceScalars
 from dist_asgd.c_library import DTYPES, SAME_BITS, compile_library, warn_once
 from dist_asgd.kernels.selfcheck import averages_match_operators, matches_operators
-from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList, UpdateKind
+from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList, UpdateKind, pointer_to
 
 FOLDER = Path(__file__).parent
 
@@ -54,10 +54,15 @@ class NativeUpdate:
         h, eta, rounding = step.h, step.scalars.eta, step.rounding
         numbers = _Step(1 - h.lambd * eta, eta, h.weight_decay, h.maximize, rounding.seed or 0, rounding.first)
         averages, mus = array("q", map(Tensor.data_ptr, step.averages)), array("d", step.scalars.mus)
+        addresses, starts, numels = parts.pointers
         self._function(
-            *_pointers(parts.addresses, grads.addresses, parts.starts, parts.numels),
+            addresses,
+            pointer_to(grads.addresses),
+            starts,
+            numels,
             len(grads.addresses),
-            *_pointers(averages, mus),
+            pointer_to(averages),
+            pointer_to(mus),
             len(averages),
             None if step.master is None else step.master.data_ptr(),
             ctypes.byref(numbers),
@@ -76,14 +81,9 @@ class NativeAveraging:
         self._function = function
 
     def __call__(self, parts: TensorList, averages: Sequence[Tensor], mus: Sequence[float]) -> None:
-        tables, count = _pointers(parts.addresses, parts.starts, parts.numels), len(parts.addresses)
         addresses, fractions = array("q", map(Tensor.data_ptr, averages)), array("d", mus)
-        self._function(*tables, count, *_pointers(addresses, fractions), len(addresses), _threads(parts.numel))
-
-
-def _pointers(*tables: array[int] | array[float]) -> list[int]:
-    """Returns the memory addresses of the first elements of ``tables``, which must outlive the call they are for."""
-    return [table.buffer_info()[0] for table in tables]
+        count, tables = len(addresses), (pointer_to(addresses), pointer_to(fractions))
+        self._function(*parts.pointers, len(parts.addresses), *tables, count, _threads(parts.numel))
 
 
 def _threads(numel: int) -> int:

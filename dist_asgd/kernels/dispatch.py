@@ -52,11 +52,25 @@ def fused_update(
     Args:
         average: the dtype of all averages, or None without an average.
     """
+    kind = _kind(param, grad, average, has_master, rounding.dtype, rounding.seed is not None)
+    form = FORMS.get(device.type)
+    return None if kind is None or form is None else form(device, kind)
+
+
+@functools.cache  # every bucket asks in every step
+def _kind(
+    param: torch.dtype,
+    grad: torch.dtype,
+    average: torch.dtype | None,
+    has_master: bool,
+    rounded: torch.dtype,
+    stochastic: bool,
+) -> UpdateKind | None:
+    """Returns the kind of the update of these dtypes, or None if no one-pass update takes them."""
     dtype = compute_dtype(param)
-    if average not in (None, dtype) or grad not in (param, dtype) or device.type not in FORMS:
+    if average not in (None, dtype) or grad not in (param, dtype):
         return None
-    kind = UpdateKind(param, grad, has_master, rounding.dtype, rounding.seed is not None)
-    return FORMS[device.type](device, kind)
+    return UpdateKind(param, grad, has_master, rounded, stochastic)
 
 
 @functools.cache

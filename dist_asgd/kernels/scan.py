@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dist_asgd.c_library import compile_library
-from dist_asgd.kernels.tensor_list import Gradients
+from dist_asgd.kernels.tensor_list import Gradients, pointer_to
 
 CAPSULE = "__dlpack_c_exchange_api__"  # an attribute of torch.Tensor
 DLPACK_MAJOR = 1
@@ -59,18 +59,21 @@ class ParameterPlaces:
         ids: the address of each Python object.
         addresses: the address of each parameter's first element.
         seen: three addresses for each parameter that kernels/scan.c remembers from one scan to the next.
+        pointers: where ``ids``, ``addresses`` and ``seen`` lie in memory.
     """
 
     params: tuple[Tensor, ...]
     ids: array[int]
     addresses: array[int]
     seen: array[int]
+    pointers: tuple[int, int, int]
 
     @classmethod
     def of(cls, params: tuple[Tensor, ...]) -> ParameterPlaces:
         """Reads the addresses of ``params``."""
         seen = array("q", bytes(3 * 8 * len(params)))
-        return cls(params, array("q", map(id, params)), array("q", map(Tensor.data_ptr, params)), seen)
+        ids, addresses = array("q", map(id, params)), array("q", map(Tensor.data_ptr, params))
+        return cls(params, ids, addresses, seen, (pointer_to(ids), pointer_to(addresses), pointer_to(seen)))
 
     @property
     def are_current(self) -> bool:
@@ -99,7 +102,7 @@ class LayoutScan:
         self._dims = array("q")
         for sizes, steps in zip(shapes, strides, strict=True):
             self._dims.extend((len(sizes), *(number for pair in zip(sizes, steps, strict=True) for number in pair)))
-        self._expected = _Expected(_pointer(self._dims), id(self._like), len(shapes))
+        self._expected = _Expected(pointer_to(self._dims), id(self._like), len(shapes))
         self._singles = [position for position, sizes in enumerate(shapes) if set(sizes) <= {1}]
 
     @classmethod
@@ -112,7 +115,7 @@ class LayoutScan:
         if self._functions is None:
             return self._scan_by_python(tensors)
         ids = array("q", map(id, tensors))
-        return self._if_plain(tensors, self._call(self._functions[0], _pointer(ids)))
+        return self._if_plain(tensors, self._call(self._functions[0], pointer_to(ids)))
 
     def scan_gradients(self, places: ParameterPlaces) -> Gradients | None:
         """Returns the gradients of parameters and their addresses, or None if anything is not as expected.
@@ -123,8 +126,7 @@ class LayoutScan:
         if self._functions is None:
             return self._scan_by_python([param.grad for param in places.params]) if places.are_current else None
         found: list[Tensor] = []
-        where = map(_pointer, (places.ids, places.addresses, places.seen))
-        return self._if_plain(found, self._call(self._functions[1], *where, id(GRAD), id(found)))
+        return self._if_plain(found, self._call(self._functions[1], *places.pointers, id(GRAD), id(found)))
 
     def _call(self, function: Callable[..., int], *arguments: int) -> array[int] | None:
         """Returns the addresses that ``function`` writes, or None if a tensor is not as expected.
@@ -133,7 +135,7 @@ class LayoutScan:
         """
         addresses = array("q", bytes(8 * len(self._shapes)))
         try:
-            as_expected = function(ctypes.byref(self._expected), *arguments, _pointer(addresses))
+            as_expected = function(ctypes.byref(self._expected), *arguments, pointer_to(addresses))
         except Exception:  # a tensor is None or has no memory; the checks that follow a failed scan say which
             return None
         return addresses if as_expected else None
@@ -171,10 +173,6 @@ def are_plain(tensors: Sequence[Tensor], like: Tensor) -> bool:
         and all(map(Tensor.is_contiguous, tensors))
         and not any(map(Tensor.is_neg, tensors))
     )
-
-
-def _pointer(table: array[int]) -> int:
-    return table.buffer_info()[0]
 
 
 @functools.cache

@@ -24,6 +24,7 @@ class TensorList:
         addresses: the memory address of each tensor, in bytes.
         numels: the number of elements of each tensor.
         numel: the number of elements of all tensors together.
+        pointers: where ``addresses``, ``starts`` and ``numels`` lie in memory, for code in C.
     """
 
     tensors: tuple[Tensor, ...]
@@ -31,6 +32,7 @@ class TensorList:
     addresses: array[int]
     numels: array[int]
     numel: int
+    pointers: tuple[int, int, int]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], starts: Sequence[int] = (0,)) -> TensorList:
@@ -44,7 +46,9 @@ class TensorList:
         factor = 2 if tensors[0].is_complex() else 1
         addresses = array("q", map(Tensor.data_ptr, real))
         numels = array("q", map(Tensor.numel, real))
-        return cls(real, array("q", [factor * start for start in starts]), addresses, numels, sum(numels))
+        places = array("q", [factor * start for start in starts])
+        pointers = (pointer_to(addresses), pointer_to(places), pointer_to(numels))
+        return cls(real, places, addresses, numels, sum(numels), pointers)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -65,10 +69,10 @@ class Gradients:
         return cls(tensors, array("q", map(Tensor.data_ptr, tensors)))
 
 
-@dataclass(frozen=True, slots=True)
-class SliceStep:
+class SliceStep(NamedTuple):
     """One step of tensors that share ``scalars``: all that it takes besides parameters and gradients.
 
+    Every bucket makes one in a step. It is a tuple, because a frozen dataclass takes four times as long to make.
     Averages and masters are real, in compute_dtype, indexed by the ``starts`` of a ``TensorList``, updated in place.
     """
 
@@ -90,6 +94,11 @@ class UpdateKind(NamedTuple):
     has_master: bool
     rounded: torch.dtype  # the dtype to which parameters are rounded (``Rounding.dtype``)
     stochastic: bool  # whether that rounding is stochastic (``Rounding.seed`` is not None)
+
+
+def pointer_to(table: array[int] | array[float]) -> int:
+    """Returns the memory address of the first element of ``table``, which must outlive the use of the address."""
+    return table.buffer_info()[0]
 
 
 def as_real(flat: Tensor) -> Tensor:

@@ -180,7 +180,7 @@ class Shard:
     def _take_runs(self, runs: Sequence[Run], *, drop_ended: bool) -> None:
         """Sets the runs after a step. ``drop_ended`` says whether averages that no run has are dropped."""
         for number, suffix in enumerate(self.averages if drop_ended and not self._capturable else ()):
-            if not _has_begun([*self.runs, *runs], number):
+            if self.averages[suffix] is not None and not (_has_begun(runs, number) or _has_begun(self.runs, number)):
                 self.averages[suffix] = None  # every parameter is its own average again
         self.runs = merge_runs(runs)
 
@@ -211,16 +211,19 @@ class Shard:
             if mu != 1 and self.averages[suffix] is None:
                 # Copied now, not in the next step, so that values written to parameters in between are no part of it.
                 self.averages[suffix] = self.average_copy(suffix)
-        return replace(run, scalars=following)
+        return Run(run.first, run.stop, following)
 
     def _update(self, scalars: AnyScalars, h: Hyperparameters, slices: Iterable[UpdateSlice]) -> None:
         averages = list(self.averages.values())
         if isinstance(scalars, Scalars):  # an average whose mu is 0 keeps its value in this step
             pairs = [(ax, mu) for ax, mu in zip(averages, scalars.mus, strict=True) if ax is not None and mu != 0]
-            averages, scalars = [ax for ax, _ in pairs], replace(scalars, mus=tuple(mu for _, mu in pairs))
+            if len(pairs) < len(averages):
+                averages, mus = [ax for ax, _ in pairs], tuple(mu for _, mu in pairs)
+                scalars = Scalars(scalars.step, scalars.eta, mus)
         for part in slices:
             where = slice(part.start, part.stop)
-            moving = [ax[where] for ax in averages if ax is not None]
+            is_whole = part.stop - part.start == self.layout.shard_numel  # a view of all would take a microsecond
+            moving = [ax if is_whole else ax[where] for ax in averages if ax is not None]
             rounding = self.rounding.at(self.start + part.start, scalars)
             part.update_(moving, None if self.master is None else self.master[where], h, scalars, rounding)
 
