@@ -1,0 +1,1 @@
+"""What benchmarks.soak runs: a rank that writes a diary, and what the diaries say."""
