@@ -3,7 +3,8 @@
     python -m benchmarks.soak --kills 50 --ranks 2
 
 torchrun runs launch/train.py with checkpoints in SeaweedFS, an S3 server. A rank at random gets SIGKILL, again and
-again: in turn up to `--seconds` seconds after the last kill, whatever it does then, and so long after its first step. Afterwards the run is stopped by SIGTERM, goes on for some steps, and ends.
+again: in turn up to `--seconds` seconds after the last kill, whatever it does then, and up to so many after a first
+step. Afterwards the run is stopped by SIGTERM, goes on for some steps, and ends.
 A second run does as many steps undisturbed. Weights, averages and the optimizer's state must have equal bits.
 """
 
