@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch.distributed as dist
+
+EXIT_SECONDS = 2.0  # that the end of Python waits for an operation of a store that does not answer
 
 T = TypeVar("T")
 
@@ -32,12 +35,30 @@ class StoreClient:
         rank: global rank of this process.
     """
 
+    _alive: ClassVar[weakref.WeakSet[StoreClient]] = weakref.WeakSet()
+
     def __init__(self, store: dist.Store, rank: int) -> None:
         self.address = _address_of(store)
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         self._late: Future[Any] | None = None  # an operation that has exceeded its limit
-        threading.Thread(target=_serve, args=(store, rank, self._tasks), name="dist_asgd store", daemon=True).start()
+        self._thread = threading.Thread(
+            target=_serve, args=(store, rank, self._tasks), name="dist_asgd store", daemon=True
+        )
+        self._thread.start()
         weakref.finalize(self, self._tasks.put, None)
+        self._alive.add(self)
+
+    @classmethod
+    def end_all(cls) -> None:
+        """Ends the threads of all clients before Python shuts down.
+
+        A thread that comes back from C++ later finds no interpreter, and C++ then aborts the process.
+        """
+        clients = list(cls._alive)
+        for client in clients:
+            client._tasks.put(None)
+        for client in clients:
+            client._thread.join(EXIT_SECONDS)
 
     def set(self, key: str, value: bytes | str, seconds: float) -> None:
         """Stores ``value``. This and every other method raise ``StoreUnresponsive`` after ``seconds``."""
@@ -100,6 +121,9 @@ def _connect(store: dist.Store, rank: int) -> dist.Store:
         own = store
     number = own.add(f"dist_asgd/clients of rank {rank}", 1)  # equal on every rank, since each makes one for a world
     return dist.PrefixStore(f"dist_asgd/{number}", own)
+
+
+atexit.register(StoreClient.end_all)
 
 
 def _address_of(store: dist.Store) -> str:

@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -289,3 +291,23 @@ def test_where_the_rank_that_hosts_the_store_is_stopped_the_others_say_so(tmp_pa
             assert "hosts the key-value store" in text and "does not answer" in text and place in text, text
             assert "rank 1" not in text and "rank 2" not in text, text
             assert seconds < LONG
+
+
+def test_a_process_that_ends_during_a_request_to_the_store_ends_well() -> None:
+    """A thread that comes back from torch's C++ while Python shuts down would abort the process."""
+    script = (
+        "import time, torch.distributed as dist\n"
+        "from datetime import timedelta\n"
+        "from dist_asgd.comm.store import StoreClient, StoreUnresponsive\n"
+        "class Slow:\n"
+        "    def __del__(self, sleep=time.sleep):\n"
+        "        sleep(1)\n"
+        "client = StoreClient(dist.TCPStore('localhost', 0, 1, True), 0)\n"
+        "client.has('x', 10)\n"
+        "try:\n"
+        "    client._do(lambda store: store.wait(['never'], timedelta(seconds=0.5)), 0.1)\n"
+        "except StoreUnresponsive:\n"
+        "    slow = Slow()\n"  # deleted while Python shuts down, which so takes a second
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran
