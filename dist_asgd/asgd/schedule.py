@@ -6,7 +6,7 @@ import ctypes
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -39,15 +39,16 @@ class Hyperparameters:
     lr_on_time: bool = False  # eta is computed from the lr when the step begins, not at the end of the step before
     eta_decay: float | None = None  # takes the place of lambd in the formula of eta; None: lambd
     restarted: bool = False  # every average starts at t0, even a kind that would start later
+    _etas: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)  # what eta() returned
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Hyperparameters:
         """Reads the options of a param group. Raises ``ValueError`` also if one that torch has is missing."""
-        needed = [name for name in cls.__slots__ if name not in (*OWN_OPTIONS, "restarted")]
+        needed = [name for name in OPTIONS if name not in (*OWN_OPTIONS, "restarted")]
         missing = [name for name in needed if name not in group]
         if missing:
             raise ValueError(f"the param_group has no {missing[0]}; every group needs {', '.join(needed)}")
-        return cls(**{name: group[name] for name in cls.__slots__ if name in group})
+        return cls(**{name: group[name] for name in OPTIONS if name in group})
 
     def __post_init__(self) -> None:
         lr = self.lr
@@ -57,6 +58,8 @@ class Hyperparameters:
                 raise ValueError(f"lr must be a number or a tensor of 1 element that has a value, got {found}")
             lr = lr.item() if self.device_lr is None else 0.0
         _check_number("lr", lr)
+        if self.device_lr is None:
+            self._etas[0] = float(lr)
         _check_number("lambd", self.lambd)
         _check_number("alpha", self.alpha)
         # t0 = inf means "never average"; no other option may be infinite.
@@ -83,6 +86,18 @@ class Hyperparameters:
         """The ``lr`` if it is a tensor that the host must not read, because it would wait for the device; else None."""
         on_device = self.capturable and isinstance(self.lr, Tensor) and self.lr.device.type != "cpu"
         return self.lr if on_device and isinstance(self.lr, Tensor) else None
+
+    def eta(self, step: int) -> float:
+        """Returns ``eta`` of the step that follows ``step`` steps, before it is rounded; with 0, that is the ``lr``.
+
+        The result is kept, because an ``lr`` on a device makes the host wait for each number that it reads.
+        """
+        if step not in self._etas:
+            self._etas[step] = float(self.lr / ((1 + self.decay * self.lr * float(step)) ** self.alpha))
+        return self._etas[step]
+
+
+OPTIONS = tuple(option.name for option in fields(Hyperparameters) if option.init)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,25 +135,20 @@ def own_options(*values: object) -> dict[str, object]:
 
 def first_scalars(h: Hyperparameters) -> Scalars:
     """Returns the scalars of a parameter before its first step, whose ``eta`` is the ``lr``."""
-    return Scalars(step=0, eta=_round_scalar(float(h.lr)), mus=(1.0,))
+    return Scalars(step=0, eta=_round_scalar(h.eta(0)), mus=(1.0,))
 
 
 def next_scalars(h: Hyperparameters, step: int, averages: Sequence[Average] = (UNIFORM,)) -> Scalars:
     """Returns the scalars after ``step`` steps, computed in double and rounded as torch does."""
     mus = (_round_scalar(float(average.mu(step, h.t0, h.restarted))) for average in averages)
-    return Scalars(step, _eta(h, step), tuple(mus))
+    return Scalars(step, _round_scalar(h.eta(step)), tuple(mus))
 
 
 def current_scalars(h: Hyperparameters, scalars: Scalars) -> Scalars:
     """Returns ``scalars`` as a step that begins now uses them: ``lr`` may have changed since the last step."""
     if not scalars.step:
         return replace(scalars, eta=first_scalars(h).eta)
-    return replace(scalars, eta=_eta(h, scalars.step)) if h.lr_on_time else scalars
-
-
-def _eta(h: Hyperparameters, step: int) -> float:
-    """Returns ``eta`` of the step that follows ``step`` steps, rounded as torch stores it."""
-    return _round_scalar(float(h.lr / ((1 + h.decay * h.lr * float(step)) ** h.alpha)))
+    return replace(scalars, eta=_round_scalar(h.eta(scalars.step))) if h.lr_on_time else scalars
 
 
 @dataclass(frozen=True, slots=True, eq=False)

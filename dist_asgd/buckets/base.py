@@ -30,10 +30,15 @@ from dist_asgd.sharding.shard_views import ShardParameters, local_of
 # busy, and each holds buffers of its bucket's size.
 MAX_IN_FLIGHT = 2
 
-# Seconds that a rank with MAX_IN_FLIGHT collectives under way waits for the oldest one before it starts one more. A
+# Seconds that a host with MAX_IN_FLIGHT collectives under way waits for the oldest one before it starts one more. A
 # rank without a backward joins reductions only in its step(), which waits for the other ranks, so a wait without a
-# limit could last forever.
+# limit could last forever. The collectives of a device make no host wait.
 PATIENCE = 5.0
+
+# Bytes of the buckets whose reductions are under way on a device, if these are more than MAX_IN_FLIGHT. While they are
+# fewer, the device computes gradients and does not wait for other ranks, so that a link that is late for a moment holds
+# nothing up.
+DEVICE_BYTES = 2**27
 
 _version = operator.attrgetter("_version")  # how often torch has counted a write to a tensor
 

@@ -62,9 +62,20 @@ class PlacedBucket(InPlaceBucket, Bucket):
         self._scan = LayoutScan.of(shapes, strides, self._parameters.flats[0])
         self._scanned: Gradients | None = None  # between check_gradients() and update()
         self.always_gathers = self.agrees_before_step = self.collectives is not None
-        hooked = () if self.presharded else self.params
+        hooked = self.params if self._needs_hooks(options.world_size) else ()
         hooks = [register_hook(param, self.gradient_ready, position) for position, param in enumerate(hooked)]
         weakref.finalize(self, remove_hooks, hooks)
+
+    def _needs_hooks(self, world_size: int) -> bool:
+        """Whether gradients can be partial, or GradScaler has to be told of infs on other meshes.
+
+        Parameters in the memory of the host, whose mesh is of another device, are offloaded by FSDP2, which reduces
+        their gradients itself. Where they have a hook, FSDP2 makes the host wait for each copy of a gradient.
+        """
+        if self._mesh_layout is None:
+            return False
+        mesh, _ = self._mesh_layout
+        return mesh.device_type == self.device.type or mesh.size() < world_size
 
     # Gradients -------------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from dist_asgd.buckets.gradient_tensors import DROPPED, UNREDUCED, GradientPiece
 from dist_asgd.buckets.packing import Batches, Packer
 from dist_asgd.comm.collectives import Collectives, Reduction, Transfer
 from dist_asgd.comm.digests import digests
+from dist_asgd.comm.streams import Completion, used_by_current_stream
 from dist_asgd.kernels.dispatch import FlatSlice, PartsSlice, UpdateSlice
 from dist_asgd.kernels.scan import LayoutScan, ParameterPlaces
 from dist_asgd.kernels.tensor_list import Gradients, as_real
@@ -93,6 +94,7 @@ class FlatBucket(Bucket):
         self._owned = list(self.shard.pieces.values())
         self._prepare_reductions()
         self._gather: Transfer | None = None
+        self._complete = Completion()  # of the last all-gather
         self._received: Tensor | None = None  # 1-D, wire dtype: the result of _gather, if it is not the buffer
         self._packer = Packer(layout, self.placements, self.buffer)
         self._batches = Batches(self._owned, layout, self.device, parameters.view_of if self.shard.fuses else None)
@@ -144,12 +146,17 @@ class FlatBucket(Bucket):
         self._gather = self.collectives.start_gather(as_real(whole), as_real(own))
 
     def wait(self, seconds: float | None = None) -> None:
-        if self._gather is None or not (seconds is None or self._gather.completes_within(seconds)):
+        if self._gather is None:
+            self._complete.wait()
+            return
+        if not (seconds is None or self._gather.completes_within(seconds)):
             return
         self._gather.wait()
         if self._received is not None:
             with torch.no_grad():
                 self.buffer.copy_(self._received)
+            used_by_current_stream(self._received)
+        self._complete.record(self.device)
         self._gather = self._received = None
 
     def _storage_of(self, span: Span) -> torch.UntypedStorage:
@@ -296,6 +303,11 @@ class FlatBucket(Bucket):
             dtype = compute_dtype(self.dtype.to_real())
             self._reductions.append((number, self.collectives.start_reduce(as_real(source), dtype)))
             self._begun += 1
+
+    @property
+    def waits_on_host(self) -> bool:
+        """Whether ``finish_oldest_reduce()`` blocks the host; otherwise the current stream of the device waits."""
+        return self.collectives is None or self.collectives.waits_on_host
 
     def reduces_within(self, seconds: float) -> bool:
         """Waits for the oldest reduction under way, at most ``seconds``, and returns whether it is complete."""

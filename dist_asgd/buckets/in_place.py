@@ -15,6 +15,7 @@ from dist_asgd.buckets.base import MAX_IN_FLIGHT, PATIENCE, ParameterBucket, Sha
 from dist_asgd.buckets.packing import Batch, Batches, Packer
 from dist_asgd.buckets.replicas import ReplicaGroup
 from dist_asgd.comm.collectives import Transfer
+from dist_asgd.comm.streams import Completion, used_by_current_stream
 from dist_asgd.kernels.tensor_list import as_real
 from dist_asgd.sharding.layout import BucketLayout, Piece
 from dist_asgd.sharding.placement import Placement
@@ -59,6 +60,7 @@ class InPlaceBucket(ParameterBucket):
             self._whole = Batch.of([Piece(position, 0, span.numel, span.start) for position, span in spans])
         self._received: Tensor | None = None  # 1-D, the whole bucket in wire dtype, during the all-gather
         self._gather: Transfer | None = None
+        self._complete = Completion()  # of the last all-gather
         self._in_flight = in_flight
 
     def _updates_in_place(self) -> bool:
@@ -95,8 +97,8 @@ class InPlaceBucket(ParameterBucket):
         self._count_own_write()
         if self.collectives is None:
             return
-        if len(self._in_flight) == MAX_IN_FLIGHT:  # PATIENCE allows one more if a rank does not come
-            self._in_flight[0].wait(PATIENCE)
+        if len(self._in_flight) >= MAX_IN_FLIGHT:
+            self._in_flight[0].make_room()
         received = torch.empty(self.layout.numel, dtype=self.dtype if exact else self.wire, device=self.device)
         own = received[self.shard.start : self.shard.stop]
         own.copy_(self._parameters.read())
@@ -104,14 +106,28 @@ class InPlaceBucket(ParameterBucket):
         self._received = received
         self._in_flight.append(self)
 
+    def make_room(self) -> None:
+        """Waits for this all-gather, so that a further one may start.
+
+        On a device the current stream waits, which bounds the memory there: it is reused in the order of the stream. A
+        host waits at most ``PATIENCE`` seconds, in case a rank does not come.
+        """
+        on_host = self.collectives is not None and self.collectives.waits_on_host
+        self.wait(PATIENCE if on_host else None)
+
     @torch.no_grad()
     def wait(self, seconds: float | None = None) -> None:
-        if self._gather is None or not (seconds is None or self._gather.completes_within(seconds)):
+        if self._gather is None:
+            self._complete.wait()
+            return
+        if not (seconds is None or self._gather.completes_within(seconds)):
             return
         self._gather.wait()
         if self._received is not None:
             flats = [self._parameters.flats[position] for position in self._whole.positions]
             values = self._received[self._whole.start : self._whole.stop].to(self.dtype)
             self._packer.split(self._whole, values, flats)
+            used_by_current_stream(self._received)
+        self._complete.record(self.device)
         self._in_flight.remove(self)
         self._gather = self._received = None

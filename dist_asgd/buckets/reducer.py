@@ -22,7 +22,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from dist_asgd._torch_private import current_autograd_node, current_graph_task_id, outside_graphs, queue_callback
-from dist_asgd.buckets.base import MAX_IN_FLIGHT, PATIENCE, Bucket
+from dist_asgd.buckets.base import DEVICE_BYTES, MAX_IN_FLIGHT, PATIENCE, Bucket
 from dist_asgd.buckets.flat import FlatBucket
 from dist_asgd.buckets.hooks import register_hook, remove_hooks
 from dist_asgd.comm.profiling import profiled
@@ -40,8 +40,8 @@ class Reducer:
         passes: number of passes that this rank has begun.
         still_fits: whether the buckets fit the model, asked before each pass; None once they stay. Where they do not,
             gradients are left to ``step()``, which builds the buckets again.
-        patience: seconds to wait for a reduction where too many are under way; 0 where other ranks are known to begin
-            theirs later, in their ``step()``.
+        patience: seconds that a host waits for a reduction where too many are under way; 0 where other ranks are known
+            to begin theirs later, in their ``step()``: then a device does not wait either.
         before_pass: called before backward opens a pass; None for nothing.
     """
 
@@ -186,16 +186,31 @@ class Reducer:
 
     @torch.no_grad()  # hooks record gradients in a backward with create_graph=True
     def _start(self, bucket: FlatBucket, with_gradients: bool = True) -> None:
+        self._make_room()
+        with profiled("reduce"):
+            bucket.start_reduce(self.passes, with_gradients)
+        self._in_flight.append(bucket)
+
+    def _make_room(self) -> None:
+        """Finishes the reductions that are complete, and waits where too much is under way.
+
+        On a device the current stream waits, so that memory is bounded in the order of the stream, and the host goes
+        on. A host waits for a while.
+        """
         while self._in_flight:
-            full = len(self._in_flight) >= MAX_IN_FLIGHT
-            if not self._in_flight[0].reduces_within(self._patience if full else 0.0):
+            oldest, full = self._in_flight[0], self._is_full()
+            on_stream = full and not oldest.waits_on_host and self.patience > 0
+            if not (on_stream or oldest.reduces_within(self._patience if full else 0.0)):
                 self._patience = 0.0 if full else self._patience
                 break
             self._in_flight.popleft().finish_oldest_reduce()
             self._patience = self.patience
-        with profiled("reduce"):
-            bucket.start_reduce(self.passes, with_gradients)
-        self._in_flight.append(bucket)
+
+    def _is_full(self) -> bool:
+        """Whether the oldest reduction under way has to end before the next one starts."""
+        if len(self._in_flight) < MAX_IN_FLIGHT or self._in_flight[0].waits_on_host:
+            return len(self._in_flight) >= MAX_IN_FLIGHT
+        return sum(bucket.buffer.nbytes for bucket in self._in_flight) >= DEVICE_BYTES
 
     def _expect_end_of_backward(self) -> None:
         task = current_graph_task_id()

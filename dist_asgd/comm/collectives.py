@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_asgd.comm.process_groups import SeparateGroups
+from dist_asgd.comm.streams import used_by_current_stream
 
 # torch 2.13 gave the flat collectives new names and deprecated the old ones.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -102,6 +103,7 @@ class Reduction:
         total = self.parts[0].to(self.dtype, copy=True)
         for part in self.parts[1:]:
             total.add_(part)
+        used_by_current_stream(self.source, *self.parts)
         return total.div_(self.world_size)
 
 
@@ -140,6 +142,11 @@ class Collectives:
     @property
     def world_size(self) -> int:
         return dist.get_world_size(self.group)
+
+    @property
+    def waits_on_host(self) -> bool:
+        """Whether ``wait()`` of a transfer blocks the host. Otherwise a stream waits, and the host goes on."""
+        return self.downward is not None
 
     def start_reduce(self, source: Tensor, dtype: torch.dtype) -> Reduction:
         """Starts a reduce-scatter that gives each rank the mean over the ranks of its shard of ``source``.

@@ -202,8 +202,10 @@ class Shard:
             advance_(scalars, h)
             return run
         known = current_scalars(h, run.scalars)
+        # Before the update, because with an lr on the device it waits for what the device has to do.
+        following = next_scalars(h, known.step + 1, self._kinds)
         self._update(known, h, slices(run))
-        return self._advance(run, next_scalars(h, known.step + 1, self._kinds))
+        return self._advance(run, following)
 
     def _advance(self, run: Run, following: Scalars) -> Run:
         """Returns ``run`` with the scalars ``following`` a step, and makes the averages that begin after it."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dist_asgd.asgd.schedule import Hyperparameters
+from dist_asgd.asgd.schedule import OPTIONS, Hyperparameters
 from dist_asgd.averages.options import average_of
 from dist_asgd.buckets.base import Bucket
 from dist_asgd.buckets.local_tensors import is_placed
@@ -102,8 +102,9 @@ def step_code(
 
 def option_facts(h: Hyperparameters, number: int) -> Facts:
     """Returns the options of param group ``number`` as facts."""
-    return [(f"{name} of group {number}", repr(value)) for name, value in zip(h.__slots__, _values(h), strict=True)]
+    return [(f"{name} of group {number}", repr(value)) for name, value in zip(OPTIONS, _values(h), strict=True)]
 
 
 def _values(h: Hyperparameters) -> list[float | None]:
-    return [None if (value := getattr(h, name)) is None else float(value) for name in h.__slots__]
+    values = [h.eta(0) if name == "lr" else getattr(h, name) for name in OPTIONS]
+    return [None if value is None else float(value) for value in values]

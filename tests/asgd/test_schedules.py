@@ -252,3 +252,25 @@ def test_ranks_that_are_not_on_time_together() -> None:
         return message_of(optimizer.step, ValueError)
 
     one_message(run_ranks(2, ranks), "lr_on_time of group 0", "rank 1")
+
+
+@pytest.mark.parametrize("on_time", [False, True])
+def test_an_lr_in_a_tensor_is_read_as_often_for_many_buckets_as_for_one(on_time):
+    reads = []
+
+    class Counted(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            if func in (torch.Tensor.item, torch.Tensor.__float__):
+                reads.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    params = [torch.nn.Parameter(torch.randn(40)) for _ in range(5)]
+    lr = torch.tensor(0.1).as_subclass(Counted)
+    optimizer = ShardedASGD(params, lr=lr, bucket_bytes=1, lr_on_time=on_time)
+    for step in range(3):
+        torch.stack(params).sum().backward()
+        reads.clear()
+        optimizer.step()
+        # The check of the options reads the lr. Each eta is read, and the first one is the lr.
+        assert len(reads) == (3 if on_time and step > 0 else 2)

@@ -1,6 +1,7 @@
 """DTensors of any shape, dtype, mesh and placements: the bits of torch.optim.ASGD on whole tensors; save and load."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from dist_asgd import ShardedASGD
+from dist_asgd.comm.collectives import Collectives, DeviceTransfer
 from tests.support.layouts import local, whole
 from tests.support.oracle import LOW, same_bits, wide
 from tests.support.ranks import run_ranks
@@ -164,5 +166,29 @@ def test_low_precision_has_masters_that_are_placed_as_the_parameter() -> None:
             assert ("master" in state) == (param.dtype in LOW)
             if "master" in state and isinstance(state["master"], DTensor):
                 assert state["master"].placements == param.placements and state["master"].dtype == torch.float32
+
+    run_ranks(2, ranks)
+
+
+def test_a_device_is_never_polled_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collectives without gloo's second group stand for NCCL's, by which a stream waits for an all-gather."""
+
+    def ranks(rank: int) -> None:
+        on = Collectives.on
+        monkeypatch.setattr(Collectives, "on", lambda *args: replace(on(*args), downward=None))
+        mesh = init_device_mesh("cpu", (2,))
+        whole_values = [torch.full((64,), float(number)) for number in range(5)]
+        params = [nn.Parameter(distribute_tensor(value, mesh, [Replicate()])) for value in whole_values]
+        optimizer = ShardedASGD(params, lr=0.1, lambd=0, bucket_bytes=64)
+        polls, waits = [], []
+        monkeypatch.setattr(DeviceTransfer, "completes_within", lambda *args: polls.append(args))
+        wait = DeviceTransfer.wait
+        monkeypatch.setattr(DeviceTransfer, "wait", lambda transfer: waits.append(transfer) or wait(transfer))
+        for param in params:
+            param.grad = distribute_tensor(torch.ones(64), mesh, [Replicate()])
+        optimizer.step()
+        assert not polls and len(waits) == 5
+        for number, param in enumerate(params):
+            assert torch.equal(param.to_local(), torch.full((64,), float(number)).sub_(0.1))
 
     run_ranks(2, ranks)

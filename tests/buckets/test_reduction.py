@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from dist_asgd import ShardedASGD
+from dist_asgd.buckets import reducer
 from dist_asgd.buckets.flat import FlatBucket
+from dist_asgd.comm.collectives import Collectives, DeviceTransfer
 from tests.support.oracle import (
     MIXED,
     PLAIN,
@@ -486,3 +489,32 @@ def test_hooks_in_two_threads_start_reductions_in_one_order(monkeypatch: pytest.
     for order, values in run_ranks(2, ranks):
         assert order[:3] == [0, 1, 2]
         assert values == [[pytest.approx(number - 0.1)] * 4 for number in range(3)]
+
+
+@pytest.mark.parametrize(("bound", "most"), [(2**20, 5), (1, 2)], ids=["room", "full"])
+def test_a_device_is_never_polled_in_backward(monkeypatch: pytest.MonkeyPatch, bound: int, most: int) -> None:
+    """Collectives without gloo's second group stand for NCCL's: a stream waits for them. This device is far behind."""
+
+    def ranks(rank: int) -> None:
+        on, finish, start = Collectives.on, FlatBucket.finish_oldest_reduce, FlatBucket.start_reduce
+        under_way, peak = 0, 0
+
+        def count(change: int) -> None:
+            nonlocal under_way, peak
+            under_way += change
+            peak = max(peak, under_way)
+
+        monkeypatch.setattr(Collectives, "on", lambda *args: replace(on(*args), downward=None))
+        monkeypatch.setattr(DeviceTransfer, "completes_within", lambda _, seconds: polls.append(seconds))
+        monkeypatch.setattr(reducer, "DEVICE_BYTES", bound)
+        monkeypatch.setattr(FlatBucket, "start_reduce", lambda *args: count(1) or start(*args))
+        monkeypatch.setattr(FlatBucket, "finish_oldest_reduce", lambda bucket: count(-1) or finish(bucket))
+        params = [torch.nn.Parameter(torch.zeros(64)) for _ in range(5)]
+        optimizer, polls = ShardedASGD(params, lr=0.1, lambd=0, bucket_bytes=64), []
+        sum(number * p.sum() for number, p in enumerate(params, rank)).backward()
+        assert not any(polls) and peak == most
+        optimizer.step()
+        for number, p in enumerate(params):
+            assert torch.equal(p, torch.zeros(64).sub_(torch.tensor(number + 0.5) * 0.1))
+
+    run_ranks(2, ranks)

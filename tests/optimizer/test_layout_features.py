@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -88,6 +89,21 @@ def test_fsdp2_policies(policy: str, layout: str) -> None:
         for index, param in enumerate(twin.parameters()):
             expected = whole(oracle.state[param]["ax"])
             assert not full or same_bits(full["state"][index]["ax"], expected), index
+
+    run_ranks(2, ranks)
+
+
+def test_what_fsdp2_offloads_has_no_hook_for_which_it_would_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the optimizer is built, the mesh says that it is of GPUs. A hook would change the class of gradients."""
+
+    def ranks(rank: int) -> None:
+        model = place("fsdp", Model(), offload_policy=CPUOffloadPolicy(pin_memory=False))
+        with monkeypatch.context() as patch:
+            patch.setattr(DeviceMesh, "device_type", "cuda")
+            optimizer = ShardedASGD(model.named_parameters(), module=model, **OPTIONS)
+        backward(model, "fsdp", 0)
+        assert {type(param.grad) for param in model.parameters()} == {DTensor}
+        optimizer.step()
 
     run_ranks(2, ranks)
 

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 from dist_asgd import ShardedASGD
+from dist_asgd.comm import streams
 from dist_asgd.comm.collectives import Collectives
 from tests.support.oracle import Messenger, model_gradients, reduce_in_rank_order, same_bits, tokens_of
 from tests.support.ranks import run_ranks
@@ -199,5 +202,45 @@ def test_parts_of_the_model_may_be_called_alone() -> None:
             reference.step()
         optimizer.synchronize()
         assert all(map(same_bits, model.parameters(), twin.parameters()))
+
+    run_ranks(2, ranks)
+
+
+class FakeStream:
+    """A stream of a GPU: its events are itself, and it knows for which streams it has waited."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.has_waited_for: set[FakeStream] = set()
+
+    def record_event(self) -> "FakeStream":
+        return self
+
+    def wait_event(self, event: "FakeStream") -> None:
+        self.has_waited_for.add(event)
+
+
+def test_every_stream_waits_for_the_one_that_has_completed_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ranks(rank: int) -> None:
+        first, second, captured = FakeStream(), FakeStream(), FakeStream()
+        current, used = first, []
+        monkeypatch.setattr(streams, "has_streams", lambda device: True)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current is captured)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, by: used.append((tensor.dtype, by)))
+        replicated = distribute_tensor(torch.ones(64), init_device_mesh("cpu", (2,)), [Replicate()])
+        for param in (nn.Parameter(torch.ones(64)), nn.Parameter(replicated)):
+            optimizer = ShardedASGD([param], wire_dtype=torch.bfloat16)
+            param.sum().backward()
+            used.clear()
+            current = first
+            optimizer.step()
+            assert (torch.bfloat16, first) in used  # what was received
+            for stream in (first, second, captured):
+                current = stream
+                optimizer.synchronize()
+            assert not first.has_waited_for and second.has_waited_for == {first} and not captured.has_waited_for
+            second.has_waited_for.clear()
 
     run_ranks(2, ranks)
