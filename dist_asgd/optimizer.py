@@ -138,6 +138,11 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
             can hold ``step()`` and GradScaler never makes the host wait. For one rank, or for DTensors, which then do
             not share state; with torch's average only. A replay reads an ``lr`` that is a tensor on the GPU; any other
             change of options or state (``start_averaging()``, loading) takes a new capture.
+        verify_every (int > 0 or None, default None): every how many steps ranks compare what they hold copies of: plain
+            parameters, replicas, and with ``shard_replicas=False`` their state. A copy that differs, as by a bit that
+            flipped, is an error that names rank, host and parameter. Each comparison reads all copies once, before the
+            update. Where ranks share state, a step replaces all copies by the owner's, so that only ``verify_every=1``
+            is sure to find a flipped bit. What one rank alone holds is not compared. Not with ``capturable=True``.
         foreach (None or False), differentiable (False): options of ``torch.optim.ASGD`` that choose its implementation.
             They change nothing here. True is an error.
         module (nn.Module or None, default None): the model. With it, ``step()`` returns while plain parameters are
@@ -177,6 +182,7 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         stochastic_rounding: bool = False,
         shard_replicas: bool = True,
         capturable: bool = False,
+        verify_every: int | None = None,
         foreach: bool | None = None,
         differentiable: bool = False,
         module: nn.Module | None = None,
@@ -186,6 +192,7 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         precision = Precision(master_weights, average_dtype, wire_dtype, stochastic_rounding, capturable)
         arguments: dict[str, Any] = {"gradients": gradients, "find_unused_parameters": find_unused_parameters}
         arguments |= {"bucket_bytes": bucket_bytes, "shard_replicas": shard_replicas, **asdict(precision)}
+        arguments |= {"verify_every": verify_every}
         # Defaults of the param groups.
         t0 = t0 if t0 is not None else 1e6 if average is None else 0
         options: dict[str, Any] = {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay}
@@ -637,9 +644,13 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         self._reducer, self._forward_waits = Reducer(), ForwardWaits(module)
         self._built_for = BuiltFor(arguments["gradients"], self._forward_waits)
         self._reducer.still_fits = self._built_for.fits
-        find_unused = arguments["find_unused_parameters"]
         self._step_agreement = StepAgreement(
-            agreement, self._reducer, self._forward_waits, find_unused=find_unused, alone=group is None
+            agreement,
+            self._reducer,
+            self._forward_waits,
+            find_unused=arguments["find_unused_parameters"],
+            alone=group is None,
+            verify_every=arguments["verify_every"],
         )
         capturable = arguments["capturable"]  # a step in a CUDA graph can have no all-gather among replicas
         groups = self._groups = agreement.separate_groups()

@@ -40,6 +40,7 @@ from dist_asgd.model_averages.timing import Timing
 from dist_asgd.model_averages.validation import check_arguments, check_module, optimizers_in
 from dist_asgd.sharding.precision import Precision
 from dist_asgd.step.consistency import parameter_facts
+from dist_asgd.step.corruption_check import require_equal_copies
 from dist_asgd.step.validation import check_parameters
 from dist_asgd.step.value_check import OF_AVERAGES, require_same_values
 from dist_asgd.swap import NOT_BOTH, SwapGuard, refused_during_swap, swapped
@@ -69,7 +70,8 @@ class ShardedAverages:
     Collective calls, which every rank must make in one order and with equal arguments: the constructor,
     ``add_param_group``, ``averaged_parameters``, ``full_state_dict``, ``load_state_dict``, ``copy_to``,
     ``compare_tails`` and ``metrics(distance=True)``. ``update``, ``start_averaging``, ``restart_averaging`` and
-    ``state_dict`` send nothing, but every rank must call them alike; the next collective call compares that.
+    ``state_dict`` send nothing, but every rank must call them alike; the next collective call compares that. With
+    ``verify_every`` every so many updates are collective.
 
     Args:
         params (iterable): parameters as ``torch.optim`` takes them, best ``model.named_parameters()``: averages are
@@ -92,6 +94,10 @@ class ShardedAverages:
             copied there, at most two at once, and averaged by the CPU.
         shard_replicas (bool, default True): whether ranks that hold equal parameters share their averages. They must
             then be equal when this is built, and whenever averages are used. False: each keeps all that it holds.
+        verify_every (int > 0 or None, default None): every how many updates ranks compare their copies of parameters.
+            A copy that differs, as by a bit that flipped, is an error that names rank, host and parameter; an iterate
+            that would mix copies is not taken. Such an update is collective, and reads all copies once more. Needs
+            ``shard_replicas=True``.
         process_group (ProcessGroup or None, default None): the ranks that hold the model. None is the default group, or
             this process alone if ``torch.distributed`` is not initialized.
         module (nn.Module or None, default None): the model. Needed for ``buffers``, for FSDP in
@@ -115,6 +121,7 @@ class ShardedAverages:
         buffers: Treatment = None,
         offload: bool = False,
         shard_replicas: bool = True,
+        verify_every: int | None = None,
         process_group: dist.ProcessGroup | None = None,
         module: nn.Module | None = None,
     ) -> None:
@@ -125,10 +132,12 @@ class ShardedAverages:
         with self._agreement.together("ShardedAverages()"):
             arguments: dict[str, Any] = {"start": start, "average_dtype": average_dtype}
             arguments |= {"trainable_only": trainable_only, "offload": offload, "shard_replicas": shard_replicas}
+            arguments |= {"verify_every": verify_every}
             check_arguments(**arguments, module=module)
             self._kinds = beside_optimizer(average)
             self._is_two_tailed, self._has_compared = isinstance(average, TwoTailed), False
-            self._trainable_only, optimizers = trainable_only, optimizers_in(optimizer)
+            self._trainable_only, self._verify_every = trainable_only, verify_every
+            optimizers = optimizers_in(optimizer)
             named = self._checked(params)
             self._buffers = AveragedBuffers(module, buffers, list(self._kinds))
             facts = [(name, repr(value)) for name, value in arguments.items()] + [("average", repr(self._kinds))]
@@ -182,12 +191,20 @@ class ShardedAverages:
             for bucket in buckets:
                 bucket.check_parameters()
             timing = self._timings[number]
+            if self._verify_every is not None and timing.updates % self._verify_every == 0:
+                self._verify(buckets, timing)
             if not timing.is_waiting:
                 for bucket in buckets:
                     self._take_iterate(bucket, timing)
                 if not number:
                     self._buffers.take_iterate(timing)
             timing.updates += 1
+
+    def _verify(self, buckets: Sequence[AveragedBucket], timing: Timing) -> None:
+        """Raises on every rank where copies of parameters differ. Collective."""
+        with self._agreement.together("update() that compares copies"):
+            pass  # ranks in another call are told so here
+        require_equal_copies(self._agreement, buckets, f"update number {timing.updates + 1} of these averages")
 
     def _take_iterate(self, bucket: AveragedBucket, timing: Timing) -> None:
         active = bucket.requires_grad() if self._trainable_only else None

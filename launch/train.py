@@ -86,6 +86,7 @@ class Args:
     t0: float = option(1000.0, "start averaging at this step")
     recent: float = option(0.99, "decay of the recent average, an exponential moving average")
     clip: float = option(1.0, "clip the gradient to this norm")
+    verify_every: int = option(0, "look for flipped bits every so many steps, by comparing the ranks; 0: never")
     eval_every: int = option(100, "evaluate every so many steps")
     out: str = option("runs/train", "directory or URL for metrics.jsonl and loss.png")
     metrics_file: str = option("", "local *.prom file for node_exporter's textfile collector, kept up to date")
@@ -186,6 +187,7 @@ def build_run(args: Args, world: World) -> Run:
     ).to(world.device)
     called, options = layout.spread(model)
     options |= {"average": {"uniform": Uniform(), "recent": EMA(args.recent)}}
+    options |= {"verify_every": args.verify_every or None}
     optimizer = ShardedASGD(model.named_parameters(), lr=args.lr, lambd=args.lambd, t0=args.t0, **options)
     checkpointer = None
     if args.checkpoint_dir:  # a storage that fails is given up before the ranks that wait for it give up

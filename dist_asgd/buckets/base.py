@@ -168,7 +168,11 @@ class ParameterBucket(ABC):
 
     def digest(self) -> int:
         """Returns a digest of the parameters' values on this rank."""
-        return fingerprint(digests([local_of(param).detach() for param in self.params]))
+        return fingerprint(digests(self.value_tensors()))
+
+    def value_tensors(self) -> list[Tensor]:
+        """Returns tensors that hold all values of the parameters on this rank; there may be padding between them."""
+        return [local_of(param) for param in self.params]
 
     def _count_own_write(self) -> None:
         # Autograd refuses a backward through old values by the version of a parameter, which kernels do not count.

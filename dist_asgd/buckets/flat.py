@@ -24,7 +24,6 @@ from dist_asgd.buckets.base import Bucket, BucketOptions, describe, require_dens
 from dist_asgd.buckets.gradient_tensors import DROPPED, UNREDUCED, GradientPiece
 from dist_asgd.buckets.packing import Batches, Packer
 from dist_asgd.comm.collectives import Collectives, Reduction, Transfer
-from dist_asgd.comm.digests import digests
 from dist_asgd.comm.streams import Completion, used_by_current_stream
 from dist_asgd.kernels.dispatch import FlatSlice, PartsSlice, UpdateSlice
 from dist_asgd.kernels.scan import LayoutScan, ParameterPlaces
@@ -132,8 +131,8 @@ class FlatBucket(Bucket):
                 self._attach(param, self.placements[position], self._storage_of(self.layout.spans[position]))
                 self._known_writes -= 1  # the new memory may have other values
 
-    def digest(self) -> int:
-        return digests([self.buffer])[0]
+    def value_tensors(self) -> list[Tensor]:
+        return [self.buffer]
 
     def start_gather(self, exact: bool = False) -> None:
         self._count_own_write()

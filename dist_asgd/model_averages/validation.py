@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_asgd.model_averages.parameters import named_in
-from dist_asgd.step.validation import some_of
+from dist_asgd.step.validation import check_verify_every, some_of
 
 
 def check_arguments(
@@ -21,6 +21,7 @@ def check_arguments(
     trainable_only: object,
     offload: object,
     shard_replicas: object,
+    verify_every: object,
     module: object,
 ) -> None:
     """Validates keyword arguments.
@@ -37,6 +38,12 @@ def check_arguments(
     for name, value in (("trainable_only", trainable_only), ("offload", offload), ("shard_replicas", shard_replicas)):
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
+    check_verify_every(verify_every)
+    if verify_every is not None and not shard_replicas:
+        raise ValueError(
+            "verify_every compares what ranks must hold alike, and shard_replicas=False lets each rank hold other "
+            "values: leave out one of them"
+        )
     if module is not None and not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module or None, got {module!r}")
 

@@ -20,6 +20,7 @@ from dist_asgd.comm.consensus import Agreement, fingerprint
 from dist_asgd.comm.profiling import profiled
 from dist_asgd.comm.roll_call import SLOW_SECONDS, DifferentOperations, RankMissing
 from dist_asgd.step.consistency import TRAINED_WITH_GRADIENT, step_code, step_facts
+from dist_asgd.step.corruption_check import require_equal_copies
 from dist_asgd.step.cuda_graphs import refuse_capture
 from dist_asgd.step.forward_wait import ForwardWaits
 from dist_asgd.step.gradient_check import gradient_sample, require_same_gradients
@@ -83,20 +84,29 @@ class StepAgreement:
         forward_waits: holds the model, if the optimizer was given one.
         find_unused: whether a parameter whose gradient the optimizer averages may lack one on some ranks, or on all.
         alone: whether the optimizer was built without a process group.
+        verify_every: the number of steps after which all copies are compared again; None for never.
     """
 
     def __init__(
-        self, agreement: Agreement, reducer: Reducer, forward_waits: ForwardWaits, *, find_unused: bool, alone: bool
+        self,
+        agreement: Agreement,
+        reducer: Reducer,
+        forward_waits: ForwardWaits,
+        *,
+        find_unused: bool,
+        alone: bool,
+        verify_every: int | None,
     ) -> None:
         self.agreement = agreement
         self._reducer, self._forward_waits = reducer, forward_waits
-        self._find_unused, self._alone = find_unused, alone
+        self._find_unused, self._alone, self._verify_every = find_unused, alone, verify_every
         self._built: list[list[Tensor]] = []  # the parameters of each param group when it was added
         self._comparisons = 0  # steps in which gradients were compared
         self._buckets: list[Bucket] = []
         self._started = False  # whether the ranks have agreed on a step since the last group was added
         self._agrees_always = False  # whether a rank needs an exchange before every step; known when started
         self.history = 0  # fingerprint of writes to the state, and of the steps that were taken without an exchange
+        self._unverified = 0  # steps since all copies were compared, or since a state was loaded; equal on every rank
         self._steps = 0  # steps taken; a parameter without a gradient in all of them has never had one
         self._without: Counter[str] = Counter()  # consecutive steps without a gradient, by name of the parameter
         self._warned_reduced_twice = self._warned_unused = False
@@ -231,16 +241,27 @@ class StepAgreement:
         try:
             for bucket in buckets:
                 bucket.wait()
-            if operation == STEP and self._started and not self._agrees_always:
+            if operation == STEP and self._started and not (self._agrees_always or self._must_verify):
                 plan = self._agree_later(groups, buckets)
             else:
                 plan = self._agree_now(operation, groups, buckets)
+            if operation == STEP and self._must_verify:
+                require_equal_copies(self.agreement, buckets, f"step() number {self._steps + 1} of this optimizer")
+                self._unverified = 0
             takes_step = operation == STEP
         finally:
             if not takes_step:  # nothing else would free the gradients that the buckets hold
                 for bucket in buckets:
                     bucket.release_gradients()
         return plan
+
+    @property
+    def _must_verify(self) -> bool:
+        """Whether this step compares all copies. Every rank gets the same answer if all have taken the same steps.
+
+        Where ranks have not, the exchange before the comparison says so.
+        """
+        return self._verify_every is not None and self._unverified % self._verify_every == 0
 
     def _agree_later(self, groups: Groups, buckets: Sequence[Bucket]) -> StepPlan:
         """Checks a step on this rank alone; the next exchange finds out whether the ranks took the same one."""
@@ -299,7 +320,7 @@ class StepAgreement:
 
     def forget_steps(self) -> None:
         """Forgets the steps that were taken: a state that all ranks have loaded has replaced what they computed."""
-        self.history = 0
+        self.history = self._unverified = 0
 
     # Checks on this rank ---------------------------------------------------------------------------------------------
 
@@ -360,6 +381,7 @@ class StepAgreement:
         ``ForwardWaits.check`` notices when they are replaced.
         """
         self._steps += 1
+        self._unverified += 1
         if self._warned_unused or all(map(all, plan.active.values())):
             self._without.clear()
             return

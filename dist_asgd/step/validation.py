@@ -39,6 +39,7 @@ def check_arguments(
     stochastic_rounding: object,
     shard_replicas: object,
     capturable: object,
+    verify_every: object,
     module: object,
     unknown: Mapping[str, object],
 ) -> None:
@@ -77,6 +78,22 @@ def check_arguments(
             "stochastic_rounding is for bf16 parameters without masters: pass master_weights=False. With masters, "
             "rounding loses nothing"
         )
+    check_verify_every(verify_every)
+    if verify_every is not None and capturable:
+        raise ValueError(
+            "verify_every and capturable=True: ranks compare their copies on the CPU, which a CUDA graph cannot hold. "
+            "Leave out one of them"
+        )
+
+
+def check_verify_every(verify_every: object) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless ``verify_every`` is None or an int > 0."""
+    if verify_every is None:
+        return
+    if isinstance(verify_every, bool) or not isinstance(verify_every, int):
+        raise TypeError(f"verify_every must be an int (a number of steps) or None, got {verify_every!r}")
+    if verify_every <= 0:
+        raise ValueError(f"verify_every must be > 0 steps, or None for no comparison, got {verify_every}")
 
 
 def check_last_group(groups: Groups, ranks: Sequence[int]) -> None:

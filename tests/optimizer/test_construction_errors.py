@@ -70,6 +70,9 @@ def test_an_infinite_t0_means_never() -> None:
     [
         ({"gradients": "both"}, "both"),
         ({"gradients": None}, "None"),
+        ({"verify_every": 0}, "verify_every"),
+        ({"verify_every": True}, "verify_every"),
+        ({"verify_every": 1, "capturable": True}, "verify_every and capturable"),
         ({"bucket_bytes": 0}, "bucket_bytes"),
         ({"bucket_bytes": -1}, "bucket_bytes"),
         ({"bucket_bytes": "25MB"}, "bucket_bytes"),
@@ -316,6 +319,7 @@ DISAGREEMENTS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
             ("gradients", "local", "reduced"),
             ("find_unused_parameters", False, True),
             ("bucket_bytes", 1024, 4096),
+            ("verify_every", 10, 20),
             ("average_dtype", None, torch.float64),
         ]
     },
