@@ -10,6 +10,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 # shellcheck source=launch/package.sh
 source "$ROOT/launch/package.sh"
 cd "$ROOT"
+unset PYTHONDONTWRITEBYTECODE # else each process compiles the Python of the package again, 0.3 s
 
 # Tests marked netns join two network namespaces by a link and count the bytes on it.
 check_netns() {
@@ -58,7 +59,6 @@ LONGEST=(
     tests/checkpoint/test_{kill,checkpoint,storage,export,stock_load}.py tests/comm/test_{link_bytes,roll_call}.py
     tests/optimizer/test_ddp_and_compile.py tests/buckets/test_{placements,fsdp1}.py tests/averages/test_kinds.py
     tests/kernels tests/asgd/test_precision.py tests/test_readme.py
-    tests/integrations/test_{transformers,accelerate}.py
 )
 
 # Real stores for the tests of checkpoints: tests/support/stores.py. SeaweedFS (S3) comes with the extra "test".
@@ -141,12 +141,17 @@ types=0
 "$PY" -m mypy dist_asgd launch .venv/pages || types=$?
 [[ -z "$package" ]] || wait "$package"
 ((types == 0)) || exit "$types"
-(($#)) || bash launch/docs.sh
 if ((!$#)); then
+    # One core each. In the processes of the other tests these frameworks would make every fork dearer.
+    { bash launch/docs.sh && say "pytest tests/integrations" && "$PY" -m pytest tests/integrations; } &
+    beside=$!
     make_torchtitan
     say "pytest tests/integrations/test_torchtitan.py and test_trl.py, in .venv/torchtitan"
-    "$ROOT/.venv/torchtitan/bin/python" -m pytest tests/integrations/test_{torchtitan,trl}.py
+    frameworks=0
+    "$ROOT/.venv/torchtitan/bin/python" -m pytest tests/integrations/test_{torchtitan,trl}.py || frameworks=$?
+    wait "$beside"
+    ((frameworks == 0)) || exit "$frameworks"
 fi
-(($#)) || set -- -n 2 --dist loadfile --no-loadscope-reorder "${LONGEST[@]}" tests
+(($#)) || set -- -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/integrations "${LONGEST[@]}" tests
 say "pytest $*"
 exec "$PY" -m pytest "$@"

@@ -572,12 +572,15 @@ def tree_of(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-TREES = {path: tree_of(path) for path in sorted(PACKAGE.rglob("*.py"))}
+@functools.cache
+def trees():
+    """Of every file of the package."""
+    return {path: tree_of(path) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 @functools.cache
 def defined_anywhere():
-    return {name for tree in TREES.values() for name in defined(tree)}
+    return {name for tree in trees().values() for name in defined(tree)}
 
 
 def defined(tree):
@@ -618,9 +621,9 @@ def test_the_scan_finds_what_it_looks_for():
 
 def test_private_names_of_torch_are_in_one_file():
     anywhere = defined_anywhere() - PRIVATE | OF_OTHERS
-    for path in TREES.keys() - {HOME}:
-        own = anywhere | set(on_self(TREES[path]))
-        names = [(line, name) for line, name in used(TREES[path]) if is_private(name) and name not in own]
+    for path in trees().keys() - {HOME}:
+        own = anywhere | set(on_self(trees()[path]))
+        names = [(line, name) for line, name in used(trees()[path]) if is_private(name) and name not in own]
         assert not names, (
             f"{path.relative_to(PACKAGE.parent)}:{names[0][0]} uses {names[0][1]}: if it is torch's, give it an entry "
             f"in {HOME.name} and a test here, and import the entry; if another library's, add it to OF_OTHERS"
@@ -628,12 +631,12 @@ def test_private_names_of_torch_are_in_one_file():
 
 
 def test_every_private_name_has_a_test():
-    names = {name for _, name in used(TREES[HOME]) if is_private(name)} - {"_C"}
+    names = {name for _, name in used(trees()[HOME]) if is_private(name)} - {"_C"}
     assert names - PRIVATE == set(), "add the name to STATIC or DYNAMIC"
 
 
 def test_every_entry_is_described_and_tested():
-    body = TREES[HOME].body
+    body = trees()[HOME].body
     for node, following in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.FunctionDef):
             name, described = node.name, ast.get_docstring(node) is not None

@@ -2,11 +2,10 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.support.processes import ROOT, free_port, start_ranks
+from tests.support.processes import free_port, start_ranks
+from tests.support.ranks import run_program
 
 
 def test_the_average_is_optimal_on_least_squares() -> None:
@@ -22,7 +21,7 @@ def test_averages_beside_adamw_at_a_tiny_size(tmp_path: Path) -> None:
     """All that the experiment does, from the training to the tables and the plot."""
     out, plot = tmp_path / "rows.jsonl", tmp_path / "plot.svg"
     options = ["--size=tiny", "--seeds=1", "--rates", "0.01", "--ranks", "1", f"--json={out}", f"--plot={plot}"]
-    subprocess.run([sys.executable, "-m", "benchmarks.averaging.adamw", *options], cwd=ROOT, check=True, timeout=300)
+    run_program("benchmarks.averaging.adamw", *options)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     of_seeds, others = rows[:-4], rows[-4:]
     figures = {row["name"]: row["test"] for row in of_seeds}

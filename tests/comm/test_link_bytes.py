@@ -1,14 +1,12 @@
 """Real bytes on a real link: what one rank sends in one step, counted by the kernel between two network namespaces."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support import netns
+from tests.support.ranks import run_program
 
 pytestmark = pytest.mark.netns
 
@@ -26,8 +24,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     if reason is not None:
         pytest.skip(reason)
     found = tmp_path_factory.mktemp("wire") / "rows.jsonl"
-    command = [sys.executable, "-m", "benchmarks.wire", f"--parameters={PARAMETERS}", f"--json={found}", "--names"]
-    subprocess.run([*command, *NAMES], check=True, timeout=300, cwd=Path(__file__).parents[2])
+    run_program("benchmarks.wire", f"--parameters={PARAMETERS}", f"--json={found}", "--names", *NAMES)
     return {row["name"]: row for row in map(json.loads, found.read_text().splitlines())}
 
 

@@ -68,13 +68,6 @@ def torchrun(ranks: int, arguments: Sequence[str]) -> Iterator[subprocess.Popen[
             process.communicate(timeout=PATIENCE)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    """What it printed, once it has ended well."""
-    output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, output
-    return output
-
-
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
     deadline = time.monotonic() + PATIENCE
     while not any(record["step"] >= step for record in curves(run)):
@@ -118,8 +111,10 @@ def uninterrupted(texts: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_stops_resumes_and_finishes(texts: str, uninterrupted: Path, tmp_path: Path) -> None:
-    """Two ranks; SIGTERM to torchrun; two ranks; SIGTERM to one of them; three ranks under another layout."""
+def test_stops_resumes_and_finishes(
+    texts: str, uninterrupted: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two ranks; SIGTERM to torchrun; two ranks; SIGTERM to one of them; three forked ranks under another layout."""
     expected = curves(uninterrupted)
     with torchrun(2, options(texts, tmp_path)) as process:
         wait_for_step(process, tmp_path, 20)
@@ -143,8 +138,9 @@ def test_stops_resumes_and_finishes(texts: str, uninterrupted: Path, tmp_path: P
     assert T0 + 20 <= so_far[-1]["step"] < STEPS
     assert so_far == expected[: len(so_far)]  # the same bits as without a stop
 
-    with torchrun(3, options(texts, tmp_path, "--parallel", "fsdp")) as process:
-        output = finish(process)
+    capfd.readouterr()
+    run_launched(3, train.main, options(texts, tmp_path, "--parallel", "fsdp"), timeout=PATIENCE)
+    output = capfd.readouterr().out
     assert "3 × cpu, --parallel fsdp" in output
     assert f"Going on from step {stopped[1]}, saved by 2 ranks" in output
     finished = curves(tmp_path)

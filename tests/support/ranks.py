@@ -9,6 +9,7 @@ import faulthandler
 import io
 import os
 import pickle
+import runpy
 import select
 import shutil
 import signal
@@ -44,6 +45,18 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
 def run_alone(fn: Callable[..., Any], *args: Any, timeout: float = 60) -> Any:
     """Run `fn(*args)` in one child without a process group."""
     return _run(1, lambda rank: fn(*args), (), timeout, process_group=False)[0]
+
+
+def run_program(module: str, *arguments: object, timeout: float = 300) -> None:
+    """Run what `python -m module arguments` runs, in one child, where torch and this package are imported already."""
+
+    def program() -> None:
+        sys.argv = [module, *map(str, arguments)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")  # pytest's filters make errors of them
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+    run_alone(program, timeout=timeout)
 
 
 def run_launched(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
