@@ -122,7 +122,15 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if not 1 <= args.timeout <= MAX_TIMEOUT:  # not: NaN
         parser.error(f"--timeout must be at least 1 and at most {MAX_TIMEOUT}")
-    limits = {"lr": math.inf, "lambd": math.inf, "t0": None, "clip": None, "dropout": 1, "seed": 2**63}
+    limits = {
+        "lr": math.inf,
+        "lambd": math.inf,
+        "t0": None,
+        "clip": None,
+        "dropout": 1,
+        "seed": 2**63,
+        "verify_every": None,
+    }
     for name, limit in limits.items():
         value = getattr(args, name)
         if not value >= 0 or (limit is not None and value >= limit):  # not: NaN
