@@ -32,7 +32,6 @@ COLUMNS = {
     "unchecked": "step, ms",
     "checked": "checked step, ms",
     "ratio": "checked/unchecked",
-    "every_100": "every 100: adds, %",
     "digest": "digest, GB/s",
     "sum": "sum, GB/s",
 }
@@ -78,7 +77,6 @@ def _row(rank: int, count: int, numel: int, dtype: torch.dtype, steps: int) -> d
         "unchecked": 1e3 * unchecked,
         "checked": 1e3 * checked,
         "ratio": checked / unchecked,
-        "every_100": checked / unchecked - 1,  # one checked step of 100 adds this many hundredths of a step
         "digest": alone[0],
         "sum": alone[1],
         "seconds": seconds,

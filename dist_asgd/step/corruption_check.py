@@ -21,12 +21,11 @@ from torch import Tensor
 from dist_asgd.buckets.base import ParameterBucket
 from dist_asgd.comm.consensus import Agreement, fingerprint
 from dist_asgd.comm.digests import digests
+from dist_asgd.comm.roll_call import ranges
 from dist_asgd.sharding.shard_views import local_of
+from dist_asgd.step.value_check import Digests, differences
 
-# The first of the ranks that hold copies, and the digest of this rank's copy; by what it is a copy of.
-Digests = dict[str, tuple[int, int]]
-
-MOST_RANKS = 8  # ranks that a message lists
+MOST_RANKS = 8  # ranks that a message lists with their hosts
 
 
 def require_equal_copies(agreement: Agreement, buckets: Sequence[ParameterBucket], operation: str) -> None:
@@ -46,12 +45,10 @@ def require_equal_copies(agreement: Agreement, buckets: Sequence[ParameterBucket
             bucket.wait()
             sets.setdefault(bucket.copy_ranks, []).append(bucket)
     codes = {of_set[0].names[0]: (ranks[0], _code(of_set)) for ranks, of_set in sets.items()}
-    if not _differences(agreement.gather(codes)):
+    if not differences(agreement.gather(codes)):
         return
     named = [_digests(bucket) for of_set in sets.values() for bucket in of_set]
-    different = _differences(
-        agreement.gather({what: found for of_bucket in named for what, found in of_bucket.items()})
-    )
+    different = differences(agreement.gather({what: found for of_bucket in named for what, found in of_bucket.items()}))
     if not different:  # the padding between parameters differs, which nothing reads
         return
     what_of: dict[str, list[str]] = {}  # copies that differ, by the ranks that hold each value, in words
@@ -95,36 +92,19 @@ def _whole_state(bucket: ParameterBucket) -> dict[str, Tensor]:
     }
 
 
-def _differences(everyone: Sequence[Digests]) -> list[tuple[str, list[list[int]]]]:
-    """Returns, for each set of copies that differ, what they are copies of and the ranks that hold each value."""
-    ranks_of: dict[tuple[str, int], dict[int, list[int]]] = {}
-    for rank, found in enumerate(everyone):
-        for what, (first, number) in found.items():
-            ranks_of.setdefault((what, first), {}).setdefault(number, []).append(rank)
-    return [(what, list(values.values())) for (what, _), values in ranks_of.items() if len(values) > 1]
-
-
 def _sides(values: Sequence[Sequence[int]], places: Sequence[str]) -> str:
     """Returns in words which ranks hold each value; those of a majority come last and without their hosts."""
     *others, most = sorted(values, key=len)
     total = sum(map(len, values))
     if 2 * len(most) > total:
-        return f"{_with_places(others, places)} is not like {_ranks(most)}"
+        return f"{_with_places(others, places)} is not like {ranges(most)}"
     return f"{_with_places([*others, most], places)} have different values, and no value has a majority"
 
 
 def _with_places(values: Sequence[Sequence[int]], places: Sequence[str]) -> str:
     ranks = sorted(rank for value in values for rank in value)
-    shown = [f"rank {rank} ({places[rank]})" for rank in ranks[:MOST_RANKS]]
-    return ", ".join(shown) + _more(ranks)
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} " + ", ".join(map(str, ranks[:MOST_RANKS])) + _more(ranks)
-
-
-def _more(ranks: Sequence[int]) -> str:
-    return f" and {len(ranks) - MOST_RANKS} more" if len(ranks) > MOST_RANKS else ""
+    shown = ", ".join(f"rank {rank} ({places[rank]})" for rank in ranks[:MOST_RANKS])
+    return shown + (f" and {len(ranks) - MOST_RANKS} more" if len(ranks) > MOST_RANKS else "")
 
 
 def _some(whats: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from dist_asgd.comm.digests import digests
 from dist_asgd.sharding.shard_views import local_of
 from dist_asgd.step.validation import some_of
 
-# The first rank of the ranks that must have equal values, and the digest of the values on this rank; by name.
+# The first of the ranks that must have equal values, and the digest of the values on this rank; by name of the values.
 Digests = dict[str, tuple[int, int]]
 
 OF_STEPS = (
@@ -52,9 +52,9 @@ def require_same_values(
     for bucket in shared.values():
         bucket.wait()
     found = {name: (bucket.copy_ranks[0], bucket.digest()) for name, bucket in shared.items()}
-    different = set(_differences(agreement.gather(found)))
+    different = {name for name, _ in differences(agreement.gather(found))}
     if different:
-        _raise_different(agreement, [bucket for name, bucket in shared.items() if name in different], advice)
+        _require_same([bucket for name, bucket in shared.items() if name in different], agreement, advice)
     for bucket in shared.values():
         bucket.note_equal_values()
 
@@ -71,24 +71,26 @@ def _all_wrote_alike(agreement: Agreement, written: Sequence[ParameterBucket]) -
     return high == -minus_low
 
 
-def _raise_different(agreement: Agreement, buckets: Sequence[ParameterBucket], advice: str) -> None:
-    """Raises the error, which names the parameters of ``buckets`` that differ. Collective."""
+def _require_same(buckets: Sequence[ParameterBucket], agreement: Agreement, advice: str) -> None:
+    """Raises the error, unless it is only padding between the parameters of ``buckets`` that differs. Collective."""
     own: Digests = {}
     for bucket in buckets:
         numbers = digests([local_of(param) for param in bucket.params])
         own |= {name: (bucket.copy_ranks[0], number) for name, number in zip(bucket.names, numbers, strict=True)}
-    different = _differences(agreement.gather(own))
-    first, other = next(iter(different.values()))
-    raise RuntimeError(
-        f"ranks {first} and {other} have different values of parameter {some_of(list(different))}, {advice}"
-    )
+    if different := differences(agreement.gather(own)):
+        (first, *_), (other, *_), *_ = different[0][1]
+        names = some_of(list(dict.fromkeys(name for name, _ in different)))
+        raise RuntimeError(f"ranks {first} and {other} have different values of parameter {names}, {advice}")
 
 
-def _differences(everyone: Sequence[Digests]) -> dict[str, tuple[int, int]]:
-    """Returns, for each name whose values differ, the first rank that has it and the first one that differs from it."""
-    different: dict[str, tuple[int, int]] = {}
+def differences(everyone: Sequence[Digests]) -> list[tuple[str, list[list[int]]]]:
+    """Returns, for each set of copies that differ, their name and the ranks that hold each value, the first rank first.
+
+    Args:
+        everyone: the digests of each rank.
+    """
+    ranks_of: dict[tuple[str, int], dict[int, list[int]]] = {}
     for rank, found in enumerate(everyone):
         for name, (first, number) in found.items():
-            if number != everyone[first].get(name, (first, number))[1]:
-                different.setdefault(name, (first, rank))
-    return different
+            ranks_of.setdefault((name, first), {}).setdefault(number, []).append(rank)
+    return [(name, list(values.values())) for (name, _), values in ranks_of.items() if len(values) > 1]

@@ -48,7 +48,7 @@ def test_the_odd_one_of_three_ranks_is_named(gradients: str, dtype: torch.dtype)
 
     for number, texts in enumerate(zip(*run_ranks(3, ranks), strict=True)):
         culprit, index = divmod(number, 2)
-        others = ", ".join(str(rank) for rank in range(3) if rank != culprit)
+        others = ("1-2", "0, 2", "0-1")[culprit]
         what = f"step() number 3 of this optimizer has found |parameter 'layer{[1, 4][index]}.weight' differs: "
         one_message(list(texts), *what.split("|"), f"rank {culprit} (process ", f") is not like ranks {others}. ")
 
