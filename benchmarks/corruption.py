@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=size, nargs="+", default=sizes, metavar="COUNTxELEMENTS")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20, help="steps of each kind")
-    parser.add_argument("--json", type=Path, default=Path("corruption.jsonl"), metavar="FILE")
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_name("corruption.jsonl"), metavar="FILE")
     arguments = parser.parse_args()
     rows = []
     for count, numel in arguments.sizes:
