@@ -270,6 +270,7 @@ def without_the_store(rank, folder):
     if rank == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
         run._background.wait()  # the thread ends, as the others have left
+        (folder / "ended").touch()
         return
     while Path(f"/proc/{(folder / 'pid0').read_text()}/stat").read_text().split()[2] != "T":
         time.sleep(0.01)
@@ -280,6 +281,8 @@ def without_the_store(rank, folder):
         time.sleep(0.05)
     if rank == 1:
         os.kill(int((folder / "pid0").read_text()), signal.SIGCONT)
+    while not (folder / "ended").exists():  # all ranks meet once more, within TIMEOUT
+        time.sleep(0.05)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads in /proc whether a process is stopped")
