@@ -3,6 +3,7 @@
 #
 #   launch/matrix.sh 2.11.0 2.15.0                       # with python3
 #   PYTHON=/path/to/python3.13 launch/matrix.sh 2.13.0   # with another Python
+#   launch/matrix.sh "2.11.0 numpy<2.4"                  # with other packages beside torch, as pip writes them
 #
 # A version has an environment of its own, made as a newcomer makes it: pip install "torch==2.11.0" ".[test]", without
 # constraints.txt. It takes 5.5 GB below $TMPDIR (or /tmp) and is removed before the next one is made; output of pip and
@@ -78,10 +79,12 @@ install() {
 }
 
 run_version() {
-    local version="$1" status=0
+    local version status=0 beside
+    read -r version beside <<<"$1"
     rm -rf "$WORK/env"
     "$PYTHON" -m venv "$WORK/env" || die "$PYTHON cannot make virtual environments: install its venv and pip."
-    if ! install "torch==$version" "$ROOT[test]" </dev/null >&2; then
+    # shellcheck disable=SC2086 # several packages are several words
+    if ! install "torch==$version" "$ROOT[test]" $beside </dev/null >&2; then
         row "$version" "could not be installed"
         return
     fi
