@@ -220,10 +220,24 @@ def test_steps_that_a_parameter_sits_out_are_in_none_of_its_averages() -> None:
 
 
 PLACES = [("zero", 2), ("ddp", 2), ("fsdp", 3), ("hsdp", 4), ("tp", 2), ("fsdp+tp", 4)]
+IN_SEVERAL_PASSES = [("zero", 2), ("fsdp", 3)]  # to the update, shards of all layouts are lists of plain tensors
 
 
-@pytest.mark.parametrize("in_one_pass", [True, False])
-@pytest.mark.parametrize(("layout", "world_size"), PLACES)
+def iterates_of_model() -> list[list[torch.Tensor]]:
+    """By torch, of layouts.Model under the gradients of layouts.give_gradients."""
+    params, found = dict(layouts.Model().named_parameters()), []
+    optimizer = torch.optim.ASGD(params.values(), lr=0.05, foreach=False)
+    for step in range(STEPS):
+        layouts.give_gradients(params, step)
+        optimizer.step()
+        found.append([p.detach().clone() for p in params.values()])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size", "in_one_pass"),
+    [*((*place, True) for place in PLACES), *((*place, False) for place in IN_SEVERAL_PASSES)],
+)
 def test_several_averages_under_every_parallelism(
     layout: str, world_size: int, in_one_pass: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,12 +246,11 @@ def test_several_averages_under_every_parallelism(
 
     def ranks(rank: int) -> None:
         model, optimizer = layouts.build(layout, lr=0.05, t0=T0, average=SEVERAL)
-        params, found = layouts.named_parameters(model), []
+        params, found = layouts.named_parameters(model), iterates_of_model()
         for step in range(STEPS):
             layouts.give_gradients(params, step)
             optimizer.step()
-            optimizer.synchronize()
-            found.append([layouts.whole(p) for p in params.values()])
+        optimizer.synchronize()
         state = optimizer.full_state_dict().get("state", {})
         for index, entry in state.items():
             check_means(SEVERAL, entry, [values[index] for values in found[T0 + 1 :]], list(params)[index])

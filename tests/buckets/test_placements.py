@@ -1,5 +1,6 @@
 """DTensors of any shape, dtype, mesh and placements: the bits of torch.optim.ASGD on whole tensors; save and load."""
 
+import functools
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from dist_asgd import ShardedASGD
 from dist_asgd.comm.collectives import Collectives, DeviceTransfer
+from tests.support import dtensors
 from tests.support.layouts import local, whole
 from tests.support.oracle import LOW, same_bits, wide
 from tests.support.ranks import run_ranks
@@ -25,6 +27,7 @@ OPTIONS: dict[str, Any] = {"lr": 0.05, "lambd": 1e-2, "t0": 3, "weight_decay": 0
 STEPS, SAVED = 6, 5
 
 
+@functools.cache  # each of two dimensions makes process groups
 def meshes() -> list[DeviceMesh]:
     size = dist.get_world_size()
     line = init_device_mesh("cpu", (size,))
@@ -68,7 +71,7 @@ def gradients(params: dict[str, nn.Parameter], step: int) -> list[Tensor]:
 def train(params: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         for param, grad in zip(params.values(), gradients(params, step), strict=True):
-            param.grad = distribute_tensor(grad, param.device_mesh, param.placements, src_data_rank=None)
+            param.grad = dtensors.distribute(grad, param)
         optimizer.step()
 
 
@@ -154,6 +157,22 @@ def test_any_placement_is_saved_and_loaded_into_any_other(tmp_path: Path, saved_
         check(params, optimizer, twins, expected)
 
     run_ranks(loaded_on, load)
+
+
+def test_the_oracle_cuts_and_gathers_as_torch_does() -> None:
+    """tests/support/dtensors.py, which the tests compare with, against distribute_tensor() and full_tensor()."""
+
+    def ranks(rank: int) -> None:
+        for param in zoo(2).values():
+            value = torch.full(param.shape, -0.0, dtype=param.dtype)
+            theirs = distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
+            ours = dtensors.distribute(value, param)
+            assert same_bits(ours.to_local(), theirs.to_local()) and ours.placements == theirs.placements
+            assert same_bits(dtensors.gather(param), param.full_tensor())
+            bits, expected = (x.view(-1).view(torch.uint8) for x in (dtensors.gather(theirs), value))
+            assert torch.equal(bits, expected), "the sign of -0 is lost"
+
+    run_ranks(4, ranks)
 
 
 def test_low_precision_has_masters_that_are_placed_as_the_parameter() -> None:

@@ -154,7 +154,7 @@ def test_stops_resumes_and_finishes(
     assert len(report.table(report.read_metrics(str(tmp_path))).splitlines()) == 3
 
 
-@pytest.mark.parametrize(("ranks", "model"), [(2, "gpt"), (4, "gpt"), (2, "lstm")], ids=lambda value: str(value))
+@pytest.mark.parametrize(("ranks", "model"), [(4, "gpt"), (2, "lstm")], ids=lambda value: str(value))
 def test_every_layout_trains_alike_and_reads_the_checkpoints_of_the_others(
     texts: str, tmp_path: Path, ranks: int, model: str
 ) -> None:
@@ -239,9 +239,9 @@ def test_a_resume_between_two_evaluations(texts: str, tmp_path: Path) -> None:
         run = tmp_path / f"from-{step}-[1]*"
         alone(options(texts, run, *every, "--resume", directory(tmp_path / "whole/checkpoints", step)))
         assert curves(run) == [record for record in curves(tmp_path / "whole") if record["step"] > step]
-        alone(options(texts, run, *every, "--steps", "120"))
-        assert curves(run)[-2]["step"] == 80 and directory(run / "checkpoints", 120)
-        assert 30 not in dist_asgd.Checkpointer(run / "checkpoints").steps(), "it began again"
+    alone(options(texts, run, *every, "--steps", "120"))
+    assert curves(run)[-2]["step"] == 80 and directory(run / "checkpoints", 120)
+    assert 30 not in dist_asgd.Checkpointer(run / "checkpoints").steps(), "it began again"
 
 
 def test_a_damaged_checkpoint_is_told_with_the_way_out(texts: str, tmp_path: Path) -> None:
@@ -282,12 +282,12 @@ def averages(url: str) -> dict[str, torch.Tensor]:
 
 
 def test_an_lstm_with_dropout_resumes_with_the_same_bits(texts: str, tmp_path: Path) -> None:
-    lstm = ["--model", "lstm", "--dropout", "0.3", "--t0", "30"]
-    alone(options(texts, tmp_path / "whole", *lstm, "--steps", "80"))
+    lstm = ["--model", "lstm", "--dropout", "0.3", "--t0", "15"]
+    alone(options(texts, tmp_path / "whole", *lstm, "--steps", "40"))
+    alone(options(texts, tmp_path / "parts", *lstm, "--steps", "20"))
     alone(options(texts, tmp_path / "parts", *lstm, "--steps", "40"))
-    alone(options(texts, tmp_path / "parts", *lstm, "--steps", "80"))
     assert curves(tmp_path / "parts") == curves(tmp_path / "whole")
-    assert len(curves(tmp_path / "parts")) == 4
+    assert len(curves(tmp_path / "parts")) == 2
 
 
 def test_the_progress_bar_and_the_plot_are_optional(
