@@ -40,6 +40,7 @@ class Hyperparameters:
     eta_decay: float | None = None  # takes the place of lambd in the formula of eta; None: lambd
     restarted: bool = False  # every average starts at t0, even a kind that would start later
     _etas: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)  # what eta() returned
+    _following: dict[Any, Scalars] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Hyperparameters:
@@ -139,9 +140,16 @@ def first_scalars(h: Hyperparameters) -> Scalars:
 
 
 def next_scalars(h: Hyperparameters, step: int, averages: Sequence[Average] = (UNIFORM,)) -> Scalars:
-    """Returns the scalars after ``step`` steps, computed in double and rounded as torch does."""
-    mus = (_round_scalar(float(average.mu(step, h.t0, h.restarted))) for average in averages)
-    return Scalars(step, _round_scalar(h.eta(step)), tuple(mus))
+    """Returns the scalars after ``step`` steps, computed in double and rounded as torch does.
+
+    ``h`` keeps the result, so that all buckets of a param group have one object of it.
+    """
+    key = (step, *averages)
+    known = h._following.get(key)
+    if known is None:
+        mus = tuple(_round_scalar(float(average.mu(step, h.t0, h.restarted))) for average in averages)
+        known = h._following[key] = Scalars(step, _round_scalar(h.eta(step)), mus)
+    return known
 
 
 def current_scalars(h: Hyperparameters, scalars: Scalars) -> Scalars:

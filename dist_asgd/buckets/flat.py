@@ -96,7 +96,7 @@ class FlatBucket(Bucket):
         self._complete = Completion()  # of the last all-gather
         self._received: Tensor | None = None  # 1-D, wire dtype: the result of _gather, if it is not the buffer
         self._packer = Packer(layout, self.placements, self.buffer)
-        self._batches = Batches(self._owned, layout, self.device, parameters.view_of if self.shard.fuses else None)
+        self._batches = Batches(self._owned, layout, self.device, parameters.view_of if self.shard.forms.fuse else None)
 
     def _prepare_reductions(self) -> None:
         self.grad: Tensor | None = None  # 1-D, indexed as the shard, compute dtype

@@ -65,7 +65,7 @@ class InPlaceBucket(ParameterBucket):
 
     def _updates_in_place(self) -> bool:
         """Whether one kernel works on all pieces of the shard where they lie."""
-        return self.shard.fuses and all(type(flat) is Tensor for flat in self._parameters.flats)
+        return self.shard.forms.fuse and all(type(flat) is Tensor for flat in self._parameters.flats)
 
     def check_parameters(self, *, leaves_shared: bool = False) -> None:
         if isinstance(self.params[0], DTensor):

@@ -42,6 +42,8 @@ class Batch:
     positions: tuple[int, ...]  # position of each piece's parameter in the bucket
     gaps: tuple[int, ...]  # elements between each piece and its predecessor
     sizes: tuple[int, ...]  # elements of each piece
+    start: int  # first element of the batch in the shard
+    stop: int  # end of the batch in the shard
     parts: TensorList | None = None  # the parameters' elements in the pieces, for one kernel
 
     @classmethod
@@ -52,22 +54,13 @@ class Batch:
         sizes = tuple(piece.stop - piece.start for piece in pieces)
         starts = [piece.shard_start - ends[0] for piece in pieces]
         parts = None if view_of is None else TensorList.of(list(map(view_of, pieces)), starts)
-        return cls(tuple(pieces), tuple(piece.position for piece in pieces), gaps, sizes, parts)
+        positions = tuple(piece.position for piece in pieces)
+        return cls(tuple(pieces), positions, gaps, sizes, pieces[0].shard_start, ends[-1], parts)
 
     @property
     def gathered(self) -> bool:
         """Whether the pieces are moved into one buffer for the update; a single piece is updated in its place."""
         return len(self.pieces) > 1
-
-    @property
-    def start(self) -> int:
-        """First element of the batch in the shard."""
-        return self.pieces[0].shard_start
-
-    @property
-    def stop(self) -> int:
-        """End of the batch in the shard."""
-        return self.pieces[-1].shard_stop
 
 
 class Batches:
@@ -137,6 +130,7 @@ class Packer:
 
     def __init__(self, layout: BucketLayout, placements: Sequence[Placement], like: Tensor) -> None:
         self._spans, self._placements, self._like = layout.spans, placements, like
+        self._sizes = tuple(span.numel for span in layout.spans)
         self._row_major = [placement.is_row_major for placement in placements]
         self._all_row_major = all(self._row_major)
         self._no_scalars = all(placement.shape for placement in placements)
@@ -181,10 +175,10 @@ class Packer:
 
     def select(self, batch: Batch, plain: Gradients) -> Gradients:
         """Returns the gradients of a batch, as ``readable`` does, from ``plain``: the gradients of all parameters."""
+        if batch.sizes == self._sizes:  # the pieces are all parameters, and whole
+            return plain
         outer = {0, len(batch.pieces) - 1}  # the only pieces that can be cut
         cut = [index for index in outer if self._is_cut(batch.pieces[index])]
-        if not cut and len(batch.pieces) == len(plain.tensors):
-            return plain
         tensors = [plain.tensors[position] for position in batch.positions]
         addresses = array("q", [plain.addresses[position] for position in batch.positions])
         for index in cut:

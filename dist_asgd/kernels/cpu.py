@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_asgd.asgd.rounding import compute_dtype
-from dist_asgd.asgd.schedule import DeviceScalars
+from dist_asgd.asgd.rounding import Rounding, compute_dtype
+from dist_asgd.asgd.schedule import AnyScalars, DeviceScalars, Hyperparameters
 from dist_asgd.c_library import DTYPES, SAME_BITS, compile_library, warn_once
 from dist_asgd.kernels.selfcheck import averages_match_operators, matches_operators
 from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList, UpdateKind, pointer_to
@@ -36,6 +36,19 @@ class _Step(ctypes.Structure):
     ]
 
 
+class _Numbers:
+    """The numbers of a step as kernels/cpu.c reads them, which are equal in all buckets of a param group."""
+
+    def __init__(self, h: Hyperparameters, scalars: AnyScalars, rounding: Rounding) -> None:
+        if isinstance(scalars, DeviceScalars):
+            raise RuntimeError("an update on a CPU needs its scalars on the host, and they are on a device")
+        self.h, self.scalars = h, scalars
+        eta, seed = scalars.eta, rounding.seed or 0
+        self._step = _Step(1 - h.lambd * eta, eta, h.weight_decay, h.maximize, seed, rounding.first)
+        self._mus = array("d", scalars.mus)
+        self.step, self.mus = ctypes.addressof(self._step), pointer_to(self._mus)
+
+
 class NativeUpdate:
     """Updates several parameters that share ``scalars`` in one pass. See ``FusedUpdate`` in kernels/dispatch.py.
 
@@ -47,25 +60,26 @@ class NativeUpdate:
 
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
+        self._last: _Numbers | None = None
 
     def __call__(self, parts: TensorList, grads: Gradients, step: SliceStep) -> None:
-        if isinstance(step.scalars, DeviceScalars):
-            raise RuntimeError("an update on a CPU needs its scalars on the host, and they are on a device")
-        h, eta, rounding = step.h, step.scalars.eta, step.rounding
-        numbers = _Step(1 - h.lambd * eta, eta, h.weight_decay, h.maximize, rounding.seed or 0, rounding.first)
-        averages, mus = array("q", map(Tensor.data_ptr, step.averages)), array("d", step.scalars.mus)
+        averages, scalars, h, rounding = step.averages, step.scalars, step.h, step.rounding
+        numbers = self._last
+        if numbers is None or not (numbers.scalars is scalars and numbers.h is h and rounding.seed is None):
+            numbers = self._last = _Numbers(h, scalars, rounding)
+        table = array("q", [average.data_ptr() for average in averages])
         addresses, starts, numels = parts.pointers
         self._function(
             addresses,
-            pointer_to(grads.addresses),
+            grads.addresses.buffer_info()[0],
             starts,
             numels,
             len(grads.addresses),
-            pointer_to(averages),
-            pointer_to(mus),
+            table.buffer_info()[0],
+            numbers.mus,
             len(averages),
             None if step.master is None else step.master.data_ptr(),
-            ctypes.byref(numbers),
+            numbers.step,
             _threads(parts.numel),
         )
 
@@ -88,7 +102,7 @@ class NativeAveraging:
 
 def _threads(numel: int) -> int:
     """Returns the number of threads for a pass over ``numel`` elements."""
-    return min(torch.get_num_threads(), max(1, numel // GRAIN))
+    return 1 if numel < 2 * GRAIN else min(torch.get_num_threads(), numel // GRAIN)
 
 
 @functools.cache

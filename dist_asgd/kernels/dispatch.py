@@ -7,16 +7,16 @@ block after the other, so that a block stays in cache. Both give the same bits.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, TypeAlias
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from dist_asgd.asgd.rounding import Rounding, compute_dtype
 from dist_asgd.asgd.rule import low_precision_step_
-from dist_asgd.asgd.schedule import AnyScalars, DeviceScalars, Hyperparameters
+from dist_asgd.asgd.schedule import DeviceScalars, Hyperparameters
 from dist_asgd.c_library import warn_once
 from dist_asgd.kernels.cpu import native_update
 from dist_asgd.kernels.selfcheck import matches_operators
@@ -52,25 +52,43 @@ def fused_update(
     Args:
         average: the dtype of all averages, or None without an average.
     """
-    kind = _kind(param, grad, average, has_master, rounding.dtype, rounding.seed is not None)
-    form = FORMS.get(device.type)
-    return None if kind is None or form is None else form(device, kind)
-
-
-@functools.cache  # every bucket asks in every step
-def _kind(
-    param: torch.dtype,
-    grad: torch.dtype,
-    average: torch.dtype | None,
-    has_master: bool,
-    rounded: torch.dtype,
-    stochastic: bool,
-) -> UpdateKind | None:
-    """Returns the kind of the update of these dtypes, or None if no one-pass update takes them."""
-    dtype = compute_dtype(param)
-    if average not in (None, dtype) or grad not in (param, dtype):
+    dtype, form = compute_dtype(param), FORMS.get(device.type)
+    if form is None or average not in (None, dtype) or grad not in (param, dtype):
         return None
-    return UpdateKind(param, grad, has_master, rounded, stochastic)
+    return form(device, UpdateKind(param, grad, has_master, rounding.dtype, rounding.seed is not None))
+
+
+class Forms:
+    """The one-pass updates of the parameters of a shard, wherever they lie. Each is looked up once.
+
+    Args:
+        device: where parameters, averages and masters lie.
+        param, average: their dtypes, real or complex.
+        has_master: whether there are masters.
+        rounding: how a step rounds parameters.
+    """
+
+    def __init__(
+        self, device: torch.device, param: torch.dtype, average: torch.dtype, has_master: bool, rounding: Rounding
+    ) -> None:
+        self._param, self._average = param.to_real(), average.to_real()
+        self._device, self._has_master, self._rounding = device, has_master, rounding
+        self._known: dict[tuple[torch.dtype, bool], FusedUpdate | None] = {}
+
+    def of(self, grad: torch.dtype, averaged: bool = True) -> FusedUpdate | None:
+        """Returns ``fused_update`` for gradients of a real dtype, in a step with averages or without."""
+        key = grad, averaged
+        if key not in self._known:
+            average = self._average if averaged else None
+            self._known[key] = fused_update(
+                self._device, self._param, grad, average, self._has_master, self._rounding
+            )
+        return self._known[key]
+
+    @property
+    def fuse(self) -> bool:
+        """Whether one kernel updates all parameters of the shard. The first look may compile it."""
+        return self.of(self._param) is not None
 
 
 @functools.cache
@@ -98,23 +116,13 @@ FORMS: dict[str, Callable[..., FusedUpdate | None]] = {
 }
 
 
-def can_fuse(
-    device: torch.device, param: torch.dtype, average: torch.dtype, has_master: bool, rounding: Rounding
-) -> bool:
-    """Returns whether parameters of dtype ``param``, real or complex, can be updated in one pass wherever they lie.
-
-    Args:
-        average: the dtype of averages, real or complex.
-    """
-    return fused_update(device, param.to_real(), param.to_real(), average.to_real(), has_master, rounding) is not None
-
-
 def can_capture(
     device: torch.device, param: torch.dtype, average: torch.dtype, has_master: bool, rounding: Rounding
 ) -> bool:
-    """Returns whether ``can_fuse`` holds with ``DeviceScalars``, so that a CUDA graph can capture the update.
+    """Returns whether there is an update in one pass with ``DeviceScalars``, so that a CUDA graph can capture it.
 
-    The arguments are those of ``can_fuse``.
+    Args:
+        param, average: the dtypes of parameters and averages, real or complex.
     """
     param = param.to_real()
     fused = fused_update(device, param, param, average.to_real(), has_master, rounding)
@@ -134,20 +142,7 @@ def advance_(scalars: DeviceScalars, h: Hyperparameters) -> None:
     gpu_schedule.advance_(scalars, h)
 
 
-def _one_pass(param: Tensor, grad: Tensor, step: SliceStep) -> FusedUpdate | None:
-    average = step.averages[0].dtype if step.averages else None
-    return fused_update(param.device, param.dtype, grad.dtype, average, step.master is not None, step.rounding)
-
-
-def _step(
-    averages: Sequence[Tensor], master: Tensor | None, h: Hyperparameters, scalars: AnyScalars, rounding: Rounding
-) -> SliceStep:
-    """Makes a ``SliceStep`` from averages and a master that may be complex."""
-    return SliceStep(list(map(as_real, averages)), None if master is None else as_real(master), h, scalars, rounding)
-
-
-@dataclass(frozen=True, slots=True)
-class PartsSlice:
+class PartsSlice(NamedTuple):
     """An ``UpdateSlice`` of parameters that are updated where they lie. ``can_fuse`` must hold for them."""
 
     start: int  # index in the shard of the first element
@@ -155,31 +150,22 @@ class PartsSlice:
     parts: TensorList
     grads: Gradients  # one for each part, in the parts' dtype or in compute_dtype
 
-    def update_(
-        self,
-        averages: Sequence[Tensor],
-        master: Tensor | None,
-        h: Hyperparameters,
-        scalars: AnyScalars,
-        rounding: Rounding,
-    ) -> None:
-        """Updates the parameters, ``averages`` and ``master`` in place by one step.
+    def update_(self, step: SliceStep, forms: Forms) -> None:
+        """Updates the parameters, and the averages and the master of ``step``, in place.
 
         Args:
-            averages: each 1-D, the elements ``[start, stop)``; one for each ``mu`` of ``scalars``, none of which is 0.
-            master: 1-D, the elements ``[start, stop)``; None if there is none.
-            rounding: its ``first`` is the number of the element at ``start``.
+            step: its averages and master are the elements ``[start, stop)`` of the shard's, as reals. The ``first`` of
+                its rounding is the number of the element at ``start``.
+            forms: the updates of the shard.
         """
-        param, grad = self.parts.tensors[0], self.grads.tensors[0]
-        step = _step(averages, master, h, scalars, rounding)
-        fused = _one_pass(param, grad, step)
+        fused = forms.of(self.grads.tensors[0].dtype, bool(step.averages))
         if fused is None:
+            param = self.parts.tensors[0]
             raise RuntimeError(f"no update in one pass of {param.dtype} on {param.device}, and none else was prepared")
         fused(self.parts, self.grads, step)
 
 
-@dataclass(frozen=True, slots=True)
-class FlatSlice:
+class FlatSlice(NamedTuple):
     """An ``UpdateSlice`` whose parameters lie in one 1-D tensor, and its gradients in another."""
 
     start: int  # index in the shard of the first element
@@ -190,21 +176,13 @@ class FlatSlice:
     def stop(self) -> int:
         return self.start + self.grad.numel()
 
-    def update_(
-        self,
-        averages: Sequence[Tensor],
-        master: Tensor | None,
-        h: Hyperparameters,
-        scalars: AnyScalars,
-        rounding: Rounding,
-    ) -> None:
+    def update_(self, step: SliceStep, forms: Forms) -> None:
         """Updates like ``PartsSlice.update_``, with the bits of ``low_precision_step_``.
 
-        Raises ``RuntimeError`` if ``scalars`` are on the device and there is no one-pass update of these dtypes.
+        Raises ``RuntimeError`` if scalars are on the device and there is no one-pass update of these dtypes.
         """
         param, grad = as_real(self.param), as_real(self.grad)
-        step = _step(averages, master, h, scalars, rounding)
-        fused = _one_pass(param, grad, step)
+        fused = forms.of(grad.dtype, bool(step.averages))
         if fused is not None and grad.is_contiguous():
             fused(TensorList.of([param]), Gradients.of([grad]), step)
         else:

@@ -103,6 +103,8 @@ class LayoutScan:
         for sizes, steps in zip(shapes, strides, strict=True):
             self._dims.extend((len(sizes), *(number for pair in zip(sizes, steps, strict=True) for number in pair)))
         self._expected = _Expected(pointer_to(self._dims), id(self._like), len(shapes))
+        self._pointer = ctypes.addressof(self._expected)
+        self._blank, self._is_complex = array("q", bytes(8 * len(shapes))), like.is_complex()
         self._singles = [position for position, sizes in enumerate(shapes) if set(sizes) <= {1}]
 
     @classmethod
@@ -133,9 +135,9 @@ class LayoutScan:
 
         The objects that ``arguments`` point to must live until ``function`` returns.
         """
-        addresses = array("q", bytes(8 * len(self._shapes)))
+        addresses = self._blank[:]
         try:
-            as_expected = function(ctypes.byref(self._expected), *arguments, pointer_to(addresses))
+            as_expected = function(self._pointer, *arguments, addresses.buffer_info()[0])
         except Exception:  # a tensor is None or has no memory; the checks that follow a failed scan say which
             return None
         return addresses if as_expected else None
@@ -146,11 +148,9 @@ class LayoutScan:
         DLPack does not tell whether a tensor is lazily negated. Such a tensor is a part of a complex one, with a stride
         of two elements, so the strides already refuse it unless it has a single element.
         """
-        if addresses is None or self._like.is_complex():
+        if addresses is None or self._is_complex or list(map(type, tensors)).count(Tensor) < len(tensors):
             return None
-        if list(map(type, tensors)).count(Tensor) < len(tensors) or any(tensors[k].is_neg() for k in self._singles):
-            return None
-        return Gradients(tensors, addresses)
+        return None if self._singles and any(tensors[k].is_neg() for k in self._singles) else Gradients(tensors, addresses)
 
     def _scan_by_python(self, tensors: Sequence[Any]) -> Gradients | None:
         try:
@@ -194,7 +194,7 @@ def _functions() -> Functions | None:
     callbacks = (ctypes.pythonapi.PyObject_GetAttr, ctypes.pythonapi.PyList_Append, ctypes.pythonapi.Py_DecRef)
     python = ctypes.pointer(_Python(api.view, *(ctypes.cast(function, ctypes.c_void_p) for function in callbacks)))
     for function, count in zip(functions, (2, 6), strict=True):
-        function.argtypes = [ctypes.POINTER(_Python), ctypes.POINTER(_Expected), *[ctypes.c_void_p] * count]
+        function.argtypes = [ctypes.POINTER(_Python), *[ctypes.c_void_p] * (1 + count)]
         function.restype = ctypes.c_int64
     bound = (functools.partial(functions[0], python), functools.partial(functions[1], python))
     return bound if _see_layouts(bound) else None

@@ -51,17 +51,11 @@ class TensorList:
         return cls(real, places, addresses, numels, sum(numels), pointers)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Gradients:
-    """The gradients of the tensors of a ``TensorList``, in its order.
+class Gradients(NamedTuple):
+    """The gradients of the tensors of a ``TensorList``, in its order. Every bucket makes one in a step."""
 
-    Attributes:
-        tensors: contiguous, all of one dtype, each with as many elements as its parameter.
-        addresses: the memory address of each tensor, in bytes.
-    """
-
-    tensors: Sequence[Tensor]
-    addresses: array[int]
+    tensors: Sequence[Tensor]  # contiguous, all of one dtype, each with as many elements as its parameter
+    addresses: array[int]  # the memory address of each tensor, in bytes
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Gradients:

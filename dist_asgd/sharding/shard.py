@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,9 +34,9 @@ from dist_asgd.asgd.schedule import (
 )
 from dist_asgd.averages.kinds import Average
 from dist_asgd.kernels.averaging import move_averages_
-from dist_asgd.kernels.dispatch import UpdateSlice, advance_, can_fuse
+from dist_asgd.kernels.dispatch import Forms, UpdateSlice, advance_
 from dist_asgd.kernels.offloading import copy_on, move_host_averages_
-from dist_asgd.kernels.tensor_list import TensorList, as_real
+from dist_asgd.kernels.tensor_list import SliceStep, TensorList, as_real
 from dist_asgd.sharding.layout import BucketLayout, Piece
 from dist_asgd.sharding.placement import Placement
 from dist_asgd.sharding.precision import Precision
@@ -81,6 +80,7 @@ class Shard:
         self.parameters, self.dtype, self.rounding = parameters, parameters.dtype, rounding
         self.layout, self.placements = layout, tuple(placements)
         self.start, self.stop = layout.shard(rank)
+        self._numel = layout.shard_numel
         self.pieces: dict[int, Piece] = {piece.position: piece for piece in layout.pieces(rank)}
         self.master: Tensor | None = None  # 1-D, compute dtype (fp32 for bf16 and fp16)
         self._needs_master = precision.needs_master(self.dtype, rounding.dtype)
@@ -88,6 +88,7 @@ class Shard:
             self._make_master()
         self._raw: Tensor | None = None  # 1-D, copy of the parameters while averages are swapped in
         self.average_dtype = precision.average(self.dtype)
+        self.forms = Forms(parameters.device, self.dtype, self.average_dtype, self._needs_master, rounding)
         self._average_device = torch.device("cpu") if offload else parameters.device
         self.averages: dict[str, Tensor | None] = dict.fromkeys(kinds)  # 1-D, average_dtype
         self._lent: dict[str, tuple[Tensor, Tensor]] = {}  # averages and master, with what state dicts have of them
@@ -99,11 +100,6 @@ class Shard:
         self.runs: list[Run] = []
         self._fresh = Scalars(0, 0.0, (1.0,) * len(kinds))  # the scalars before the first step
         self._set_runs([Run(0, len(self.placements), self._fresh)])
-
-    @functools.cached_property
-    def fuses(self) -> bool:
-        """Whether one kernel updates all parameters of the shard, wherever they lie. The first look may compile it."""
-        return can_fuse(self.parameters.device, self.dtype, self.average_dtype, self._needs_master, self.rounding)
 
     def slice_of(self, run: Run) -> slice:
         """Returns where the parameters of ``run`` lie in the shard; an empty slice if they lie in other shards."""
@@ -177,12 +173,12 @@ class Shard:
         self.averages[target], self.averages[source] = self.averages[source], None
         self._set_runs([replace(run, scalars=following(run.scalars.read().step)) for run in self.runs])
 
-    def _take_runs(self, runs: Sequence[Run], *, drop_ended: bool) -> None:
+    def _take_runs(self, runs: list[Run], *, drop_ended: bool) -> None:
         """Sets the runs after a step. ``drop_ended`` says whether averages that no run has are dropped."""
-        for number, suffix in enumerate(self.averages if drop_ended and not self._capturable else ()):
-            if self.averages[suffix] is not None and not (_has_begun(runs, number) or _has_begun(self.runs, number)):
+        for number, (suffix, average) in enumerate(self.averages.items() if drop_ended and not self._capturable else ()):
+            if average is not None and not (_has_begun(runs, number) or _has_begun(self.runs, number)):
                 self.averages[suffix] = None  # every parameter is its own average again
-        self.runs = merge_runs(runs)
+        self.runs = merge_runs(runs) if len(runs) > 1 else runs
 
     def _make_master(self) -> None:
         """Makes the masters if the parameters need them and have none yet."""
@@ -222,12 +218,15 @@ class Shard:
             if len(pairs) < len(averages):
                 averages, mus = [ax for ax, _ in pairs], tuple(mu for _, mu in pairs)
                 scalars = Scalars(scalars.step, scalars.eta, mus)
+        moving = [as_real(ax) for ax in averages if ax is not None]
+        master, per_element = None if self.master is None else as_real(self.master), 2 if self.dtype.is_complex else 1
         for part in slices:
-            where = slice(part.start, part.stop)
-            is_whole = part.stop - part.start == self.layout.shard_numel  # a view of all would take a microsecond
-            moving = [ax if is_whole else ax[where] for ax in averages if ax is not None]
-            rounding = self.rounding.at(self.start + part.start, scalars)
-            part.update_(moving, None if self.master is None else self.master[where], h, scalars, rounding)
+            step = SliceStep(moving, master, h, scalars, self.rounding.at(self.start + part.start, scalars))
+            if part.stop - part.start < self._numel:  # a view of all would take a microsecond
+                where = slice(per_element * part.start, per_element * part.stop)
+                own = None if master is None else master[where]
+                step = step._replace(averages=[ax[where] for ax in moving], master=own)
+            part.update_(step, self.forms)
 
     def has_average(self, suffix: str) -> bool:
         """Whether a parameter of the bucket has started this average. Every rank gets the same answer."""
@@ -388,7 +387,9 @@ class Shard:
 
     def _drop_unwritten(self) -> None:
         """Drops averages that were made for somebody to look at, and are the parameters still."""
-        for number, suffix in enumerate(self.averages) if self._made else ():
+        if not self._made:
+            return
+        for number, suffix in enumerate(self.averages):
             average = self.averages[suffix]
             if suffix in self._made and average is not None and not _has_begun(self.runs, number):
                 same = torch.equal(average, self._iterate().to(average))
@@ -453,6 +454,8 @@ class Shard:
 
     def _copy_lent(self) -> None:
         """Copies what a state dict still holds, before it changes: a state dict is of one moment."""
+        if not (self._borrowers or self._lent):
+            return
         for reference in self._borrowers:
             if (piece := reference()) is not None:
                 piece.own()
@@ -558,4 +561,7 @@ def _difference_norms(values: Tensor, average: Tensor) -> Iterator[Tensor]:
 
 def _has_begun(runs: Sequence[Run], number: int) -> bool:
     """Whether a parameter of ``runs`` has started the average with that number."""
-    return any(run.scalars.read().mus[number] != 1 for run in runs)
+    for run in runs:  # noqa: SIM110 (a generator for any() takes twice as long, and every bucket asks in every step)
+        if run.scalars.read().mus[number] != 1:
+            return True
+    return False

@@ -91,7 +91,7 @@ class ForwardWaits:
 
     def covers(self, bucket: Bucket) -> bool:
         """Whether a hook waits for every parameter of the bucket, so that ``step()`` need not."""
-        return self._covered.issuperset(map(id, bucket.params))
+        return bool(self._covered) and self._covered.issuperset(map(id, bucket.params))
 
 
 def _called_members(module: nn.Module) -> list[nn.Module]:

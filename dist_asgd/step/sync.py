@@ -67,10 +67,11 @@ def update_and_gather(plan: StepPlan, buckets: Sequence[Sequence[Bucket]], scali
     # The last bucket goes first: it has the parameters that the next forward reads first.
     for h, bucket in reversed(with_options):
         active = plan.active[bucket]
-        if any(active):
+        some = True in active
+        if some:
             with profiled("update"):
-                bucket.update(h, None if all(active) else active, scaling)
-        if any(active) or bucket.always_gathers:
+                bucket.update(h, active if False in active else None, scaling)
+        if some or bucket.always_gathers:
             with profiled("gather"):
                 bucket.start_gather()
 
