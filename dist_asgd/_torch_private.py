@@ -9,10 +9,13 @@ over parameters pays for no call in Python.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +28,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, _runtim
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils import _pytree
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # The autograd engine -------------------------------------------------------------------------------------------------
 
@@ -165,12 +170,29 @@ The gradients of this package recognize it in ``__torch_function__``, and apply 
 
 # torch.compile --------------------------------------------------------------------------------------------------------
 
-outside_graphs = torch._disable_dynamo
-"""Decorates a function that torch.compile leaves out of its graphs, with everything that the function calls.
 
-torch's own optimizers use it. The public ``torch.compiler.disable`` imports ``torch._dynamo`` where it decorates, which
-takes as long as half of ``import torch``; this one imports it at the first call.
-"""
+def outside_graphs(function: _Function) -> _Function:
+    """Decorates a function that torch.compile leaves out of its graphs, with everything that the function calls.
+
+    The decorator of torch's own optimizers is used, ``_disable_dynamo``, but only in a process that has imported
+    ``torch._dynamo``: without that module nothing is compiled, and importing it takes as long as half of
+    ``import torch``. The public ``torch.compiler.disable`` imports it where it decorates, and ``_disable_dynamo`` at
+    the first call.
+    """
+    outside = torch._disable_dynamo(function)
+
+    @functools.wraps(function)
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        return (outside if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
+
+    return cast(_Function, chosen)
+
+
+add_param_group: Callable[[Optimizer, dict[str, Any]], None] = inspect.unwrap(Optimizer.add_param_group)
+"""Is ``Optimizer.add_param_group`` without torch's decorator ``_disable_dynamo``, for callers that have a decorator."""
+
+zero_grad: Callable[[Optimizer, bool], None] = inspect.unwrap(Optimizer.zero_grad)
+"""Is ``Optimizer.zero_grad`` without torch's decorator ``_disable_dynamo``, for callers that have a decorator."""
 
 # Modules and FSDP ----------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from dist_asgd._torch_private import (
     set_takes_scaled_gradients,
     state_dict_post_hooks,
     state_dict_pre_hooks,
+    zero_grad,
 )
 from dist_asgd.asgd.schedule import own_options
 from dist_asgd.averages.kinds import Average
@@ -316,7 +317,7 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
             set_to_none: False sets the gradients to zero instead.
         """
         self._reducer.close_pass()
-        super().zero_grad(set_to_none)
+        zero_grad(self, set_to_none)
         if set_to_none:
             for bucket in self._reducer.buckets:
                 bucket.drop_gradient()

@@ -6,6 +6,7 @@ One record is made at every evaluation. The file is small and is written as a wh
 cannot append.
 """
 
+import contextlib
 import io
 import itertools
 import json
@@ -14,11 +15,6 @@ from typing import Any
 
 from dist_asgd.checkpoint.storage.storage import Storage
 from dist_asgd.checkpoint.storage.url import without_credentials
-
-try:
-    import matplotlib
-except ImportError:
-    matplotlib = None  # type: ignore[assignment]
 
 Record = dict[str, Any]
 
@@ -42,13 +38,21 @@ class Metrics:
 
     def plot(self) -> str:
         """Draw loss.png; returns a sentence that says where it is, or why there is none."""
-        if matplotlib is None:
-            return "matplotlib is not installed, so there is no loss.png: pip install 'dist-asgd[train]'"
         picture = io.BytesIO()
-        _draw(self.records).savefig(picture, format="png", dpi=150)
+        try:
+            _draw(self.records).savefig(picture, format="png", dpi=150)
+        except ImportError:
+            return "matplotlib is not installed, so there is no loss.png: pip install 'dist-asgd[train]'"
         storage = Storage.open(self.out)
         storage.write("loss.png", [picture.getvalue()])
         return f"The curves: {storage.url}/loss.png"
+
+
+def import_drivers(*urls: str) -> None:
+    """Import what the URLs need, which takes a second, on all ranks at one time. `make_folders` has the errors."""
+    for url in filter(None, urls):
+        with contextlib.suppress(ValueError, OSError):
+            Storage.open(url)
 
 
 def make_folders(*urls: str) -> None:
@@ -85,6 +89,8 @@ def _draw(records: list[Record]) -> Any:
 
     A line stands where the number of ranks changed.
     """
+    import matplotlib  # at the end of a run only: each start of a rank would wait for it
+
     matplotlib.use("Agg")  # draws without a display
     from matplotlib import pyplot
 

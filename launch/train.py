@@ -44,7 +44,7 @@ from dist_asgd.cli.arguments import Parser
 from model import build_model
 from operator_metrics import OperatorMetrics
 from parallel import MODES, Layout, layout_of
-from report import Metrics, make_folders
+from report import Metrics, import_drivers, make_folders
 from world import PREEMPTED, StopSignal, World, join_world, log_with_rank
 
 try:
@@ -496,6 +496,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """One rank, from start to end."""
     args = parse_args(argv)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the other ranks to come
+    import_drivers(args.out, args.checkpoint_dir)
     world = join_world(args.timeout)
     log_with_rank(world, lambda: 0)
     stop = StopSignal()  # not before: until the ranks have met, a signal ends the process at once

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PHASES = {"start": "imports", "imported": "rendezvous", "joined": "building and loading"}
+ENDING, STARTING = "death, its detection, the end of the others", "the start of Python"
+STEPS, REPEATED, SAVES = "steps that lasted", "repeated steps", "saves"
+PHASES = {  # what a rank does after an event
+    "start": "imports",
+    "imported": "the rendezvous",
+    "joined": "a look at the storage",
+    "folders": "reading the text, building the model",
+    "built": "loading",
+    "saving": SAVES,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,26 +81,27 @@ def repeated_steps(diaries: Sequence[Diary]) -> int:
     return len(numbers) - len(set(numbers))
 
 
-def where_time_went(diaries: Sequence[Diary]) -> dict[str, float]:
-    """Returns seconds of rank 0, from the start of its first process to the last line of its last, by what it did.
+def where_time_went(diaries: Sequence[Diary], since: float = 0.0, until: float = math.inf) -> dict[str, float]:
+    """Returns seconds of rank 0 between two times, by what it did.
 
-    A step that a later process repeats counts as lost. From the last line of a process to the start of the next counts
-    as "end of the round": the rank's death, its detection, the end of the others, the start of Python.
+    A step that a later process repeats counts as repeated. What follows the last line of a process, up to the birth of
+    the next, counts as its death.
+
+    Args:
+        since: seconds since the epoch; what was before is left out.
+        until: seconds since the epoch.
     """
     mine = [diary for diary in diaries if diary.rank == 0]
-    spent: dict[str, float] = defaultdict(float)
+    moments: list[tuple[float, str]] = []  # a time, and what begins then
     for number, diary in enumerate(mine):
-        later = [d.steps[0][0] for d in mine[number + 1 :] if d.steps]
-        kept = min(later, default=10**9)  # steps from here on are repeated
+        kept = min((d.steps[0][0] for d in mine[number + 1 :] if d.steps), default=10**9)  # from here on: repeated
         step = 0
-        ends = [*diary.events[1:], *(mine[number + 1].events[:1] if number + 1 < len(mine) else [])]
-        for event, end in zip(diary.events, ends, strict=False):
-            step = event[2] if event[1] == "step" else step
-            if end[1] == "start":
-                phase = "end of the round"
-            elif event[1] in PHASES:
-                phase = PHASES[event[1]]
-            else:
-                phase = "useful steps and saves" if step < kept else "repeated steps"
-            spent[phase] += end[0] - event[0]
+        moments.append((diary.events[0][3], STARTING))
+        for at, name, *facts in diary.events:
+            step = facts[0] if name == "step" else step
+            moments.append((at, PHASES.get(name, STEPS if step < kept else REPEATED)))
+        moments[-1] = (moments[-1][0], ENDING)
+    spent: dict[str, float] = defaultdict(float)
+    for (begin, what), (end, _) in itertools.pairwise(moments):
+        spent[what] += max(min(end, until) - max(begin, since), 0.0)
     return dict(spent)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from dist_asgd._torch_private import add_param_group
 from dist_asgd.averages.options import check_average
 from dist_asgd.buckets.base import BucketOptions
 from dist_asgd.comm.consensus import Agreement
@@ -27,7 +28,7 @@ def add_checked(
     groups = optimizer.param_groups
     count = len(groups)
     try:
-        Optimizer.add_param_group(optimizer, param_group)
+        add_param_group(optimizer, param_group)
         drop_duplicates(groups[-1])
         check_last_group(groups, agreement.ranks)
         check_average(groups[-1], count, setting.averages)

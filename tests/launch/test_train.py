@@ -294,7 +294,7 @@ def test_the_progress_bar_and_the_plot_are_optional(
     texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(train, "tqdm", None)
-    monkeypatch.setattr(report, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     alone(options(texts, tmp_path, "--steps", "20"))
     printed = capfd.readouterr().out
     assert "tqdm is not installed, so there is no progress bar: pip install" in printed

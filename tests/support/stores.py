@@ -323,6 +323,7 @@ class Proxy:
         delay: seconds that each piece of a request waits.
         late: seconds that each piece of an answer waits.
         refuse: so many times more, a new connection is closed at once; `go_down` also closes those that are open.
+        busy: so many times more, a new connection is answered with HTTP's status 503 and closed.
         is_silent: whether connections are accepted, and nothing is handed on, as by a host that has stopped.
         most: the largest number of connections that were open at a time.
     """
@@ -330,7 +331,7 @@ class Proxy:
     def __init__(self, address: tuple[str, int]) -> None:
         self.cut_requests = self.cut_answers = self.most = 0
         self.delay = self.late = 0.0
-        self.refuse = 0
+        self.refuse = self.busy = 0
         self.is_silent = False
         self._address = address
         self._open: set[socket.socket] = set()
@@ -364,7 +365,14 @@ class Proxy:
         with self._lock:
             is_refused = self.refuse > 0
             self.refuse -= is_refused
-        if is_refused:
+            is_busy = not is_refused and self.busy > 0
+            self.busy -= is_busy
+        if is_refused or is_busy:
+            with contextlib.suppress(OSError):
+                if is_busy and client.recv(1 << 16):
+                    client.sendall(
+                        b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+                    )
             client.close()
             return
         try:
