@@ -16,8 +16,10 @@ over all ranks in each.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -76,7 +78,15 @@ class Layout:
             "tp": {"team": n},
             "fsdp+tp": {"shards": n // 2, "team": 2},
         }[self.mode]
-        return init_device_mesh(self.world.device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
+        ranks = torch.arange(n).view(*dims.values())
+        # init_device_mesh() would give the groups torch's timeouts.
+        groups = []
+        for dim, size in enumerate(ranks.shape):
+            teams = ranks.movedim(dim, -1).reshape(-1, size).tolist()
+            groups.append(dist.new_subgroups_by_enumeration(teams, timeout=self.world.patience)[0])
+        if len(groups) == 1:
+            return DeviceMesh.from_group(groups[0], self.world.device.type, mesh_dim_names=tuple(dims))
+        return DeviceMesh.from_group(groups, self.world.device.type, ranks, mesh_dim_names=tuple(dims))
 
 
 def layout_of(mode: str, world: World, heads: int) -> Layout:

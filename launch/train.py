@@ -500,13 +500,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     world = join_world(args.timeout)
     log_with_rank(world, lambda: 0)
     stop = StopSignal()  # not before: until the ranks have met, a signal ends the process at once
-    world.from_rank_zero(lambda: make_folders(args.out, args.checkpoint_dir))
-    run = build_run(args, world)
-    size = sum(p.numel() for p in run.model.parameters())
-    say(world, f"{args.model} of {size:,} parameters, {len(run.text.train):,} bytes of text to train on")
-    ranks = f"{world.size} × {world.device.type}, --parallel {args.parallel}"
-    say(world, f"{ranks}, {args.batch} sequences of {args.length} bytes a step in all")
-    finished = train(run, stop)
+    with world.ended_with_others():
+        world.from_rank_zero(lambda: make_folders(args.out, args.checkpoint_dir))
+        run = build_run(args, world)
+        size = sum(p.numel() for p in run.model.parameters())
+        say(world, f"{args.model} of {size:,} parameters, {len(run.text.train):,} bytes of text to train on")
+        ranks = f"{world.size} × {world.device.type}, --parallel {args.parallel}"
+        say(world, f"{ranks}, {args.batch} sequences of {args.length} bytes a step in all")
+        finished = train(run, stop)
     world.close()
     stop.ignore()
     if not finished:

@@ -1,5 +1,6 @@
 """The ranks of this run: who am I, which device is mine, and how do all of us agree on something small."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -12,6 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from lifeline import Lifeline
+from meeting import Meeting
+
+logger = logging.getLogger("dist_asgd.train")
 
 PREEMPTED = 75
 """Exit status of a run that was stopped by a signal and is to be started again: EX_TEMPFAIL of sysexits.h."""
@@ -27,6 +33,8 @@ class World:
     size: int
     device: torch.device
     control: dist.ProcessGroup | None  # a gloo group for small facts on the host; None in a run without torchrun
+    patience: timedelta | None = None  # the timeout of its groups; None: torch's own
+    lifeline: Lifeline | None = None
 
     def sum(self, *values: float) -> list[float]:
         """Each of the values added up over the ranks."""
@@ -50,6 +58,10 @@ class World:
             sys.exit(1)  # rank 0 says why
         return box[1]
 
+    def ended_with_others(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which a signal ends this rank at once if another rank has ended; see lifeline.py."""
+        return contextlib.nullcontext() if self.lifeline is None else self.lifeline.watched()
+
     def close(self) -> None:
         """Leave the process group, but not while another rank still talks to this one."""
         if self.control is not None:
@@ -68,24 +80,40 @@ def join_world(timeout: float) -> World:
     """Join the ranks that torchrun started, or be the only one. Takes GPUs where each rank can have one.
 
     Args:
-        timeout: seconds that a rank waits for the others, to meet and in a collective, before it raises. Groups that
-            somebody makes later have torch's own.
+        timeout: seconds that a rank waits for the others, to meet and in a collective, before it raises.
+
+    Raises:
+        RanksMissing: ranks do not come, or stick on the way.
     """
     gpus = torch.cuda.device_count()
     if "RANK" not in os.environ:
         return World(0, 1, torch.device("cuda" if gpus else "cpu"), None)
-    patience = timedelta(seconds=timeout)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.device("cuda", local_rank) if gpus >= local_size else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device, timeout=patience)
-    else:
-        if gpus and local_rank == 0:
-            print(f"Taking the CPU: NCCL wants a GPU for each rank, and here are {gpus} for {local_size}.", flush=True)
-        dist.init_process_group("gloo", timeout=patience)
-    control = dist.new_group(backend="gloo", timeout=patience)
-    return World(dist.get_rank(), dist.get_world_size(), device, control)
+    if gpus and device.type == "cpu" and local_rank == 0:
+        print(f"Taking the CPU: NCCL wants a GPU for each rank, and here are {gpus} for {local_size}.", flush=True)
+    patience = timedelta(seconds=timeout)
+    meeting = Meeting(rank, size, timeout)
+    lifeline = Lifeline(rank, size, meeting.host, STOP_SIGNALS)
+    ticket = meeting.call_the_roll(lifeline.ticket)
+    if rank:
+        try:
+            lifeline.connect(ticket)
+        except OSError as error:
+            logger.warning(
+                "rank %d has no connection to rank 0, so it will not learn at once of its end: %s", rank, error
+            )
+    common: dict[str, Any] = {"store": meeting.store, "rank": rank, "world_size": size, "timeout": patience}
+    with meeting.connecting("init_process_group"):
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            dist.init_process_group("nccl", device_id=device, **common)
+        else:
+            dist.init_process_group("gloo", **common)
+    with meeting.connecting("new_group"):
+        control = dist.new_group(backend="gloo", timeout=patience)
+    return World(rank, size, device, control, patience, lifeline)
 
 
 def log_with_rank(world: World, step: Callable[[], int]) -> None:

@@ -1,5 +1,6 @@
 """What a run of launch/train.py ends with when signals, or saves that fail, stand in its way."""
 
+import contextlib
 import json
 import os
 import re
@@ -12,16 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dist_asgd.checkpoint import CheckpointError
+from dist_asgd.checkpoint.saving import save as saving
+from dist_asgd.comm import process_groups
 from tests.support.processes import free_port
 from tests.support.ranks import message_of, run_launched
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 sys.path.insert(0, str(LAUNCH))  # where its files find each other
 
+import lifeline  # noqa: E402
+import meeting  # noqa: E402
 import report  # noqa: E402
 import train  # noqa: E402
+from meeting import RanksMissing  # noqa: E402
 from world import PREEMPTED  # noqa: E402
 
 STEPS = 8
@@ -129,15 +136,12 @@ def test_a_signal_before_the_ranks_have_met_ends_the_process_at_once(tmp_path: P
     try:
         wait_for_listener(port)
         os.kill(child, number)
-        deadline = time.monotonic() + PATIENCE
-        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
-            assert time.monotonic() < deadline, "still waits for the other rank"
-            time.sleep(0.02)
+        assert status(child) == -number
     except BaseException:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
         raise
-    assert os.waitstatus_to_exitcode(ended[1]) == -number
 
 
 def wait_for_listener(port: int) -> None:
@@ -213,9 +217,87 @@ def test_a_save_that_must_not_fail_ends_all_ranks_with_the_reason(
         assert json.loads((tmp_path / f"error-{rank}").read_text())["message"]["message"] == error
 
 
-def test_a_rank_that_waits_for_others_ends_at_the_timeout(tmp_path: Path) -> None:
-    def started_alone() -> str:
-        os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-        return message_of(lambda: train.main(options(tmp_path, "--timeout", "1")), RuntimeError)
+def test_ranks_that_do_not_come_are_named_at_the_timeout(tmp_path: Path) -> None:
+    """Rank 0 has the store, so it must not end before the others know."""
 
-    assert "1/2 clients joined" in run_launched(1, started_alone, timeout=PATIENCE)[0]
+    def started_without_the_third() -> str:
+        os.environ.update(WORLD_SIZE="3", LOCAL_WORLD_SIZE="3")
+        return message_of(lambda: train.main(options(tmp_path, "--timeout", "1")), RanksMissing)
+
+    for told in run_launched(2, started_without_the_third, timeout=PATIENCE):
+        assert "rank 2 did not come within 1 s (--timeout)" in told
+        assert re.search(rf"rank 0 \(process \d+ on host {socket.gethostname()}\), rank 1 \(process", told)
+
+
+@pytest.fixture
+def two_ranks(tmp_path: Path) -> Iterator[Callable[[Callable[[int], None], str], list[int]]]:
+    """Starts ranks 0 and 1 of train.py in children, each after `prepare(rank)`; kills what is left at the end."""
+    children: list[int] = []
+
+    def start(prepare: Callable[[int], None], timeout: str) -> list[int]:
+        port = free_port()
+        for rank in range(2):
+            if not (child := os.fork()):
+                try:
+                    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+                    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+                    prepare(rank)
+                    train.main(options(tmp_path, "--timeout", timeout))
+                except BaseException as error:
+                    print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                finally:
+                    os._exit(77)
+            children.append(child)
+        return children
+
+    yield start
+    for child in children:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_sticks_while_the_ranks_are_connected_is_named(
+    stopped: int, two_ranks: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """torch itself waits without limit where rank 0, which has the store, is stopped."""
+    monkeypatch.setattr(meeting, "STUCK", 0.5)
+    monkeypatch.setattr(meeting, "ANSWER", 0.5)
+
+    def stops(rank: int) -> None:
+        if rank == stopped:
+            torch.distributed.new_group = signalled(torch.distributed.new_group, signal.SIGSTOP)
+
+    children = two_ranks(stops, "2")
+    status(children[1 - stopped])
+    told = capfd.readouterr().err
+    assert f"Rank {1 - stopped}: rank {stopped} (process {children[stopped]} on host {socket.gethostname()})" in told
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(saving, "write_blocks"), (process_groups, "_new_group")], ids=["save", "connect"]
+)
+def test_a_signal_ends_a_rank_at_once_where_another_has_ended(
+    owner: Any, name: str, two_ranks: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The signal is torchrun's, which kills what has not ended after 30 s; so would a save give up its peer."""
+    monkeypatch.setattr(lifeline, "GRACE", 0.2)
+
+    def loses_rank_one(rank: int) -> None:
+        number = signal.SIGKILL if rank else signal.SIGTERM
+        setattr(owner, name, signalled(getattr(owner, name), number))
+
+    children = two_ranks(loses_rank_one, "300")
+    assert status(children[1]) == -signal.SIGKILL
+    assert status(children[0], patience=20) == 1
+    assert "Rank 0 ends, and saves nothing" in capfd.readouterr().err
+
+
+def status(child: int, patience: float = PATIENCE) -> int:
+    """Returns the exit status of a child that ends within `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        assert time.monotonic() < deadline, "still runs"
+        time.sleep(0.02)
+    return os.waitstatus_to_exitcode(ended[1])
