@@ -80,9 +80,7 @@ class Forms:
         key = grad, averaged
         if key not in self._known:
             average = self._average if averaged else None
-            self._known[key] = fused_update(
-                self._device, self._param, grad, average, self._has_master, self._rounding
-            )
+            self._known[key] = fused_update(self._device, self._param, grad, average, self._has_master, self._rounding)
         return self._known[key]
 
     @property

@@ -150,7 +150,9 @@ class LayoutScan:
         """
         if addresses is None or self._is_complex or list(map(type, tensors)).count(Tensor) < len(tensors):
             return None
-        return None if self._singles and any(tensors[k].is_neg() for k in self._singles) else Gradients(tensors, addresses)
+        if self._singles and any(tensors[k].is_neg() for k in self._singles):
+            return None
+        return Gradients(tensors, addresses)
 
     def _scan_by_python(self, tensors: Sequence[Any]) -> Gradients | None:
         try:

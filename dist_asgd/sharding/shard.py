@@ -175,7 +175,8 @@ class Shard:
 
     def _take_runs(self, runs: list[Run], *, drop_ended: bool) -> None:
         """Sets the runs after a step. ``drop_ended`` says whether averages that no run has are dropped."""
-        for number, (suffix, average) in enumerate(self.averages.items() if drop_ended and not self._capturable else ()):
+        looked_at = self.averages.items() if drop_ended and not self._capturable else ()
+        for number, (suffix, average) in enumerate(looked_at):
             if average is not None and not (_has_begun(runs, number) or _has_begun(self.runs, number)):
                 self.averages[suffix] = None  # every parameter is its own average again
         self.runs = merge_runs(runs) if len(runs) > 1 else runs
