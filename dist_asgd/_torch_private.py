@@ -15,7 +15,7 @@ import operator
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils import _pytree
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # The autograd engine -------------------------------------------------------------------------------------------------
 
@@ -185,7 +186,7 @@ def outside_graphs(function: _Function) -> _Function:
     def chosen(*args: Any, **kwargs: Any) -> Any:
         return (outside if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
 
-    return cast(_Function, chosen)
+    return cast("_Function", chosen)
 
 
 add_param_group: Callable[[Optimizer, dict[str, Any]], None] = inspect.unwrap(Optimizer.add_param_group)

@@ -166,7 +166,7 @@ def test_every_layout_trains_alike_and_reads_the_checkpoints_of_the_others(
         for key in ("raw", "uniform", "recent", "train", "torch_bytes"):
             assert record[key] == pytest.approx(records["zero"][key], rel=1e-5), (mode, key)
         assert record["optimizer_bytes"] < 1.1 * record["torch_bytes"] / ranks, mode
-    assert records["zero"]["raw"] != pytest.approx(records["zero"]["uniform"], rel=1e-3)
+    assert records["zero"]["raw"] != pytest.approx(records["zero"]["uniform"], rel=1e-4)
     first, *others = run_alone(contents, urls)
     assert first["progress"]["losses"] > 0
     names, leaves = zip(*tree_leaves_with_path(first), strict=True)
