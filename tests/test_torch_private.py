@@ -661,3 +661,21 @@ def test_every_entry_is_described_and_tested():
             continue
         assert described, f"{name} has no docstring"
         assert name == "aten" or f"test_{name}" in globals(), f"{name} has no test"
+
+
+def test_add_param_group():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    added = torch.zeros(2)
+    private().add_param_group(optimizer, {"params": [added]})
+    assert optimizer.param_groups[1]["params"][0] is added
+    assert optimizer.param_groups[1]["lr"] == 0.1
+
+
+def test_zero_grad():
+    param = torch.nn.Parameter(torch.ones(2))
+    param.sum().backward()
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    private().zero_grad(optimizer, False)
+    assert torch.equal(param.grad, torch.zeros(2))
+    private().zero_grad(optimizer, True)
+    assert param.grad is None
