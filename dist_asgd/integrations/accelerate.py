@@ -8,7 +8,9 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
+from torch.distributed.fsdp import StateDictType
 from torch.optim import Optimizer
 
 from dist_asgd import ShardedASGD, ShardedAverages
@@ -48,7 +50,8 @@ def keep_averages(
 
     Raises:
         TypeError: ``optimizer`` was not prepared.
-        ValueError: ``average`` is missing, or ``model`` is not the one of ``optimizer``; as for ``ShardedAverages``.
+        ValueError: ``average`` is missing, or ``model`` is not the one of ``optimizer``; as for ``ShardedAverages``;
+            for a ``ShardedASGD`` under FSDP with ``FULL_STATE_DICT``.
     """
     if not isinstance(optimizer, AcceleratedOptimizer):
         raise TypeError(
@@ -58,12 +61,29 @@ def keep_averages(
     inner, module = unwrapped_optimizer(optimizer), accelerator.unwrap_model(model)
     _require_same_parameters(module, inner)
     kept = _averages(inner, module, average, options)
+    if isinstance(inner, ShardedASGD) and accelerator.distributed_type is DistributedType.FSDP:
+        require_sharded_files(
+            accelerator.state.fsdp_plugin, 'FullyShardedDataParallelPlugin(state_dict_type="SHARDED_STATE_DICT", ...)'
+        )
     others = [item for item in accelerator._custom_objects if isinstance(item, _Attachment)]
     attachment = _Attachment(accelerator, module, kept, f"{FOLDER}_{len(others)}" if others else FOLDER)
     accelerator.register_save_state_pre_hook(attachment.before_save)
     accelerator.register_load_state_pre_hook(attachment.before_load)
     accelerator.register_for_checkpointing(attachment)
     return kept
+
+
+def require_sharded_files(plugin: FullyShardedDataParallelPlugin, remedy: str) -> None:
+    """Raises ``ValueError`` where Accelerate would save a whole state of a ``ShardedASGD``, which it could not load.
+
+    torch takes the device of whole states from the optimizer's tensors, and a new ``ShardedASGD`` has no averages yet.
+
+    Args:
+        plugin: the settings of FSDP.
+        remedy: what the user is to pass.
+    """
+    if plugin.state_dict_type is StateDictType.FULL_STATE_DICT:
+        raise ValueError(f"ShardedASGD under FSDP cannot be resumed from FULL_STATE_DICT: pass {remedy}")
 
 
 def _averages(

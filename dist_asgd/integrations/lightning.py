@@ -53,7 +53,7 @@ class AveragedWeights(Callback):
         TypeError, ValueError: by ``fit``, on every rank: the strategy is not one of these, ``average`` does not go with
             the optimizers, another callback averages weights, or a ``ModelCheckpoint`` has ``save_weights_only=True``,
             by which it would save other weights than those that were validated.
-        RuntimeError: by ``save_checkpoint`` during a validation.
+        RuntimeError: by ``save_checkpoint`` in the process that has started others (``ddp_spawn``) for ``fit``.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class AveragedWeights(Callback):
         self.averages: ShardedAverages | None = None
         self._optimizers: list[ShardedASGD] = []  # that keep averages by themselves
         self._swap: contextlib.ExitStack | None = None  # open during a validation
+        self._is_interrupted = False  # whether a checkpoint is being taken during a validation
         self._to_load: dict[str, Any] | None = None  # from a checkpoint that was read before there were averages
         self._at_end: tuple[dict[str, Any], list[Any]] | None = None  # when the training ended; states of ShardedASGD
 
@@ -148,9 +149,7 @@ class AveragedWeights(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the average into the model, if this validation is part of a training."""
         if trainer.state.fn == TrainerFn.FITTING:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(self._averaged())
-                self._swap = stack.pop_all()
+            self._enter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the weights back. Lightning calls this before it lets ``ModelCheckpoint`` save."""
@@ -159,6 +158,11 @@ class AveragedWeights(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Puts the weights back where an error or an interrupt has ended a validation."""
         self._leave()
+
+    def _enter(self) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._averaged())
+            self._swap = stack.pop_all()
 
     def _leave(self) -> None:
         swap, self._swap = self._swap, None
@@ -177,17 +181,27 @@ class AveragedWeights(Callback):
     # Save ------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what lets Lightning warn where a training is resumed without this callback."""
+        """Returns what lets Lightning warn where a training is resumed without this callback. Collective.
+
+        Lightning calls this when it begins a checkpoint. The average of a validation leaves the model here, so that the
+        states of optimizers, which Lightning takes next, are those of the training; ``on_save_checkpoint`` brings it
+        back. A job that Slurm ends during a validation is saved so.
+        """
+        self._is_interrupted = self._swap is not None
+        self._leave()
         return {"average": repr(self.average), "name": self.name}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Makes the average the weights of the checkpoint, and adds what a training goes on from. Collective."""
         if self.averages is None and not self._optimizers:
+            if trainer.state.fn == TrainerFn.FITTING and trainer.state.finished:
+                raise RuntimeError(
+                    "save_checkpoint() after fit by ddp_spawn, ddp_fork or ddp_notebook: averages and states of "
+                    "optimizers are gone with its processes. Take what a ModelCheckpoint has saved, or train with ddp"
+                )
             return
-        if self._swap is not None:
-            raise RuntimeError(
-                "save_checkpoint() during a validation, in which the model holds an average: call it afterwards"
-            )
+        if self._is_interrupted:
+            checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
         if self._at_end is None:
             entries = self._entries(checkpoint["state_dict"])
             checkpoint["state_dict"] = self._average_of(trainer)
@@ -200,6 +214,11 @@ class AveragedWeights(Callback):
             checkpoint["optimizer_states"].append(entries)
         else:
             checkpoint[KEY] = entries
+        if self._is_interrupted:
+            self._is_interrupted = False
+            for key in (KEY, "optimizer_states"):  # which Lightning writes when the average is back in the model
+                checkpoint[key] = _copied(checkpoint[key])
+            self._enter()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves the average in the model, and keeps the weights and averages for a later ``save_checkpoint``."""
@@ -242,4 +261,6 @@ def _copied(state: Any) -> Any:
     """Returns a state dict whose tensors later writes do not change."""
     if isinstance(state, Mapping):
         return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_copied(value) for value in state]
     return state.detach().clone() if isinstance(state, torch.Tensor) else state

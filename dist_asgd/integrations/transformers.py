@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import FullyShardedDataParallelPlugin, extract_model_from_parallel
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from torch.distributed.fsdp import StateDictType
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -21,7 +20,7 @@ from dist_asgd._torch_private import is_fsdp1_slice
 from dist_asgd.averages.kinds import Average
 from dist_asgd.checkpoint import CheckpointError
 from dist_asgd.comm.digests import digests
-from dist_asgd.integrations.accelerate import unwrapped_optimizer
+from dist_asgd.integrations.accelerate import require_sharded_files, unwrapped_optimizer
 from dist_asgd.integrations.checkpoint_folder import FOLDER, SavedApart, load_folder, missing_folder, save_folder
 
 RESUME_ADVICE = (
@@ -61,6 +60,12 @@ class AveragingCallback(TrainerCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Refuses arguments with which checkpoints would lack averages."""
+        if args.enable_jit_checkpoint and (self.best is None or args.world_size > 1):
+            raise ValueError(
+                "enable_jit_checkpoint=True works with an AveragingTrainer in one process: a callback is not told of "
+                "its checkpoints, and several processes would begin them at different steps. Leave it out, and set "
+                "save_steps to the steps that may be lost"
+            )
         if args.save_only_model:
             raise ValueError(
                 "save_only_model=True leaves averages and the state of optimizers out of checkpoints: leave it out, "
@@ -72,10 +77,10 @@ class AveragingCallback(TrainerCallback):
         if optimizer is not self._optimizer:
             self._optimizer, self._apart, self.averages = optimizer, SavedApart(optimizer), None
 
-    def hide(self) -> None:
-        """Keeps the state of the optimizer out of the trainer's file until ``on_save``."""
+    def hide(self, hidden: bool) -> None:
+        """Sets whether the trainer's file gets a placeholder in place of the state of the optimizer."""
         if self._apart is not None:
-            self._apart.hidden = True
+            self._apart.hidden = hidden
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
@@ -97,15 +102,24 @@ class AveragingCallback(TrainerCallback):
             load_folder(folder, self._state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
-        """Saves the averages into the checkpoint that the trainer has just written. Collective."""
-        if self._apart is not None:
-            self._apart.hidden = False
-        save_folder(Path(_checkpoint(args, state)) / FOLDER, self._state | {"weights": _digests(objects["model"])})
+        """Saves the averages into the checkpoint that a trainer has just written. Collective.
+
+        An ``AveragingTrainer`` has saved them already, before it deleted older checkpoints.
+        """
+        self.hide(False)
+        if self.best is None:
+            self.save(args, state, objects["model"])
+
+    def save(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        """Saves the averages into the folder of the checkpoint of the present step. Collective."""
+        self.hide(False)  # after a save that has failed
+        save_folder(Path(_checkpoint(args, state)) / FOLDER, self._state | {"weights": _digests(model)})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Makes the average of the best checkpoint the weights, where the best model was chosen by it. Collective."""
+        self.hide(False)  # after a checkpoint on SIGTERM, which ends without on_save
         best = state.best_model_checkpoint
         if self.best is None or not args.load_best_model_at_end or best is None:
             return
@@ -199,7 +213,8 @@ class Averaging:
         build, options = of_trainer.optimizer_cls_and_kwargs or (None, {})
         if isinstance(build, type) and issubclass(build, ShardedASGD):
             if of_trainer.is_fsdp_enabled:
-                _require_sharded_files(of_trainer.accelerator.state.fsdp_plugin)
+                remedy = 'fsdp_config={..., "state_dict_type": "SHARDED_STATE_DICT"}, which is not its default'
+                require_sharded_files(of_trainer.accelerator.state.fsdp_plugin, remedy)
             given: dict[str, Any] = {"lr": of_trainer.args.learning_rate, "gradients": "reduced"}
             given |= {"module": of_trainer.model} if of_trainer.is_fsdp_enabled else {}
             of_trainer.optimizer_cls_and_kwargs = build, given | options
@@ -211,25 +226,15 @@ class Averaging:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the weights as the ``Trainer`` does; the average inside of ``averaged_parameters()``."""
+        of_trainer: Any = self
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
-        if _internal_call and not self.is_fsdp_enabled:  # type: ignore[attr-defined]
-            self._averaging.hide()  # the optimizer's file comes next; under FSDP it is sharded
+        if _internal_call and output_dir is not None:  # a checkpoint, before the trainer deletes older ones
+            self._averaging.save(of_trainer.args, of_trainer.state, of_trainer.model)
+            self._averaging.hide(not of_trainer.is_fsdp_enabled)  # the optimizer's file comes next; FSDP shards it
 
 
 class AveragingTrainer(Averaging, Trainer):
     """``Trainer`` that evaluates on averages and saves them: see ``Averaging``."""
-
-
-def _require_sharded_files(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Raises ``ValueError`` where the trainer would save a whole state of the optimizer, which it could not resume.
-
-    torch takes the device of whole states from the optimizer's tensors, and a new ``ShardedASGD`` has no averages yet.
-    """
-    if plugin.state_dict_type is StateDictType.FULL_STATE_DICT:
-        raise ValueError(
-            "ShardedASGD under FSDP cannot be resumed from FULL_STATE_DICT, the default of fsdp_config: pass "
-            'fsdp_config={..., "state_dict_type": "SHARDED_STATE_DICT"}'
-        )
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> str:

@@ -47,16 +47,19 @@ DATA = torch.randint(0, 16, (48, 5), generator=torch.Generator().manual_seed(1))
 class Training:
     """A training by Accelerate, with an optimizer of ours or of torch."""
 
-    def __init__(self, build, *, fsdp=False, clip=None, accelerator=None, loader=None):
+    def __init__(self, build, *, fsdp=False, clip=None, scaler=None, accelerator=None, loader=None):
         os.environ["ACCELERATE_USE_CPU"] = "true"
         AcceleratorState._reset_state()  # else all of a process would have the first one's settings
         GradientState._reset_state()
-        self.fsdp, self.clip = fsdp, clip
-        plugins = {"fsdp_plugin": FullyShardedDataParallelPlugin(fsdp_version=2)} if fsdp else {}
+        self.clip = clip
+        files = f"{'FULL' if fsdp == 'full' else 'SHARDED'}_STATE_DICT"
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=files) if fsdp else None
+        plugins = {"fsdp_plugin": plugin} if fsdp else {}
         self.accelerator = Accelerator(**plugins, **(accelerator or {}))
         if fsdp:  # which Accelerate leaves out on CPUs without a word
             PartialState().distributed_type = self.accelerator.state.distributed_type = DistributedType.FSDP
-            self.accelerator.state.fsdp_plugin = plugins["fsdp_plugin"]
+            self.accelerator.state.fsdp_plugin = plugin
+        self.accelerator.scaler = scaler and scaler()  # Accelerate makes none for fp16 on CPUs
         torch.manual_seed(0)
         model = Tied(tied=not fsdp)  # Accelerate refuses tied weights under FSDP2
         optimizer = build(model)
@@ -67,9 +70,10 @@ class Training:
 
     def epoch(self, number=0):
         self.loader.set_epoch(number)
-        for tokens in self.loader:
+        for number, tokens in enumerate(self.loader):
             with self.accelerator.accumulate(self.model):
-                self.accelerator.backward(loss_of(self.model, tokens))
+                overflow = torch.inf if self.accelerator.scaler and number in (1, 4) else 1
+                self.accelerator.backward(loss_of(self.model, tokens) * overflow)
                 if self.clip and self.accelerator.sync_gradients:
                     self.norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
                 self.optimizer.step()
@@ -110,7 +114,7 @@ def pair(settings):
         averaged = training.weights()
     assert type(next(training.model.parameters())) is (DTensor if settings["fsdp"] else nn.Parameter)
     other = Training(torchs, **settings).epoch()
-    norms = [float(getattr(one, "norm", 0)) for one in (training, other)]
+    norms = [(float(getattr(one, "norm", 0)), one.optimizer.param_groups[0]["lr"]) for one in (training, other)]
     return (training.weights(), averaged, norms[0]), (other.weights(), average_of_torch(other), norms[1])
 
 
@@ -123,6 +127,7 @@ CASES = {
         "accelerator": {"dataloader_config": DataLoaderConfiguration(split_batches=True, even_batches=False)},
         "loader": {"drop_last": True},
     },
+    "fp16, steps are skipped": {"scaler": lambda: torch.amp.GradScaler("cpu", growth_interval=2)},
     "scheduler not with the optimizer": {"accelerator": {"step_scheduler_with_optimizer": False}},
 }
 
@@ -226,7 +231,13 @@ def test_what_would_lose_averages_is_refused(tmp_path):
         with pytest.raises(ValueError, match="need average="):
             keep_averages(other.accelerator, other.model, other.optimizer, start=3)
 
+    def of_whole_files():
+        training = Training(ours, fsdp="full")
+        with pytest.raises(ValueError, match=r"FULL_STATE_DICT: pass .*SHARDED_STATE_DICT"):
+            keep_averages(training.accelerator, training.model, training.optimizer)
+
     on(0, work)
+    on(1, of_whole_files)
 
 
 def test_the_guide(tmp_path, monkeypatch):

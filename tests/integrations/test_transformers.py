@@ -220,6 +220,41 @@ def test_the_best_model_is_the_average_that_was_best(ranks, tmp_path):
     assert metric[best] == min(metric.values())
 
 
+class OnSigterm(TrainerCallback):
+    """Asks for a checkpoint at a step, as the handler of SIGTERM does after three seconds."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            jit = next(one for one in self.trainer.callback_handler.callbacks if hasattr(one, "jit_manager"))
+            jit.jit_manager.is_checkpoint_requested = True
+
+
+def test_a_checkpoint_is_whole_on_sigterm_and_before_older_ones_are_deleted(tmp_path, monkeypatch):
+    def work(kind):
+        settings = {"enable_jit_checkpoint": True, "save_steps": 1, "save_total_limit": 1}
+        rotate, kept = transformers.trainer.rotate_checkpoints, []
+
+        def watched(**how):
+            kept.append(all((path / "dist_asgd").exists() for path in (tmp_path / kind).glob("checkpoint-*")))
+            rotate(**how)
+
+        monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", watched)
+        stop = OnSigterm(3)
+        stop.trainer = make(kind, tmp_path / kind, {"callbacks": [stop]}, **settings)
+        stop.trainer.train()
+        again = resumed(kind, tmp_path / kind, True, **settings)
+        return kept, again[2:4], trained(kind, tmp_path / "once", save_strategy="no")
+
+    for kind in ("ours", "adamw"):
+        kept, again, once = on(0, work, kind)
+        assert len(kept) > 6 and all(kept)
+        assert_same(again[0], once[0])
+        assert_same(again[1], once[1])
+
+
 def test_the_callback_in_a_plain_trainer(tmp_path):
     def work():
         callback = AveragingCallback({"ema": EMA(0.5), "mean": Uniform()})
@@ -257,6 +292,8 @@ def test_what_would_lose_averages_is_refused(tmp_path):
     def work():
         with pytest.raises(ValueError, match="save_only_model"):
             make("adamw", tmp_path, save_only_model=True)
+        with pytest.raises(ValueError, match="a callback is not told"):
+            make("plain", tmp_path, {"callbacks": [AveragingCallback(EMA(0.5))]}, enable_jit_checkpoint=True)
         make("plain", tmp_path, max_steps=2, save_steps=1).train()
         for kind in ("ours", "adamw"):
             with pytest.raises((CheckpointError, ValueError), match=r"does not exist|state dict"):
@@ -271,6 +308,8 @@ def test_what_would_lose_averages_is_refused(tmp_path):
 
 def test_asgd_in_a_plain_trainer_cannot_lose_the_shards_of_others(tmp_path):
     def work():
+        with pytest.raises(ValueError, match="begin them at different steps"):
+            make("adamw", tmp_path, enable_jit_checkpoint=True)
         options = OPTIONS | {"gradients": "reduced"}
         trainer = make("plain", tmp_path, {"optimizer_cls_and_kwargs": (ShardedASGD, options)}, max_steps=1)
         if trainer.args.process_index:
