@@ -3,8 +3,8 @@
     python -m benchmarks.soak --faults 50 --ranks 2
     python -m benchmarks.soak --faults 50 --kinds kill
 
-torchrun runs launch/train.py with checkpoints in SeaweedFS, an S3 server behind a proxy. A fault of a kind at random
-comes again and again: in turn up to `--seconds` seconds after the last one, whatever the ranks do then, and up to so
+torchrun runs launch/train.py with checkpoints in SeaweedFS, an S3 server behind a proxy. Faults of all kinds come in
+random order: in turn up to `--seconds` seconds after the last one, whatever the ranks do then, and up to so
 many after a first step. Afterwards the run is stopped by SIGTERM, goes on for some steps, and ends.
 A second run does as many steps undisturbed. Weights, averages and the optimizer's state must have equal bits.
 """
@@ -49,11 +49,12 @@ def make_job(folder: Path, url: str, args: argparse.Namespace) -> Job:
 def throw(scene: Scene, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Puts faults into the run; returns one row a fault: its kind, and what the agent and the oldest rank hold."""
     rows: list[dict[str, Any]] = []
-    while len(rows) < args.faults:
+    kinds = [args.kinds[number % len(args.kinds)] for number in range(args.faults)]
+    scene.choices.shuffle(kinds)
+    for kind in kinds:
         if len(rows) % 2:
             scene.job.wait_for("step")
         time.sleep(scene.choices.uniform(0, args.seconds))
-        kind = scene.choices.choice(args.kinds)
         row = {"fault": len(rows) + 1, "kind": kind, **held(scene.job)}
         print(time.strftime("%H:%M:%S"), row, flush=True)
         began = time.monotonic()

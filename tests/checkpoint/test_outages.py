@@ -14,6 +14,7 @@ from dist_asgd.checkpoint.storage import retry
 from dist_asgd.cli import urls
 from dist_asgd.cli.main import main
 from tests.support.failures import one_message
+from tests.support.outages import train_through_outage
 from tests.support.ranks import message_of, run_ranks
 from tests.support.stores import proxied, s3_server, sftp_server  # noqa: F401
 
@@ -40,6 +41,14 @@ def test_an_outage_ends_no_save(request, monkeypatch, wait):
         proxy.go_down(refuse=10)
         assert run_ranks(2, ranks) == [0.0, 1.0]
         assert proxy.refuse == 0
+
+
+def test_training_goes_on_while_the_store_of_a_save_in_the_background_is_stopped(request):
+    server = request.getfixturevalue("s3_server")
+    arguments = (server.new_url(), server, 0.5, False, 60.0, 1024, 0.01)
+    for found in run_ranks(2, train_through_outage, *arguments, timeout=120):
+        assert found["during"][0] > 0 and found["save"] == found["next"] == ""
+        assert found["newest"] == 2 and found["equal"]
 
 
 @pytest.mark.parametrize("store", ["s3", "sftp"])
