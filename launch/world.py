@@ -17,8 +17,6 @@ import torch.distributed as dist
 from lifeline import Lifeline
 from meeting import Meeting
 
-logger = logging.getLogger("dist_asgd.train")
-
 PREEMPTED = 75
 """Exit status of a run that was stopped by a signal and is to be started again: EX_TEMPFAIL of sysexits.h."""
 
@@ -101,9 +99,8 @@ def join_world(timeout: float) -> World:
         try:
             lifeline.connect(ticket)
         except OSError as error:
-            logger.warning(
-                "rank %d has no connection to rank 0, so it will not learn at once of its end: %s", rank, error
-            )
+            text = f"Rank {rank} has no connection to rank 0, so it will not learn at once of its end: {error}"
+            print(text, file=sys.stderr, flush=True)
     common: dict[str, Any] = {"store": meeting.store, "rank": rank, "world_size": size, "timeout": patience}
     with meeting.connecting("init_process_group"):
         if device.type == "cuda":

@@ -141,7 +141,7 @@ def advance_(scalars: DeviceScalars, h: Hyperparameters) -> None:
 
 
 class PartsSlice(NamedTuple):
-    """An ``UpdateSlice`` of parameters that are updated where they lie. ``can_fuse`` must hold for them."""
+    """An ``UpdateSlice`` of parameters that are updated where they lie. ``Forms.fuse`` must hold for them."""
 
     start: int  # index in the shard of the first element
     stop: int  # index in the shard after the last element
