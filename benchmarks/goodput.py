@@ -23,14 +23,15 @@ from benchmarks.soaking.job import FOREVER, Job, store
 from benchmarks.table import print_table
 from tests.support.processes import end_cleanly
 
-MODEL = "--width 128 --layers 4 --length 128 --batch 8 --lr 0.5 --t0 10"
+MODEL = "--width 128 --layers 4 --length 128 --batch 16 --held-out-bytes 2000 --lr 0.5 --t0 10"
 RANKS = 2
 
 
 def make_job(folder: Path, root: str, args: argparse.Namespace) -> Job:
     """Makes a run that has not started."""
     folder.mkdir()
-    options = [*args.model.split(), f"--eval-every={FOREVER}", f"--checkpoint-every={args.checkpoint_every}"]
+    options = [*args.model.split(), f"--eval-every={FOREVER}", "--keep-last=3"]
+    options += [f"--checkpoint-every={args.checkpoint_every}"]
     return Job(folder, f"{root}/{folder.name}", options, [f"--nproc-per-node={RANKS}", "--max-restarts=1000"])
 
 

@@ -93,6 +93,7 @@ class Args:
     tensorboard: str = option("", "directory for TensorBoard, which gets the same numbers")
     checkpoint_dir: str = option("", "directory or URL for checkpoints; without, none are made")
     checkpoint_every: int = option(400, "save every so many steps; also at the end and at a signal")
+    keep_last: int = option(0, "after a save, delete all but this many of the newest checkpoints; 0: keep all")
     max_failed_saves: int = option(3, "end when this many saves in a row have failed")
     timeout: float = option(600.0, "seconds that a rank waits for the others, to meet and in a step, before it ends")
     export: str = option("", "directory, .pt or .safetensors file, or URL of one, for the averaged weights at the end")
@@ -130,11 +131,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
         "dropout": 1,
         "seed": 2**63,
         "verify_every": None,
+        "keep_last": None,
     }
     for name, limit in limits.items():
         value = getattr(args, name)
         if not value >= 0 or (limit is not None and value >= limit):  # not: NaN
-            parser.error(f"--{name} must be at least 0" + ("" if limit is None else f" and less than {limit}"))
+            parser.error(
+                f"--{name.replace('_', '-')} must be at least 0" + ("" if limit is None else f" and less than {limit}")
+            )
     if not args.out or "" in args.data:
         parser.error("--out and --data must not be empty")
     if args.held_out_bytes <= args.length:
@@ -199,7 +203,8 @@ def build_run(args: Args, world: World) -> Run:
     optimizer = ShardedASGD(model.named_parameters(), lr=args.lr, lambd=args.lambd, t0=args.t0, **options)
     checkpointer = None
     if args.checkpoint_dir:  # a storage that fails is given up before the ranks that wait for it give up
-        checkpointer = Checkpointer(args.checkpoint_dir, retry_timeout=min(RETRY_TIMEOUT, args.timeout / 2))
+        patience = min(RETRY_TIMEOUT, args.timeout / 2)
+        checkpointer = Checkpointer(args.checkpoint_dir, keep_last=args.keep_last or None, retry_timeout=patience)
     return Run(args, world, text, layout, called, optimizer, checkpointer)
 
 

@@ -77,7 +77,9 @@ def store_kill(scene: Scene) -> None:
     """SIGKILL to the store, which is started anew with its files."""
     scene.server.kill()
     scene.sleep()
-    scene.server.start()
+    while scene.server.process is None:
+        with suppress(RuntimeError):  # another process has one of the store's ports at the moment
+            scene.server.start()
 
 
 def refused(scene: Scene) -> None:

@@ -256,7 +256,8 @@ def test_a_damaged_checkpoint_is_told_with_the_way_out(texts: str, tmp_path: Pat
     assert "is damaged" in text and "--resume fallback" in text
     alone([*short, "--steps", "20", "--resume", "fallback"])
     assert curves(tmp_path) == expected
-    alone([*short, "--steps", "20"])
+    alone([*short, "--steps", "30", "--keep-last", "2"])
+    assert dist_asgd.Checkpointer(tmp_path / "checkpoints").steps() == [20, 30]
 
 
 def test_one_process_goes_on_where_two_ranks_were(texts: str, uninterrupted: Path, tmp_path: Path) -> None:
