@@ -35,8 +35,10 @@ from tests.support.processes import ROOT, end_cleanly, free_port, report, start_
 sys.path.insert(0, str(ROOT / "launch"))  # where train.py finds its neighbours
 
 import data
+import evaluation
 import train
 from model import build_model
+from run import Run, next_byte_loss
 from world import join_world
 
 CUT = ["blocks.*.attention.1.*", "blocks.*.perceptron.1.*", "blocks.*.perceptron.3.weight"]  # by launch/parallel.py
@@ -50,7 +52,7 @@ COLUMNS = {
     "measured": "measured",
     "ratio": "ratio",
 }
-AVERAGES = len(train.AVERAGES)
+AVERAGES = len(evaluation.AVERAGES)
 
 
 def gpt() -> nn.Module:
@@ -154,11 +156,11 @@ def _worker(layout: str, folder: Path) -> None:
     run.world.close()
 
 
-def _backward(run: train.Run) -> None:
+def _backward(run: Run) -> None:
     args, layout = run.args, run.layout
     share = data.rank_share(args.batch, layout.data_rank, layout.data_size)
     x, y = data.sequences(run.text.train, share, seed=args.seed, step=6, length=args.length)
-    train.next_byte_loss(run, x, y, "mean").backward()
+    next_byte_loss(run, x, y, "mean").backward()
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

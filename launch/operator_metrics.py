@@ -3,11 +3,15 @@
 `prometheus_client` writes the OpenMetrics text: it knows how names, units and labels have to be written.
 """
 
+import contextlib
+import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from run import Progress, Run
 
 try:
     from prometheus_client import CollectorRegistry
@@ -17,6 +21,7 @@ except ImportError:
     generate_latest = None  # type: ignore[assignment]
 
 PREFIX = "dist_asgd_"
+logger = logging.getLogger("dist_asgd.train")
 
 
 class Family(NamedTuple):
@@ -94,6 +99,44 @@ class OperatorMetrics:
             self._scalars.flush()
         if self.file:
             _replace(Path(self.file), openmetrics(self.numbers))
+
+
+class Watched:
+    """Publishes what a run is doing for its operator. Collective when it is made; then rank 0 alone writes."""
+
+    def __init__(self, run: Run, progress: Progress) -> None:
+        self._run, self._progress = run, progress
+        self._step, self._time = progress.step, time.monotonic()
+        self._metrics: OperatorMetrics | None = None
+        run.world.from_rank_zero(self._open)
+
+    def _open(self) -> None:
+        args = self._run.args
+        if args.metrics_file or args.tensorboard:
+            self._metrics = OperatorMetrics(args.metrics_file, args.tensorboard)
+
+    @contextlib.contextmanager
+    def afterwards(self) -> Iterator[None]:
+        """Writes after the block, also where it raises."""
+        try:
+            yield
+        finally:
+            self.write()
+
+    def write(self, **numbers: float) -> None:
+        """Writes the numbers given beside those of the optimizer and the checkpointer. A failure is logged."""
+        if self._metrics is None:
+            return
+        run, step, now = self._run, self._progress.step, time.monotonic()
+        if step > self._step:
+            rate = (step - self._step) / (now - self._time)
+            numbers |= {"steps_per_second": rate, "tokens_per_second": rate * run.args.batch * run.args.length}
+            self._step, self._time = step, now
+        counts = run.checkpointer.metrics() if run.checkpointer else {}
+        try:
+            self._metrics.write({**run.optimizer.metrics(), **counts, "ranks": run.world.size, **numbers}, step)
+        except OSError as error:
+            logger.warning("the metrics of step %d were not written, and will be with the next ones: %s", step, error)
 
 
 def openmetrics(numbers: Mapping[str, float]) -> bytes:

@@ -43,6 +43,7 @@ if (folder.parent / "clock").is_file():
     time.time = lambda: right_time() + struct.unpack("d", wrong_by)[0]
 sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))  # where the files of launch/ find each other
 
+import checkpoints  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
 
@@ -71,5 +72,5 @@ train.join_world = noting("joined", train.join_world, lambda *_: [])
 train.make_folders = noting("folders", train.make_folders, lambda *_: [])
 train.build_run = noting("built", train.build_run, lambda *_: [])
 train.resume = noting("resumed", train.resume, lambda progress, _: [progress.step])
-save, train.save = train.save, saving
+save, checkpoints.save = checkpoints.save, saving
 train.main()

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from dist_asgd.comm.collectives import Collectives
 from dist_asgd.comm.process_groups import SharedGroups
 from dist_asgd.step.clip import total_norm
-from tests.support.ranks import run_ranks
+from tests.support.one_rank import CASES, trains_as_torch
+from tests.support.ranks import run_alone, run_ranks
 
 CPU = torch.device("cpu")
 LARGE = 3 * 2**19  # elements of a shard: what no socket takes at once
@@ -78,3 +79,9 @@ def test_the_norm_counts_each_element_of_every_rank_once(norm_type):
         torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0)
 
     run_ranks(3, ranks)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_rank_that_sends_to_itself_has_the_bits_of_torch(case):
+    """What tests/gpu runs by NCCL, where there is a GPU."""
+    assert run_alone(trains_as_torch, CPU, case) >= 1

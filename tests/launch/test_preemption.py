@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from dist_asgd import Checkpointer
 from dist_asgd.checkpoint import CheckpointError
 from dist_asgd.checkpoint.saving import save as saving
 from dist_asgd.comm import process_groups
@@ -24,6 +25,7 @@ from tests.support.ranks import message_of, run_launched
 LAUNCH = Path(__file__).parents[2] / "launch"
 sys.path.insert(0, str(LAUNCH))  # where its files find each other
 
+import evaluation  # noqa: E402
 import lifeline  # noqa: E402
 import meeting  # noqa: E402
 import report  # noqa: E402
@@ -89,8 +91,8 @@ def signalled(function: Callable[..., Any], *signals: int, rank: int | None = No
 PREEMPTIONS: dict[str, tuple[Any, str, tuple[int, ...], int | None, int]] = {
     "one rank": (train, "train_step", (signal.SIGTERM,), 1, 5),
     "all ranks": (train, "train_step", (signal.SIGINT,), None, 4),
-    "twice, in the save": (train.Checkpointer, "save", (signal.SIGTERM, signal.SIGTERM), 0, 1),
-    "in the evaluation": (train, "bits_per_byte", (signal.SIGUSR1,), 1, 2),
+    "twice, in the save": (Checkpointer, "save", (signal.SIGTERM, signal.SIGTERM), 0, 1),
+    "in the evaluation": (evaluation, "bits_per_byte", (signal.SIGUSR1,), 1, 2),
     "in the load": (train, "resume", (signal.SIGUSR2,), 0, 1),
     "while the model is built": (train, "build_run", (signal.SIGHUP,), 1, 1),
 }

@@ -23,10 +23,14 @@ from tests.support.ranks import message_of, run_alone, run_launched, run_ranks
 LAUNCH = Path(__file__).parents[2] / "launch"
 sys.path.insert(0, str(LAUNCH))  # where its files find each other
 
+import checkpoints  # noqa: E402
+import console  # noqa: E402
 import data  # noqa: E402
 import parallel  # noqa: E402
 import report  # noqa: E402
 import train  # noqa: E402
+from model import build_model  # noqa: E402
+from run import Progress  # noqa: E402
 from world import PREEMPTED, World  # noqa: E402
 
 ALONE = World(0, 1, torch.device("cpu"), None)
@@ -182,19 +186,19 @@ def train_and_copy(rank: int, arguments: Sequence[str], modes: Sequence[str]) ->
     records: dict[str, Any] = {}
     for mode in modes:
         run = train.build_run(train.parse_args([*arguments, "--parallel", mode]), world)
-        progress = train.Progress()
+        progress = Progress()
         for step in range(1, 21):
             progress.losses += train.train_step(run, step)
             progress.seen += run.args.batch
             progress.step = step
         if mode == "zero":
-            train.save(run, progress)
+            checkpoints.save(run, progress)
         records[mode] = train.evaluate(run, progress)
     urls = [directory(run.args.checkpoint_dir, 20)]
     for mode in (*modes[1:], "zero"):
         place = ["--checkpoint-dir", f"{run.args.checkpoint_dir}/copy-{len(urls)}", "--resume", urls[-1]]
         copy = train.build_run(train.parse_args([*arguments, "--parallel", mode, *place]), world)
-        train.save(copy, train.resume(copy))
+        checkpoints.save(copy, train.resume(copy))
         urls.append(directory(copy.args.checkpoint_dir, 20))
     return records, urls
 
@@ -277,7 +281,7 @@ def test_one_process_goes_on_where_two_ranks_were(texts: str, uninterrupted: Pat
 
 
 def averages(url: str) -> dict[str, torch.Tensor]:
-    model = train.build_model("gpt", width=16, layers=1, heads=4, context=16, dropout=0)
+    model = build_model("gpt", width=16, layers=1, heads=4, context=16, dropout=0)
     dist_asgd.load(url, {"model": model}, average="recent")
     return model.state_dict()
 
@@ -294,7 +298,7 @@ def test_an_lstm_with_dropout_resumes_with_the_same_bits(texts: str, tmp_path: P
 def test_the_progress_bar_and_the_plot_are_optional(
     texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "tqdm", None)
+    monkeypatch.setattr(console, "tqdm", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     alone(options(texts, tmp_path, "--steps", "20"))
     printed = capfd.readouterr().out
