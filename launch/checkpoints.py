@@ -14,31 +14,41 @@ from run import Progress, Run
 
 def resume(run: Run) -> Progress:
     """Load the checkpoint to go on from, if there is one."""
-    facts: dict[str, Any] = {"identity": {}, "progress": {}}  # empty ones take what was saved
-    if not load(run, facts):
+    state: dict[str, Any] = {"identity": {}, "progress": {}}  # empty ones take what was saved
+    try:
+        found = load(run, state | {"model": run.model, "optimizer": run.optimizer})
+    except RankUnresponsive:
+        raise
+    except CheckpointError:  # maybe since it is of another run, which says more
+        load(run, state)
+        check_identity(run, state["identity"])
+        raise
+    if not found:
         return Progress()
-    for name, value in run.identity().items():
-        if (other := facts["identity"].get(name)) != value:
-            raise SystemExit(
-                f"The checkpoint is of a run with {name} = {other}, and this one has {value}. "
-                "Take the same, or another --checkpoint-dir."
-            )
+    check_identity(run, state["identity"])
     newest = run.world.from_rank_zero(lambda: run.checkpointer and run.checkpointer.latest())
-    if run.args.resume != "fallback" and newest is not None and newest > facts["progress"]["step"]:
+    if run.args.resume != "fallback" and newest is not None and newest > state["progress"]["step"]:
         raise SystemExit(
             f"{without_credentials(run.args.checkpoint_dir)} has a later checkpoint than "
             f"{without_credentials(run.args.resume)}, and would be resumed from that "
             "one the next time: take another --checkpoint-dir."
         )
-    # The facts again: where damage is found in the model only, they come from an older checkpoint now, as the model.
-    state: dict[str, Any] = {"model": run.model, "optimizer": run.optimizer, "identity": {}, "progress": {}}
-    load(run, state)
     saved_by = state["progress"].pop("world_size")
     progress = Progress(**state["progress"])
     say(run.world, f"Going on from step {progress.step}, saved by {saved_by} ranks")
     if run.world.rank:
         progress.losses = 0.0  # rank 0 has those of all ranks together
     return progress
+
+
+def check_identity(run: Run, saved: dict[str, Any]) -> None:
+    """Raise if what may not change has changed since the checkpoint was saved."""
+    for name, value in run.identity().items():
+        if (other := saved.get(name)) != value:
+            raise SystemExit(
+                f"The checkpoint is of a run with {name} = {other}, and this one has {value}. "
+                "Take the same, or another --checkpoint-dir."
+            )
 
 
 def load(run: Run, state: dict[str, Any]) -> bool:

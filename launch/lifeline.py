@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 
-GRACE = 3.0  # seconds in which a rank may still end by itself, with its own error and status
+GRACE = 0.5  # seconds in which a rank may still end by an error of its own, which few have
 GREETING_BYTES = 16
 GOODBYE = b"."  # sent by a rank that leaves in good order
 

@@ -1,6 +1,7 @@
 """launch/train.py for real: under torchrun, stopped by signals, resumed on other numbers of ranks."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -358,10 +359,11 @@ def test_sentences_for_mistakes(texts: str, uninterrupted: Path, tmp_path: Path)
     assert len(read(f"{tmp_path}/book[1].txt").train) == 400
     assert "--data nosuch://x" in message_of(lambda: read("nosuch://x"), SystemExit)
     checkpoint = directory(uninterrupted / "checkpoints", 100)
-    arguments = options(texts, tmp_path, "--resume", checkpoint, "--seed", "7")
-    assert "is of a run with seed = 0, and this one has 7" in run_alone(
-        message_of, lambda: train.main(arguments), SystemExit
-    )
+    was = {"--seed=7": "seed = 0, and this one has 7", "--width=32": "width = 16, and this one has 32"}
+    for other, found in was.items():
+        arguments = options(texts, tmp_path, "--resume", checkpoint, other)
+        message = run_alone(message_of, functools.partial(train.main, arguments), SystemExit)
+        assert f"is of a run with {found}" in message
 
 
 WRONG = {
