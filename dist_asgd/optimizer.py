@@ -118,9 +118,11 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         find_unused_parameters (bool, default False): whether, with ``gradients="local"``, a parameter may lack a
             gradient on some ranks (which count as zeros) or on all ranks (then it is skipped, as in torch). Costs one
             small all-reduce a step. False raises an error for a missing gradient.
-        bucket_bytes (int > 0, default 25 MiB): size of the buckets in which plain parameters and their gradients
-            travel. Smaller ones overlap better and take less memory, larger ones need fewer collectives. On NCCL with
-            more than two ranks, the bits of sums of fp32 gradients may depend on it.
+        bucket_bytes (int > 0 or None, default None): size of the buckets in which plain parameters and their gradients
+            travel. None is 25 MiB on CPUs and with gloo, and 64 MiB on other devices, where a bucket costs the host
+            more time than the device. Smaller ones overlap better and take less memory: two of them, as sent and as
+            received, are under way at once. Larger ones need fewer collectives. On NCCL with more than two ranks, the
+            bits of sums of fp32 gradients may depend on it.
         master_weights (bool, default True): whether bf16 and fp16 parameters have fp32 masters, 4 bytes an element over
             all ranks. False rounds each fp32 update to the parameter's dtype, which loses small updates.
         average_dtype (floating-point dtype or None, default None): dtype of ``ax``. None is fp32, or the parameter's
@@ -175,7 +177,7 @@ class ShardedASGD(torch.optim.Optimizer, Joinable):
         gradients: Literal["local", "reduced", "sharded"] = "local",
         process_group: dist.ProcessGroup | None = None,
         find_unused_parameters: bool = False,
-        bucket_bytes: int = 25 * 2**20,
+        bucket_bytes: int | None = None,
         master_weights: bool = True,
         average_dtype: torch.dtype | None = None,
         average: Average | Mapping[str, Average] | None = None,

@@ -20,7 +20,7 @@ from dist_asgd.comm.collectives import Collectives
 from dist_asgd.comm.consensus import fingerprint
 from dist_asgd.comm.digests import digests
 from dist_asgd.comm.process_groups import SeparateGroups
-from dist_asgd.sharding.layout import BucketLayout
+from dist_asgd.sharding.layout import DEVICE_BUCKET_BYTES, HOST_BUCKET_BYTES, BucketLayout
 from dist_asgd.sharding.placement import Placement
 from dist_asgd.sharding.precision import Precision
 from dist_asgd.sharding.shard import Shard
@@ -35,10 +35,10 @@ MAX_IN_FLIGHT = 2
 # limit could last forever. The collectives of a device make no host wait.
 PATIENCE = 5.0
 
-# Bytes of the buckets whose reductions are under way on a device, if these are more than MAX_IN_FLIGHT. While they are
-# fewer, the device computes gradients and does not wait for other ranks, so that a link that is late for a moment holds
-# nothing up.
-DEVICE_BYTES = 2**27
+# Bytes of the buckets whose reductions are under way on a device, if these are more than MAX_IN_FLIGHT: two buckets of
+# the default size. While they are fewer, the device computes gradients and does not wait for other ranks, so that a
+# link that is late for a moment holds nothing up.
+DEVICE_BYTES = 2 * DEVICE_BUCKET_BYTES
 
 _version = operator.attrgetter("_version")  # how often torch has counted a write to a tensor
 
@@ -54,7 +54,7 @@ class ShardingOptions:
         group: the group of all these ranks; None for one rank.
         precision: dtypes of averages, masters and messages.
         averages: the kinds of average by name; the first is saved as ``ax``.
-        bucket_bytes: bytes of parameters after which a bucket is closed.
+        bucket_bytes: bytes of parameters after which a bucket is closed; None for the default of the device.
         offload: whether averages are kept in the memory of the host.
     """
 
@@ -64,9 +64,15 @@ class ShardingOptions:
     group: dist.ProcessGroup | None
     precision: Precision
     averages: Mapping[str, Average]
-    bucket_bytes: int
+    bucket_bytes: int | None
     offload: bool = False
     collectives_by_type: dict[str, Collectives] = field(default_factory=dict, init=False)  # by device type
+
+    def max_numel(self, dtype: torch.dtype, device: torch.device, collectives: Collectives | None) -> int:
+        """Returns the number of elements of ``dtype`` after which a bucket is closed, given its ``collectives``."""
+        on_host = device.type == "cpu" or (collectives is not None and collectives.waits_on_host)
+        default = HOST_BUCKET_BYTES if on_host else DEVICE_BUCKET_BYTES
+        return (self.bucket_bytes or default) // dtype.itemsize
 
     def collectives(self, device: torch.device) -> Collectives | None:
         """Returns the collectives of ``group`` for ``device``; None for one rank.

@@ -49,7 +49,7 @@ def _build_replicated(named: Mapping[Tensor, str], options: BucketOptions, reduc
     for (device, dtype, _), params in kinds.items():
         collectives = options.collectives(device)
         numels = [param.numel() for param in params]
-        max_numel = options.bucket_bytes // dtype.itemsize
+        max_numel = options.max_numel(dtype, device, collectives)
         for layout in plan_buckets(numels, world_size=options.world_size, max_numel=max_numel):
             of_bucket = {params[span.index]: named[params[span.index]] for span in layout.spans}
             buckets.append(FlatBucket(of_bucket, layout, options, collectives, reduces))
@@ -101,5 +101,6 @@ def _layouts(
         collectives = None if own is None else own.collectives(device)
         world_size = 1 if collectives is None else collectives.world_size
         numels = [local_of(param).numel() for param in params]
-        for layout in plan_buckets(numels, world_size=world_size, max_numel=options.bucket_bytes // dtype.itemsize):
+        max_numel = options.max_numel(dtype, device, collectives)
+        for layout in plan_buckets(numels, world_size=world_size, max_numel=max_numel):
             yield {params[span.index]: named[params[span.index]] for span in layout.spans}, layout, own

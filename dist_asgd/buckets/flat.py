@@ -26,8 +26,9 @@ from dist_asgd.buckets.packing import Batches, Packer
 from dist_asgd.comm.collectives import Collectives, Reduction, Transfer
 from dist_asgd.comm.streams import Completion, used_by_current_stream
 from dist_asgd.kernels.dispatch import FlatSlice, PartsSlice, UpdateSlice
+from dist_asgd.kernels.packing import FusedPacking, fused_packing
 from dist_asgd.kernels.scan import LayoutScan, ParameterPlaces
-from dist_asgd.kernels.tensor_list import Gradients, as_real
+from dist_asgd.kernels.tensor_list import Gradients, TensorList, as_real
 from dist_asgd.sharding.layout import BucketLayout, Span
 from dist_asgd.sharding.placement import Placement
 from dist_asgd.sharding.scalar_runs import Run
@@ -108,6 +109,13 @@ class FlatBucket(Bucket):
         self._changes: deque[tuple[int, Callable[[], None]]] = deque()  # each waits for that many reductions
         self._begun = self._done = 0  # how many reductions were started, and how many are complete
         self.changes: list[str] = []  # what the user has done to gradients since the last step
+        self._convert: FusedPacking | None = None  # what packs gradients that are sent in another dtype, by one kernel
+        if self.reduces and self.collectives is not None:
+            self._convert = fused_packing(self.device, self.dtype, self._gradient_wire)
+        if self._convert is not None:
+            spans = self.layout.spans
+            views = [self.buffer[span.start : span.stop] for span in spans]
+            self._all_parts = TensorList.of(views, [span.start for span in spans])
 
     # Parameters ------------------------------------------------------------------------------------------------------
 
@@ -298,7 +306,10 @@ class FlatBucket(Bucket):
                 param.grad = piece
         if self.collectives is not None:
             source = torch.empty_like(self.buffer, dtype=self._gradient_wire)
-            self._packer.pack(range(len(grads)), grads, 0, source)
+            if self._convert is None:
+                self._packer.pack(range(len(grads)), grads, 0, source)
+            else:
+                self._packer.convert(grads, source, self._convert, self._all_parts)
             dtype = compute_dtype(self.dtype.to_real())
             self._reductions.append((number, self.collectives.start_reduce(as_real(source), dtype)))
             self._begun += 1

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dist_asgd._torch_private import chunk_cat
 from dist_asgd.asgd.rounding import compute_dtype
+from dist_asgd.kernels.packing import FusedPacking
 from dist_asgd.kernels.scan import are_plain
 from dist_asgd.kernels.tensor_list import Gradients, TensorList, as_real
 from dist_asgd.sharding.layout import PARAMETER_ALIGNMENT, BucketLayout, Piece
@@ -156,6 +157,24 @@ class Packer:
             parts.append(self._padding(start + len(out) - end))
         _flattened(parts, out)
 
+    def convert(self, grads: Sequence[Tensor | None], out: Tensor, fused: FusedPacking, parts: TensorList) -> None:
+        """Does what ``pack`` does, by one kernel, with the gradients of all parameters of the bucket.
+
+        Args:
+            out: 1-D, the whole bucket in a dtype that ``fused`` converts to.
+            parts: all parameters of the bucket, at their places in ``out``.
+        """
+        present = [grad for grad in grads if grad is not None]
+        if len(present) < len(grads) or parts.numel < len(out):
+            out.zero_()
+        if not present:
+            return
+        if not self.are_ready(present):
+            dtype, flat = self._like.dtype, self._plain
+            grads = [None if grad is None else flat(at, grad).contiguous().to(dtype) for at, grad in enumerate(grads)]
+        addresses = array("q", [0 if grad is None else grad.data_ptr() for grad in grads])
+        fused(parts, Gradients([out if grad is None else grad for grad in grads], addresses), out)
+
     def readable(self, batch: Batch, grads: Sequence[Tensor]) -> Gradients:
         """Returns the gradients of a batch for one kernel: 1-D, in memory order, real, of the bucket's dtype or wider.
 
@@ -221,9 +240,13 @@ class Packer:
         return self._placements[position].flatten(grad.resolve_conj().resolve_neg())
 
     def _readable(self, piece: Piece, grad: Tensor) -> Tensor:
+        return as_real(self._plain(piece.position, grad)[piece.start : piece.stop])
+
+    def _plain(self, position: int, grad: Tensor) -> Tensor:
+        """Returns one gradient as ``flat`` does, in memory that holds its values."""
         if type(grad) is not Tensor:  # a subclass, as of asynchronous collectives, may have no memory of its own
             grad = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device).copy_(grad)
-        return as_real(self.flat(piece.position, grad)[piece.start : piece.stop])
+        return self.flat(position, grad)
 
     def are_ready(self, tensors: Sequence[Tensor]) -> bool:
         """Whether all tensors have the bucket's dtype, and memory in the order of their parameters.

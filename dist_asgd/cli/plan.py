@@ -14,11 +14,12 @@ from dist_asgd.cli.urls import UsageError
 from dist_asgd.planning.estimate import Estimate, Planner
 from dist_asgd.planning.layouts import LAYOUTS, Layout, PlannedBucket
 from dist_asgd.planning.model import ModelSizes, ParameterSize, made_by
+from dist_asgd.sharding.layout import DEVICE_BUCKET_BYTES, HOST_BUCKET_BYTES
 
 HELP = "what each rank would keep, send and save"
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BUCKET_BYTES = 25 * 2**20  # the default of ShardedASGD
+BUCKET_BYTES = {"gloo": HOST_BUCKET_BYTES, "nccl": DEVICE_BUCKET_BYTES}  # the defaults of ShardedASGD
 BYTES_PER_GBIT, BYTES_PER_MB = 1e9 / 8, 1e6
 
 
@@ -40,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of parameters (default: the model's, and float32 of shapes)")
     parser.add_argument("--averages", default=1, type=positive, metavar="N", help="number of averages (default: 1)")
-    parser.add_argument("--bucket-bytes", default=BUCKET_BYTES, type=positive, metavar="N", help="default: 25 MiB")
+    parser.add_argument(
+        "--bucket-bytes", type=positive, metavar="N", help="default: 64 MiB with nccl, 25 MiB with gloo"
+    )
     parser.add_argument("--backend", default="nccl", choices=["nccl", "gloo"], help="of collectives (default: nccl)")
     parser.add_argument("--link", type=_speed, metavar="GBIT", help="Gbit/s that a rank sends: shows times")
     parser.add_argument("--store", type=_speed, metavar="MB", help="MB/s that a rank writes: shows times")
@@ -55,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         layout.require_names(model)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    planner = Planner(model, layout, arguments.averages, arguments.bucket_bytes, arguments.backend == "gloo")
+    bucket_bytes = arguments.bucket_bytes or BUCKET_BYTES[arguments.backend]
+    planner = Planner(model, layout, arguments.averages, bucket_bytes, arguments.backend == "gloo")
     report = _report(planner, arguments.link, arguments.store)
     write(report if arguments.json else _report_text(report))
     return 0

@@ -100,7 +100,9 @@ class Reduction:
         bucket layout nor on timing.
         """
         self.work.wait()
-        total = self.parts[0].to(self.dtype, copy=True)
+        first = self.parts[0]
+        is_alone = first.untyped_storage().nbytes() == first.nbytes  # else it would keep all shards in memory
+        total = first.to(self.dtype, copy=not is_alone)
         for part in self.parts[1:]:
             total.add_(part)
         used_by_current_stream(self.source, *self.parts)

@@ -160,7 +160,7 @@ def load(pointers: tl.tensor, left: tl.tensor, BLOCK: tl.constexpr, ALIGNED: tl.
 
 
 @jit()
-def _store(pointers: tl.tensor, values: tl.tensor, left: tl.tensor, BLOCK: tl.constexpr, ALIGNED: tl.constexpr) -> None:
+def store(pointers: tl.tensor, values: tl.tensor, left: tl.tensor, BLOCK: tl.constexpr, ALIGNED: tl.constexpr) -> None:
     if ALIGNED:
         tl.store(pointers, values)
     else:
@@ -198,7 +198,7 @@ def move_block(
         average = old + (iterate - old) * mu.to(REAL)
     if MOVES == "asks":
         average = tl.where(mu == 1, iterate, average)
-    _store(averages, average, left - first, BLOCK, ALIGNED)
+    store(averages, average, left - first, BLOCK, ALIGNED)
 
 
 @jit()
@@ -235,11 +235,11 @@ def _update_block(
             mu = _current_mu(mus[k], device_mu)
             move_block(address_of(averages[k], place, REAL), p, mu, left, first, REAL, MOVES, BLOCK, ALIGNED)
     if master_address is not None:
-        _store(masters, p, left - first, BLOCK, ALIGNED)
+        store(masters, p, left - first, BLOCK, ALIGNED)
     if STOCHASTIC:
-        _store(params, _round_stochastically(p, seed, number + first, BLOCK), left - first, BLOCK, ALIGNED)
+        store(params, _round_stochastically(p, seed, number + first, BLOCK), left - first, BLOCK, ALIGNED)
     else:
-        _store(params, p.to(ROUNDED).to(PARAM), left - first, BLOCK, ALIGNED)
+        store(params, p.to(ROUNDED).to(PARAM), left - first, BLOCK, ALIGNED)
 
 
 @jit(

@@ -85,6 +85,23 @@ def averages_match_operators(
     return True
 
 
+def packing_matches_operators(
+    pack: Callable[..., None], device: torch.device, grad: torch.dtype, wire: torch.dtype
+) -> bool:
+    """Returns whether ``pack``, a ``FusedPacking`` (kernels/packing.py), rounds as ``Tensor.to`` does.
+
+    Args:
+        device: where the test tensors lie.
+        grad, wire: the dtypes of gradients and of the buffer.
+    """
+    grads = _random(1, torch.Generator().manual_seed(0))[0].to(device, grad)
+    own, expected = (torch.zeros(CHECKED, dtype=wire, device=device) for _ in range(2))
+    pack(TensorList.of(_parts(grads), STARTS), Gradients.of(_parts(grads)), own)
+    for out, part in zip(_parts(expected), _parts(grads), strict=True):
+        out.copy_(part)
+    return torch.equal(own, expected)
+
+
 def _parts(tensor: Tensor) -> list[Tensor]:
     return [tensor[start : start + PART] for start in STARTS]
 

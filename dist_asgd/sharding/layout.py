@@ -26,6 +26,12 @@ UNIT = 32
 PARAMETER_ALIGNMENT = 8
 
 
+# Default bytes of a bucket. Where the host carries out the collectives (gloo), small buckets overlap better with
+# backward and keep less memory. Elsewhere (NCCL) the host has to start the work of one bucket before the device has
+# done that of the bucket before it, which takes a device less time the more ranks there are.
+HOST_BUCKET_BYTES, DEVICE_BUCKET_BYTES = 25 * 2**20, 64 * 2**20
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """The range ``[start, stop)`` of one parameter in its bucket, in elements."""

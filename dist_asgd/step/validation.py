@@ -55,9 +55,9 @@ def check_arguments(
         raise TypeError(f"ShardedASGD has no option {', '.join(map(repr, unknown))}")
     if gradients not in ("local", "reduced", "sharded"):
         raise ValueError(f"gradients must be 'local', 'reduced' or 'sharded', got {gradients!r}")
-    if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int):
-        raise TypeError(f"bucket_bytes must be an int, got {bucket_bytes!r}")
-    if bucket_bytes <= 0:
+    if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int | None):
+        raise TypeError(f"bucket_bytes must be an int or None, got {bucket_bytes!r}")
+    if bucket_bytes is not None and bucket_bytes <= 0:
         raise ValueError(f"bucket_bytes must be > 0, got {bucket_bytes}")
     for name, dtype in (("average_dtype", average_dtype), ("wire_dtype", wire_dtype)):
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

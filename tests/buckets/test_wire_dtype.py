@@ -10,6 +10,8 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 
 from dist_asgd import ShardedASGD
 from dist_asgd.asgd.rounding import Rounding, round_stochastically
+from dist_asgd.kernels import packing
+from dist_asgd.kernels.tensor_list import Gradients, TensorList
 from tests.support.oracle import Spec, backward, make_parameters, named, random_gradients
 from tests.support.ranks import run_alone, run_ranks
 
@@ -72,6 +74,32 @@ def test_parameters_are_the_roundings_of_fp32_masters(world_size: int, overlap: 
         assert all(map(torch.equal, params, before))
 
     run_ranks(world_size, ranks)
+
+
+def test_one_call_packs_the_gradients_of_a_bucket_where_a_kernel_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ranks(rank: int) -> None:
+        packed = []
+
+        def pack(parts: TensorList, grads: Gradients, out: torch.Tensor) -> None:  # as the kernel of a GPU
+            packed.append(len(out))
+            for start, grad, address in zip(parts.starts, *grads, strict=True):
+                if address:
+                    out[start : start + grad.numel()] = grad.reshape(-1)
+
+        monkeypatch.setitem(packing.FORMS, "cpu", lambda *kind: pack)
+        params = list(make_parameters(SPECS))
+        oracle = Masters(params, torch.bfloat16)
+        optimizer = ShardedASGD(named(params), wire_dtype=torch.bfloat16, bucket_bytes=512, **OPTIONS)
+        for step in range(3):
+            grads = random_gradients(SPECS, 2, step)
+            backward(params, grads[rank])
+            optimizer.step()
+            optimizer.zero_grad()
+            oracle.step(grads)
+            oracle.check(params)
+        assert packed == 3 * [len(bucket.buffer) for bucket in optimizer._all_buckets()]
+
+    run_ranks(2, ranks)
 
 
 def test_a_frozen_parameter_becomes_what_the_others_received() -> None:

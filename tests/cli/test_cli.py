@@ -1,6 +1,5 @@
 """The dist-asgd command, in this process and once as ``python -m dist_asgd``."""
 
-import inspect
 import json
 import runpy
 import subprocess
@@ -9,10 +8,9 @@ import sys
 import pytest
 import torch
 
-from dist_asgd import ShardedASGD, __version__
+from dist_asgd import __version__
 from dist_asgd.cli.main import main
 from dist_asgd.cli.output import format_bytes
-from dist_asgd.cli.plan import BUCKET_BYTES
 
 SHAPES = ["1000x1000", "1000", "1000", "10"]
 
@@ -119,8 +117,10 @@ def test_plan_of_options_that_do_not_fit_together(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_plan_default_bucket_is_the_optimizers():
-    assert inspect.signature(ShardedASGD.__init__).parameters["bucket_bytes"].default == BUCKET_BYTES
+def test_plan_default_bucket_is_that_of_the_backend(capsys):
+    two = ("7000x1000", "7000x1000")  # 28 MB each
+    counts = [len(plan(capsys, "--world-size", "2", "--backend", name, *two)["buckets"]) for name in ("gloo", "nccl")]
+    assert counts == [2, 1]
 
 
 @pytest.mark.parametrize(

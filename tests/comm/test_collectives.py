@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dist_asgd.buckets.base import ShardingOptions
 from dist_asgd.comm.collectives import Collectives
 from dist_asgd.comm.process_groups import SharedGroups
 from dist_asgd.step.clip import total_norm
@@ -46,7 +47,9 @@ def test_backends_with_a_reduce_scatter_use_it_where_it_adds_in_the_dtype_of_the
         collectives = replace(on_cpu(), downward=None)  # as NCCL's
         reduction = collectives.start_reduce(everyone[rank].clone(), torch.float32)
         assert [len(part) for part in reduction.parts] == [32]
-        assert torch.equal(reduction.finish(), everyone.mean(0)[rank * 32 : (rank + 1) * 32])
+        mean = reduction.finish()
+        assert torch.equal(mean, everyone.mean(0)[rank * 32 : (rank + 1) * 32])
+        assert mean.data_ptr() == reduction.parts[0].data_ptr()  # divided where it was received
 
         everyone = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16).repeat(1, 96)  # 257 is no bf16 number
         reduction = collectives.start_reduce(everyone[rank].clone(), torch.float32)
@@ -54,6 +57,26 @@ def test_backends_with_a_reduce_scatter_use_it_where_it_adds_in_the_dtype_of_the
         assert torch.equal(reduction.finish(), torch.full((32,), 258 / 3))
 
     run_ranks(3, ranks)
+
+
+def test_buckets_are_larger_where_the_host_does_not_carry_out_collectives():
+    def ranks(rank):
+        options = ShardingOptions(
+            rank=0, world_size=1, groups=None, group=None, precision=None, averages={}, bucket_bytes=None
+        )
+        gloo, gpu, found = on_cpu(), torch.device("cuda"), []
+        for device, collectives in (
+            (CPU, None),
+            (CPU, gloo),
+            (gpu, gloo),
+            (gpu, replace(gloo, downward=None)),
+            (gpu, None),
+        ):
+            found.append(4 * options.max_numel(torch.float32, device, collectives) // 2**20)
+        assert found == [25, 25, 25, 64, 64]
+        assert replace(options, bucket_bytes=80).max_numel(torch.bfloat16, gpu, None) == 40
+
+    run_ranks(1, ranks)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -76,6 +76,7 @@ SEVERAL = {  # loads and stores of 16 bytes, and FMAs, of averages beside the fi
     ("float32", "three averages"): (5 * 4, 4 * 4, FMAS),
     ("float32", "two averages alone"): (3 * 4, 2 * 4, 0),
     ("bfloat16", "two averages alone"): (2 + 2 * 4, 2 * 4, 0),
+    ("float32", "sent in bfloat16"): (4, 2, 0),
 }
 FORMS = [(target, name, "many") for target in TARGETS for name in COMPILED] + [
     *(("sm_90", name, "one") for name in COMPILED),

@@ -19,9 +19,12 @@ import torch
 from dist_asgd.asgd.rounding import Rounding, compute_dtype
 from dist_asgd.asgd.rule import average_step_, low_precision_step_
 from dist_asgd.asgd.schedule import DeviceScalars, Hyperparameters, Scalars, Scaling, first_scalars, next_scalars
-from dist_asgd.kernels import averaging, dispatch, selfcheck
+from dist_asgd.buckets.packing import Packer
+from dist_asgd.kernels import averaging, dispatch, packing, selfcheck
 from dist_asgd.kernels.dispatch import advance_
 from dist_asgd.kernels.tensor_list import Gradients, SliceStep, TensorList
+from dist_asgd.sharding.layout import plan_buckets
+from dist_asgd.sharding.placement import Placement
 from tests.support import capturable_cases
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -143,6 +146,30 @@ def averages_equal_the_rule(param, average):
         for (a, b), (wanted, mu) in itertools.product(case.spans, zip(averages, mus, strict=True)):
             average_step_(wanted[a:b], case.param[a:b], mu)
         check([None, None, *own], [None, None, *averages], (layout, mus))
+
+
+def packs_as_operators(grad, wire):
+    """Gradients of every kind: missing, transposed, of another dtype, of parameters with gaps between them."""
+    assert packing.fused_packing(torch.device(DEVICE), grad, wire) is not None
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1,), (2092,), (0,), (64, 33), (545,), (), (2048, 2))
+    for count in (len(shapes), 1):
+        params = [torch.randn(shape, generator=generator).to(DEVICE, grad) for shape in shapes[-count:]]
+        layout = plan_buckets([param.numel() for param in params], world_size=3, max_numel=2**30)[0]
+        params = [params[span.index] for span in layout.spans]
+        packer = Packer(layout, list(map(Placement.of, params)), params[0].new_empty(0))
+        buffer = torch.empty(layout.numel, dtype=grad, device=DEVICE)
+        parts = TensorList.of([buffer[s.start : s.stop] for s in layout.spans], [s.start for s in layout.spans])
+        fused = packing.fused_packing(torch.device(DEVICE), grad, wire)
+        plain = list(map(torch.clone, params))
+        others = [
+            None if t.numel() == 545 else t.double() if t.numel() == 2092 else t.t().contiguous().t() for t in plain
+        ]
+        for grads in (plain, others, [None] * count):
+            ours, expected = (torch.full((layout.numel,), math.nan, dtype=wire, device=DEVICE) for _ in range(2))
+            packer.convert(grads, ours, fused, parts)
+            packer.pack(range(count), grads, 0, expected)
+            assert torch.equal(ours, expected), (grad, wire, count)
 
 
 def on_device(scalars, **scaling):
@@ -280,6 +307,8 @@ def rounds_by_chance():
 INTERPRETED = {name: (equals_the_rule, dtypes, turn) for turn, (name, dtypes) in enumerate(DTYPES.items())}
 for param, average in ((F32, F32), (F32, F64), (F64, F64), (BF16, F32), (F16, F32)):
     INTERPRETED[f"averages in {average} of {param}"] = (averages_equal_the_rule, param, average)
+for grad, wire in ((F32, BF16), (F32, F16), (BF16, F32)):
+    INTERPRETED[f"{grad} gradients sent in {wire}"] = (packs_as_operators, grad, wire)
 for function in (
     unscales_and_sees_inf,
     reads_scalars_on_the_device,
@@ -339,7 +368,7 @@ def interpret():
     repair_interpreter()
     # Tensors on the CPU stand for those on a device.
     Hyperparameters.device_lr = property(lambda h: h.lr if h.capturable and isinstance(h.lr, torch.Tensor) else None)
-    for forms in (dispatch.FORMS, averaging.FORMS):
+    for forms in (dispatch.FORMS, averaging.FORMS, packing.FORMS):
         forms["cpu"] = forms["cuda"]
     # The check before a kernel is used would take most of the time; the cases have parts of all sizes themselves.
     selfcheck.PART, selfcheck.STARTS, selfcheck.CHECKED = 211, (0, 225, 448), 672
@@ -382,6 +411,16 @@ def build_averaging(target, param, averages):
     constants = {"PARAM": gpu.triton_dtype(param), "REAL": gpu.triton_dtype(F32), "MANY": True}
     constants |= {"BLOCK": gpu.BLOCK, "SMALL": gpu.SMALL}
     return compiled_for(target, gpu_averaging.averaging_kernel, pointers, constants)
+
+
+def build_packing(target):
+    """The packing of many fp32 gradients that are sent in bf16, compiled."""
+    from dist_asgd.kernels import gpu, gpu_packing
+
+    pointers = {"param": "*i64", "grad": "*i64", "out": "*bf16"}
+    constants = {"GRAD": gpu.triton_dtype(F32), "WIRE": gpu.triton_dtype(BF16), "MANY": True}
+    constants |= {"BLOCK": gpu.BLOCK, "SMALL": gpu.SMALL}
+    return compiled_for(target, gpu_packing.packing_kernel, pointers, constants)
 
 
 def pointer_to(dtype):
@@ -455,6 +494,7 @@ def compile_into(folder):
         on_device = build(facts, DTYPES["float32"], True, scalars_on_device=True)
         write(on_device, facts, Path(folder, f"{target}, float32, scalars on the device"))
         write(build_advance(facts), facts, Path(folder, f"{target}, advance"))
+        write(build_packing(facts), facts, Path(folder, f"{target}, float32, sent in bfloat16"))
         three = build(facts, DTYPES["float32"], True, averages=3)
         write(three, facts, Path(folder, f"{target}, float32, three averages"))
         for name, param in AVERAGED.items():
