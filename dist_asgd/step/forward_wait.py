@@ -19,7 +19,7 @@ CONTAINERS = (nn.ModuleList, nn.Sequential)
 
 
 class ForwardWaits:
-    """Hooks of a model that wait for parameters before a forward and before ``state_dict()``.
+    """Hooks of a model that wait for parameters before a forward, and before ``state_dict()`` of any of its modules.
 
     A module may read the parameters of any submodule without calling the submodule (``MultiheadAttention`` does, and
     ``TransformerEncoderLayer`` in its fast path). So a module waits for all parameters below it. Exempt are the members
@@ -51,7 +51,11 @@ class ForwardWaits:
                 # Prepended: the hooks of weight_norm and of pruning compute weights from parameters.
                 hook = submodule.register_forward_pre_hook(_WaitHook(needed & gathered), prepend=True)
                 self._hooks.append(hook)
-            for name, param in submodule.named_parameters(recurse=False):
+            own = list(submodule.named_parameters(recurse=False))
+            late = {owner[id(param)] for _, param in own if id(param) in owner} & gathered
+            if late:  # a wrapped model or a part has its state_dict() called without the modules around it
+                self._hooks.append(submodule.register_state_dict_pre_hook(_WaitHook(late)))
+            for name, param in own:
                 bucket = owner.get(id(param))
                 if bucket is None:
                     continue
@@ -59,8 +63,6 @@ class ForwardWaits:
                     self._covered.add(id(param))
                 owned = self._owned[nn.Parameter if bucket.always_registered else DTensor]
                 owned.append((submodule, name, f"{prefix}.{name}".lstrip("."), param))
-        if gathered:
-            self._hooks.append(self.module.register_state_dict_pre_hook(_WaitHook(gathered)))
 
     def clear(self) -> None:
         """Removes all hooks, before the buckets are built again."""

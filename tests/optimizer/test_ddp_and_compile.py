@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_asgd import ShardedASGD
@@ -42,6 +43,24 @@ def ddp_run(rank: int, gradients: str, static_graph: bool = False) -> None:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_under_ddp_with_reduced(world_size: int) -> None:
     run_ranks(world_size, ddp_run, "reduced")
+
+
+def test_state_dicts_inside_of_a_wrapper_and_of_a_part_are_of_the_whole_step() -> None:
+    """The all-gather of the step is under way when they are asked for."""
+
+    def ranks(rank: int) -> None:
+        model = nn.Sequential(nn.Linear(256, 256), nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)))
+        wrapped = DistributedDataParallel(model)
+        optimizer = ShardedASGD(model.named_parameters(), lr=0.1, t0=2, gradients="reduced", module=wrapped)
+        for step in range(10):
+            wrapped(torch.randn(4, 256)).square().mean().backward()
+            optimizer.step()
+            asked = model if step % 2 else model[1]
+            found = {name: value.clone() for name, value in asked.state_dict().items()}
+            optimizer.synchronize()
+            assert all(same_bits(value, asked.state_dict()[name]) for name, value in found.items()), step
+
+    run_ranks(2, ranks)
 
 
 def test_under_ddp_with_local_is_right_and_warns_once() -> None:
