@@ -7,17 +7,18 @@ import pytest
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DataLoaderConfiguration, FullyShardedDataParallelPlugin
+from accelerate.utils import DataLoaderConfiguration, FullyShardedDataParallelPlugin, merge_fsdp_weights
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from dist_asgd import EMA, ShardedASGD
+from dist_asgd import EMA, ShardedASGD, ShardedAverages, Uniform
 from dist_asgd.checkpoint import CheckpointError
 from dist_asgd.integrations.accelerate import keep_averages, unwrapped_optimizer
 from tests.support.frameworks import assert_same, on
 from tests.support.guide import added_lines, run_section
+from tests.support.ranks import run_alone
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of accelerate's and torch's own making; ranks are children
 OPTIONS = {"lr": 0.05, "lambd": 1e-3, "t0": 1, "weight_decay": 1e-3}
@@ -132,7 +133,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("ranks", "fsdp"), [(0, False), (2, False), (2, True)])
+@pytest.mark.parametrize(("ranks", "fsdp"), [(0, False), (2, False), (1, True), (2, True)])
 def test_the_bits_of_torch(ranks, fsdp):
     cases = on(ranks, lambda: {name: pair({**case, "fsdp": fsdp}) for name, case in CASES.items()})
     for (weights, averages, norm), (expected, expected_averages, expected_norm) in cases.values():
@@ -147,30 +148,40 @@ def adamw(model):
 
 
 def state_of(training, kept):
-    with kept.averaged_parameters():
-        averaged = training.weights()
-    return training.weights(), averaged
+    """The weights, and after them every average."""
+    if kept is None:
+        return training.weights(), average_of_torch(training)
+    averages = []
+    for name in kept.names if isinstance(kept, ShardedAverages) else [None]:
+        with kept.averaged_parameters(name):
+            averages.append(training.weights())
+    return [training.weights(), *averages]  # complete after a swap, which has waited for the step
 
 
-def resumed(build, average, fsdp, load, epochs, save):
+def resumed(kind, fsdp, load, epochs, save):
     """What a training has when it has loaded, and after some epochs, when it saves."""
     seedable = DataLoaderConfiguration(use_seedable_sampler=True)  # else an epoch that is resumed has another order
+    build, average = BUILDS[kind]
     training = Training(build, fsdp=fsdp, accelerator={"dataloader_config": seedable})
-    kept = keep_averages(training.accelerator, training.model, training.optimizer, average)
+    given = training.accelerator, training.model, training.optimizer, average
+    kept = None if kind == "torch" else keep_averages(*given)
     found = []
     if load:
-        training.accelerator.load_state(str(load))
+        training.accelerator.load_state(f"{load}/{kind}")
         found.append(state_of(training, kept))
     for number in range(epochs):
         training.epoch(number + bool(load))
     found.append(state_of(training, kept))
     if save:
-        training.accelerator.save_state(str(save))
-        training.accelerator.save_state(str(save))  # again, into one folder
+        training.accelerator.save_state(f"{save}/{kind}")
+        training.accelerator.save_state(f"{save}/{kind}")  # again, into one folder
+        if kept is not None and not fsdp:
+            with kept.averaged_parameters():
+                training.accelerator.save_model(training.model, f"{save}/average of {kind}")
     return found
 
 
-BUILDS = {"asgd": (ours, None), "adamw": (adamw, {"ema": EMA(0.9)})}
+BUILDS = {"asgd": (ours, None), "torch": (torchs, None), "adamw": (adamw, {"ema": EMA(0.9), "mean": Uniform()})}
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
@@ -178,32 +189,46 @@ def test_resumed_on_2_and_3_and_1_processes(fsdp, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
 
     def on_two(kind):
-        whole = resumed(*BUILDS[kind], fsdp, None, 2, None)[-1]
-        saved = resumed(*BUILDS[kind], fsdp, None, 1, first / kind)[-1]
-        return whole, saved, *resumed(*BUILDS[kind], fsdp, first / kind, 1, None)
-
-    def on_three(kind):
-        return resumed(*BUILDS[kind], fsdp, first / kind, 1, second / kind)
-
-    def on_one(kind):
-        return resumed(*BUILDS[kind], fsdp, second / kind, 0, None)
+        whole = resumed(kind, fsdp, None, 2, None)[-1]
+        saved = resumed(kind, fsdp, None, 1, first)[-1]
+        return whole, saved, *resumed(kind, fsdp, first, 1, None)
 
     two = on(2, lambda: {kind: on_two(kind) for kind in BUILDS})
-    three = on(3, lambda: {kind: on_three(kind) for kind in BUILDS})
-    one = on(1 if fsdp else 0, lambda: {kind: on_one(kind) for kind in BUILDS})
+    three = on(3, lambda: {kind: resumed(kind, fsdp, first, 1, second) for kind in BUILDS})
+    one = on(1 if fsdp else 0, lambda: {kind: resumed(kind, fsdp, second, 1, None) for kind in BUILDS})
     for kind in BUILDS:
         whole, saved, loaded, ended = two[kind]
-        for at in (0, 1):
+        for at in range(len(saved)):
             assert_same(loaded[at], saved[at])
             assert_same(ended[at], whole[at])
             assert_same(three[kind][0][at], saved[at])
             assert_same(one[kind][0][at], three[kind][1][at])
-    if not fsdp:
-        plain = Tied()
-        plain.load_state_dict(load_file(second / "asgd/model.safetensors"), strict=False)
-        assert_same(dict(plain.named_parameters()), three["asgd"][1][0])
-        with pytest.raises(ValueError, match="parameter group"):  # nobody takes the placeholder for a state
-            torchs(plain).load_state_dict(torch.load(second / "asgd/optimizer.bin"))
+    for run in (two, three, one):  # torch.optim.ASGD on this path, resumed by Accelerate's own files
+        for found, expected in zip(run["asgd"], run["torch"], strict=True):
+            assert_same(found[0], expected[0])
+            assert_same(found[1], expected[1])
+    if fsdp:
+        check_merged_files(second / "asgd", three["asgd"][1][0])
+    else:
+        check_plain_files(second, three)
+
+
+def check_merged_files(folder, expected):
+    """What ``accelerate merge-weights`` makes of the shards of FSDP2 is for a plain model."""
+    run_alone(merge_fsdp_weights, str(folder / "pytorch_model_fsdp_0"), str(folder / "merged"))
+    plain = Tied(tied=False)
+    plain.load_state_dict(load_file(folder / "merged/model.safetensors"))
+    assert_same(dict(plain.named_parameters()), expected)
+
+
+def check_plain_files(folder, found):
+    plain = Tied()
+    for kind in ("asgd", "adamw"):
+        for at, name in enumerate((kind, f"average of {kind}")):
+            plain.load_state_dict(load_file(folder / name / "model.safetensors"), strict=False)  # tied: one name
+            assert_same(dict(plain.named_parameters()), found[kind][1][at])
+    with pytest.raises(ValueError, match="parameter group"):  # nobody takes the placeholder for a state
+        torchs(plain).load_state_dict(torch.load(folder / "asgd/optimizer.bin"))
 
 
 def test_what_would_lose_averages_is_refused(tmp_path):
