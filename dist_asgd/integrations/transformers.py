@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.distributed.fsdp import StateDictType
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -225,9 +226,17 @@ class Averaging:
         return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the weights as the ``Trainer`` does; the average inside of ``averaged_parameters()``."""
+        """Saves the weights as the ``Trainer`` does; the average inside of ``averaged_parameters()``. Collective.
+
+        Under FSDP with ``SHARDED_STATE_DICT``, where a ``Trainer`` writes no file at all, they are gathered and saved.
+        """
         of_trainer: Any = self
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        if not _internal_call and of_trainer.is_fsdp_enabled:
+            accelerator = of_trainer.accelerator
+            if accelerator.state.fsdp_plugin.state_dict_type is not StateDictType.FULL_STATE_DICT:
+                whole = accelerator.get_state_dict(of_trainer.model)
+                of_trainer._save(output_dir or of_trainer.args.output_dir, state_dict=whole)
         if _internal_call and output_dir is not None:  # a checkpoint, before the trainer deletes older ones
             self._averaging.save(of_trainer.args, of_trainer.state, of_trainer.model)
             self._averaging.hide(not of_trainer.is_fsdp_enabled)  # the optimizer's file comes next; FSDP shards it

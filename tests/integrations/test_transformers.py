@@ -53,10 +53,14 @@ def weights(trainer):
     return {name: whole(param) for name, param in trainer.model.named_parameters()}
 
 
-def averages(trainer):
-    if isinstance(trainer, AveragingTrainer):
-        with trainer.averaged_parameters():
-            return weights(trainer)
+def averages(trainer, kept=None):
+    """Every average; the name of each but the first stands in front of those of parameters."""
+    kept, found = kept or getattr(trainer, "averages", None), {}
+    if kept is not None:
+        for number, average in enumerate(getattr(kept, "names", [None])):
+            with kept.averaged_parameters(average):
+                found |= {f"{average} {name}" if number else name: value for name, value in weights(trainer).items()}
+        return found
     state = trainer.optimizer.state
     return {name: whole(state[param]["ax"]) for name, param in trainer.model.named_parameters()}
 
@@ -107,6 +111,9 @@ def resumed(kind, folder, resume, **settings):
     loaded = Loaded()
     trainer = loaded.trainer = make(kind, folder, {"callbacks": [loaded]}, **settings)
     trainer.train(resume_from_checkpoint=resume)
+    if kind != "torch":
+        with trainer.averaged_parameters():
+            trainer.save_model(str(folder / "average"))
     return *loaded.found, weights(trainer), averages(trainer), history(trainer)
 
 
@@ -136,11 +143,19 @@ def test_resumed_on_2_and_3_and_1_processes(tmp_path):
         for at in range(4):
             assert_same(run["ours"][at], run["torch"][at])
 
-    plain = LlamaForCausalLM.from_pretrained(tmp_path / "ours/checkpoint-8")
-    assert_same(dict(plain.named_parameters()), three["ours"][2])
+    for kind in ("ours", "adamw"):
+        plain = LlamaForCausalLM.from_pretrained(tmp_path / kind / "checkpoint-9")
+        assert_same(dict(plain.named_parameters()), one[kind][2])
+        check_average(tmp_path / kind, one[kind][3])
     with pytest.raises(ValueError, match="parameter group"):  # nobody takes the placeholder for a state
         placeholder = torch.load(tmp_path / "ours/checkpoint-8/optimizer.pt")
         torch.optim.ASGD(plain.parameters()).load_state_dict(placeholder)
+
+
+def check_average(folder, expected):
+    """A plain model takes the average that was saved by ``save_model``."""
+    plain = dict(LlamaForCausalLM.from_pretrained(folder / "average").named_parameters())
+    assert_same(plain, {name: expected[name] for name in plain})
 
 
 class FsdpOnCpu(Accelerator):
@@ -166,16 +181,27 @@ def test_fsdp2_has_the_bits_of_torch_and_resumes(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="SHARDED_STATE_DICT"):  # the default of transformers is FULL_STATE_DICT
             trained("ours", tmp_path, fsdp_config=config, **settings)
         found = {kind: trained(kind, tmp_path / kind, fsdp_config=sharded, **settings) for kind in KINDS}
-        at = {kind: (tmp_path / kind, str(tmp_path / kind / "checkpoint-2")) for kind in ("ours", "adamw")}
-        return found, {kind: resumed(kind, *at[kind], fsdp_config=sharded, **settings) for kind in at}
+        return found, again("checkpoint-2", **settings)
 
-    found, again = on(2, work)
+    def again(checkpoint, **settings):
+        at = {kind: (tmp_path / kind, str(tmp_path / kind / checkpoint)) for kind in KINDS}
+        return {kind: resumed(kind, *at[kind], fsdp_config=sharded, **settings) for kind in KINDS}
+
+    found, two = on(2, work)
+    three = on(3, lambda: again("checkpoint-2", **settings | {"max_steps": 3, "save_steps": 3}))
+    one = on(1, lambda: again("checkpoint-3", **settings | {"save_strategy": "no"}))
     for at in (0, 1):
+        for kind in KINDS:
+            assert_same(two[kind][2 + at], found[kind][at])
+            assert_same(three[kind][at], two[kind][at])
+            assert_same(one[kind][at], three[kind][2 + at])
         assert_same(found["ours"][at], found["torch"][at])
-        for kind in again:
-            assert_same(again[kind][2 + at], found[kind][at])
+        for run in (two, three, one):
+            assert_same(run["ours"][2 + at], run["torch"][2 + at])
     assert found["ours"][2] == found["torch"][2]
     assert not torch.equal(found["ours"][0]["model.norm.weight"], found["ours"][1]["model.norm.weight"])
+    for kind in ("ours", "adamw"):
+        check_average(tmp_path / kind, one[kind][3])
 
 
 def evaluated(folder):
@@ -202,12 +228,13 @@ def evaluated(folder):
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
-            found[state.global_step] = weights(trainer), averages(trainer)
+            with trainer.averaged_parameters():  # the one to evaluate on
+                found[state.global_step] = weights(trainer)
 
     trainer.add_callback(Watch())
     trainer.train()
     best = trainer.state.best_global_step
-    assert_same(weights(trainer), found[best][1])
+    assert_same(weights(trainer), found[best])
     assert trainer.averages is None
     metric = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     assert trainer.evaluate()["eval_loss"] == metric[best]
@@ -260,9 +287,9 @@ def test_the_callback_in_a_plain_trainer(tmp_path):
         callback = AveragingCallback({"ema": EMA(0.5), "mean": Uniform()})
         trainer = make("plain", tmp_path, {"callbacks": [callback]}, max_steps=3)
         trainer.train()
-        with callback.averages.averaged_parameters("ema"):
-            found = weights(trainer)
-        return (weights(trainer), found), trained("adamw", tmp_path / "other", max_steps=3)
+        return (weights(trainer), averages(trainer, callback.averages)), trained(
+            "adamw", tmp_path / "other", max_steps=3
+        )
 
     found, expected = on(0, work)
     assert_same(found[0], expected[0])
