@@ -102,14 +102,15 @@ def equal(some, others):
 
 
 class ByHand:
-    """The mean of all iterates, as torch computes it."""
+    """The mean of all iterates, as torch computes it, and their EMA(0.5, warmup=False)."""
 
     def __init__(self, model_parts):
-        self.parts, self.steps, self.ax = model_parts, 0, ()
+        self.parts, self.steps, self.ax, self.ema = model_parts, 0, (), ()
 
     def __call__(self):
         self.steps, params = self.steps + 1, weights_of(self.parts)
         self.ax = [a + (p - a) * (1 / self.steps) for a, p in zip(self.ax or params, params, strict=True)]
+        self.ema = [a + (p - a) * 0.5 for a, p in zip(self.ema or params, params, strict=True)]
 
 
 class TorchASGD(OptimizersContainer):
@@ -125,10 +126,11 @@ class TorchASGD(OptimizersContainer):
 def train_on(rank, folder, steps, hand):
     """Trains up to each of `steps` by a new object, which goes on from the last checkpoint; averages equal torch's."""
     for number in steps:
-        ours = Training(folder / "adamw", AveragedOptimizers.Config(**ADAMW, average=Uniform())).train(number)
+        config = AveragedOptimizers.Config(**ADAMW, average={"mean": Uniform(), "ema": EMA(0.5, warmup=False)})
+        ours = Training(folder / "adamw", config).train(number)
         asgd = Training(folder / "asgd", AveragedOptimizers.Config(**ASGD)).train(number)
     by_hand = ByHand(parts())
-    by_hand.steps, by_hand.ax = hand
+    by_hand.steps, by_hand.ax, by_hand.ema = hand
     plain = OptimizersContainer.Config(**ADAMW)
     plain = Training(folder / "plain", plain, by_hand.parts, CheckpointManager.Config).train(steps[-1], each=by_hand)
     torchs = TorchASGD.Config(**ASGD)
@@ -139,11 +141,13 @@ def train_on(rank, folder, steps, hand):
         assert equal(weights_of(ours.parts), by_hand.ax)
         state = [entry for optimizer in torchs.optimizers for entry in optimizer.state.values()]
         assert equal(weights_of(asgd.parts), [entry["ax"].full_tensor() for entry in state])
-    return by_hand.steps, by_hand.ax
+    with ours.optimizers.averaged_parameters("ema"):
+        assert equal(weights_of(ours.parts), by_hand.ema)
+    return by_hand.steps, by_hand.ax, by_hand.ema
 
 
 def test_resumed_by_two_three_and_one_process_with_the_bits_of_torch(tmp_path):
-    hand = run_ranks(2, train_on, tmp_path, (2, 4), (0, ()))[0]
+    hand = run_ranks(2, train_on, tmp_path, (2, 4), (0, (), ()))[0]
     hand = run_ranks(3, train_on, tmp_path, (6,), hand)[0]
     run_ranks(1, train_on, tmp_path, (8,), hand)
 
